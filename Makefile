@@ -1,0 +1,68 @@
+# The project's commands; `make` alone lists them. Needs make 3.81 and Python 3.11, or newer ones.
+# Whatever runs first installs what it needs into .venv, once, and again when the lock file changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip --quiet
+UV := uv==0.13.9
+# The pure core: its own unit tests alone must reach every branch of these.
+CORE := ledger/messages.py,ledger/periods.py,ledger/rules.py
+
+.DEFAULT_GOAL := help
+.PHONY: help demo up test lint format lock clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/runtime.stamp ## a tour: start everything, run sample workflows, show the history
+	@$(BIN)/holdfast demo
+
+up: $(VENV)/runtime.stamp ## start everything in one data folder, until Ctrl-C
+	@$(BIN)/holdfast up
+
+test: lint ## every check: lint, types, all tests, every branch of the core
+	$(BIN)/pytest tests/unit --cov --cov-report=
+	$(BIN)/coverage report --include=$(CORE) --fail-under=100
+	$(BIN)/pytest --ignore=tests/unit
+
+lint: $(VENV)/dev.stamp ## lint, format check, types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/dev.stamp ## format the code, repair what lint can repair
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# One resolution for every supported Python and system. The tool has an environment of its own, so that a
+# broken lock file cannot keep it from running.
+COMPILE = UV_CUSTOM_COMPILE_COMMAND='make lock' .venv-lock/bin/uv pip compile --quiet --universal --upgrade \
+	--generate-hashes --no-emit-index-url --no-annotate pyproject.toml --extra embedded --group build
+lock: ## rewrite both lock files: the newest versions that pyproject.toml allows
+	@$(PYTHON) -m venv .venv-lock
+	@.venv-lock/bin/python -m pip --quiet --disable-pip-version-check install '$(UV)'
+	@$(COMPILE) --output-file requirements.txt
+	@$(COMPILE) --constraints requirements.txt --extra dev --output-file requirements-dev.txt
+
+clean: ## remove what these commands made, except the data folder .holdfast
+	rm -rf $(VENV) .venv-lock dist htmlcov .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is touched last, so that an interrupted step is done again.
+$(VENV)/created.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo 'Holdfast needs Python 3.11 or newer: name one, as in `make PYTHON=python3.12 …`.' >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/runtime.stamp: requirements.txt pyproject.toml $(VENV)/created.stamp
+	@echo 'Installing Holdfast into $(VENV) …'
+	@$(PIP) install --require-hashes --requirement requirements.txt
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/dev.stamp: requirements-dev.txt $(VENV)/runtime.stamp
+	@echo 'Installing the development tools into $(VENV) …'
+	@$(PIP) install --require-hashes --requirement requirements-dev.txt
+	@touch $@

@@ -1,0 +1,87 @@
+"""How the ledger connects to PostgreSQL, and which of its errors are faults that pass."""
+
+from typing import Any
+
+import psycopg
+from psycopg.types.numeric import Int8BinaryDumper
+from sqlalchemy import Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError
+
+CONNECT_TIMEOUT_S = 5
+LOCK_TIMEOUT_S = 10
+STATEMENT_TIMEOUT_S = 60
+
+_SESSION_OPTIONS = " ".join(
+    f"-c {option}"
+    for option in (
+        f"lock_timeout={LOCK_TIMEOUT_S}s",
+        f"statement_timeout={STATEMENT_TIMEOUT_S}s",
+        f"idle_in_transaction_session_timeout={STATEMENT_TIMEOUT_S}s",
+        # A plan made while the tables were empty must not outlive them.
+        "plan_cache_mode=force_custom_plan",
+        "timezone=UTC",
+    )
+)
+
+# Nothing in a message can cause these; they end when the database is well again: connection (08), invalid transaction state and
+# read-only (25), rollback and deadlock (40), schema or rights not there yet (42), resources (53), not in the right
+# state, lock not available (55), operator intervention (57), system (58).
+_TRANSIENT_CLASSES = frozenset({"08", "25", "40", "42", "53", "55", "57", "58"})
+
+
+class DatabaseURLError(ValueError):
+    """The database URL cannot be used; the message says why, without the password."""
+
+
+def connect(url: str) -> Engine:
+    """An engine for the PostgreSQL database at `url` (`postgresql+psycopg://…`). Does not connect yet.
+
+    Raises DatabaseURLError.
+    """
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise DatabaseURLError(
+            "is not a URL; it looks like postgresql+psycopg://user:password@host/database"
+        ) from None
+    if parsed.drivername != "postgresql+psycopg":
+        raise DatabaseURLError(f"must begin with postgresql+psycopg://, not {parsed.drivername}://")
+    engine = create_engine(
+        parsed,
+        pool_pre_ping=False,  # it would cost every batch a round trip; a broken connection is noticed by its first use
+        connect_args={
+            "connect_timeout": CONNECT_TIMEOUT_S,
+            "options": _SESSION_OPTIONS,
+            "application_name": "holdfast",
+            # A peer that vanished without a word is noticed within half a minute.
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 30_000,
+        },
+    )
+
+    @event.listens_for(engine, "connect")
+    def send_integers_as_bigint(connection: psycopg.Connection[Any], _: object) -> None:
+        # One parameter type per statement, whatever the size of the numbers in it: one prepared statement, not many.
+        connection.adapters.register_dumper(int, Int8BinaryDumper)
+
+    return engine
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether `error` is a fault of the database that passes, and not of what was asked of it."""
+    if isinstance(error, DBAPIError):
+        return error.orig is not None and is_transient(error.orig)
+    if not isinstance(error, psycopg.Error):
+        return False
+    if error.sqlstate is not None:
+        return error.sqlstate[:2] in _TRANSIENT_CLASSES
+    return isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
+
+
+def describe(error: BaseException) -> str:
+    """The first line of a database error: what a person needs to know of it."""
+    original = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    lines = str(original).strip().splitlines()
+    return lines[0] if lines else type(original).__name__

@@ -1,0 +1,382 @@
+"""What may be asked of the ledger: one model per message, and `parse`, which never raises.
+
+A message is checked here completely, once, before anything else sees it: its types, its bounds and its text. Whatever
+passes can be written to the database as it is. Nothing here knows a wallet; what a message does is decided in `rules`.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Annotated, Any, ClassVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    StringConstraints,
+    ValidationError,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+MAX_CREDITS = 2**53 - 1
+"""The largest amount or balance, in credits: every JSON client reads it exactly."""
+
+MAX_METADATA_BYTES = 8 * 1024
+"""The largest metadata of a message, as compact JSON in UTF-8."""
+
+MAX_METADATA_DEPTH = 20
+"""How deep objects and lists may be nested in metadata; the metadata object itself is level 1."""
+
+OWN_REASONS = frozenset({"subscription_expired"})
+"""Reasons that only the ledger itself gives to an adjustment."""
+
+
+def _plain_text(text: str) -> str:
+    if "\x00" in text:
+        raise PydanticCustomError("nul_character", "must not contain the NUL character")
+    return text
+
+
+def _instant(value: object) -> datetime:
+    if not isinstance(value, str):
+        raise PydanticCustomError("instant_type", "must be an ISO 8601 string, such as 2026-01-31T09:00:00Z")
+    try:
+        instant = datetime.fromisoformat(value)
+    except ValueError:
+        raise PydanticCustomError("instant_form", "must be an ISO 8601 date and time") from None
+    if instant.tzinfo is None:
+        raise PydanticCustomError("instant_offset", "must have an offset from UTC, such as Z or +02:00")
+    if not 1970 < instant.year < 3000:
+        raise PydanticCustomError("instant_range", "must be between the years 1971 and 2999")
+    return instant.astimezone(UTC)
+
+
+def _metadata(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise PydanticCustomError("metadata_type", "must be a JSON object")
+    for problem in _metadata_problems(value, depth=1):
+        raise PydanticCustomError("metadata_value", "{problem}", {"problem": problem})
+    if len(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()) > MAX_METADATA_BYTES:
+        raise PydanticCustomError("metadata_size", "must not be larger than 8 KiB as JSON")
+    return value
+
+
+def _metadata_problems(value: object, *, depth: int) -> Iterator[str]:
+    """Everything in `value` that JSON or PostgreSQL cannot hold, one sentence each."""
+    match value:
+        case dict() | list() if depth > MAX_METADATA_DEPTH:
+            yield f"must not be nested deeper than {MAX_METADATA_DEPTH} levels"
+        case dict():
+            for key, item in value.items():
+                if not isinstance(key, str):
+                    yield "must have strings as keys"
+                yield from _metadata_problems(key, depth=depth)
+                yield from _metadata_problems(item, depth=depth + 1)
+        case list():
+            for item in value:
+                yield from _metadata_problems(item, depth=depth + 1)
+        case str():
+            if "\x00" in value:
+                yield "must not contain the NUL character"
+            if any("\ud800" <= character <= "\udfff" for character in value):
+                yield "must not contain half a surrogate pair"
+        case float() if not math.isfinite(value):
+            yield "must not contain NaN or Infinity"
+        case None | bool() | int() | float():
+            pass
+        case _:
+            yield f"must not contain a {type(value).__name__}"
+
+
+def _given_reason(reason: str) -> str:
+    if reason in OWN_REASONS:
+        raise PydanticCustomError("own_reason", "is a reason that only the ledger itself gives")
+    return reason
+
+
+Id = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
+"""1-128 characters of `A-Z a-z 0-9 _ . : -`."""
+
+Source = Annotated[str, StringConstraints(min_length=1, max_length=64), AfterValidator(_plain_text)]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_plain_text)]
+Reason = Annotated[str, StringConstraints(min_length=1, max_length=500), AfterValidator(_plain_text)]
+Instant = Annotated[datetime, BeforeValidator(_instant)]
+"""A point in time, given as ISO 8601 text with an offset, held in UTC."""
+
+Metadata = Annotated[dict[str, Any], PlainValidator(_metadata)]
+
+Credits = Annotated[int, Field(ge=0, le=MAX_CREDITS)]
+PositiveCredits = Annotated[int, Field(gt=0, le=MAX_CREDITS)]
+SignedCredits = Annotated[int, Field(ge=-MAX_CREDITS, le=MAX_CREDITS)]
+Version = Annotated[int, Field(ge=1, le=MAX_CREDITS)]
+
+
+def _not_zero(credits: int) -> int:
+    if credits == 0:
+        raise PydanticCustomError("zero_credits", "must not be 0")
+    return credits
+
+
+class Message(BaseModel):
+    """What every message carries. Types are strict: `75.0`, `"75"` and `true` are no integers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    task: ClassVar[str]
+    """The Celery task's name: how the message is addressed."""
+
+    org_id: Id
+    source: Source
+    occurred_at: Instant | None = None
+    metadata: Metadata = Field(default_factory=dict)
+
+
+class WorkflowMessage(Message):
+    """A step in a workflow's life. Idempotent by (org_id, workflow_id, task)."""
+
+    workflow_id: Id
+    source: Source = "workflow-engine"
+
+
+class Start(WorkflowMessage):
+    """Reserve `credits` for a workflow, for at most `expires_in_s` seconds, or reject it."""
+
+    task = "workflow.start"
+    credits: Credits
+    project_id: Id | None = None
+    activity_name: Name | None = None
+    expires_in_s: Annotated[int, Field(ge=60, le=2_592_000)] = 86_400
+
+
+class Finish(WorkflowMessage):
+    """The workflow is done and used `credits`: release what it held, charge what it used."""
+
+    task = "workflow.finish"
+    credits: Credits
+    project_id: Id | None = None
+    activity_name: Name | None = None
+
+
+class Cancel(WorkflowMessage):
+    """The workflow was cancelled: release what it held."""
+
+    task = "workflow.cancel"
+    reason: Reason | None = None
+
+
+class Fail(WorkflowMessage):
+    """The workflow failed: release what it held."""
+
+    task = "workflow.fail"
+    reason: Reason | None = None
+
+
+class WalletMessage(Message):
+    """A change of the wallet itself. Idempotent by (org_id, kind, message_id)."""
+
+    kind: ClassVar[str]
+    """What the message's id is unique within, together with the organization."""
+
+    id_field: ClassVar[str]
+
+    @property
+    def message_id(self) -> str:
+        """The message's own id, unique within (org_id, kind)."""
+        return str(getattr(self, self.id_field))
+
+    def terms(self) -> dict[str, Any]:
+        """What has to be the same when the message comes again, as JSON values."""
+        return self.model_dump(mode="json", exclude={*Message.model_fields, self.id_field})
+
+
+class Purchase(WalletMessage):
+    """The organization bought prepaid `credits`."""
+
+    task, kind, id_field = "wallet.purchase", "purchase", "purchase_id"
+    purchase_id: Id
+    credits: PositiveCredits
+    source: Source = "billing"
+
+
+class Grant(WalletMessage):
+    """The organization was given prepaid `credits`."""
+
+    task, kind, id_field = "wallet.grant", "grant", "grant_id"
+    grant_id: Id
+    credits: PositiveCredits
+    reason: Reason | None = None
+    source: Source = "admin"
+
+
+class Adjust(WalletMessage):
+    """Correct the prepaid balance by `credits`; below zero only with `allow_negative`."""
+
+    task, kind, id_field = "wallet.adjust", "adjustment", "adjustment_id"
+    adjustment_id: Id
+    credits: Annotated[SignedCredits, AfterValidator(_not_zero)]
+    reason: Annotated[Reason, AfterValidator(_given_reason)]
+    allow_negative: bool = False
+    source: Source = "admin"
+
+
+class Refund(WalletMessage):
+    """Give `credits` back; for a named workflow never more, in total, than it used."""
+
+    task, kind, id_field = "wallet.refund", "refund", "refund_id"
+    refund_id: Id
+    credits: PositiveCredits
+    workflow_id: Id | None = None
+    source: Source = "billing"
+
+
+class Bill(WalletMessage):
+    """A billing entry; `credits` may be positive, negative or 0 (an entry for the record)."""
+
+    task, kind, id_field = "wallet.bill", "billing", "billing_id"
+    billing_id: Id
+    credits: SignedCredits
+    invoice_id: Id | None = None
+    source: Source = "billing"
+
+
+class VersionedMessage(WalletMessage):
+    """A setting that replaces the one before it: only a higher `version` has an effect."""
+
+    version: Version
+
+
+class Subscribe(VersionedMessage):
+    """The organization gets `monthly_credits` every month, counted from `anchor` (default: when first applied).
+
+    At the end of a period what is left is kept up to `rollover_limit` credits.
+    """
+
+    task, kind, id_field = "wallet.subscribe", "subscribe", "subscription_id"
+    subscription_id: Id
+    plan: Name
+    monthly_credits: Credits
+    rollover_limit: Credits = 0
+    anchor: Instant | None = None
+    source: Source = "billing"
+
+    @property
+    def message_id(self) -> str:
+        """Every version of a subscription is a message of its own."""
+        return f"{self.subscription_id}:{self.version}"
+
+
+class Unsubscribe(VersionedMessage):
+    """No further allocation; what is left expires when the period ends."""
+
+    task, kind, id_field = "wallet.unsubscribe", "unsubscribe", "subscription_id"
+    subscription_id: Id
+    source: Source = "billing"
+
+    @property
+    def message_id(self) -> str:
+        """Every version of a subscription is a message of its own."""
+        return f"{self.subscription_id}:{self.version}"
+
+
+class Configure(VersionedMessage):
+    """Set the wallet's limits, all of them: a field left out goes back to its default.
+
+    `credit_limit`: how far below zero, in credits, the available balance may be reserved.
+    `period_cap`: the most credits that may be used and reserved within one period; null for no cap.
+    """
+
+    task, kind, id_field = "wallet.configure", "configure", "version"
+    credit_limit: Credits = 0
+    period_cap: Credits | None = None
+    source: Source = "admin"
+
+
+MESSAGES: dict[str, type[Message]] = {
+    model.task: model
+    for model in (
+        Start,
+        Finish,
+        Cancel,
+        Fail,
+        Purchase,
+        Grant,
+        Adjust,
+        Refund,
+        Bill,
+        Subscribe,
+        Unsubscribe,
+        Configure,
+    )
+}
+"""Every message by its task name."""
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidMessage:
+    """What could not be read as a message, and why, in words for a person."""
+
+    code: str
+    error: str
+    org_id: str | None
+
+
+def parse(task: str, payload: object) -> Message | InvalidMessage:
+    """Read the JSON value `payload` as the message that `task` takes. Never raises."""
+    model = MESSAGES.get(task)
+    if model is None:
+        return InvalidMessage("unknown_task", f"there is no task named {_shown(task)}", _org_id(payload))
+    if not isinstance(payload, dict):
+        return InvalidMessage(
+            "invalid_message", f"{task}: the message must be a JSON object, got {_shown(payload)}", None
+        )
+    try:
+        return model.model_validate(payload)
+    except ValidationError as error:
+        problems = "; ".join(_sentence(detail) for detail in error.errors(include_url=False))
+        return InvalidMessage("invalid_message", f"{task}: {problems}", _org_id(payload))
+
+
+def _sentence(detail: ErrorDetails) -> str:
+    field = ".".join(_shown_key(part) for part in detail["loc"])
+    match detail["type"]:
+        case "missing":
+            return f"{field} is missing"
+        case "extra_forbidden":
+            return f"{field} is not a field of this message"
+        case "string_unicode":
+            return f"{field} must not contain half a surrogate pair"
+        case "string_pattern_mismatch":
+            return f"{field} must be 1-128 characters of A-Z a-z 0-9 _ . : -, got {_shown(detail['input'])}"
+        case _:
+            problem = detail["msg"].removeprefix("Input ").replace("should be", "must be")
+            return f"{field} {problem[0].lower()}{problem[1:]}, got {_shown(detail['input'])}"
+
+
+def _shown_key(part: object) -> str:
+    return str(part).encode("ascii", "backslashreplace").decode()[:64]
+
+
+def _shown(value: object) -> str:
+    """`value` as short, printable text: a person reads it in a terminal, PostgreSQL stores it."""
+    match value:
+        case dict() | list():
+            return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
+        case None | bool():
+            return json.dumps(value)
+        case _:
+            text = ascii(value)
+            return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _org_id(payload: object) -> str | None:
+    """The organization a bad message names, if it names one that could exist."""
+    match payload:
+        case {"org_id": str(org_id)} if org_id.isascii() and org_id.isprintable() and 1 <= len(org_id) <= 128:
+            return org_id
+        case _:
+            return None

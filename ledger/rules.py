@@ -1,0 +1,614 @@
+"""What a message does to a wallet. Pure: the same arguments give the same decision, and nothing else is looked at.
+
+`decide` answers one message; `begin_due_periods` and `release_expired` are what time alone does, and are applied before any
+message. Every event is made by `_post`, which asserts the arithmetic of the ledger; assertions stay on in production.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from ledger.messages import (
+    MAX_CREDITS,
+    Adjust,
+    Bill,
+    Cancel,
+    Configure,
+    Fail,
+    Finish,
+    Grant,
+    Message,
+    Purchase,
+    Refund,
+    Start,
+    Subscribe,
+    Unsubscribe,
+    WalletMessage,
+    WorkflowMessage,
+)
+from ledger.periods import period_at, period_start
+from ledger.state import (
+    OUTCOMES,
+    Answer,
+    Decision,
+    Event,
+    EventType,
+    PostedMessage,
+    Refusal,
+    Subscription,
+    Wallet,
+    Workflow,
+    WorkflowState,
+)
+
+SCHEDULER = "scheduler"
+"""The source of what time alone does."""
+
+
+class _OutOfRangeError(Exception):
+    """A balance would leave ±(2^53-1)."""
+
+
+def decide(
+    wallet: Wallet,
+    message: Message,
+    now: datetime,
+    *,
+    workflow: Workflow | None = None,
+    subscription: Subscription | None = None,
+    posted: PostedMessage | None = None,
+) -> Decision:
+    """Decide what `message` does to `wallet` at `now`, on which nothing is due any more.
+
+    `workflow`, `subscription` and `posted` are what is known of the workflow and the subscription that the message names
+    and of the same message before. A message that can never be applied is a `refusal`, not an exception.
+    """
+    assert wallet.org_id == message.org_id
+    assert not wallet.is_due(now)
+    assert wallet.last_event_at is None or wallet.last_event_at <= now
+    try:
+        match message:
+            case WorkflowMessage():
+                return _decide_workflow(wallet, message, now, workflow)
+            case WalletMessage() if posted is not None:
+                return _repeat(wallet, message, posted)
+            case WalletMessage():
+                return _decide_wallet(wallet, message, now, workflow, subscription)
+            case _:
+                raise AssertionError(f"no rule for {message!r}")
+    except _OutOfRangeError:
+        return _refuse(wallet, "balance_out_of_range", f"{message.task}: a balance would pass 2^53-1 credits")
+
+
+# Workflows
+
+
+def _decide_workflow(
+    wallet: Wallet, message: WorkflowMessage, now: datetime, workflow: Workflow | None
+) -> Decision:
+    match message:
+        case Start():
+            return _start(wallet, message, now, workflow)
+        case Finish():
+            return _finish(wallet, message, now, workflow)
+        case Cancel() | Fail():
+            return _end(wallet, message, now, workflow)
+        case _:
+            raise AssertionError(f"no rule for {message!r}")
+
+
+def _start(wallet: Wallet, message: Start, now: datetime, workflow: Workflow | None) -> Decision:
+    if workflow is not None and workflow.start_credits is not None:
+        assert workflow.start_answer is not None
+        if workflow.start_credits != message.credits:
+            return _conflict(wallet, message, f"was started with {workflow.start_credits} credits")
+        return _answer(wallet, workflow.start_answer, duplicate=True)
+    if workflow is not None:
+        # A terminal message came first: the amount is remembered, nothing is held.
+        workflow = replace(workflow, start_credits=message.credits, start_answer="already_ended")
+        return _answer(wallet, "already_ended", workflow=workflow)
+
+    workflow = Workflow(
+        message.org_id,
+        message.workflow_id,
+        "rejected",
+        start_credits=message.credits,
+        start_answer=_reservation_answer(wallet, message.credits),
+        project_id=message.project_id,
+        activity_name=message.activity_name,
+    )
+    if workflow.start_answer != "reserved":
+        return _answer(wallet, workflow.start_answer, workflow=workflow)
+
+    expires_at = now + timedelta(seconds=message.expires_in_s)
+    workflow = replace(workflow, state="reserved", expires_at=expires_at)
+    wallet, event = _post(
+        replace(wallet, next_hold_expiry=min(wallet.next_hold_expiry or expires_at, expires_at)),
+        now,
+        "reservation",
+        -message.credits,
+        reserved=message.credits,
+        key=f"start:{message.workflow_id}",
+        source=message.source,
+        metadata=_metadata(message, expires_at=expires_at.isoformat()),
+        workflow=workflow,
+    )
+    return _answer(wallet, "reserved", workflow=workflow, event=event)
+
+
+def _reservation_answer(wallet: Wallet, credits: int) -> Answer:
+    if wallet.available + wallet.credit_limit < credits:
+        return "insufficient_credits"
+    if wallet.period_cap is not None and wallet.period_usage + wallet.reserved + credits > wallet.period_cap:
+        return "period_cap"
+    return "reserved"
+
+
+def _finish(wallet: Wallet, message: Finish, now: datetime, workflow: Workflow | None) -> Decision:
+    if workflow is not None and workflow.finish_credits is not None:
+        if workflow.finish_credits != message.credits:
+            return _conflict(wallet, message, f"was finished with {workflow.finish_credits} credits")
+        return Decision(wallet, "settled", duplicate=True)
+
+    unreserved = workflow is None or workflow.state == "rejected"
+    if workflow is None:
+        workflow = Workflow(message.org_id, message.workflow_id, "settled")
+    released: tuple[Event, ...] = ()
+    if workflow.state == "reserved":
+        wallet, event = _release(wallet, workflow, now, "settled", message.source, _metadata(message))
+        released = (event,)
+    workflow = replace(
+        workflow,
+        state="settled",
+        finish_credits=message.credits,
+        project_id=message.project_id or workflow.project_id,
+        activity_name=message.activity_name or workflow.activity_name,
+    )
+    from_subscription = min(message.credits, wallet.subscription_balance)
+    from_prepaid = message.credits - from_subscription
+    overrun = max(0, from_prepaid - max(0, wallet.prepaid_balance))
+    wallet, usage = _post(
+        wallet,
+        now,
+        "usage",
+        -message.credits,
+        subscription=-from_subscription,
+        prepaid=-from_prepaid,
+        usage=message.credits,
+        key=f"finish:{message.workflow_id}",
+        source=message.source,
+        metadata=_metadata(message, unreserved=unreserved or None, overrun=overrun or None),
+        workflow=workflow,
+    )
+    return Decision(wallet, "settled", events=(*released, usage), workflow=workflow)
+
+
+def _end(wallet: Wallet, message: Cancel | Fail, now: datetime, workflow: Workflow | None) -> Decision:
+    """Cancel or fail. The net effect of a workflow without a finish is zero."""
+    cancelled = isinstance(message, Cancel)
+    state: WorkflowState = "cancelled" if cancelled else "failed"
+    answer: Answer = "already_ended"
+    event = None
+    if workflow is None:
+        workflow, answer = Workflow(message.org_id, message.workflow_id, state), "not_started"
+    elif (earlier := workflow.cancel_answer if cancelled else workflow.fail_answer) is not None:
+        return _answer(wallet, earlier, duplicate=True)
+    elif workflow.state == "reserved":
+        metadata = _metadata(message, given_reason=message.reason)
+        wallet, event = _release(wallet, workflow, now, state, message.source, metadata)
+        workflow, answer = replace(workflow, state=state), "released"
+    workflow = replace(workflow, cancel_answer=answer) if cancelled else replace(workflow, fail_answer=answer)
+    return _answer(wallet, answer, workflow=workflow, event=event)
+
+
+def _answer(
+    wallet: Wallet,
+    answer: Answer,
+    *,
+    duplicate: bool = False,
+    workflow: Workflow | None = None,
+    event: Event | None = None,
+) -> Decision:
+    outcome, reason = OUTCOMES[answer]
+    return Decision(
+        wallet,
+        outcome,
+        reason,
+        duplicate=duplicate,
+        workflow=workflow,
+        events=() if event is None else (event,),
+    )
+
+
+# The wallet's own messages
+
+
+def _decide_wallet(
+    wallet: Wallet,
+    message: WalletMessage,
+    now: datetime,
+    workflow: Workflow | None,
+    subscription: Subscription | None,
+) -> Decision:
+    match message:
+        case Purchase():
+            decision = _post_prepaid(wallet, message, now, "prepaid_purchase")
+        case Grant():
+            decision = _post_prepaid(wallet, message, now, "grant", reason=message.reason)
+        case Adjust():
+            decision = _adjust(wallet, message, now)
+        case Refund():
+            decision = _refund(wallet, message, now, workflow)
+        case Bill():
+            decision = _bill(wallet, message, now)
+        case Subscribe():
+            decision = _subscribe(wallet, message, now, subscription)
+        case Unsubscribe():
+            decision = _unsubscribe(wallet, message, subscription)
+        case Configure():
+            decision = _configure(wallet, message)
+        case _:
+            raise AssertionError(f"no rule for {message!r}")
+    if decision.refusal is not None:
+        return decision
+    posted = PostedMessage(
+        message.org_id,
+        message.kind,
+        message.message_id,
+        message.terms(),
+        decision.outcome,
+        decision.reason,
+    )
+    return replace(decision, posted=posted)
+
+
+def _repeat(wallet: Wallet, message: WalletMessage, posted: PostedMessage) -> Decision:
+    terms = message.terms()
+    changed = [name for name, value in terms.items() if posted.terms.get(name) != value]
+    if changed:
+        said = ", ".join(f"{name} {posted.terms.get(name)!r}" for name in changed)
+        return _conflict(wallet, message, f"was applied with {said}")
+    return Decision(wallet, posted.outcome, posted.reason, duplicate=True)
+
+
+def _post_prepaid(
+    wallet: Wallet,
+    message: Purchase | Grant | Adjust | Refund | Bill,
+    now: datetime,
+    event_type: EventType,
+    **own: Any,
+) -> Decision:
+    """Post the message's credits to the prepaid balance, with the keys `own` in the event's metadata."""
+    wallet, event = _post(
+        wallet,
+        now,
+        event_type,
+        message.credits,
+        prepaid=message.credits,
+        key=f"{message.kind}:{message.message_id}",
+        source=message.source,
+        metadata=_metadata(message, **{message.id_field: message.message_id}, **own),
+    )
+    return Decision(wallet, "posted", events=(event,))
+
+
+def _adjust(wallet: Wallet, message: Adjust, now: datetime) -> Decision:
+    if not message.allow_negative and _overdraws(wallet, message.credits):
+        return _refuse_overdraft(wallet, message)
+    return _post_prepaid(wallet, message, now, "adjustment", reason=message.reason)
+
+
+def _bill(wallet: Wallet, message: Bill, now: datetime) -> Decision:
+    if _overdraws(wallet, message.credits):
+        return _refuse_overdraft(wallet, message)
+    return _post_prepaid(wallet, message, now, "billing", invoice_id=message.invoice_id)
+
+
+def _overdraws(wallet: Wallet, credits: int) -> bool:
+    return credits < 0 and wallet.prepaid_balance + credits < 0
+
+
+def _refuse_overdraft(wallet: Wallet, message: Adjust | Bill) -> Decision:
+    return _refuse(
+        wallet,
+        "insufficient_credits",
+        f"{message.task}: {message.credits} credits would take the prepaid balance of {wallet.prepaid_balance} below zero",
+    )
+
+
+def _refund(wallet: Wallet, message: Refund, now: datetime, workflow: Workflow | None) -> Decision:
+    if message.workflow_id is None:
+        return _post_prepaid(wallet, message, now, "refund")
+    used = 0 if workflow is None else workflow.finish_credits or 0
+    refunded = 0 if workflow is None else workflow.refunded
+    if workflow is None or refunded + message.credits > used:
+        return _refuse(
+            wallet,
+            "refund_exceeds_usage",
+            f"{message.task}: workflow {message.workflow_id} used {used} credits and {refunded} of them were refunded "
+            f"already, so {message.credits} cannot be",
+        )
+    decision = _post_prepaid(wallet, message, now, "refund", workflow_id=message.workflow_id)
+    return replace(decision, workflow=replace(workflow, refunded=refunded + message.credits))
+
+
+def _configure(wallet: Wallet, message: Configure) -> Decision:
+    if message.version <= wallet.config_version:
+        return Decision(wallet, "ignored", "stale_version")
+    wallet = replace(
+        wallet,
+        credit_limit=message.credit_limit,
+        period_cap=message.period_cap,
+        config_version=message.version,
+    )
+    return Decision(wallet, "posted")
+
+
+# Subscriptions
+
+
+def _subscribe(wallet: Wallet, message: Subscribe, now: datetime, known: Subscription | None) -> Decision:
+    if known is not None and message.version <= known.version:
+        return Decision(wallet, "ignored", "stale_version")
+    anchor = known.anchor if known is not None else None
+    if anchor is not None and message.anchor not in (None, anchor):
+        return _conflict(
+            wallet,
+            message,
+            f"has its anchor at {anchor.isoformat()}; a new anchor needs a new subscription_id",
+        )
+    anchor = anchor or message.anchor or now
+    subscription = Subscription(
+        message.org_id,
+        message.subscription_id,
+        message.version,
+        active=True,
+        plan=message.plan,
+        monthly_credits=message.monthly_credits,
+        rollover_limit=message.rollover_limit,
+        anchor=anchor,
+        period=known.period if known is not None else None,
+        period_granted=known.period_granted if known is not None else 0,
+    )
+    wallet = replace(wallet, subscription_id=message.subscription_id)
+    period = period_at(anchor, now)
+    events: tuple[Event, ...] = ()
+    if period is None:
+        wallet = replace(wallet, next_period_at=anchor)
+    elif subscription.period != period:
+        wallet, subscription, events = _begin_period(wallet, subscription, period, now)
+    else:
+        wallet = replace(wallet, next_period_at=period_start(anchor, period + 1))
+        wallet, subscription, events = _raise_allocation(wallet, subscription, message, now)
+    return Decision(wallet, "posted", events=events, subscription=subscription)
+
+
+def _unsubscribe(wallet: Wallet, message: Unsubscribe, known: Subscription | None) -> Decision:
+    if known is None:
+        tombstone = Subscription(message.org_id, message.subscription_id, message.version, active=False)
+        return Decision(wallet, "ignored", "not_subscribed", subscription=tombstone)
+    if message.version <= known.version:
+        return Decision(wallet, "ignored", "stale_version")
+    if wallet.subscription_id == known.subscription_id and known.period is None:
+        # It never began, so there is no period to end.
+        wallet = replace(wallet, subscription_id=None, next_period_at=None)
+    return Decision(wallet, "posted", subscription=replace(known, version=message.version, active=False))
+
+
+def begin_due_periods(
+    wallet: Wallet, subscription: Subscription, now: datetime
+) -> tuple[Wallet, Subscription, tuple[Event, ...]]:
+    """Begin every period of the wallet's subscription that is due at `now`, one by one, in order."""
+    assert wallet.subscription_id == subscription.subscription_id
+    events: tuple[Event, ...] = ()
+    while wallet.next_period_at is not None and wallet.next_period_at <= now:
+        period = 0 if subscription.period is None else subscription.period + 1
+        if subscription.active:
+            wallet, subscription, begun = _begin_period(wallet, subscription, period, now)
+        else:
+            wallet, begun = _expire(wallet, subscription, period, now, rollover_limit=0)
+            wallet = replace(wallet, subscription_id=None, next_period_at=None)
+        events += begun
+    return wallet, subscription, events
+
+
+def _begin_period(
+    wallet: Wallet, subscription: Subscription, period: int, now: datetime
+) -> tuple[Wallet, Subscription, tuple[Event, ...]]:
+    assert subscription.anchor is not None
+    assert subscription.period is None or subscription.period < period
+    ends_at = period_start(subscription.anchor, period + 1)
+    wallet, expired = _expire(wallet, subscription, period, now, rollover_limit=subscription.rollover_limit)
+    wallet, credit = _allocate(
+        replace(wallet, next_period_at=ends_at, period_usage=0),
+        subscription,
+        subscription.monthly_credits,
+        now,
+        key=f"subscription:{subscription.subscription_id}:{period}",
+        source=SCHEDULER,
+        metadata={
+            "subscription_id": subscription.subscription_id,
+            "plan": subscription.plan,
+            "period_start": period_start(subscription.anchor, period).isoformat(),
+            "period_end": ends_at.isoformat(),
+        },
+    )
+    subscription = replace(subscription, period=period, period_granted=subscription.monthly_credits)
+    return wallet, subscription, (*expired, credit)
+
+
+def _raise_allocation(
+    wallet: Wallet, subscription: Subscription, message: Subscribe, now: datetime
+) -> tuple[Wallet, Subscription, tuple[Event, ...]]:
+    """Within a period a plan change only adds what exceeds the most that the period was granted already."""
+    difference = subscription.monthly_credits - subscription.period_granted
+    if difference <= 0:
+        return wallet, subscription, ()
+    wallet, event = _allocate(
+        wallet,
+        subscription,
+        difference,
+        now,
+        key=f"subscription:{subscription.subscription_id}:{subscription.period}:{subscription.version}",
+        source=message.source,
+        metadata=_metadata(
+            message,
+            subscription_id=subscription.subscription_id,
+            plan=subscription.plan,
+            reason="plan_change",
+        ),
+    )
+    return wallet, replace(subscription, period_granted=subscription.monthly_credits), (event,)
+
+
+def _allocate(
+    wallet: Wallet,
+    subscription: Subscription,
+    credits: int,
+    now: datetime,
+    *,
+    key: str,
+    source: str,
+    metadata: dict[str, Any],
+) -> tuple[Wallet, Event]:
+    # Time cannot be refused: a wallet that is full takes what fits, and the event says what did not.
+    granted = min(credits, MAX_CREDITS - wallet.balance, MAX_CREDITS - wallet.subscription_balance)
+    if granted < credits:
+        metadata["not_granted"] = credits - granted
+    return _post(
+        wallet,
+        now,
+        "subscription_credit",
+        granted,
+        subscription=granted,
+        key=key,
+        source=source,
+        metadata=metadata,
+    )
+
+
+def _expire(
+    wallet: Wallet, subscription: Subscription, period: int, now: datetime, *, rollover_limit: int
+) -> tuple[Wallet, tuple[Event, ...]]:
+    excess = wallet.subscription_balance - rollover_limit
+    if excess <= 0:
+        return wallet, ()
+    wallet, event = _post(
+        wallet,
+        now,
+        "adjustment",
+        -excess,
+        subscription=-excess,
+        key=f"subscription:{subscription.subscription_id}:{period}:{subscription.version}:expired",
+        source=SCHEDULER,
+        metadata={"reason": "subscription_expired", "subscription_id": subscription.subscription_id},
+    )
+    return wallet, (event,)
+
+
+# Reservations that end without a message
+
+
+def release_expired(wallet: Wallet, workflow: Workflow, now: datetime) -> tuple[Wallet, Workflow, Event]:
+    """Release the reservation of `workflow`, which has expired by `now`."""
+    assert workflow.state == "reserved"
+    assert workflow.expires_at is not None
+    assert workflow.expires_at <= now
+    wallet, event = _release(wallet, workflow, now, "expired", SCHEDULER, {})
+    return wallet, replace(workflow, state="expired"), event
+
+
+def _release(
+    wallet: Wallet, workflow: Workflow, now: datetime, reason: str, source: str, metadata: Mapping[str, Any]
+) -> tuple[Wallet, Event]:
+    assert workflow.start_credits is not None
+    return _post(
+        wallet,
+        now,
+        "reservation_released",
+        workflow.start_credits,
+        reserved=-workflow.start_credits,
+        key=f"release:{workflow.workflow_id}",
+        source=source,
+        metadata={**metadata, "reason": reason},
+        workflow=workflow,
+    )
+
+
+# Every event is made here
+
+
+def _post(
+    wallet: Wallet,
+    now: datetime,
+    event_type: EventType,
+    credits: int,
+    *,
+    key: str,
+    source: str,
+    metadata: Mapping[str, Any],
+    prepaid: int = 0,
+    subscription: int = 0,
+    reserved: int = 0,
+    usage: int = 0,
+    workflow: Workflow | None = None,
+) -> tuple[Wallet, Event]:
+    """Append one event: change the balances by the given amounts and number the event."""
+    after = replace(
+        wallet,
+        last_seq=wallet.last_seq + 1,
+        last_event_at=now,
+        prepaid_balance=wallet.prepaid_balance + prepaid,
+        subscription_balance=wallet.subscription_balance + subscription,
+        reserved=wallet.reserved + reserved,
+        period_usage=wallet.period_usage + usage,
+    )
+    assert after.available == wallet.available + credits
+    assert 0 <= after.subscription_balance <= MAX_CREDITS
+    assert after.reserved >= 0
+    assert after.period_usage >= 0
+    # These two bound the available balance too, whatever expires later.
+    if (
+        after.balance > MAX_CREDITS
+        or after.prepaid_balance - after.reserved < -MAX_CREDITS
+        or after.reserved > MAX_CREDITS
+        or after.period_usage > MAX_CREDITS
+    ):
+        raise _OutOfRangeError
+    return after, Event(
+        org_id=wallet.org_id,
+        seq=after.last_seq,
+        created_at=now,
+        event_type=event_type,
+        source=source,
+        workflow_id=None if workflow is None else workflow.workflow_id,
+        project_id=None if workflow is None else workflow.project_id,
+        activity_name=None if workflow is None else workflow.activity_name,
+        credits=credits,
+        prepaid_balance_after=after.prepaid_balance,
+        subscription_balance_after=after.subscription_balance,
+        reserved_after=after.reserved,
+        period_usage_after=after.period_usage,
+        idempotency_key=key,
+        metadata=metadata,
+    )
+
+
+def _metadata(message: Message, **own: Any) -> dict[str, Any]:
+    """The message's metadata, under the ledger's own keys: those win, and those that are None say nothing."""
+    occurred_at = None if message.occurred_at is None else message.occurred_at.isoformat()
+    return {
+        **message.metadata,
+        **{name: value for name, value in own.items() if value is not None},
+        **({} if occurred_at is None else {"occurred_at": occurred_at}),
+    }
+
+
+def _refuse(wallet: Wallet, code: str, error: str) -> Decision:
+    return Decision(wallet, refusal=Refusal(code, error))
+
+
+def _conflict(wallet: Wallet, message: WorkflowMessage | WalletMessage, earlier: str) -> Decision:
+    name = message.workflow_id if isinstance(message, WorkflowMessage) else message.message_id
+    return _refuse(wallet, "conflict", f"{message.task}: {name} {earlier}, so this message contradicts it")

@@ -1,0 +1,170 @@
+"""The ledger's values: immutable, without behaviour beyond what can be derived from them.
+
+The fields of `Wallet`, `Workflow`, `Subscription`, `PostedMessage` and `Event` are the columns of their tables, by name.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+EventType = Literal[
+    "usage",
+    "prepaid_purchase",
+    "subscription_credit",
+    "billing",
+    "adjustment",
+    "grant",
+    "refund",
+    "reservation",
+    "reservation_released",
+]
+WorkflowState = Literal["reserved", "rejected", "settled", "cancelled", "failed", "expired"]
+OutcomeName = Literal["reserved", "rejected", "settled", "released", "posted", "ignored"]
+Answer = Literal["reserved", "insufficient_credits", "period_cap", "released", "not_started", "already_ended"]
+
+OUTCOMES: dict[Answer, tuple[OutcomeName, str | None]] = {
+    "reserved": ("reserved", None),
+    "insufficient_credits": ("rejected", "insufficient_credits"),
+    "period_cap": ("rejected", "period_cap"),
+    "released": ("released", None),
+    "not_started": ("ignored", "not_started"),
+    "already_ended": ("ignored", "already_ended"),
+}
+"""The outcome and the reason that each answer to a start, a cancel or a fail stands for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wallet:
+    """An organization's balances, in credits, and what the ledger has to remember about the organization."""
+
+    org_id: str
+    last_seq: int = 0
+    last_event_at: datetime | None = None
+    prepaid_balance: int = 0
+    subscription_balance: int = 0
+    reserved: int = 0
+    period_usage: int = 0
+    credit_limit: int = 0
+    period_cap: int | None = None
+    config_version: int = 0
+    subscription_id: str | None = None
+    """The subscription that allocates credits now, if any."""
+    next_period_at: datetime | None = None
+    """When its next period begins (or, once unsubscribed, when what is left expires)."""
+    next_hold_expiry: datetime | None = None
+    """No open reservation expires before this. None: there is none."""
+
+    @property
+    def balance(self) -> int:
+        """All credits of the wallet, held ones included."""
+        return self.subscription_balance + self.prepaid_balance
+
+    @property
+    def available(self) -> int:
+        """What a workflow may still reserve, before any credit limit."""
+        return self.balance - self.reserved
+
+    def is_due(self, now: datetime) -> bool:
+        """Whether a period begins or a reservation expires by `now`."""
+        return (self.next_period_at is not None and self.next_period_at <= now) or (
+            self.next_hold_expiry is not None and self.next_hold_expiry <= now
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Workflow:
+    """One run in the engine: the amounts of its messages, and how each of them was answered the first time."""
+
+    org_id: str
+    workflow_id: str
+    state: WorkflowState
+    start_credits: int | None = None
+    start_answer: Answer | None = None
+    expires_at: datetime | None = None
+    finish_credits: int | None = None
+    cancel_answer: Answer | None = None
+    fail_answer: Answer | None = None
+    refunded: int = 0
+    project_id: str | None = None
+    activity_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Subscription:
+    """What is known of one subscription: its newest version, and the last period that it began."""
+
+    org_id: str
+    subscription_id: str
+    version: int
+    active: bool
+    plan: str | None = None
+    monthly_credits: int = 0
+    rollover_limit: int = 0
+    anchor: datetime | None = None
+    """When period 0 starts. None as long as only an unsubscription has arrived."""
+    period: int | None = None
+    """The number of the last period that began."""
+    period_granted: int = 0
+    """The most credits that were granted in that period."""
+
+
+@dataclass(frozen=True, slots=True)
+class PostedMessage:
+    """A wallet message that was applied: what it said and how it was answered."""
+
+    org_id: str
+    kind: str
+    message_id: str
+    terms: Mapping[str, Any]
+    outcome: OutcomeName
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One immutable row of the credit history, with the whole wallet as it is after it."""
+
+    org_id: str
+    seq: int
+    created_at: datetime
+    event_type: EventType
+    source: str
+    workflow_id: str | None
+    project_id: str | None
+    activity_name: str | None
+    credits: int
+    """The signed effect on the available balance."""
+    prepaid_balance_after: int
+    subscription_balance_after: int
+    reserved_after: int
+    period_usage_after: int
+    idempotency_key: str
+    """What caused the event, unique within the organization."""
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a message cannot be applied, now or by trying again: it becomes a dead letter."""
+
+    code: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a message does: the answer, the new state of what it touches, and the events to append.
+
+    A record that is None is left as it is. A decision with a `refusal` changes nothing.
+    """
+
+    wallet: Wallet
+    outcome: OutcomeName = "ignored"
+    reason: str | None = None
+    duplicate: bool = False
+    events: tuple[Event, ...] = ()
+    workflow: Workflow | None = None
+    subscription: Subscription | None = None
+    posted: PostedMessage | None = None
+    refusal: Refusal | None = None

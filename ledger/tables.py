@@ -1,0 +1,255 @@
+"""The tables, as SQLAlchemy Core sees them; `migrations/` creates them, and a test holds the two together.
+
+Every CHECK restates a rule of the ledger, so that a row which the rules could not have made is refused by the database too.
+Every key begins with `org_id`, so that the tables can be distributed by it; only dead letters, which may name no organization,
+have a number of their own.
+"""
+
+from typing import get_args
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    UniqueConstraint,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.types import TypeEngine
+
+from ledger.messages import MAX_CREDITS
+from ledger.state import Answer, EventType, OutcomeName, WorkflowState
+
+metadata = MetaData()
+
+
+def _check(name: str, rule: str) -> CheckConstraint:
+    return CheckConstraint(rule, name=name)
+
+
+def _one_of(column: str, choices: object) -> str:
+    return f"{column} IN ({', '.join(repr(choice) for choice in get_args(choices))})"
+
+
+def _column(name: str, column_type: TypeEngine[object] | type[TypeEngine[object]]) -> Column[object]:
+    return Column(name, column_type, nullable=False)
+
+
+def _optional(name: str, column_type: TypeEngine[object] | type[TypeEngine[object]]) -> Column[object]:
+    return Column(name, column_type, nullable=True)
+
+
+Instant = DateTime(timezone=True)
+
+_ID = r"~ '^[A-Za-z0-9_.:-]{1,128}$'"
+
+# What the balances of a wallet satisfy, in the table of wallets and after every event.
+_BALANCE_RULES = {
+    "balance_upper_bound": f"prepaid_balance{{0}} + subscription_balance{{0}} <= {MAX_CREDITS}",
+    "available_lower_bound": f"prepaid_balance{{0}} - reserved{{0}} >= -{MAX_CREDITS}",
+    "subscription_balance_range": f"subscription_balance{{0}} BETWEEN 0 AND {MAX_CREDITS}",
+    "reserved_range": f"reserved{{0}} BETWEEN 0 AND {MAX_CREDITS}",
+    "prepaid_balance_range": f"prepaid_balance{{0}} BETWEEN -{MAX_CREDITS} AND {MAX_CREDITS}",
+    "period_usage_range": f"period_usage{{0}} BETWEEN 0 AND {MAX_CREDITS}",
+}
+
+wallets = Table(
+    "wallets",
+    metadata,
+    _column("org_id", Text),
+    _column("last_seq", BigInteger),
+    _optional("last_event_at", Instant),
+    _column("prepaid_balance", BigInteger),
+    _column("subscription_balance", BigInteger),
+    _column("reserved", BigInteger),
+    _column("period_usage", BigInteger),
+    _column("credit_limit", BigInteger),
+    _optional("period_cap", BigInteger),
+    _column("config_version", BigInteger),
+    _optional("subscription_id", Text),
+    _optional("next_period_at", Instant),
+    _optional("next_hold_expiry", Instant),
+    PrimaryKeyConstraint("org_id", name="wallets_pkey"),
+    *(_check(f"wallets_{name}", rule.format("")) for name, rule in _BALANCE_RULES.items()),
+    _check("wallets_org_id", f"org_id {_ID}"),
+    _check("wallets_last_seq", "last_seq >= 0 AND (last_seq = 0) = (last_event_at IS NULL)"),
+    _check("wallets_credit_limit", f"credit_limit BETWEEN 0 AND {MAX_CREDITS}"),
+    _check("wallets_period_cap", f"period_cap BETWEEN 0 AND {MAX_CREDITS}"),
+    _check("wallets_config_version", f"config_version BETWEEN 0 AND {MAX_CREDITS}"),
+    _check("wallets_subscription", "(subscription_id IS NULL) = (next_period_at IS NULL)"),
+    _check("wallets_next_hold_expiry", "reserved = 0 OR next_hold_expiry IS NOT NULL"),
+    # What time alone does is found through these two.
+    Index(
+        "wallets_due_periods", "next_period_at", "org_id", postgresql_where=text("next_period_at IS NOT NULL")
+    ),
+    Index(
+        "wallets_due_holds",
+        "next_hold_expiry",
+        "org_id",
+        postgresql_where=text("next_hold_expiry IS NOT NULL"),
+    ),
+)
+
+workflows = Table(
+    "workflows",
+    metadata,
+    _column("org_id", Text),
+    _column("workflow_id", Text),
+    _column("state", Text),
+    _optional("start_credits", BigInteger),
+    _optional("start_answer", Text),
+    _optional("expires_at", Instant),
+    _optional("finish_credits", BigInteger),
+    _optional("cancel_answer", Text),
+    _optional("fail_answer", Text),
+    _column("refunded", BigInteger),
+    _optional("project_id", Text),
+    _optional("activity_name", Text),
+    PrimaryKeyConstraint("org_id", "workflow_id", name="workflows_pkey"),
+    _check("workflows_ids", f"org_id {_ID} AND workflow_id {_ID} AND project_id {_ID}"),
+    _check("workflows_state", _one_of("state", WorkflowState)),
+    _check("workflows_start_credits", f"start_credits BETWEEN 0 AND {MAX_CREDITS}"),
+    _check("workflows_finish_credits", f"finish_credits BETWEEN 0 AND {MAX_CREDITS}"),
+    _check("workflows_start", "(start_credits IS NULL) = (start_answer IS NULL)"),
+    _check("workflows_start_answer", _one_of("start_answer", Answer)),
+    _check("workflows_cancel_answer", _one_of("cancel_answer", Answer)),
+    _check("workflows_fail_answer", _one_of("fail_answer", Answer)),
+    _check("workflows_settled", "(state = 'settled') = (finish_credits IS NOT NULL)"),
+    _check("workflows_hold", "COALESCE(start_answer = 'reserved', false) = (expires_at IS NOT NULL)"),
+    _check("workflows_reserved", "state NOT IN ('reserved', 'expired') OR expires_at IS NOT NULL"),
+    _check("workflows_refunded", "refunded BETWEEN 0 AND COALESCE(finish_credits, 0)"),
+    Index("workflows_open_holds", "org_id", "expires_at", postgresql_where=text("state = 'reserved'")),
+)
+
+subscriptions = Table(
+    "subscriptions",
+    metadata,
+    _column("org_id", Text),
+    _column("subscription_id", Text),
+    _column("version", BigInteger),
+    _column("active", Boolean),
+    _optional("plan", Text),
+    _column("monthly_credits", BigInteger),
+    _column("rollover_limit", BigInteger),
+    _optional("anchor", Instant),
+    _optional("period", Integer),
+    _column("period_granted", BigInteger),
+    PrimaryKeyConstraint("org_id", "subscription_id", name="subscriptions_pkey"),
+    _check("subscriptions_ids", f"org_id {_ID} AND subscription_id {_ID}"),
+    _check("subscriptions_version", f"version BETWEEN 1 AND {MAX_CREDITS}"),
+    _check("subscriptions_monthly_credits", f"monthly_credits BETWEEN 0 AND {MAX_CREDITS}"),
+    _check("subscriptions_rollover_limit", f"rollover_limit BETWEEN 0 AND {MAX_CREDITS}"),
+    _check("subscriptions_period_granted", f"period_granted BETWEEN 0 AND {MAX_CREDITS}"),
+    _check("subscriptions_active", "NOT active OR (plan IS NOT NULL AND anchor IS NOT NULL)"),
+    _check("subscriptions_period", "period IS NULL OR (period >= 0 AND anchor IS NOT NULL)"),
+)
+
+posted_messages = Table(
+    "posted_messages",
+    metadata,
+    _column("org_id", Text),
+    _column("kind", Text),
+    _column("message_id", Text),
+    _column("terms", JSONB),
+    _column("outcome", Text),
+    _optional("reason", Text),
+    PrimaryKeyConstraint("org_id", "kind", "message_id", name="posted_messages_pkey"),
+    _check("posted_messages_terms", "jsonb_typeof(terms) = 'object'"),
+    _check("posted_messages_outcome", _one_of("outcome", OutcomeName)),
+)
+
+_WORKFLOW_EVENTS = "('reservation', 'reservation_released', 'usage')"
+
+credit_events = Table(
+    "credit_events",
+    metadata,
+    _column("org_id", Text),
+    _column("seq", BigInteger),
+    _column("created_at", Instant),
+    _column("event_type", Text),
+    _column("source", Text),
+    _optional("workflow_id", Text),
+    _optional("project_id", Text),
+    _optional("activity_name", Text),
+    _column("credits", BigInteger),
+    _column("prepaid_balance_after", BigInteger),
+    _column("subscription_balance_after", BigInteger),
+    _column("reserved_after", BigInteger),
+    _column("period_usage_after", BigInteger),
+    _column("idempotency_key", Text),
+    _column("metadata", JSONB),
+    PrimaryKeyConstraint("org_id", "seq", name="credit_events_pkey"),
+    UniqueConstraint("org_id", "idempotency_key", name="credit_events_idempotency_key"),
+    *(_check(f"credit_events_{name}", rule.format("_after")) for name, rule in _BALANCE_RULES.items()),
+    _check("credit_events_seq", "seq >= 1"),
+    _check("credit_events_event_type", _one_of("event_type", EventType)),
+    _check("credit_events_source", "length(source) BETWEEN 1 AND 64"),
+    _check("credit_events_credits", f"credits BETWEEN -{MAX_CREDITS} AND {MAX_CREDITS}"),
+    _check(
+        "credit_events_sign",
+        "CASE event_type"
+        " WHEN 'reservation' THEN credits <= 0 WHEN 'usage' THEN credits <= 0"
+        " WHEN 'reservation_released' THEN credits >= 0 WHEN 'subscription_credit' THEN credits >= 0"
+        " WHEN 'adjustment' THEN credits <> 0 WHEN 'billing' THEN true ELSE credits > 0 END",
+    ),
+    _check("credit_events_workflow_id", f"(workflow_id IS NOT NULL) = (event_type IN {_WORKFLOW_EVENTS})"),
+    _check(
+        "credit_events_overdraft", "event_type <> 'billing' OR credits >= 0 OR prepaid_balance_after >= 0"
+    ),
+    _check("credit_events_usage", "event_type <> 'usage' OR period_usage_after >= -credits"),
+    _check("credit_events_hold", "event_type <> 'reservation' OR reserved_after >= -credits"),
+    _check("credit_events_metadata", "jsonb_typeof(metadata) = 'object'"),
+    _check(
+        "credit_events_release_reason",
+        "event_type <> 'reservation_released'"
+        " OR COALESCE(metadata ->> 'reason' IN ('settled', 'cancelled', 'failed', 'expired'), false)",
+    ),
+)
+
+dead_letters = Table(
+    "dead_letters",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), nullable=False),
+    Column("status", Text, nullable=False, server_default="open"),
+    _column("task", Text),
+    _optional("org_id", Text),
+    _column("body", LargeBinary),
+    _column("body_sha256", LargeBinary),
+    _column("error_code", Text),
+    _column("error", Text),
+    _optional("traceback", Text),
+    _column("attempts", BigInteger),
+    Column("first_failed_at", Instant, nullable=False, server_default=func.clock_timestamp()),
+    Column("last_failed_at", Instant, nullable=False, server_default=func.clock_timestamp()),
+    _optional("resolved_at", Instant),
+    _optional("resolved_by", Text),
+    _optional("resolution", Text),
+    PrimaryKeyConstraint("id", name="dead_letters_pkey"),
+    _check("dead_letters_status", "status IN ('open', 'replayed', 'discarded')"),
+    _check("dead_letters_attempts", "attempts >= 1"),
+    _check("dead_letters_times", "last_failed_at >= first_failed_at"),
+    _check(
+        "dead_letters_resolved",
+        "CASE WHEN status = 'open' THEN resolved_at IS NULL AND resolved_by IS NULL AND resolution IS NULL"
+        " ELSE resolved_at IS NOT NULL AND resolved_by IS NOT NULL AND resolution IS NOT NULL END",
+    ),
+    # The same message that fails again is the same dead letter, as long as nobody has dealt with it.
+    Index(
+        "dead_letters_open_message",
+        "task",
+        "body_sha256",
+        unique=True,
+        postgresql_where=text("status = 'open'"),
+    ),
+)

