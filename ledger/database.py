@@ -23,9 +23,9 @@ _SESSION_OPTIONS = " ".join(
     )
 )
 
-# Nothing in a message can cause these; they end when the database is well again: connection (08), invalid transaction state and
-# read-only (25), rollback and deadlock (40), schema or rights not there yet (42), resources (53), not in the right
-# state, lock not available (55), operator intervention (57), system (58).
+# Nothing in a message can cause these, and they end when the database is well again: connection (08), read-only (25),
+# rollback and deadlock (40), schema or rights not there yet (42), resources (53), lock not available (55), operator
+# intervention (57), system (58).
 _TRANSIENT_CLASSES = frozenset({"08", "25", "40", "42", "53", "55", "57", "58"})
 
 
@@ -41,9 +41,7 @@ def connect(url: str) -> Engine:
     try:
         parsed = make_url(url)
     except ArgumentError:
-        raise DatabaseURLError(
-            "is not a URL; it looks like postgresql+psycopg://user:password@host/database"
-        ) from None
+        raise DatabaseURLError("is not a URL; it looks like postgresql+psycopg://user:password@host/database") from None
     if parsed.drivername != "postgresql+psycopg":
         raise DatabaseURLError(f"must begin with postgresql+psycopg://, not {parsed.drivername}://")
     engine = create_engine(

@@ -1,7 +1,8 @@
 """Dead letters: what arrived and could not be applied, kept with the reason until an operator has dealt with it.
 
-A letter is written in the transaction that decides about the message, so it is there before the message is acknowledged. The same
-message failing again (a redelivery, a second try) counts as another attempt of the same open letter.
+A letter is written in the transaction that decides about the message, so it is there before the message is
+acknowledged. The same message failing again (a redelivery, a second try) counts as another attempt of the same open
+letter.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Month arithmetic of subscription periods, in UTC. Pure.
 
-Period `k` (0, 1, 2, ...) starts at the anchor plus `k` months and ends where the next one starts. The anchor's day is clamped
-to the month's length and always counted from the anchor, so 31 January gives 28 February, then 31 March.
+Period `k` (0, 1, 2, …) starts at the anchor plus `k` months and ends where the next one starts. The anchor's day is
+clamped to the month's length and always counted from the anchor, so 31 January gives 28 February, then 31 March.
 """
 
 import calendar

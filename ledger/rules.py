@@ -1,6 +1,6 @@
 """What a message does to a wallet. Pure: the same arguments give the same decision, and nothing else is looked at.
 
-`decide` answers one message; `begin_due_periods` and `release_expired` are what time alone does, and are applied before any
+`decide` answers one message; `begin_due_periods` and `release_expired` are what time alone does, applied before any
 message. Every event is made by `_post`, which asserts the arithmetic of the ledger; assertions stay on in production.
 """
 
@@ -61,8 +61,8 @@ def decide(
 ) -> Decision:
     """Decide what `message` does to `wallet` at `now`, on which nothing is due any more.
 
-    `workflow`, `subscription` and `posted` are what is known of the workflow and the subscription that the message names
-    and of the same message before. A message that can never be applied is a `refusal`, not an exception.
+    `workflow`, `subscription` and `posted` are what is known of the workflow and the subscription that the message
+    names, and of the same message before. What cannot be applied is a `refusal` in the decision, not an exception.
     """
     assert wallet.org_id == message.org_id
     assert not wallet.is_due(now)
@@ -84,9 +84,7 @@ def decide(
 # Workflows
 
 
-def _decide_workflow(
-    wallet: Wallet, message: WorkflowMessage, now: datetime, workflow: Workflow | None
-) -> Decision:
+def _decide_workflow(wallet: Wallet, message: WorkflowMessage, now: datetime, workflow: Workflow | None) -> Decision:
     match message:
         case Start():
             return _start(wallet, message, now, workflow)
@@ -109,17 +107,18 @@ def _start(wallet: Wallet, message: Start, now: datetime, workflow: Workflow | N
         workflow = replace(workflow, start_credits=message.credits, start_answer="already_ended")
         return _answer(wallet, "already_ended", workflow=workflow)
 
+    answer = _reservation_answer(wallet, message.credits)
     workflow = Workflow(
         message.org_id,
         message.workflow_id,
         "rejected",
         start_credits=message.credits,
-        start_answer=_reservation_answer(wallet, message.credits),
+        start_answer=answer,
         project_id=message.project_id,
         activity_name=message.activity_name,
     )
-    if workflow.start_answer != "reserved":
-        return _answer(wallet, workflow.start_answer, workflow=workflow)
+    if answer != "reserved":
+        return _answer(wallet, answer, workflow=workflow)
 
     expires_at = now + timedelta(seconds=message.expires_in_s)
     workflow = replace(workflow, state="reserved", expires_at=expires_at)
@@ -313,7 +312,7 @@ def _refuse_overdraft(wallet: Wallet, message: Adjust | Bill) -> Decision:
     return _refuse(
         wallet,
         "insufficient_credits",
-        f"{message.task}: {message.credits} credits would take the prepaid balance of {wallet.prepaid_balance} below zero",
+        f"{message.task}: {message.credits} credits would take the prepaid balance, {wallet.prepaid_balance}, below zero",
     )
 
 
@@ -422,7 +421,6 @@ def _begin_period(
     wallet, expired = _expire(wallet, subscription, period, now, rollover_limit=subscription.rollover_limit)
     wallet, credit = _allocate(
         replace(wallet, next_period_at=ends_at, period_usage=0),
-        subscription,
         subscription.monthly_credits,
         now,
         key=f"subscription:{subscription.subscription_id}:{period}",
@@ -447,7 +445,6 @@ def _raise_allocation(
         return wallet, subscription, ()
     wallet, event = _allocate(
         wallet,
-        subscription,
         difference,
         now,
         key=f"subscription:{subscription.subscription_id}:{subscription.period}:{subscription.version}",
@@ -464,7 +461,6 @@ def _raise_allocation(
 
 def _allocate(
     wallet: Wallet,
-    subscription: Subscription,
     credits: int,
     now: datetime,
     *,

@@ -1,6 +1,7 @@
 """What time alone does, for wallets that nothing else touches: periods begin, reservations expire.
 
-Every message does the same for its own wallet first, so these runs may come late, twice or at once: the ledger ends up the same.
+Every message does the same for its own wallet first, so these runs may come late, twice or at once: the ledger ends up
+the same.
 """
 
 from datetime import datetime
@@ -31,11 +32,7 @@ def release_expired(engine: Engine) -> int:
 
 
 def _catch_up_due(engine: Engine, due_at: ColumnElement[datetime], *, task: str) -> int:
-    due = (
-        select(due_at, wallets.c.org_id)
-        .where(due_at <= func.clock_timestamp())
-        .order_by(due_at, wallets.c.org_id)
-    )
+    due = select(due_at, wallets.c.org_id).where(due_at <= func.clock_timestamp()).order_by(due_at, wallets.c.org_id)
     after: tuple[datetime, str] | None = None
     written = 0
     while True:

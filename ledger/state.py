@@ -1,6 +1,6 @@
 """The ledger's values: immutable, without behaviour beyond what can be derived from them.
 
-The fields of `Wallet`, `Workflow`, `Subscription`, `PostedMessage` and `Event` are the columns of their tables, by name.
+The fields of `Wallet`, `Workflow`, `Subscription`, `PostedMessage` and `Event` are the columns of their tables.
 """
 
 from collections.abc import Mapping

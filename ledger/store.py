@@ -1,12 +1,12 @@
 """The only place that writes to the ledger: a batch of messages becomes one transaction.
 
-`apply_batch` locks the wallets concerned in the order of their ids, loads what the messages name, lets `rules` decide one message
-after the other, and writes the result set by set: the number of statements does not depend on the number of messages.
-What cannot be applied becomes a dead letter in the same transaction. When a batch fails for a reason of its own making, it
-is halved until the culprit stands alone, so its neighbours are applied all the same.
+`apply_batch` locks the wallets concerned in the order of their ids, loads what the messages name, lets `rules` decide
+one message after the other, and writes the result set by set: the number of statements does not depend on the number
+of messages. What cannot be applied becomes a dead letter in the same transaction. When a batch fails for a reason of
+its own making, it is halved until the culprit stands alone, so its neighbours are applied all the same.
 
-A fault of the database (see `database.is_transient`) is raised as it is: nothing of the batch, or all of it, has happened,
-and applying it again is safe.
+A fault of the database (see `database.is_transient`) is raised as it is: nothing of the batch, or all of it, has
+happened, and applying it again is safe.
 """
 
 import json
@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import psycopg
 from psycopg.rows import args_row
-from sqlalchemy import Engine, Table
+from sqlalchemy import Dialect, Engine, Table
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import JSONB
 
@@ -97,8 +97,8 @@ def apply_batch(engine: Engine, deliveries: Sequence[Delivery]) -> list[Result |
 def catch_up(engine: Engine, org_ids: Sequence[str], *, task: str) -> int:
     """Begin the periods and release the reservations that are due in the wallets `org_ids`.
 
-    A wallet that somebody else holds is left out: whoever holds it does the same. `task` is named in a dead letter, should
-    that become necessary. Answers with the number of events written. Raises a database error that is transient.
+    A wallet that somebody else holds is left out: whoever holds it does the same. `task` is named in a dead letter,
+    should that become necessary. Answers with the number of events written. Raises a database error that is transient.
     """
 
     def bury(engine: Engine, org_id: str, error: Exception) -> int:
@@ -201,8 +201,7 @@ class _WorkingSet:
         self.wallets = {wallet.org_id: wallet for wallet in locked}
         # The database's clock, but never before what the wallet has already seen.
         self.now = {
-            org_id: max(database_now, wallet.last_event_at or database_now)
-            for org_id, wallet in self.wallets.items()
+            org_id: max(database_now, wallet.last_event_at or database_now) for org_id, wallet in self.wallets.items()
         }
         self.workflows: dict[tuple[str, str], Workflow] = {}
         self.subscriptions: dict[tuple[str, str], Subscription] = {}
@@ -266,16 +265,12 @@ class _WorkingSet:
     def _post_due(self, connection: Connection, named_subscriptions: set[tuple[str, str]]) -> None:
         """Do what time alone does, before any message; load the subscriptions that this or a message needs."""
         due = [wallet for wallet in self.wallets.values() if wallet.is_due(self.now[wallet.org_id])]
-        current = {
-            (wallet.org_id, wallet.subscription_id) for wallet in due if wallet.subscription_id is not None
-        }
+        current = {(wallet.org_id, wallet.subscription_id) for wallet in due if wallet.subscription_id is not None}
         if not due and not named_subscriptions:
             return
         due_at = [[wallet.org_id for wallet in due], [self.now[wallet.org_id] for wallet in due]]
         with connection.pipeline():
-            subscriptions = _select(
-                connection, Subscription, _SUBSCRIPTIONS, _arrays(current | named_subscriptions, 2)
-            )
+            subscriptions = _select(connection, Subscription, _SUBSCRIPTIONS, _arrays(current | named_subscriptions, 2))
             expired = _select(connection, Workflow, _EXPIRED_HOLDS, due_at)
             next_expiry = connection.execute(_NEXT_HOLD_EXPIRY, due_at)
             for subscription in subscriptions.fetchall():
@@ -286,9 +281,7 @@ class _WorkingSet:
             next_expiry_by_org = dict(next_expiry.fetchall())
         for wallet in due:
             self._begin_due_periods(wallet)
-            self._release_expired(
-                wallet.org_id, expired_by_org[wallet.org_id], next_expiry_by_org.get(wallet.org_id)
-            )
+            self._release_expired(wallet.org_id, expired_by_org[wallet.org_id], next_expiry_by_org.get(wallet.org_id))
 
     def _begin_due_periods(self, wallet: Wallet) -> None:
         if wallet.subscription_id is None:
@@ -297,11 +290,9 @@ class _WorkingSet:
         wallet, subscription, events = rules.begin_due_periods(wallet, subscription, self.now[wallet.org_id])
         self._keep(wallet, events, subscription=subscription)
 
-    def _release_expired(
-        self, org_id: str, expired: Sequence[Workflow], next_expiry: datetime | None
-    ) -> None:
-        for workflow in expired:
-            wallet, workflow, event = rules.release_expired(self.wallets[org_id], workflow, self.now[org_id])
+    def _release_expired(self, org_id: str, expired: Sequence[Workflow], next_expiry: datetime | None) -> None:
+        for expired_workflow in expired:
+            wallet, workflow, event = rules.release_expired(self.wallets[org_id], expired_workflow, self.now[org_id])
             self._keep(wallet, (event,), workflow=workflow)
         self._keep(replace(self.wallets[org_id], next_hold_expiry=next_expiry), ())
 
@@ -326,9 +317,7 @@ class _WorkingSet:
         if decision.refusal is not None:
             return decision.refusal
         if not decision.duplicate:
-            self._keep(
-                decision.wallet, decision.events, decision.workflow, decision.subscription, decision.posted
-            )
+            self._keep(decision.wallet, decision.events, decision.workflow, decision.subscription, decision.posted)
         return Result(
             decision.outcome,
             decision.reason,
@@ -410,31 +399,26 @@ def _names(record: type[Any], prefix: str = "") -> str:
     return ", ".join(f"{prefix}{field.name}" for field in fields(record))
 
 
+_DIALECT: Dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+
+
 def _insert(table: Table, record: type[Any]) -> str:
     columns = [table.c[field.name] for field in fields(record)]
-    arrays = ", ".join(
-        f"%b::{'text' if isinstance(column.type, JSONB) else column.type.compile(postgresql.dialect())}[]"
-        for column in columns
-    )
-    values = ", ".join(
-        f"{column.name}::jsonb" if isinstance(column.type, JSONB) else column.name for column in columns
-    )
+    types = ["text" if isinstance(column.type, JSONB) else column.type.compile(_DIALECT) for column in columns]
+    arrays = ", ".join(f"%b::{array_type}[]" for array_type in types)
+    values = ", ".join(f"{column.name}::jsonb" if isinstance(column.type, JSONB) else column.name for column in columns)
     names = _names(record)
-    return f"INSERT INTO {table.name} ({names}) SELECT {values} FROM unnest({arrays}) AS new ({names})"  # noqa: S608 - names from the tables, nothing from outside
+    return f"INSERT INTO {table.name} ({names}) SELECT {values} FROM unnest({arrays}) AS new ({names})"
 
 
 def _upsert(table: Table, record: type[Any]) -> str:
-    key = {column.name for column in table.primary_key}
-    changes = ", ".join(
-        f"{field.name} = excluded.{field.name}" for field in fields(record) if field.name not in key
-    )
-    return f"{_insert(table, record)} ON CONFLICT ({', '.join(column.name for column in table.primary_key)}) DO UPDATE SET {changes}"
+    key = [column.name for column in table.primary_key]
+    changes = ", ".join(f"{field.name} = excluded.{field.name}" for field in fields(record) if field.name not in key)
+    return f"{_insert(table, record)} ON CONFLICT ({', '.join(key)}) DO UPDATE SET {changes}"
 
 
 _CLOCK = "SELECT clock_timestamp()"
-_LOCK_WALLETS = (
-    f"SELECT {_names(Wallet)} FROM wallets WHERE org_id = ANY(%b::text[]) ORDER BY org_id FOR UPDATE"
-)
+_LOCK_WALLETS = f"SELECT {_names(Wallet)} FROM wallets WHERE org_id = ANY(%b::text[]) ORDER BY org_id FOR UPDATE"
 _CREATE_WALLETS = f"{_insert(tables.wallets, Wallet)} ON CONFLICT DO NOTHING"
 _WORKFLOWS = (
     f"SELECT {_names(Workflow)} FROM workflows"
@@ -442,14 +426,16 @@ _WORKFLOWS = (
 )
 _POSTED = (
     f"SELECT {_names(PostedMessage)} FROM posted_messages"
-    " JOIN unnest(%b::text[], %b::text[], %b::text[]) AS named (org_id, kind, message_id) USING (org_id, kind, message_id)"
+    " JOIN unnest(%b::text[], %b::text[], %b::text[]) AS named (org_id, kind, message_id)"
+    " USING (org_id, kind, message_id)"
 )
 _SUBSCRIPTIONS = (
     f"SELECT {_names(Subscription)} FROM subscriptions"
     " JOIN unnest(%b::text[], %b::text[]) AS named (org_id, subscription_id) USING (org_id, subscription_id)"
 )
 _EXPIRED_HOLDS = (
-    f"SELECT {_names(Workflow)} FROM workflows JOIN unnest(%b::text[], %b::timestamptz[]) AS due (org_id, now) USING (org_id)"
+    f"SELECT {_names(Workflow)} FROM workflows"
+    " JOIN unnest(%b::text[], %b::timestamptz[]) AS due (org_id, now) USING (org_id)"
     " WHERE state = 'reserved' AND expires_at <= due.now ORDER BY org_id, expires_at, workflow_id"
 )
 _NEXT_HOLD_EXPIRY = (

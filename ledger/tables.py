@@ -1,18 +1,17 @@
 """The tables, as SQLAlchemy Core sees them; `migrations/` creates them, and a test holds the two together.
 
-Every CHECK restates a rule of the ledger, so that a row which the rules could not have made is refused by the database too.
-Every key begins with `org_id`, so that the tables can be distributed by it; only dead letters, which may name no organization,
-have a number of their own.
+Every CHECK restates a rule of the ledger, so that the database too refuses a row which the rules could not have made.
+Every key begins with `org_id`, so that the tables can be distributed by it; only dead letters, which may name no
+organization, have a number of their own.
 """
 
-from typing import get_args
+from typing import Any, get_args
 
 from sqlalchemy import (
     BigInteger,
     Boolean,
     CheckConstraint,
     Column,
-    DateTime,
     Identity,
     Index,
     Integer,
@@ -25,7 +24,7 @@ from sqlalchemy import (
     func,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.types import TypeEngine
 
 from ledger.messages import MAX_CREDITS
@@ -42,15 +41,15 @@ def _one_of(column: str, choices: object) -> str:
     return f"{column} IN ({', '.join(repr(choice) for choice in get_args(choices))})"
 
 
-def _column(name: str, column_type: TypeEngine[object] | type[TypeEngine[object]]) -> Column[object]:
+def _column(name: str, column_type: TypeEngine[Any] | type[TypeEngine[Any]]) -> Column[Any]:
     return Column(name, column_type, nullable=False)
 
 
-def _optional(name: str, column_type: TypeEngine[object] | type[TypeEngine[object]]) -> Column[object]:
+def _optional(name: str, column_type: TypeEngine[Any] | type[TypeEngine[Any]]) -> Column[Any]:
     return Column(name, column_type, nullable=True)
 
 
-Instant = DateTime(timezone=True)
+Instant = TIMESTAMP(timezone=True)
 
 _ID = r"~ '^[A-Za-z0-9_.:-]{1,128}$'"
 
@@ -90,9 +89,7 @@ wallets = Table(
     _check("wallets_subscription", "(subscription_id IS NULL) = (next_period_at IS NULL)"),
     _check("wallets_next_hold_expiry", "reserved = 0 OR next_hold_expiry IS NOT NULL"),
     # What time alone does is found through these two.
-    Index(
-        "wallets_due_periods", "next_period_at", "org_id", postgresql_where=text("next_period_at IS NOT NULL")
-    ),
+    Index("wallets_due_periods", "next_period_at", "org_id", postgresql_where=text("next_period_at IS NOT NULL")),
     Index(
         "wallets_due_holds",
         "next_hold_expiry",
@@ -204,9 +201,7 @@ credit_events = Table(
         " WHEN 'adjustment' THEN credits <> 0 WHEN 'billing' THEN true ELSE credits > 0 END",
     ),
     _check("credit_events_workflow_id", f"(workflow_id IS NOT NULL) = (event_type IN {_WORKFLOW_EVENTS})"),
-    _check(
-        "credit_events_overdraft", "event_type <> 'billing' OR credits >= 0 OR prepaid_balance_after >= 0"
-    ),
+    _check("credit_events_overdraft", "event_type <> 'billing' OR credits >= 0 OR prepaid_balance_after >= 0"),
     _check("credit_events_usage", "event_type <> 'usage' OR period_usage_after >= -credits"),
     _check("credit_events_hold", "event_type <> 'reservation' OR reserved_after >= -credits"),
     _check("credit_events_metadata", "jsonb_typeof(metadata) = 'object'"),

@@ -410,8 +410,7 @@ def _socket_folder(data_dir: Path, account: Account | None) -> Iterator[Path]:
     short = [
         parent
         for parent in (tempfile.gettempdir(), "/tmp")  # noqa: S108 - mkdtemp makes a private folder in it
-        if len(os.fsencode(parent)) + name_bytes <= SOCKET_PATH_BYTES
-        and not _closed_folder(Path(parent), account)
+        if len(os.fsencode(parent)) + name_bytes <= SOCKET_PATH_BYTES and not _closed_folder(Path(parent), account)
     ]
     folder = Path(tempfile.mkdtemp(prefix="holdfast-", dir=short[0] if short else None))
     link.symlink_to(folder)

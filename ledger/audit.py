@@ -1,0 +1,245 @@
+"""The ledger's invariants as SQL, checked on a live database in one snapshot. Reports offenders, repairs nothing.
+
+Each check states the rule anew, from the rows alone, without the code that wrote them. No writer waits for it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Engine, text
+
+MAX_OFFENDERS = 20
+"""The most offenders that one check names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """An invariant: what always holds, and a query for the rows that break it, as (org_id, offender)."""
+
+    name: str
+    rule: str
+    offenders: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check found: nothing, or the first offenders."""
+
+    check: Check
+    offenders: list[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Every check's finding, and how much they looked at."""
+
+    findings: list[Finding]
+    wallets: int
+    events: int
+    open_dead_letters: int
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether every invariant holds."""
+        return not any(finding.offenders for finding in self.findings)
+
+
+def verify(engine: Engine) -> Verdict:
+    """Check every invariant in one snapshot of the database."""
+    with engine.connect() as connection:
+        connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
+        connection.execute(text("SET LOCAL statement_timeout = 0"))
+
+        def count(rows: str) -> Any:
+            return connection.scalar(text(f"SELECT count(*) FROM {rows}"))
+
+        def offenders(check: Check) -> list[tuple[str, str]]:
+            query = text(f"SELECT org_id, offender FROM ({check.offenders}) AS broken ORDER BY 1, 2 LIMIT :most")
+            return [(row.org_id, row.offender) for row in connection.execute(query, {"most": MAX_OFFENDERS})]
+
+        return Verdict(
+            [Finding(check, offenders(check)) for check in CHECKS],
+            wallets=count("wallets"),
+            events=count("credit_events"),
+            open_dead_letters=count("dead_letters WHERE status = 'open'"),
+        )
+
+
+_STEPS = """
+    SELECT org_id, seq, event_type, credits, idempotency_key, created_at, metadata,
+           subscription_balance_after - subscription_change AS subscription_before,
+           prepaid_change, subscription_change, reserved_change, usage_change, period_usage_after,
+           seq - lag(seq, 1, 0::bigint) OVER wallet AS seq_step,
+           lag(created_at) OVER wallet AS created_before
+    FROM (
+        SELECT *,
+               prepaid_balance_after - lag(prepaid_balance_after, 1, 0::bigint) OVER wallet AS prepaid_change,
+               subscription_balance_after - lag(subscription_balance_after, 1, 0::bigint) OVER wallet
+                 AS subscription_change,
+               reserved_after - lag(reserved_after, 1, 0::bigint) OVER wallet AS reserved_change,
+               period_usage_after - lag(period_usage_after, 1, 0::bigint) OVER wallet AS usage_change
+        FROM credit_events WINDOW wallet AS (PARTITION BY org_id ORDER BY seq)
+    ) AS changes
+    WINDOW wallet AS (PARTITION BY org_id ORDER BY seq)
+"""
+
+CHECKS = (
+    Check(
+        "numbering",
+        "A wallet's events are numbered 1, 2, 3, … without a gap.",
+        f"""
+        SELECT org_id, 'event ' || seq AS offender FROM ({_STEPS}) AS step WHERE seq_step <> 1
+        UNION ALL
+        SELECT org_id, 'wallet says ' || last_seq || ', its last event is ' || COALESCE(max(seq), 0)
+        FROM wallets LEFT JOIN credit_events USING (org_id) GROUP BY org_id, last_seq
+        HAVING last_seq <> COALESCE(max(seq), 0)
+        """,
+    ),
+    Check(
+        "owner",
+        "Every event and every workflow belongs to a wallet.",
+        """
+        SELECT org_id, 'its events have no wallet' AS offender
+        FROM credit_events LEFT JOIN wallets USING (org_id) WHERE wallets.last_seq IS NULL GROUP BY org_id
+        UNION ALL
+        SELECT org_id, 'its workflows have no wallet'
+        FROM workflows LEFT JOIN wallets USING (org_id) WHERE wallets.last_seq IS NULL GROUP BY org_id
+        """,
+    ),
+    Check(
+        "clock",
+        "Time never runs backwards within a wallet.",
+        f"SELECT org_id, 'event ' || seq AS offender FROM ({_STEPS}) AS step WHERE created_at < created_before",
+    ),
+    Check(
+        "arithmetic",
+        "Every event changes the balances as its type says.",
+        f"""
+        SELECT org_id, 'event ' || seq || ', ' || event_type AS offender FROM ({_STEPS}) AS step
+        WHERE NOT CASE
+          WHEN event_type IN ('reservation', 'reservation_released')
+            THEN reserved_change = -credits AND prepaid_change = 0 AND subscription_change = 0 AND usage_change = 0
+          WHEN event_type = 'usage'
+            THEN subscription_change = -LEAST(-credits, subscription_before)
+             AND prepaid_change = credits - subscription_change AND reserved_change = 0 AND usage_change = -credits
+          WHEN event_type = 'subscription_credit'
+            THEN subscription_change = credits AND prepaid_change = 0 AND reserved_change = 0
+             AND CASE WHEN metadata ->> 'reason' = 'plan_change' THEN usage_change = 0 ELSE period_usage_after = 0 END
+          WHEN metadata ->> 'reason' = 'subscription_expired'
+            THEN subscription_change = credits AND prepaid_change = 0 AND reserved_change = 0 AND usage_change = 0
+          ELSE prepaid_change = credits AND subscription_change = 0 AND reserved_change = 0 AND usage_change = 0
+        END
+        """,
+    ),
+    Check(
+        "sum",
+        "The credits of all events add up to what is available.",
+        """
+        SELECT org_id, 'events add up to ' || COALESCE(sum(credits), 0) || ', available is '
+               || prepaid_balance + subscription_balance - reserved AS offender
+        FROM wallets LEFT JOIN credit_events USING (org_id)
+        GROUP BY org_id, prepaid_balance, subscription_balance, reserved
+        HAVING COALESCE(sum(credits), 0) <> prepaid_balance + subscription_balance - reserved
+        """,
+    ),
+    Check(
+        "balances",
+        "A wallet is what its last event left.",
+        """
+        SELECT wallet.org_id, 'wallet and event ' || last_seq || ' differ' AS offender
+        FROM wallets AS wallet JOIN credit_events AS event ON event.org_id = wallet.org_id AND event.seq = last_seq
+        WHERE (prepaid_balance, subscription_balance, reserved, period_usage, last_event_at)
+           IS DISTINCT FROM
+              (prepaid_balance_after, subscription_balance_after, reserved_after, period_usage_after, event.created_at)
+        """,
+    ),
+    Check(
+        "reserved",
+        "What is reserved is the sum of the open reservations.",
+        """
+        SELECT org_id, 'reserved is ' || reserved || ', open reservations add up to ' || open AS offender
+        FROM (
+            SELECT org_id, reserved, COALESCE(sum(start_credits) FILTER (WHERE state = 'reserved'), 0) AS open
+            FROM wallets LEFT JOIN workflows USING (org_id) GROUP BY org_id, reserved
+        ) AS holds
+        WHERE reserved <> open
+        """,
+    ),
+    Check(
+        "expiry",
+        "No open reservation expires before the wallet expects one to.",
+        """
+        SELECT org_id, 'workflow ' || workflow_id AS offender
+        FROM workflows JOIN wallets USING (org_id)
+        WHERE state = 'reserved' AND (next_hold_expiry IS NULL OR expires_at < next_hold_expiry)
+        """,
+    ),
+    Check(
+        "workflows",
+        "A workflow is reserved, released and charged at most once, by its messages' amounts and as its state says.",
+        """
+        SELECT org_id, 'workflow ' || workflow_id AS offender
+        FROM (SELECT org_id, workflow_id, state, start_credits, start_answer, finish_credits FROM workflows) AS workflow
+        FULL JOIN (
+            SELECT org_id, workflow_id,
+                   sum(-credits) FILTER (WHERE event_type = 'reservation') AS reserved,
+                   sum(credits) FILTER (WHERE event_type = 'reservation_released') AS released,
+                   sum(-credits) FILTER (WHERE event_type = 'usage') AS used,
+                   max(metadata ->> 'reason') FILTER (WHERE event_type = 'reservation_released') AS release_reason,
+                   count(*) = count(DISTINCT event_type) AS once
+            FROM credit_events WHERE workflow_id IS NOT NULL GROUP BY org_id, workflow_id
+        ) AS history USING (org_id, workflow_id)
+        WHERE state IS NULL
+           OR NOT COALESCE(once, true)
+           OR used IS DISTINCT FROM finish_credits
+           OR reserved IS DISTINCT FROM CASE WHEN start_answer = 'reserved' THEN start_credits END
+           OR released IS DISTINCT FROM
+              CASE WHEN start_answer = 'reserved' AND state <> 'reserved' THEN start_credits END
+           OR (state IN ('cancelled', 'failed', 'expired') AND release_reason <> state)
+        """,
+    ),
+    Check(
+        "refunds",
+        "What was refunded for a workflow is remembered, and is not more than it used.",
+        """
+        SELECT org_id, 'workflow ' || workflow_id AS offender
+        FROM (SELECT org_id, workflow_id, refunded, finish_credits FROM workflows) AS workflow
+        FULL JOIN (
+            SELECT posted.org_id, terms ->> 'workflow_id' AS workflow_id, sum((terms ->> 'credits')::bigint) AS given
+            FROM posted_messages AS posted WHERE kind = 'refund' AND terms ->> 'workflow_id' IS NOT NULL GROUP BY 1, 2
+        ) AS refunds USING (org_id, workflow_id)
+        WHERE COALESCE(refunded, 0) <> COALESCE(given, 0) OR COALESCE(given, 0) > COALESCE(finish_credits, 0)
+        """,
+    ),
+    Check(
+        "messages",
+        "Every purchase, grant, adjustment, refund and billing entry is one event with its credits.",
+        """
+        SELECT COALESCE(message.org_id, event.org_id) AS org_id, COALESCE(key, idempotency_key) AS offender
+        FROM (
+            SELECT org_id, kind || ':' || message_id AS key, (terms ->> 'credits')::bigint AS credits
+            FROM posted_messages WHERE kind IN ('purchase', 'grant', 'adjustment', 'refund', 'billing')
+        ) AS message
+        FULL JOIN (
+            SELECT org_id, idempotency_key, credits FROM credit_events
+            WHERE workflow_id IS NULL AND NOT starts_with(idempotency_key, 'subscription:')
+        ) AS event ON event.org_id = message.org_id AND idempotency_key = key
+        WHERE message.credits IS DISTINCT FROM event.credits
+        """,
+    ),
+    Check(
+        "periods",
+        "The subscription that allocates is known, and the period it is in began with a subscription credit.",
+        """
+        SELECT wallet.org_id, 'subscription ' || wallet.subscription_id AS offender
+        FROM wallets AS wallet
+        LEFT JOIN subscriptions AS current
+          ON current.org_id = wallet.org_id AND current.subscription_id = wallet.subscription_id
+        LEFT JOIN credit_events AS begun
+          ON begun.org_id = wallet.org_id
+         AND begun.idempotency_key = concat('subscription:', wallet.subscription_id, ':', current.period)
+        WHERE wallet.subscription_id IS NOT NULL
+          AND (current.org_id IS NULL OR (current.period IS NOT NULL AND begun.org_id IS NULL))
+        """,
+    ),
+)

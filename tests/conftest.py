@@ -1,0 +1,61 @@
+"""Real services for the tests that need them: one PostgreSQL and one broker a session, one database a test."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine, text
+
+from ledger import migrations
+from ledger.database import connect
+from worker.embedded import Embedded
+
+TEMPLATE = "holdfast"
+_numbers = count(1)
+
+
+@pytest.fixture(scope="session")
+def services() -> Iterator[Embedded]:
+    """PostgreSQL, its database `holdfast` migrated as a template, and the broker."""
+    folder = Path(tempfile.mkdtemp(prefix="holdfast-tests-"))
+    folder.chmod(0o711)  # as root, PostgreSQL runs as an account that has to pass through
+    with Embedded(folder, durable=False) as running:
+        engine = connect(running.database_url)
+        migrations.upgrade(engine)
+        engine.dispose()
+        yield running
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def empty_database_url(services: Embedded) -> Iterator[str]:
+    """The URL of a database that has never been migrated."""
+    yield from _new_database(services, "template1")
+
+
+@pytest.fixture
+def database_url(services: Embedded) -> Iterator[str]:
+    """The URL of a migrated, empty database that is this test's own."""
+    yield from _new_database(services, TEMPLATE)
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    """The test's own database."""
+    engine = connect(database_url)
+    yield engine
+    engine.dispose()
+
+
+def _new_database(services: Embedded, template: str) -> Iterator[str]:
+    name = f"test_{next(_numbers)}"
+    admin = connect(services.admin_url).execution_options(isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template} OWNER holdfast"))
+    yield services.database_url.replace("/holdfast?", f"/{name}?")
+    with admin.connect() as connection:
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    admin.dispose()

@@ -1,0 +1,27 @@
+"""What tests share: waiting for what is about to be true, and a message as the broker would deliver it."""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import pytest
+
+from ledger.store import Delivery
+
+Value = TypeVar("Value")
+
+
+def eventually(predicate: Callable[[], Value], *, timeout_s: float = 10) -> Value:
+    """Return the first truthy value of `predicate`; fail the test when there is none in time."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := predicate()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"not true within {timeout_s:g} s: {predicate}")
+        time.sleep(0.01)
+    return value
+
+
+def delivery(task: str, **fields: Any) -> Delivery:
+    """The message with these fields, as it arrives from the broker."""
+    return Delivery(task, fields, json.dumps([[fields], {}, {}]).encode())
