@@ -312,7 +312,7 @@ def _refuse_overdraft(wallet: Wallet, message: Adjust | Bill) -> Decision:
     return _refuse(
         wallet,
         "insufficient_credits",
-        f"{message.task}: {message.credits} credits would take the prepaid balance, {wallet.prepaid_balance}, below zero",
+        f"{message.task}: {message.credits} would take the prepaid balance, {wallet.prepaid_balance}, below zero",
     )
 
 

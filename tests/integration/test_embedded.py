@@ -15,8 +15,8 @@ import psutil
 import psycopg
 import pytest
 import redis
-from tests.support import eventually
 
+from tests.support import eventually
 from worker import embedded
 from worker.embedded import Embedded, EmbeddedError, Process, default_data_dir
 
