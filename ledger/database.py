@@ -4,7 +4,7 @@ from typing import Any
 
 import psycopg
 from psycopg.types.numeric import Int8BinaryDumper
-from sqlalchemy import Engine, create_engine, event, make_url
+from sqlalchemy import URL, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
 CONNECT_TIMEOUT_S = 5
@@ -33,19 +33,24 @@ class DatabaseURLError(ValueError):
     """The database URL cannot be used; the message says why, without the password."""
 
 
-def connect(url: str) -> Engine:
-    """An engine for the PostgreSQL database at `url` (`postgresql+psycopg://…`). Does not connect yet.
-
-    Raises DatabaseURLError.
-    """
+def parse_url(url: str) -> URL:
+    """The parts of a database URL that `connect` can use. Raises DatabaseURLError."""
     try:
         parsed = make_url(url)
     except ArgumentError:
         raise DatabaseURLError("is not a URL; it looks like postgresql+psycopg://user:password@host/database") from None
     if parsed.drivername != "postgresql+psycopg":
         raise DatabaseURLError(f"must begin with postgresql+psycopg://, not {parsed.drivername}://")
+    return parsed
+
+
+def connect(url: str) -> Engine:
+    """An engine for the PostgreSQL database at `url` (`postgresql+psycopg://…`). Does not connect yet.
+
+    Raises DatabaseURLError.
+    """
     engine = create_engine(
-        parsed,
+        parse_url(url),
         pool_pre_ping=False,  # it would cost every batch a round trip; a broken connection is noticed by its first use
         connect_args={
             "connect_timeout": CONNECT_TIMEOUT_S,
@@ -79,7 +84,9 @@ def is_transient(error: BaseException) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """The first line of a database error: what a person needs to know of it."""
+    """A database error in one line: what a person needs to know of it."""
     original = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    if isinstance(original, psycopg.errors.UndefinedTable):
+        return "the database is not migrated yet; run `holdfast migrate`"
     lines = str(original).strip().splitlines()
     return lines[0] if lines else type(original).__name__

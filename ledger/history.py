@@ -46,6 +46,13 @@ class WalletView:
     current_period_end: datetime | None
 
 
+def as_item(event: RowMapping) -> dict[str, Any]:
+    """An event as a customer sees it, as JSON values: its number as `id`, the workflow, and the nine columns."""
+    columns = {name: event[name] for name in CUSTOMER_COLUMNS}
+    columns["created_at"] = event["created_at"].isoformat()
+    return {"id": event["seq"], "workflow_id": event["workflow_id"], **columns}
+
+
 @dataclass(frozen=True, slots=True)
 class EventFilter:
     """Which events: every condition that is given holds. `created_from` is inclusive, `created_before` is not."""

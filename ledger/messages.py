@@ -6,7 +6,7 @@ passes can be written to the database as it is. Nothing here knows a wallet; wha
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar
@@ -325,8 +325,19 @@ class InvalidMessage:
     org_id: str | None
 
 
+def only_argument(task: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+    """The one argument that a task was sent with, or the InvalidMessage that says it was sent otherwise."""
+    if len(args) == 1 and not kwargs:
+        return args[0]
+    sent = f"{len(args)} positional and {len(kwargs)} named"
+    error = f"{task} takes one positional argument, the message as a JSON object; got {sent}"
+    return InvalidMessage("invalid_message", error, None)
+
+
 def parse(task: str, payload: object) -> Message | InvalidMessage:
-    """Read the JSON value `payload` as the message that `task` takes. Never raises."""
+    """Read the JSON value `payload` as the message that `task` takes; pass on why there is none. Never raises."""
+    if isinstance(payload, InvalidMessage):
+        return payload
     model = MESSAGES.get(task)
     if model is None:
         return InvalidMessage("unknown_task", f"there is no task named {_shown(task)}", _org_id(payload))

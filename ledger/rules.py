@@ -376,7 +376,9 @@ def _subscribe(wallet: Wallet, message: Subscribe, now: datetime, known: Subscri
     if period is None:
         wallet = replace(wallet, next_period_at=anchor)
     elif subscription.period != period:
-        wallet, subscription, events = _begin_period(wallet, subscription, period, now)
+        wallet, subscription, events = _begin_period(
+            wallet, subscription, period, now, source=message.source, metadata=_metadata(message)
+        )
     else:
         wallet = replace(wallet, next_period_at=period_start(anchor, period + 1))
         wallet, subscription, events = _raise_allocation(wallet, subscription, message, now)
@@ -404,7 +406,9 @@ def begin_due_periods(
     while wallet.next_period_at is not None and wallet.next_period_at <= now:
         period = 0 if subscription.period is None else subscription.period + 1
         if subscription.active:
-            wallet, subscription, begun = _begin_period(wallet, subscription, period, now)
+            wallet, subscription, begun = _begin_period(
+                wallet, subscription, period, now, source=SCHEDULER, metadata={}
+            )
         else:
             wallet, begun = _expire(wallet, subscription, period, now, rollover_limit=0)
             wallet = replace(wallet, subscription_id=None, next_period_at=None)
@@ -413,7 +417,7 @@ def begin_due_periods(
 
 
 def _begin_period(
-    wallet: Wallet, subscription: Subscription, period: int, now: datetime
+    wallet: Wallet, subscription: Subscription, period: int, now: datetime, *, source: str, metadata: Mapping[str, Any]
 ) -> tuple[Wallet, Subscription, tuple[Event, ...]]:
     assert subscription.anchor is not None
     assert subscription.period is None or subscription.period < period
@@ -424,8 +428,9 @@ def _begin_period(
         subscription.monthly_credits,
         now,
         key=f"subscription:{subscription.subscription_id}:{period}",
-        source=SCHEDULER,
+        source=source,
         metadata={
+            **metadata,
             "subscription_id": subscription.subscription_id,
             "plan": subscription.plan,
             "period_start": period_start(subscription.anchor, period).isoformat(),

@@ -168,3 +168,18 @@ class Decision:
     subscription: Subscription | None = None
     posted: PostedMessage | None = None
     refusal: Refusal | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a message did, as its sender is told."""
+
+    outcome: OutcomeName
+    reason: str | None
+    duplicate: bool
+    org_id: str
+    workflow_id: str | None
+    event_seqs: tuple[int, ...]
+    """The events that this delivery wrote: none for a duplicate."""
+    available: int
+    """The wallet's available credits after it."""

@@ -39,7 +39,7 @@ from ledger.messages import (
     WorkflowMessage,
     parse,
 )
-from ledger.state import Event, OutcomeName, PostedMessage, Refusal, Subscription, Wallet, Workflow
+from ledger.state import Event, PostedMessage, Refusal, Result, Subscription, Wallet, Workflow
 
 logger = logging.getLogger(__name__)
 
@@ -57,24 +57,9 @@ class Delivery:
 
     task: str
     payload: object
-    """The JSON value that should be the message."""
+    """The JSON value that should be the message, or why there is none."""
     body: bytes
     """What arrived, byte by byte, as a dead letter keeps it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What a message did, as its sender is told."""
-
-    outcome: OutcomeName
-    reason: str | None
-    duplicate: bool
-    org_id: str
-    workflow_id: str | None
-    event_seqs: tuple[int, ...]
-    """The events that this delivery wrote: none for a duplicate."""
-    available: int
-    """The wallet's available credits after it."""
 
 
 @dataclass(frozen=True, slots=True)

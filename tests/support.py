@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import pytest
+from sqlalchemy import Engine, text
 
 from ledger.store import Delivery
 
@@ -25,3 +26,10 @@ def eventually(predicate: Callable[[], Value], *, timeout_s: float = 10) -> Valu
 def delivery(task: str, **fields: Any) -> Delivery:
     """The message with these fields, as it arrives from the broker."""
     return Delivery(task, fields, json.dumps([[fields], {}, {}]).encode())
+
+
+def sql(engine: Engine, statement: str, **parameters: Any) -> list[tuple[Any, ...]]:
+    """Run `statement` in a transaction of its own, behind the ledger's back; answers with its rows, if it has any."""
+    with engine.begin() as connection:
+        result = connection.execute(text(statement), parameters)
+        return [tuple(row) for row in result] if result.returns_rows else []

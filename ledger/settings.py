@@ -1,0 +1,89 @@
+"""The settings: environment variables that begin with `HOLDFAST_`, checked once, at the start of a program."""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Self
+from urllib.parse import urlsplit
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from ledger.database import parse_url
+
+PREFIX = "HOLDFAST_"
+BROKER_SCHEMES = ("redis", "rediss", "amqp", "amqps")
+RESULT_SCHEMES = ("redis", "rediss")
+
+
+class SettingsError(Exception):
+    """Which setting is missing or wrong, and what it should be, in one line."""
+
+
+class Settings(BaseSettings):
+    """What Holdfast reads from the environment. None of it appears in an error message or a log."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, env_ignore_empty=True)
+
+    database_url: str | None = Field(None, description="PostgreSQL: `postgresql+psycopg://user:password@host/database`")
+    broker_url: str | None = Field(None, description="The broker: `redis://`, `rediss://`, `amqp://` or `amqps://`")
+    result_url: str | None = Field(
+        None,
+        description="Where results are kept for who waits for them: `redis://`; default: the broker, if it is Redis",
+    )
+    data_dir: Path | None = Field(
+        None, description="The data folder of `holdfast up`; default: `.holdfast` in the current folder"
+    )
+
+    @field_validator("database_url")
+    @classmethod
+    def _is_postgresql(cls, url: str | None) -> str | None:
+        if url is not None:
+            parse_url(url)
+        return url
+
+    @field_validator("broker_url")
+    @classmethod
+    def _is_broker(cls, url: str | None) -> str | None:
+        return _with_scheme(url, BROKER_SCHEMES)
+
+    @field_validator("result_url")
+    @classmethod
+    def _is_result_store(cls, url: str | None) -> str | None:
+        return _with_scheme(url, RESULT_SCHEMES)
+
+    @property
+    def result_store_url(self) -> str | None:
+        """Where results are kept; None: nowhere, as the broker is not Redis and nothing else was named."""
+        if self.result_url is not None:
+            return self.result_url
+        if self.broker_url is not None and urlsplit(self.broker_url).scheme in RESULT_SCHEMES:
+            return self.broker_url
+        return None
+
+    @classmethod
+    def load(cls, *needed: str) -> Self:
+        """The settings, of which `needed` must be there. Raises SettingsError."""
+        names = {f"{PREFIX}{field.upper()}": field for field in cls.model_fields}
+        for variable in os.environ:
+            if variable.upper().startswith(PREFIX) and variable.upper() not in names:
+                similar = difflib.get_close_matches(variable.upper(), names, n=1)
+                hint = f"; did you mean {similar[0]}?" if similar else f"; there are {', '.join(names)}"
+                raise SettingsError(f"{variable} is not a setting{hint}")
+        try:
+            settings = cls()
+        except ValidationError as error:
+            [problem, *_] = error.errors(include_input=False, include_url=False)
+            raise SettingsError(
+                f"{PREFIX}{str(problem['loc'][0]).upper()} {problem['msg'].removeprefix('Value error, ')}"
+            ) from None
+        for variable, field in names.items():
+            if field in needed and getattr(settings, field) is None:
+                raise SettingsError(f"{variable} is not set; {cls.model_fields[field].description}")
+        return settings
+
+
+def _with_scheme(url: str | None, schemes: tuple[str, ...]) -> str | None:
+    if url is not None and (urlsplit(url).scheme not in schemes or not urlsplit(url).hostname):
+        raise ValueError(f"must begin with {' or '.join(f'{scheme}://' for scheme in schemes)} and name a host")
+    return url

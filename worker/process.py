@@ -1,0 +1,195 @@
+"""A child process that is started, watched and stopped, and that never outlives us.
+
+Guarantee: it ends with this process. `stop` ends it in order; if this process is killed instead, Linux ends it at once,
+and on any system the next start in the same folder ends what survived. Does not: restart what died by itself.
+"""
+
+import ctypes
+import os
+import pwd
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+START_TIMEOUT_S = 60.0  # PostgreSQL's start after a crash replays the log first
+KILL_TIMEOUT_S = 5.0
+POLL_S = 0.01
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+Account = pwd.struct_passwd
+
+
+class ServiceError(Exception):
+    """Why a service cannot run, as one sentence for the person who started it."""
+
+
+class Process:
+    """A child process that is started, watched and stopped, with its descendants.
+
+    `<folder>/<name>.log` collects its output. `<folder>/<name>.pid` names it, so that the next `start` first
+    ends a survivor of a crash; the caller makes sure that nobody else uses the folder. It leads a session of
+    its own: Ctrl-C reaches only us, and we stop it in our order. On Linux it gets `stop_signal` when the
+    *thread* that called `start` ends, so start it from the main thread.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        argv: Sequence[str],
+        folder: Path,
+        *,
+        stdin: str = "",
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        account: Account | None = None,
+        stop_signal: signal.Signals = signal.SIGTERM,
+        stop_timeout_s: float = 10.0,
+    ) -> None:
+        self.name = name
+        self.argv = list(argv)
+        self.stdin = stdin
+        self.log_file = folder / f"{name}.log"
+        self.pid_file = folder / f"{name}.pid"
+        self.stop_signal = stop_signal
+        self.stop_timeout_s = stop_timeout_s
+        self._options = {"env": env, "cwd": cwd, **run_as(account)}
+        self._child: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
+
+    @property
+    def pid(self) -> int:
+        """The process id of the last start; raises ServiceError before the first."""
+        if self._child is None:
+            raise ServiceError(f"{self.name} was never started")
+        return self._child.pid
+
+    @property
+    def is_running(self) -> bool:
+        return self._child is not None and self._child.poll() is None
+
+    def start(self) -> None:
+        """Start it; return as soon as the program runs, which is before it is ready (see `wait_until`)."""
+        if self.is_running:
+            return
+        self._end_survivor()
+        self.log_file.touch(mode=0o600)
+        with self.log_file.open("ab") as log:
+            self._log_start = log.tell()
+            self._child = self._spawn(log)
+        with suppress(psutil.Error):  # it ended already, so it cannot survive us
+            self.pid_file.write_text(f"{self.pid} {psutil.Process(self.pid).create_time()}")
+        assert self._child.stdin is not None
+        with suppress(BrokenPipeError), self._child.stdin:  # broken if it ended already
+            self._child.stdin.write(self.stdin.encode())
+
+    def wait_until(self, is_ready: Callable[[], bool], *, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Wait until `is_ready`; raise ServiceError, with its last words, if it ends or takes longer."""
+        deadline = time.monotonic() + timeout_s
+        while not is_ready():
+            if not self.is_running or time.monotonic() > deadline:
+                raise ServiceError(f"{self.name} did not start: {self.last_words()} (see {self.log_file})")
+            time.sleep(POLL_S)
+
+    def last_words(self) -> str:
+        """The line of this start's log that most likely says why it ended."""
+        with self.log_file.open("rb") as log:
+            log.seek(self._log_start)
+            lines = log.read().decode(errors="replace").strip().splitlines() or ["it wrote nothing"]
+        fatal = [line for line in lines if "FATAL" in line or "PANIC" in line]
+        return (fatal or lines)[-1].strip()
+
+    def stop(self) -> None:
+        """Ask it to stop, and kill it when it has not within `stop_timeout_s`."""
+        self._end(self.stop_signal)
+
+    def kill(self) -> None:
+        """SIGKILL it and all its descendants, as the kernel does when a container runs out of memory."""
+        self._end(signal.SIGKILL)
+
+    def _spawn(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
+        try:
+            return subprocess.Popen(
+                self.argv,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=die_with_us(self.stop_signal),
+                **self._options,
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            raise ServiceError(f"{self.name} could not be started: {error}") from error
+
+    def _end(self, how: signal.Signals) -> None:
+        if self._child is not None and self._child.returncode is None:
+            _end_family(self._child.pid, how, self.stop_timeout_s)
+            self._child.wait(KILL_TIMEOUT_S)
+            self.pid_file.unlink(missing_ok=True)
+
+    def _end_survivor(self) -> None:
+        with suppress(OSError, ValueError, psutil.NoSuchProcess):
+            pid, created_s = self.pid_file.read_text().split()
+            # As old as ours: it is ours. (A clock that is set shifts a little what the kernel reports.)
+            if abs(psutil.Process(int(pid)).create_time() - float(created_s)) < 2:
+                _end_family(int(pid), self.stop_signal, self.stop_timeout_s)
+        self.pid_file.unlink(missing_ok=True)
+
+
+def run_as(account: Account | None) -> dict[str, Any]:
+    return {} if account is None else {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+
+
+def die_with_us(death_signal: signal.Signals) -> Callable[[], None] | None:
+    """What a child runs before its program, so that the kernel signals it when we die. Linux only.
+
+    As Popen's `preexec_fn` it runs after the change of user, which would undo it. It takes no lock and
+    imports nothing, so threads of ours cannot block it.
+    """
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    parent = os.getpid()
+
+    def in_child() -> None:
+        prctl(PR_SET_PDEATHSIG, int(death_signal))
+        if os.getppid() != parent:  # we died before the line above
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return in_child
+
+
+def _end_family(pid: int, how: signal.Signals, grace_s: float) -> None:
+    """End a process with `how`, and by SIGKILL what of it and its descendants is left after `grace_s`."""
+    family: list[psutil.Process] = []
+    try:
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            family = [process, *process.children(recursive=True)]
+            process.send_signal(how)
+            process.resume()  # a stopped process would not act on it
+        _wait_for_end(family[:1], grace_s)
+    finally:  # also when a second Ctrl-C ends the wait
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        _wait_for_end(family, KILL_TIMEOUT_S)
+
+
+def _wait_for_end(processes: list[psutil.Process], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while any(map(_runs, processes)) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Not so a zombie: in a container, whoever inherits it may never reap it."""
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False

@@ -1,0 +1,89 @@
+"""The whole of Holdfast on one machine: database, broker, worker and beat, as children of this process.
+
+Guarantee: they stop together, in an order that lets the worker finish what it has in hand. A child that dies is started
+again; one that keeps dying ends the system with an error.
+"""
+
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Self
+
+from ledger import migrations
+from ledger.database import connect
+from ledger.settings import PREFIX
+from worker.broker import create_celery
+from worker.embedded import Embedded
+from worker.process import Process, ServiceError
+
+POLL_S = 0.2
+MOST_RESTARTS = 5
+"""How often a child may die within `RESTART_WINDOW_S` before that is an error."""
+RESTART_WINDOW_S = 60.0
+
+
+class System:
+    """All services in one data folder, from `start` to `stop` (or as a context manager).
+
+    `progress` gets one line before each step that takes a moment. `start` raises ServiceError, with nothing left
+    running.
+    """
+
+    def __init__(self, data_dir: Path, *, progress: Callable[[str], None]) -> None:
+        self.embedded = Embedded(data_dir, progress=progress)
+        self._progress = progress
+        self._celery_processes: list[Process] = []
+        self._cleanup = ExitStack()
+
+    def start(self) -> None:
+        """Start everything, and return when the worker takes messages."""
+        with ExitStack() as cleanup:
+            cleanup.enter_context(self.embedded)
+            engine = connect(self.embedded.database_url)
+            migrations.upgrade(engine)
+            engine.dispose()
+            self._progress("Starting the worker and the beat …")
+            self._celery_processes = [self._celery_process(name) for name in ("worker", "beat")]
+            for process in self._celery_processes:
+                cleanup.callback(process.stop)
+                process.start()
+            worker, _ = self._celery_processes
+            with create_celery("holdfast-system", self.embedded.broker_url, None) as producer:
+                worker.wait_until(lambda: bool(producer.control.ping(timeout=POLL_S)))
+            self._cleanup = cleanup.pop_all()
+
+    def stop(self) -> None:
+        """Stop everything; a second call does nothing."""
+        self._cleanup.close()
+
+    def supervise(self) -> None:
+        """Start again whatever dies, until interrupted. Raises ServiceError when something keeps dying."""
+        restarts = defaultdict[str, list[float]](list)
+        while True:
+            for process in (self.embedded.postgres, self.embedded.broker, *self._celery_processes):
+                if not process.is_running:
+                    now = time.monotonic()
+                    restarts[process.name] = [t for t in restarts[process.name] if now - t < RESTART_WINDOW_S] + [now]
+                    if len(restarts[process.name]) > MOST_RESTARTS:
+                        raise ServiceError(f"{process.name} keeps ending: {process.last_words()}")
+                    self._progress(f"{process.name} ended ({process.last_words()}); starting it again …")
+                    process.start()
+            time.sleep(POLL_S)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    def _celery_process(self, command: str) -> Process:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+        environment[f"{PREFIX}DATABASE_URL"] = self.embedded.database_url
+        environment[f"{PREFIX}BROKER_URL"] = self.embedded.broker_url
+        argv = [sys.executable, "-m", "celery", "-A", "worker", command]
+        return Process(command, argv, self.embedded.data_dir, env=environment)
