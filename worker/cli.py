@@ -89,7 +89,10 @@ def up(
                 highlight=False,
                 soft_wrap=True,
             )
-            system.supervise()
+            try:
+                system.supervise()
+            finally:
+                _progress("Stopping everything …")
     except KeyboardInterrupt:
         console.print("Everything is stopped.")
 

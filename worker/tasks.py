@@ -52,6 +52,7 @@ def _message_task(name: str, engine: Engine) -> Callable[..., dict[str, Any]]:
         delivery = Delivery(name, only_argument(name, args, kwargs), body)
         [answer] = _patiently(lambda: apply_batch(engine, [delivery]))
         if isinstance(answer, DeadLettered):
+            logger.warning("Dead letter %d, %s: %s", answer.letter_id, answer.code, answer.error)
             raise MessageDeadLetteredError(f"{answer.error} (dead letter {answer.letter_id}, {answer.code})")
         return asdict(answer)
 
