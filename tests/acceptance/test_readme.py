@@ -1,0 +1,136 @@
+"""The documents say what is so: every command and every program in the README runs, every table matches the code."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ledger.messages import MESSAGES, Message
+from ledger.settings import PREFIX, Settings
+from tests.support import eventually
+from worker.process import Process
+from worker.system import System
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+BIN = Path(sys.executable).parent
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [line for block in blocks("sh") for line in block.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def environment() -> Iterator[dict[str, str]]:
+    """The environment of a terminal in which the lines that `make up` prints were pasted."""
+    folder = Path(tempfile.mkdtemp(prefix="holdfast-readme-"))
+    folder.chmod(0o711)
+    with System(folder, progress=lambda _line: None) as system:
+        yield {
+            **os.environ,
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            f"{PREFIX}DATABASE_URL": system.embedded.database_url,
+            f"{PREFIX}BROKER_URL": system.embedded.broker_url,
+        }
+    shutil.rmtree(folder)
+
+
+def run(command: str, environment: dict[str, str] | None = None) -> str:
+    done = subprocess.run(
+        shlex.split(command), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_readme_names_these_commands_and_every_one_is_run_here() -> None:
+    assert COMMANDS == [
+        "make demo",
+        "make test",
+        "make up",
+        "holdfast wallet acme",
+        "holdfast history acme --type usage --from 2026-01-01",
+        "holdfast verify",
+        "holdfast migrate",
+        "celery -A worker worker",
+        "celery -A worker beat",
+    ]
+
+
+def test_the_demo_tells_the_story_that_the_readme_shows() -> None:
+    [story] = blocks("text")
+    output = run("make demo")
+    assert story in output
+    assert "Credit history of acme, newest first: 15 events" in output
+    assert "Verified: every invariant holds (1 wallets, 15 events, 0 open dead letters)." in output
+
+
+@pytest.mark.parametrize("target", ["test", "up"])
+def test_make_knows_the_targets_that_run_on(target: str) -> None:
+    # What they run is tested elsewhere: `make test` is what runs this, and `holdfast up` has tests of its own.
+    assert run(f"make --dry-run {target}")
+
+
+def test_make_alone_lists_the_commands_of_the_readme() -> None:
+    listed = run("make")
+    for command in COMMANDS:
+        if command.startswith("make "):
+            assert re.search(rf"^{command}\b", listed, re.MULTILINE)
+
+
+def test_the_programs_and_then_the_commands_of_the_readme_work(environment: dict[str, str]) -> None:
+    client_program, celery_program = blocks("python")
+    for program in (client_program, celery_program):
+        subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=60)
+    wallet = run("holdfast wallet acme", environment)
+    assert "420" in wallet
+    assert "run-1" not in wallet
+    history = run("holdfast history acme --type usage --from 2026-01-01", environment)
+    assert "1 events" in history
+    assert "-80" in history
+    assert "every invariant holds" in run("holdfast verify", environment)
+    assert "already" in run("holdfast migrate", environment)
+
+
+@pytest.mark.parametrize("command", ["celery -A worker worker", "celery -A worker beat"])
+def test_the_parts_start_as_written_and_stop(command: str, environment: dict[str, str], tmp_path: Path) -> None:
+    process = Process("part", shlex.split(command), tmp_path, env=environment)
+    process.start()
+    try:
+        eventually(lambda: "holdfast" in process.log_file.read_text() or "is starting" in process.log_file.read_text())
+        assert process.is_running
+    finally:
+        process.stop()
+    assert not process.is_running
+
+
+def test_the_table_of_settings_is_complete() -> None:
+    rows = dict(re.findall(r"^\| `(HOLDFAST_\w+)` \| (.*) \|$", README, re.MULTILINE))
+    assert rows == {f"{PREFIX}{name.upper()}": field.description for name, field in Settings.model_fields.items()}
+
+
+def test_the_table_of_messages_is_complete() -> None:
+    section = ARCHITECTURE.split("## Messages")[1].split("## Tables")[0]
+    documented: dict[str, set[str]] = {}
+    for tasks, fields in re.findall(r"^\| (`w.*?`) \| (.*?) \|", section, re.MULTILINE):
+        for task in re.findall(r"`([\w.]+)`", tasks):
+            documented[task] = set(fields.split(", "))
+    assert documented == {task: _fields(model) for task, model in MESSAGES.items()}
+
+
+def _fields(model: type[Message]) -> set[str]:
+    own = {
+        name: field for name, field in model.model_fields.items() if name not in ("source", "occurred_at", "metadata")
+    }
+    return {name if field.is_required() else f"{name}?" for name, field in own.items()}
