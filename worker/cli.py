@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -43,6 +44,9 @@ app = typer.Typer(
 )
 # A pipe has no width of its own: there, lines are as long as they need to be.
 console = Console(width=None if sys.stdout.isatty() else 180)
+
+NEEDED_WIDTH = {"project_id": 90, "activity_name": 110, "source": 130, "metadata": 160}
+"""How many columns a terminal needs for these to be shown too."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Organization = Annotated[str, typer.Argument(metavar="ORG", help="The organization's id.")]
@@ -276,12 +280,21 @@ def _wallet_table(view: WalletView) -> Table:
 
 def _history_table(page: Page, org_id: str) -> Table:
     shown = f"{len(page.events)} of {page.total} events" if len(page.events) < page.total else f"{page.total} events"
-    table = Table(title=f"Credit history of {org_id}, newest first: {shown}", title_justify="left")
-    for name in history.CUSTOMER_COLUMNS:
+    table = Table(title=f"Credit history of {org_id}, newest first: {shown}", title_justify="left", box=box.SIMPLE_HEAD)
+    names = [name for name in history.CUSTOMER_COLUMNS if console.width >= NEEDED_WIDTH.get(name, 0)]
+    if left_out := [name for name in history.CUSTOMER_COLUMNS if name not in names]:
+        table.caption = f"Not shown, as the terminal is narrow: {', '.join(left_out)}. Use --json to see everything."
+        table.caption_justify = "left"
+    for name in names:
         is_amount = name in ("credits", "prepaid_balance_after", "period_usage_after")
-        table.add_column(name, justify="right" if is_amount else "left", overflow="fold")
+        table.add_column(
+            name.replace("_", "\n") if is_amount else name,
+            justify="right" if is_amount else "left",
+            no_wrap=is_amount or name in ("created_at", "event_type"),
+            overflow="fold",
+        )
     for event in page.events:
-        table.add_row(*(_cell(event[name]) for name in history.CUSTOMER_COLUMNS))
+        table.add_row(*(_cell(event[name]) for name in names))
     return table
 
 

