@@ -66,7 +66,7 @@ def verify(engine: Engine) -> Verdict:
 
 
 _STEPS = """
-    SELECT org_id, seq, event_type, credits, idempotency_key, created_at, metadata,
+    SELECT org_id, seq, event_type, credits, idempotency_key, created_at,
            subscription_balance_after - subscription_change AS subscription_before,
            prepaid_change, subscription_change, reserved_change, usage_change, period_usage_after,
            seq - lag(seq, 1, 0::bigint) OVER wallet AS seq_step,
@@ -124,8 +124,8 @@ CHECKS = (
              AND prepaid_change = credits - subscription_change AND reserved_change = 0 AND usage_change = -credits
           WHEN event_type = 'subscription_credit'
             THEN subscription_change = credits AND prepaid_change = 0 AND reserved_change = 0
-             AND CASE WHEN metadata ->> 'reason' = 'plan_change' THEN usage_change = 0 ELSE period_usage_after = 0 END
-          WHEN metadata ->> 'reason' = 'subscription_expired'
+             AND CASE WHEN strpos(idempotency_key, '/') > 0 THEN usage_change = 0 ELSE period_usage_after = 0 END
+          WHEN event_type = 'adjustment' AND starts_with(idempotency_key, 'subscription:')
             THEN subscription_change = credits AND prepaid_change = 0 AND reserved_change = 0 AND usage_change = 0
           ELSE prepaid_change = credits AND subscription_change = 0 AND reserved_change = 0 AND usage_change = 0
         END

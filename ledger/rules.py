@@ -381,7 +381,7 @@ def _subscribe(wallet: Wallet, message: Subscribe, now: datetime, known: Subscri
         )
     else:
         wallet = replace(wallet, next_period_at=period_start(anchor, period + 1))
-        wallet, subscription, events = _raise_allocation(wallet, subscription, message, now)
+        wallet, subscription, events = _raise_allocation(wallet, subscription, period, message, now)
     return Decision(wallet, "posted", events=events, subscription=subscription)
 
 
@@ -427,7 +427,7 @@ def _begin_period(
         replace(wallet, next_period_at=ends_at, period_usage=0),
         subscription.monthly_credits,
         now,
-        key=f"subscription:{subscription.subscription_id}:{period}",
+        key=_period_key(subscription, period),
         source=source,
         metadata={
             **metadata,
@@ -441,8 +441,13 @@ def _begin_period(
     return wallet, subscription, (*expired, credit)
 
 
+def _period_key(subscription: Subscription, period: int) -> str:
+    # What follows it begins with a character that no id has, so no two keys can be mistaken for one another.
+    return f"subscription:{subscription.subscription_id}:{period}"
+
+
 def _raise_allocation(
-    wallet: Wallet, subscription: Subscription, message: Subscribe, now: datetime
+    wallet: Wallet, subscription: Subscription, period: int, message: Subscribe, now: datetime
 ) -> tuple[Wallet, Subscription, tuple[Event, ...]]:
     """Within a period a plan change only adds what exceeds the most that the period was granted already."""
     difference = subscription.monthly_credits - subscription.period_granted
@@ -452,7 +457,7 @@ def _raise_allocation(
         wallet,
         difference,
         now,
-        key=f"subscription:{subscription.subscription_id}:{subscription.period}:{subscription.version}",
+        key=f"{_period_key(subscription, period)}/v{subscription.version}",
         source=message.source,
         metadata=_metadata(
             message,
@@ -501,7 +506,7 @@ def _expire(
         "adjustment",
         -excess,
         subscription=-excess,
-        key=f"subscription:{subscription.subscription_id}:{period}:{subscription.version}:expired",
+        key=f"{_period_key(subscription, period)}/v{subscription.version}/expired",
         source=SCHEDULER,
         metadata={"reason": "subscription_expired", "subscription_id": subscription.subscription_id},
     )
