@@ -37,7 +37,7 @@ def parse_url(url: str) -> URL:
     """The parts of a database URL that `connect` can use. Raises DatabaseURLError."""
     try:
         parsed = make_url(url)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # the latter for a port that is no number
         raise DatabaseURLError("is not a URL; it looks like postgresql+psycopg://user:password@host/database") from None
     if parsed.drivername != "postgresql+psycopg":
         raise DatabaseURLError(f"must begin with postgresql+psycopg://, not {parsed.drivername}://")

@@ -37,7 +37,7 @@ _RECORD = """
       AS letter (task, body, body_sha256, org_id, error_code, error, traceback, attempts)
     ON CONFLICT (task, body_sha256) WHERE status = 'open' DO UPDATE
       SET attempts = dead_letters.attempts + excluded.attempts,
-          last_failed_at = excluded.last_failed_at,
+          last_failed_at = GREATEST(dead_letters.last_failed_at, excluded.last_failed_at),
           org_id = excluded.org_id,
           error_code = excluded.error_code,
           error = excluded.error,

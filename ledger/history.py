@@ -1,14 +1,14 @@
-"""Reading the ledger: a wallet as it is, and its credit history. Reads only."""
+"""Reading the ledger: wallets, workflows, reservations and the credit history. Never writes."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, and_, func, select
 
-from ledger.state import EventType
-from ledger.tables import credit_events, subscriptions, wallets
+from ledger.state import EventType, WorkflowState
+from ledger.tables import credit_events, subscriptions, wallets, workflows
 
 MAX_PAGE = 100
 """The most events of one page."""
@@ -69,6 +69,47 @@ class Page:
 
     events: list[RowMapping]
     total: int
+    next_before_seq: int | None
+    """What continues the page (see `events`); None: there is no more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Balances:
+    """A wallet's balances, in credits, as they were at some time."""
+
+    available: int
+    prepaid_balance: int
+    subscription_balance: int
+    reserved_credits: int
+    used_this_period: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """An open reservation."""
+
+    org_id: str
+    workflow_id: str
+    project_id: str | None
+    activity_name: str | None
+    credits: int
+    reserved_at: datetime
+    expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class WorkflowView:
+    """What the ledger knows of one workflow, and its events, oldest first."""
+
+    workflow_id: str
+    state: WorkflowState
+    project_id: str | None
+    activity_name: str | None
+    reserved_credits: int | None
+    expires_at: datetime | None
+    used_credits: int | None
+    refunded_credits: int
+    events: list[RowMapping]
 
 
 def wallet(connection: Connection, org_id: str) -> WalletView | None:
@@ -110,6 +151,22 @@ def wallet(connection: Connection, org_id: str) -> WalletView | None:
     )
 
 
+def balances_at(connection: Connection, org_id: str, moment: datetime) -> Balances:
+    """The balances of `org_id` after the last event that is not later than `moment`; all 0 before the first."""
+    columns = credit_events.c
+    last = select(credit_events).where(columns.org_id == org_id, columns.created_at <= moment)
+    row = connection.execute(last.order_by(columns.seq.desc()).limit(1)).first()
+    if row is None:
+        return Balances(0, 0, 0, 0, 0)
+    return Balances(
+        available=row.prepaid_balance_after + row.subscription_balance_after - row.reserved_after,
+        prepaid_balance=row.prepaid_balance_after,
+        subscription_balance=row.subscription_balance_after,
+        reserved_credits=row.reserved_after,
+        used_this_period=row.period_usage_after,
+    )
+
+
 def events(
     connection: Connection,
     org_id: str,
@@ -117,14 +174,99 @@ def events(
     *,
     limit: int = MAX_PAGE,
     offset: int = 0,
+    before_seq: int | None = None,
 ) -> Page:
-    """A page of the credit history of `org_id`: `limit` events (1-100) after the `offset` newest."""
+    """A page of the credit history of `org_id`: `limit` events (1-100), newest first.
+
+    It begins after the `offset` newest, or, with `before_seq`, at the first event older than that: pages that continue
+    one another in this way neither skip nor repeat an event while new ones are added.
+    """
     assert 1 <= limit <= MAX_PAGE
     assert offset >= 0
     conditions = _conditions(org_id, matching)
-    page = select(credit_events).where(*conditions).order_by(credit_events.c.seq.desc()).limit(limit).offset(offset)
-    total = select(func.count()).select_from(credit_events).where(*conditions)
-    return Page(list(connection.execute(page).mappings()), connection.scalar(total) or 0)
+    page = select(credit_events).where(*conditions).order_by(credit_events.c.seq.desc()).offset(offset)
+    if before_seq is not None:
+        page = page.where(credit_events.c.seq < before_seq)
+    rows = list(connection.execute(page.limit(limit + 1)).mappings())  # one more tells whether there is more
+    shown = rows[:limit]
+    total = connection.scalar(select(func.count()).select_from(credit_events).where(*conditions))
+    return Page(shown, total or 0, shown[-1]["seq"] if len(rows) > limit else None)
+
+
+def all_events(connection: Connection, org_id: str, matching: EventFilter) -> Iterator[RowMapping]:
+    """Every matching event, newest first, fetched in pieces: for exports of any size."""
+    query = select(credit_events).where(*_conditions(org_id, matching)).order_by(credit_events.c.seq.desc())
+    yield from connection.execution_options(stream_results=True, yield_per=1_000).execute(query).mappings()
+
+
+def available_over_time(
+    connection: Connection, org_id: str, matching: EventFilter, *, points: int
+) -> list[tuple[datetime, int]]:
+    """The available balance of `org_id` over the time range of `matching`, as at most `points` steps, oldest first.
+
+    Each step is the last event of an equal share of the range's events.
+    """
+    columns = credit_events.c
+    in_range = _conditions(org_id, EventFilter(matching.created_from, matching.created_before))
+    share = func.ntile(points).over(order_by=columns.seq).label("share")
+    available = columns.prepaid_balance_after + columns.subscription_balance_after - columns.reserved_after
+    numbered = select(share, columns.seq, columns.created_at, available.label("available")).where(*in_range).subquery()
+    last = (
+        select(numbered.c.created_at, numbered.c.available)
+        .distinct(numbered.c.share)
+        .order_by(numbered.c.share, numbered.c.seq.desc())
+    )
+    return [(row.created_at, row.available) for row in connection.execute(last)]
+
+
+def open_reservations(connection: Connection, *, org_id: str | None = None, limit: int = MAX_PAGE) -> list[Reservation]:
+    """The open reservations, oldest first, of one organization or of all."""
+    started = and_(
+        credit_events.c.org_id == workflows.c.org_id,
+        credit_events.c.idempotency_key == func.concat("start:", workflows.c.workflow_id),
+    )
+    query = (
+        select(workflows, credit_events.c.created_at)
+        .select_from(workflows.join(credit_events, started))
+        .where(workflows.c.state == "reserved")
+        .order_by(credit_events.c.created_at, workflows.c.org_id, workflows.c.workflow_id)
+        .limit(limit)
+    )
+    if org_id is not None:
+        query = query.where(workflows.c.org_id == org_id)
+    return [
+        Reservation(
+            org_id=row.org_id,
+            workflow_id=row.workflow_id,
+            project_id=row.project_id,
+            activity_name=row.activity_name,
+            credits=row.start_credits,
+            reserved_at=row.created_at,
+            expires_at=row.expires_at,
+        )
+        for row in connection.execute(query)
+    ]
+
+
+def workflow(connection: Connection, org_id: str, workflow_id: str) -> WorkflowView | None:
+    """The workflow `workflow_id` of `org_id`, or None if no message has named it."""
+    known = select(workflows).where(workflows.c.org_id == org_id, workflows.c.workflow_id == workflow_id)
+    row = connection.execute(known).first()
+    if row is None:
+        return None
+    keys = [f"{step}:{workflow_id}" for step in ("start", "release", "finish")]
+    written = select(credit_events).where(credit_events.c.org_id == org_id, credit_events.c.idempotency_key.in_(keys))
+    return WorkflowView(
+        workflow_id=row.workflow_id,
+        state=row.state,
+        project_id=row.project_id,
+        activity_name=row.activity_name,
+        reserved_credits=row.start_credits if row.start_answer == "reserved" else None,
+        expires_at=row.expires_at,
+        used_credits=row.finish_credits,
+        refunded_credits=row.refunded,
+        events=list(connection.execute(written.order_by(credit_events.c.seq)).mappings()),
+    )
 
 
 def _conditions(org_id: str, matching: EventFilter) -> list[ColumnElement[Any]]:

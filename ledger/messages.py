@@ -32,6 +32,9 @@ MAX_METADATA_BYTES = 8 * 1024
 MAX_METADATA_DEPTH = 20
 """How deep objects and lists may be nested in metadata; the metadata object itself is level 1."""
 
+MAX_METADATA_INTEGER_BITS = 1_024
+"""The longest integer in metadata."""
+
 OWN_REASONS = frozenset({"subscription_expired"})
 """Reasons that only the ledger itself gives to an adjustment."""
 
@@ -87,6 +90,8 @@ def _metadata_problems(value: object, *, depth: int) -> Iterator[str]:
                 yield "must not contain half a surrogate pair"
         case float() if not math.isfinite(value):
             yield "must not contain NaN or Infinity"
+        case int() if value.bit_length() > MAX_METADATA_INTEGER_BITS:
+            yield f"must not contain an integer of more than {MAX_METADATA_INTEGER_BITS:,} bits"
         case None | bool() | int() | float():
             pass
         case _:
@@ -347,29 +352,35 @@ def parse(task: str, payload: object) -> Message | InvalidMessage:
         )
     try:
         return model.model_validate(payload)
-    except ValidationError as error:
-        problems = "; ".join(_sentence(detail) for detail in error.errors(include_url=False))
+    except ValidationError:
+        problems = "; ".join(_problems(model, payload))
         return InvalidMessage("invalid_message", f"{task}: {problems}", _org_id(payload))
 
 
+def _problems(model: type[Message], payload: dict[Any, object]) -> Iterator[str]:
+    """Everything that is wrong with `payload`, one sentence each."""
+    try:
+        model.model_validate({name: value for name, value in payload.items() if name in model.model_fields})
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            yield _sentence(detail)
+    for name in payload:
+        if name not in model.model_fields:
+            yield f"{ascii(str(name))[1:-1][:64]} is not a field of this message"
+
+
 def _sentence(detail: ErrorDetails) -> str:
-    field = ".".join(_shown_key(part) for part in detail["loc"])
+    field = ".".join(map(str, detail["loc"]))
     match detail["type"]:
         case "missing":
             return f"{field} is missing"
-        case "extra_forbidden":
-            return f"{field} is not a field of this message"
         case "string_unicode":
             return f"{field} must not contain half a surrogate pair"
         case "string_pattern_mismatch":
             return f"{field} must be 1-128 characters of A-Z a-z 0-9 _ . : -, got {_shown(detail['input'])}"
         case _:
-            problem = detail["msg"].removeprefix("Input ").replace("should be", "must be")
+            problem = detail["msg"].removeprefix("Input ").removeprefix("String ").replace("should ", "must ", 1)
             return f"{field} {problem[0].lower()}{problem[1:]}, got {_shown(detail['input'])}"
-
-
-def _shown_key(part: object) -> str:
-    return str(part).encode("ascii", "backslashreplace").decode()[:64]
 
 
 def _shown(value: object) -> str:
@@ -379,6 +390,8 @@ def _shown(value: object) -> str:
             return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
         case None | bool():
             return json.dumps(value)
+        case int() if value.bit_length() > MAX_METADATA_INTEGER_BITS:
+            return f"an integer of {value.bit_length():,} bits"
         case _:
             text = ascii(value)
             return text if len(text) <= 80 else f"{text[:77]}..."

@@ -374,7 +374,8 @@ def _subscribe(wallet: Wallet, message: Subscribe, now: datetime, known: Subscri
     period = period_at(anchor, now)
     events: tuple[Event, ...] = ()
     if period is None:
-        wallet = replace(wallet, next_period_at=anchor)
+        # What another subscription has left expires with its own period, should that end first.
+        wallet = replace(wallet, next_period_at=min(anchor, wallet.next_period_at or anchor))
     elif subscription.period != period:
         wallet, subscription, events = _begin_period(
             wallet, subscription, period, now, source=message.source, metadata=_metadata(message)
@@ -391,9 +392,6 @@ def _unsubscribe(wallet: Wallet, message: Unsubscribe, known: Subscription | Non
         return Decision(wallet, "ignored", "not_subscribed", subscription=tombstone)
     if message.version <= known.version:
         return Decision(wallet, "ignored", "stale_version")
-    if wallet.subscription_id == known.subscription_id and known.period is None:
-        # It never began, so there is no period to end.
-        wallet = replace(wallet, subscription_id=None, next_period_at=None)
     return Decision(wallet, "posted", subscription=replace(known, version=message.version, active=False))
 
 
@@ -402,16 +400,22 @@ def begin_due_periods(
 ) -> tuple[Wallet, Subscription, tuple[Event, ...]]:
     """Begin every period of the wallet's subscription that is due at `now`, one by one, in order."""
     assert wallet.subscription_id == subscription.subscription_id
+    assert subscription.anchor is not None
     events: tuple[Event, ...] = ()
-    while wallet.next_period_at is not None and wallet.next_period_at <= now:
+    while (due_at := wallet.next_period_at) is not None and due_at <= now:
         period = 0 if subscription.period is None else subscription.period + 1
-        if subscription.active:
+        starts_at = period_start(subscription.anchor, period)
+        if not subscription.active:
+            wallet, begun = _expire(wallet, subscription, period, now, rollover_limit=0)
+            wallet = replace(wallet, subscription_id=None, next_period_at=None)
+        elif due_at < starts_at:
+            # The last period of the subscription that this one replaced has ended.
+            wallet, begun = _expire(wallet, subscription, period, now, rollover_limit=0)
+            wallet = replace(wallet, next_period_at=starts_at)
+        else:
             wallet, subscription, begun = _begin_period(
                 wallet, subscription, period, now, source=SCHEDULER, metadata={}
             )
-        else:
-            wallet, begun = _expire(wallet, subscription, period, now, rollover_limit=0)
-            wallet = replace(wallet, subscription_id=None, next_period_at=None)
         events += begun
     return wallet, subscription, events
 

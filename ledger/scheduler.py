@@ -42,4 +42,4 @@ def _catch_up_due(engine: Engine, due_at: ColumnElement[datetime], *, task: str)
         if not rows:
             return written
         written += catch_up(engine, [org_id for _, org_id in rows], task=task)
-        after = rows[-1].tuple()
+        after = tuple(rows[-1])

@@ -111,7 +111,6 @@ def _in_transactions(
                 answers += apply(connection, batch)
         except Exception as error:
             if is_transient(error):
-                engine.dispose()
                 raise
             if len(batch) > 1:
                 middle = len(batch) // 2
@@ -141,7 +140,7 @@ def _apply(connection: Connection, deliveries: Sequence[Delivery]) -> list[Resul
         message if isinstance(message, InvalidMessage) else work.apply(message) for message in messages
     ]
     letters = [
-        DeadLetter(delivery.task, delivery.body, message.org_id, answer.code, answer.error)
+        DeadLetter(_storable(delivery.task), delivery.body, message.org_id, answer.code, answer.error)
         for delivery, message, answer in zip(deliveries, messages, answers, strict=True)
         if not isinstance(answer, Result)
     ]
@@ -162,7 +161,7 @@ def _catch_up(connection: Connection, org_ids: Sequence[str]) -> list[int]:
 def _bury(engine: Engine, delivery: Delivery, error: Exception) -> DeadLettered:
     logger.error("%s failed unexpectedly and becomes a dead letter", delivery.task, exc_info=error)
     letter = DeadLetter(
-        delivery.task,
+        _storable(delivery.task),
         delivery.body,
         parse(delivery.task, delivery.payload).org_id,
         "unexpected_error",

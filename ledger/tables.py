@@ -59,7 +59,6 @@ _BALANCE_RULES = {
     "available_lower_bound": f"prepaid_balance{{0}} - reserved{{0}} >= -{MAX_CREDITS}",
     "subscription_balance_range": f"subscription_balance{{0}} BETWEEN 0 AND {MAX_CREDITS}",
     "reserved_range": f"reserved{{0}} BETWEEN 0 AND {MAX_CREDITS}",
-    "prepaid_balance_range": f"prepaid_balance{{0}} BETWEEN -{MAX_CREDITS} AND {MAX_CREDITS}",
     "period_usage_range": f"period_usage{{0}} BETWEEN 0 AND {MAX_CREDITS}",
 }
 

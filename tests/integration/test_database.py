@@ -1,0 +1,228 @@
+"""Connecting to PostgreSQL, and telling the faults that pass from the errors that stay, by real errors."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import psycopg
+import pytest
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import DBAPIError
+
+from ledger.database import DatabaseURLError, connect, describe, is_transient
+from tests.support import eventually, sql
+
+PURCHASE = "INSERT INTO posted_messages VALUES ('acme', 'purchase', 'p1', '{}', 'posted', NULL)"
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("", "is not a URL; it looks like postgresql+psycopg://user:password@host/database"),
+        ("secret", "is not a URL; it looks like postgresql+psycopg://user:password@host/database"),
+        ("postgresql://ann:secret@host/credits", "must begin with postgresql+psycopg://, not postgresql://"),
+        ("postgresql+asyncpg://ann:secret@host/d", "must begin with postgresql+psycopg://, not postgresql+asyncpg://"),
+        ("postgres://ann:secret@host/credits", "must begin with postgresql+psycopg://, not postgres://"),
+        ("sqlite:///secret", "must begin with postgresql+psycopg://, not sqlite://"),
+        ("redis://:secret@host", "must begin with postgresql+psycopg://, not redis://"),
+        (
+            "postgresql+psycopg://ann@host:secret/credits",
+            "is not a URL; it looks like postgresql+psycopg://user:password@host/database",
+        ),
+        (
+            "postgresql+psycopg://ann:p@ss:secret@host/credits",  # an @ that should be %40
+            "is not a URL; it looks like postgresql+psycopg://user:password@host/database",
+        ),
+    ],
+)
+def test_a_url_that_cannot_be_used_is_refused_without_its_password(url: str, problem: str) -> None:
+    with pytest.raises(DatabaseURLError) as refused:
+        connect(url)
+    assert str(refused.value) == problem
+    assert "secret" not in str(refused.value)
+    assert refused.value.__cause__ is None
+    assert refused.value.__suppress_context__ or refused.value.__context__ is None
+
+
+def test_a_good_url_is_not_connected_to_yet() -> None:
+    connect("postgresql+psycopg://ann:secret@no-such-host.invalid/credits").dispose()
+
+
+def test_a_session_cannot_wait_forever_and_speaks_utc(engine: Engine) -> None:
+    names = ("lock_timeout", "statement_timeout", "idle_in_transaction_session_timeout", "TimeZone", "plan_cache_mode")
+    assert {name: sql(engine, f"SHOW {name}")[0][0] for name in (*names, "application_name")} == {
+        "lock_timeout": "10s",
+        "statement_timeout": "1min",
+        "idle_in_transaction_session_timeout": "1min",
+        "TimeZone": "UTC",
+        "plan_cache_mode": "force_custom_plan",
+        "application_name": "holdfast",
+    }
+
+
+# Each provokes one error on a connection of its own; `engine` is another one.
+
+
+def unique_violation(connection: Connection, engine: Engine) -> None:
+    connection.execute(text(PURCHASE))
+    connection.execute(text(PURCHASE))
+
+
+def check_violation(connection: Connection, engine: Engine) -> None:
+    connection.execute(text(PURCHASE.replace("'posted'", "'lost'")))
+
+
+def not_null_violation(connection: Connection, engine: Engine) -> None:
+    connection.execute(text(PURCHASE.replace("'p1'", "NULL")))
+
+
+def append_only(connection: Connection, engine: Engine) -> None:
+    connection.execute(text("TRUNCATE credit_events"))
+
+
+def out_of_range(connection: Connection, engine: Engine) -> None:
+    connection.execute(text("SELECT 9223372036854775807 + 1"))
+
+
+def nul_character(connection: Connection, engine: Engine) -> None:
+    connection.execute(text("SELECT CAST(:value AS text)"), {"value": "\x00"})
+
+
+def lock_timeout(connection: Connection, engine: Engine) -> None:
+    with engine.connect() as holder:
+        holder.execute(text("LOCK TABLE wallets"))
+        connection.execute(text("SET lock_timeout = '20ms'"))
+        connection.execute(text("SELECT * FROM wallets"))
+
+
+def lock_not_available(connection: Connection, engine: Engine) -> None:
+    with engine.connect() as holder:
+        holder.execute(text("LOCK TABLE wallets"))
+        connection.execute(text("LOCK TABLE wallets NOWAIT"))
+
+
+def deadlock(connection: Connection, engine: Engine) -> None:
+    waiting = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    with ThreadPoolExecutor(1) as threads, engine.connect() as other:
+        other.execute(text("LOCK TABLE wallets"))
+        connection.execute(text("LOCK TABLE workflows"))
+        first_to_wait = threads.submit(connection.execute, text("LOCK TABLE wallets"))
+        eventually(lambda: sql(engine, waiting))
+        other.execute(text("LOCK TABLE workflows"))
+        first_to_wait.result(timeout=10)
+
+
+def serialization_failure(connection: Connection, engine: Engine) -> None:
+    sql(engine, PURCHASE)
+    connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
+    connection.execute(text("SELECT * FROM posted_messages"))
+    sql(engine, "UPDATE posted_messages SET reason = 'changed'")
+    connection.execute(text("UPDATE posted_messages SET reason = 'changed here'"))
+
+
+def statement_timeout(connection: Connection, engine: Engine) -> None:
+    connection.execute(text("SET statement_timeout = '20ms'"))
+    connection.execute(text("SELECT pg_sleep(10)"))
+
+
+def read_only(connection: Connection, engine: Engine) -> None:
+    connection.execute(text("SET TRANSACTION READ ONLY"))
+    connection.execute(text(PURCHASE))
+
+
+def terminate(connection: Connection, engine: Engine) -> None:
+    pid = connection.scalar(text("SELECT pg_backend_pid()"))
+    sql(engine, f"SELECT pg_terminate_backend({pid}, 5000)")
+
+
+def admin_shutdown(connection: Connection, engine: Engine) -> None:
+    terminate(connection, engine)
+    connection.execute(text("SELECT 1"))
+
+
+def vanished_in_the_middle(connection: Connection, engine: Engine) -> None:
+    """Like a server that is killed: the second use of a broken connection has no word from it any more."""
+    terminate(connection, engine)
+    driver = connection.connection.driver_connection
+    assert isinstance(driver, psycopg.Connection)
+    with pytest.raises(psycopg.OperationalError):
+        driver.execute("SELECT 1")
+    driver.execute("SELECT 1")
+
+
+def closed_connection(connection: Connection, engine: Engine) -> None:
+    driver = connection.connection.driver_connection
+    assert isinstance(driver, psycopg.Connection)
+    driver.close()
+    connection.execute(text("SELECT 1"))
+
+
+def undefined_table(connection: Connection, engine: Engine) -> None:
+    connection.execute(text("SELECT * FROM no_such_table"))
+
+
+def no_rights(connection: Connection, engine: Engine) -> None:
+    connection.execute(text("SELECT * FROM pg_authid"))
+
+
+def connection_refused(connection: Connection, engine: Engine) -> None:
+    connect("postgresql+psycopg://ann@127.0.0.1:1/credits").connect()
+
+
+def no_socket(connection: Connection, engine: Engine) -> None:
+    connect("postgresql+psycopg://ann@/credits?host=/nowhere").connect()
+
+
+def unknown_database(connection: Connection, engine: Engine) -> None:
+    connect(engine.url.set(database="no_such_database").render_as_string(hide_password=False)).connect()
+
+
+@pytest.mark.parametrize(
+    ("provoke", "transient", "sqlstate"),
+    [
+        (unique_violation, False, "23505"),
+        (check_violation, False, "23514"),
+        (not_null_violation, False, "23502"),
+        (append_only, False, "23001"),
+        (out_of_range, False, "22003"),
+        (nul_character, False, None),
+        (lock_timeout, True, "55P03"),
+        (lock_not_available, True, "55P03"),
+        (deadlock, True, "40P01"),
+        (serialization_failure, True, "40001"),
+        (statement_timeout, True, "57014"),
+        (read_only, True, "25006"),
+        (admin_shutdown, True, "57P01"),
+        (vanished_in_the_middle, True, None),
+        (closed_connection, True, None),
+        (undefined_table, True, "42P01"),
+        (no_rights, True, "42501"),
+        (connection_refused, True, None),
+        (no_socket, True, None),
+        (unknown_database, True, None),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_an_error_is_transient_if_it_is_not_about_what_was_asked(
+    engine: Engine, provoke: Callable[[Connection, Engine], None], transient: bool, sqlstate: str | None
+) -> None:
+    with engine.connect() as connection:
+        with pytest.raises((DBAPIError, psycopg.Error)) as raised:
+            provoke(connection, engine)
+        connection.invalidate()
+    original = raised.value.orig if isinstance(raised.value, DBAPIError) else raised.value
+    assert isinstance(original, psycopg.Error)
+    assert original.sqlstate == sqlstate
+    # As SQLAlchemy wraps it, and as the driver raised it.
+    assert (is_transient(raised.value), is_transient(original)) == (transient, transient)
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("the connection is closed"), KeyboardInterrupt()])
+def test_an_error_of_something_else_is_not_transient(error: BaseException) -> None:
+    assert not is_transient(error)
+
+
+def test_a_database_error_is_described_in_one_line(engine: Engine) -> None:
+    with pytest.raises(DBAPIError) as raised:
+        sql(engine, "SELECT no_such_column FROM wallets")
+    assert describe(raised.value) == 'column "no_such_column" does not exist'
+    assert describe(psycopg.OperationalError()) == "OperationalError"
