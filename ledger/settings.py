@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
@@ -84,6 +85,15 @@ class Settings(BaseSettings):
 
 
 def _with_scheme(url: str | None, schemes: tuple[str, ...]) -> str | None:
-    if url is not None and (urlsplit(url).scheme not in schemes or not urlsplit(url).hostname):
+    if url is None:
+        return None
+    try:
+        parts = urlsplit(url)
+        well_formed = parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, a bracket that does not close
+        well_formed = False
+    if not well_formed:
         raise ValueError(f"must begin with {' or '.join(f'{scheme}://' for scheme in schemes)} and name a host")
+    if parts.scheme in RESULT_SCHEMES and not re.fullmatch(r"/?|/\d+", parts.path):
+        raise ValueError("must end with the number of a Redis database, such as /0")
     return url

@@ -1,0 +1,314 @@
+"""Every kind of message in every order, with time passing, against the naive model: first the rules, then PostgreSQL.
+
+PostgreSQL says what time it is, so in the database of this test `clock_timestamp()` is ours: a function of that name,
+in a schema that is searched before `pg_catalog`. Nothing of the ledger is changed for it.
+"""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Protocol
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from sqlalchemy import Engine, select, text
+
+from ledger import audit, scheduler, store, tables
+from ledger.state import Event, Result
+from tests.property.model import Answer, Model, check_history
+from tests.support import delivery
+from tests.unit.memory import MemoryLedger
+
+NOW = datetime(2026, 1, 30, 9, tzinfo=UTC)
+
+Sent = tuple[str, dict[str, Any]]
+Told = tuple[Answer, int | None]
+"""What the sender is told: the answer, and what is available (None if the message was refused)."""
+
+
+class Driver(Protocol):
+    """A ledger for one organization, whose time is what it is told."""
+
+    def at(self, now: datetime) -> None: ...
+    def send(self, messages: Sequence[Sent]) -> list[Told]: ...
+    def beat(self) -> None: ...
+    def wallet(self) -> dict[str, Any]: ...
+    def events(self) -> Sequence[Event]: ...
+    def check(self) -> None: ...
+
+
+class RulesDriver:
+    """The pure rules."""
+
+    def __init__(self) -> None:
+        self.ledger = MemoryLedger(NOW)
+
+    def at(self, now: datetime) -> None:
+        self.ledger.now = now
+
+    def send(self, messages: Sequence[Sent]) -> list[Told]:
+        told: list[Told] = []
+        for task, fields in messages:
+            decision = self.ledger.send(task, **fields)
+            if decision.refusal is not None:
+                told.append((("refused", decision.refusal.code, False), None))
+            else:
+                told.append(((decision.outcome, decision.reason, decision.duplicate), decision.wallet.available))
+        return told
+
+    def beat(self) -> None:
+        self.ledger.catch_up()
+
+    def wallet(self) -> dict[str, Any]:
+        wallet = self.ledger.wallet
+        return {name: getattr(wallet, name) for name in WALLET}
+
+    def events(self) -> Sequence[Event]:
+        return self.ledger.events
+
+    def check(self) -> None:
+        pass
+
+
+class PostgresDriver:
+    """The store, on a PostgreSQL database that it empties first, so that every example can be repeated on its own."""
+
+    org_id = "acme"
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        with engine.begin() as connection:
+            connection.execute(text("ALTER TABLE credit_events DISABLE TRIGGER USER"))
+            connection.execute(text(f"TRUNCATE {', '.join(tables.metadata.tables)}"))
+            connection.execute(text("ALTER TABLE credit_events ENABLE TRIGGER USER"))
+
+    def at(self, now: datetime) -> None:
+        with self.engine.begin() as connection:
+            connection.execute(text("UPDATE our.clock SET now = :now"), {"now": now})
+
+    def send(self, messages: Sequence[Sent]) -> list[Told]:
+        deliveries = [delivery(task, org_id=self.org_id, **fields) for task, fields in messages]
+        told: list[Told] = []
+        for answer in store.apply_batch(self.engine, deliveries):
+            if isinstance(answer, Result):
+                told.append(((answer.outcome, answer.reason, answer.duplicate), answer.available))
+            else:
+                told.append((("refused", answer.code, False), None))
+        return told
+
+    def beat(self) -> None:
+        scheduler.post_due(self.engine)
+        scheduler.release_expired(self.engine)
+
+    def wallet(self) -> dict[str, Any]:
+        query = select(*(tables.wallets.c[name] for name in WALLET)).where(tables.wallets.c.org_id == self.org_id)
+        with self.engine.connect() as connection:
+            row = connection.execute(query).mappings().one_or_none()
+        return EMPTY if row is None else dict(row)
+
+    def events(self) -> Sequence[Event]:
+        events = tables.credit_events
+        with self.engine.connect() as connection:
+            rows = connection.execute(select(events).where(events.c.org_id == self.org_id).order_by(events.c.seq))
+            return [Event(**row) for row in rows.mappings()]
+
+    def check(self) -> None:
+        verdict = audit.verify(self.engine)
+        assert verdict.is_clean, [finding for finding in verdict.findings if finding.offenders]
+
+
+WALLET = ("prepaid_balance", "subscription_balance", "reserved", "period_usage", "credit_limit", "period_cap")
+EMPTY = {**dict.fromkeys(WALLET, 0), "period_cap": None}
+
+
+OWN_REASONS = ("subscription_expired", "plan_change", "settled")
+"""What only the ledger should be believed to say."""
+
+# Few ids and few amounts: repetitions and contradictions come by themselves.
+
+
+def _sent(task: str, **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Sent]:
+    metadata = st.sampled_from([{}, *({"reason": reason, "period_start": "x"} for reason in OWN_REASONS)])
+    return st.tuples(st.just(task), st.fixed_dictionaries({**fields, "metadata": metadata}))
+
+
+some_id = st.sampled_from(["a", "b", "c"])
+version = st.integers(1, 5)
+some_credits = st.sampled_from([0, 7, 40, 60])
+more_credits = st.sampled_from([1, 30, 250])
+signed_credits = st.sampled_from([-120, -30, -1, 1, 50])
+workflow_id = st.sampled_from([f"w{number}" for number in range(1, 10)])
+anchor = st.sampled_from(
+    [None, None, "2026-01-31T00:00:00Z", "2025-12-31T09:00:00Z", "2025-08-29T12:00:00Z", "2026-03-31T00:00:00Z"]
+)
+SUBSCRIPTION_MESSAGES = st.one_of(
+    _sent(
+        "wallet.subscribe",
+        subscription_id=some_id,
+        version=version,
+        plan=st.sampled_from(["basic", "pro"]),
+        monthly_credits=st.sampled_from([0, 50, 80, 200]),
+        rollover_limit=st.sampled_from([0, 20, 1_000]),
+        anchor=anchor,
+    ),
+    _sent("wallet.unsubscribe", subscription_id=some_id, version=version),
+)
+MESSAGES = st.one_of(
+    _sent("workflow.start", workflow_id=workflow_id, credits=some_credits, expires_in_s=st.sampled_from([60, 86_400])),
+    _sent("workflow.start", workflow_id=workflow_id, credits=some_credits, expires_in_s=st.just(2_592_000)),
+    _sent("workflow.finish", workflow_id=workflow_id, credits=some_credits),
+    _sent("workflow.cancel", workflow_id=workflow_id),
+    _sent("workflow.fail", workflow_id=workflow_id),
+    _sent("wallet.purchase", purchase_id=some_id, credits=more_credits),
+    _sent("wallet.grant", grant_id=some_id, credits=more_credits),
+    _sent(
+        "wallet.adjust",
+        adjustment_id=some_id,
+        credits=signed_credits,
+        reason=st.just("test"),
+        allow_negative=st.booleans(),
+    ),
+    _sent("wallet.refund", refund_id=some_id, credits=more_credits, workflow_id=st.none()),
+    _sent("wallet.refund", refund_id=workflow_id, credits=st.sampled_from([4, 30]), workflow_id=workflow_id),
+    _sent("wallet.bill", billing_id=some_id, credits=signed_credits | st.just(0)),
+    SUBSCRIPTION_MESSAGES,
+    _sent(
+        "wallet.configure",
+        version=version,
+        credit_limit=st.sampled_from([0, 60]),
+        period_cap=st.sampled_from([None, 0, 90, 300]),
+    ),
+)
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Sends messages to a ledger and to the model, lets time pass, and compares."""
+
+    def __init__(self, driver: Driver) -> None:
+        super().__init__()
+        self.driver = driver
+        self.model = Model()
+        self.now = NOW
+        self.sent: list[Sent] = []
+        self.is_current = True
+
+    @initialize(prepaid=st.sampled_from([0, 40, 400]), period_cap=st.sampled_from([None, None, 90, 150]))
+    def begin(self, prepaid: int, period_cap: int | None) -> None:
+        """Most wallets have credits and some a cap, before anything else happens."""
+        self.driver.at(self.now)
+        limits = {"version": 1, "credit_limit": 0, "period_cap": period_cap}
+        messages: list[Sent] = [("wallet.configure", limits)]
+        if prepaid:
+            messages.append(("wallet.purchase", {"purchase_id": "first", "credits": prepaid}))
+        self.deliver(messages)
+
+    @rule(messages=st.lists(MESSAGES, min_size=1, max_size=8))
+    def deliver(self, messages: list[Sent]) -> None:
+        expected = []
+        for task, fields in messages:
+            answer = self.model.receive(task, fields, self.now)
+            expected.append((answer, None if answer[0] == "refused" else self.model.available))
+        assert self.driver.send(messages) == expected
+        self.sent += messages
+        self.is_current = True
+
+    @rule(message=SUBSCRIPTION_MESSAGES)
+    def change_subscription(self, message: Sent) -> None:
+        """With the next version, as billing would: this one has an effect."""
+        task, fields = message
+        highest = max((fields["version"] for task, fields in self.sent if "subscription_id" in fields), default=0)
+        self.deliver([(task, {**fields, "version": highest + 1})])
+
+    @precondition(lambda self: self.sent)
+    @rule(data=st.data())
+    def deliver_again(self, data: st.DataObject) -> None:
+        self.deliver(data.draw(st.lists(st.sampled_from(self.sent), min_size=1, max_size=5)))
+
+    @rule(
+        duration=st.sampled_from(
+            [{"seconds": 59}, {"minutes": 1}, {"hours": 20}, {"days": 9}, {"days": 33}, {"days": 95}]
+        )
+    )
+    def wait(self, duration: dict[str, float]) -> None:
+        self._wait_until(self.now + timedelta(**duration))
+
+    @precondition(lambda self: (self.model.next_due() or NOW) > self.now)
+    @rule(early=st.sampled_from([timedelta(0), timedelta(microseconds=1)]))
+    def wait_until_something_is_due(self, early: timedelta) -> None:
+        due = self.model.next_due()
+        assert due is not None
+        self._wait_until(max(self.now, due - early))
+
+    def _wait_until(self, now: datetime) -> None:
+        self.now = now
+        self.driver.at(now)
+        self.is_current = False
+
+    @rule()
+    def beat(self) -> None:
+        self.driver.beat()
+        self.model.catch_up(self.now)
+        self.is_current = True
+
+    @precondition(lambda self: self.is_current)
+    @invariant()
+    def the_wallet_is_the_models(self) -> None:
+        balances = self.model.balances
+        assert self.driver.wallet() == {
+            "prepaid_balance": balances["prepaid"],
+            "subscription_balance": balances["subscription"],
+            "reserved": balances["reserved"],
+            "period_usage": balances["usage"],
+            "credit_limit": self.model.limits["credit_limit"],
+            "period_cap": self.model.limits["period_cap"],
+        }
+
+    def teardown(self) -> None:
+        check_history(self.driver.events())
+        self.driver.check()
+
+
+@pytest.fixture
+def clocked_engine(engine: Engine) -> Engine:
+    """The test's own database, in which it is whatever time `our.clock` says."""
+    with engine.begin() as connection:
+        for statement in (
+            "CREATE SCHEMA our",
+            "CREATE TABLE our.clock AS SELECT pg_catalog.clock_timestamp() AS now",
+            "CREATE FUNCTION our.clock_timestamp() RETURNS timestamptz LANGUAGE sql AS 'SELECT now FROM our.clock'",
+            f"ALTER DATABASE {engine.url.database} SET search_path = our, pg_catalog, public",
+        ):
+            connection.execute(text(statement))
+    engine.dispose()
+    return engine
+
+
+def test_the_database_tells_the_time_that_it_is_told(clocked_engine: Engine) -> None:
+    PostgresDriver(clocked_engine).at(NOW)
+    store.apply_batch(clocked_engine, [delivery("wallet.purchase", org_id="acme", purchase_id="p1", credits=5)])
+    with clocked_engine.connect() as connection:
+        assert connection.scalar(select(tables.credit_events.c.created_at)) == NOW
+
+
+@pytest.mark.timeout(1_800)
+def test_the_rules_do_what_the_model_does() -> None:
+    run_state_machine_as_test(lambda: LedgerMachine(RulesDriver()), settings=settings(max_examples=_examples(3.0)))
+
+
+@pytest.mark.timeout(1_800)
+def test_the_ledger_in_postgresql_does_what_the_model_does(clocked_engine: Engine) -> None:
+    run_state_machine_as_test(
+        lambda: LedgerMachine(PostgresDriver(clocked_engine)), settings=settings(max_examples=_examples(1.0))
+    )
+
+
+def _examples(share: float) -> int:
+    return int(settings().max_examples * share)

@@ -1,0 +1,94 @@
+"""A ledger of one organization in memory: the pure rules, applied as the store applies them."""
+
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from ledger import rules
+from ledger.messages import InvalidMessage, Subscribe, Unsubscribe, WalletMessage, parse
+from ledger.state import Decision, Event, PostedMessage, Refusal, Subscription, Wallet, Workflow
+
+Row = tuple[str, int, int, int, int, int]
+
+
+def row(event: Event) -> Row:
+    """(event_type, credits, prepaid, subscription, reserved, period usage after it)."""
+    return (
+        event.event_type,
+        event.credits,
+        event.prepaid_balance_after,
+        event.subscription_balance_after,
+        event.reserved_after,
+        event.period_usage_after,
+    )
+
+
+def rows(decision: Decision) -> list[Row]:
+    return [row(event) for event in decision.events]
+
+
+class MemoryLedger:
+    """Begins what is due, releases what expired, then decides: in the order of `ledger.store`."""
+
+    def __init__(self, now: datetime, org_id: str = "acme") -> None:
+        self.now = now
+        self.wallet = Wallet(org_id)
+        self.workflows: dict[str, Workflow] = {}
+        self.subscriptions: dict[str, Subscription] = {}
+        self.posted: dict[tuple[str, str], PostedMessage] = {}
+        self.events: list[Event] = []
+
+    def wait(self, **duration: float) -> list[Event]:
+        """Let time pass, and do what it alone does."""
+        return self.wait_until(self.now + timedelta(**duration))
+
+    def wait_until(self, now: datetime) -> list[Event]:
+        """Let time pass until `now`, and do what it alone does."""
+        self.now = now
+        return self.catch_up()
+
+    def catch_up(self) -> list[Event]:
+        """Begin the periods and release the holds that are due. Answers with the events."""
+        before = len(self.events)
+        if not self.wallet.is_due(self.now):
+            return []
+        if self.wallet.subscription_id is not None:
+            known = self.subscriptions[self.wallet.subscription_id]
+            self.wallet, known, events = rules.begin_due_periods(self.wallet, known, self.now)
+            self.subscriptions[known.subscription_id] = known
+            self.events += events
+        held = [workflow for workflow in self.workflows.values() if workflow.state == "reserved"]
+        for workflow in sorted(held, key=lambda workflow: (workflow.expires_at, workflow.workflow_id)):
+            if workflow.expires_at <= self.now:
+                self.wallet, expired, event = rules.release_expired(self.wallet, workflow, self.now)
+                self.workflows[workflow.workflow_id] = expired
+                self.events.append(event)
+        open_until = [workflow.expires_at for workflow in held if workflow.expires_at > self.now]
+        self.wallet = replace(self.wallet, next_hold_expiry=min(open_until, default=None))
+        return self.events[before:]
+
+    def send(self, task: str, **fields: Any) -> Decision:
+        """Apply one message."""
+        self.catch_up()
+        message = parse(task, {"org_id": self.wallet.org_id, **fields})
+        if isinstance(message, InvalidMessage):
+            return Decision(self.wallet, refusal=Refusal(message.code, message.error))
+        named: dict[str, Any] = {"workflow": self.workflows.get(getattr(message, "workflow_id", None) or "")}
+        if isinstance(message, WalletMessage):
+            named["posted"] = self.posted.get((message.kind, message.message_id))
+        if isinstance(message, Subscribe | Unsubscribe):
+            named["subscription"] = self.subscriptions.get(message.subscription_id)
+        decision = rules.decide(self.wallet, message, self.now, **named)
+        if decision.refusal is not None or decision.duplicate:
+            assert decision.wallet == self.wallet
+            assert decision.events == ()
+            return decision
+        self.wallet = decision.wallet
+        self.events += decision.events
+        if decision.workflow is not None:
+            self.workflows[decision.workflow.workflow_id] = decision.workflow
+        if decision.subscription is not None:
+            self.subscriptions[decision.subscription.subscription_id] = decision.subscription
+        if decision.posted is not None:
+            self.posted[decision.posted.kind, decision.posted.message_id] = decision.posted
+        return decision

@@ -1,0 +1,132 @@
+"""Who may import whom: section 8 of the design, read from the sources."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PURE = ("ledger.messages", "ledger.periods", "ledger.rules", "ledger.state")
+PACKAGES = ("ledger", "worker", "api_stub")
+
+# In the sources of …, nothing but … may be imported of …
+Rule = tuple[str, tuple[str, ...], tuple[str, ...]]
+RULES: list[Rule] = [
+    (
+        "ledger/**/*.py",
+        (),
+        (
+            *("celery", "kombu", "redis", "valkey", "amqp", "worker", "api_stub"),
+            *("http", "urllib.request", "urllib3", "requests", "httpx", "aiohttp"),
+            *("flask", "fastapi", "starlette", "uvicorn", "werkzeug", "jinja2"),
+        ),
+    ),
+    *(
+        (
+            f"{module.replace('.', '/')}.py",
+            PURE,
+            ("ledger", "sqlalchemy", "psycopg", "random", "secrets", "uuid", "os", "time", "pathlib", "socket"),
+        )
+        for module in PURE
+    ),
+    ("worker/client.py", PURE, ("ledger",)),
+    ("api_stub/**/*.py", ("worker.client",), ("worker",)),
+    *((f"{package}/**/*.py", (), ("tests", "hypothesis", "pytest")) for package in PACKAGES),
+]
+CLOCKS = ("now", "utcnow", "today")
+
+
+def imports(source: str, package: str) -> set[str]:
+    """The full name of everything that a module of `package` imports."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: -(node.level - 1) or None] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def within(name: str, packages: tuple[str, ...]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def violations(root: Path, rule: Rule) -> list[str]:
+    sources, allowed, forbidden = rule
+    return [
+        f"{path.relative_to(root)} imports {name}"
+        for path in sorted(root.glob(sources))
+        for name in sorted(imports(path.read_text(), ".".join(path.relative_to(root).parts[:-1])))
+        if within(name, forbidden) and not within(name, allowed)
+    ]
+
+
+def clocks_read(source: str) -> set[str]:
+    """Every clock that is read, as written."""
+    return {
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and node.attr in CLOCKS
+    }
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule[0]} not {rule[2][0]}")
+def test_no_module_imports_what_it_may_not(rule: Rule) -> None:
+    assert violations(ROOT, rule) == []
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_the_pure_core_reads_no_clock(module: str) -> None:
+    assert clocks_read((ROOT / f"{module.replace('.', '/')}.py").read_text()) == set()
+
+
+def test_the_rules_are_about_sources_that_exist() -> None:
+    for sources in ("ledger/**/*.py", *(f"{module.replace('.', '/')}.py" for module in PURE)):
+        assert list(ROOT.glob(sources)), sources
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "found"),
+    [
+        ("ledger/deep/x.py", "import celery.result", "celery.result"),
+        ("ledger/x.py", "def f():\n    from urllib.request import urlopen", "urllib.request.urlopen"),
+        ("ledger/x.py", "from worker import client", "worker.client"),
+        ("ledger/rules.py", "from ledger import store", "ledger.store"),
+        ("ledger/rules.py", "from . import store", "ledger.store"),
+        ("ledger/rules.py", "from .store import apply_batch", "ledger.store.apply_batch"),
+        ("ledger/state.py", "import os.path", "os.path"),
+        ("worker/client.py", "from ledger.store import apply_batch", "ledger.store.apply_batch"),
+        ("worker/x.py", "from tests.support import delivery", "tests.support.delivery"),
+        ("api_stub/x.py", "import worker", "worker"),
+        ("api_stub/deep/x.py", "from worker.clients import y", "worker.clients.y"),
+    ],
+)
+def test_a_forbidden_import_is_found(tmp_path: Path, path: str, source: str, found: str) -> None:
+    planted = tmp_path / path
+    planted.parent.mkdir(parents=True)
+    planted.write_text(source)
+    assert f"{path} imports {found}" in [violation for rule in RULES for violation in violations(tmp_path, rule)]
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("api_stub/x.py", "from worker import client\nfrom worker.client import Client\nimport worker.client"),
+        ("worker/client.py", "from ledger import messages, state\nfrom ledger.messages import parse"),
+        ("worker/x.py", "from ledger.store import apply_batch\nimport celery"),
+        ("ledger/rules.py", "from datetime import datetime\nfrom .state import Wallet\nimport timeit"),
+        ("ledger/deep/x.py", "from ..state import Wallet\nfrom . import sibling"),
+    ],
+)
+def test_an_allowed_import_is_not_found(tmp_path: Path, path: str, source: str) -> None:
+    planted = tmp_path / path
+    planted.parent.mkdir(parents=True)
+    planted.write_text(source)
+    assert [violation for rule in RULES for violation in violations(tmp_path, rule)] == []
+
+
+def test_a_clock_that_is_read_is_found() -> None:
+    source = "a = datetime.now(UTC)\nb = dt.datetime.utcnow\nc = date.today()\nd = now\n"
+    assert clocks_read(source) == {"datetime.now", "dt.datetime.utcnow", "date.today"}

@@ -1,0 +1,181 @@
+"""The settings: what is accepted, what is refused, and that the refusal is one line without a secret."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ledger.settings import Settings, SettingsError
+
+DATABASE = "postgresql+psycopg://user:sekrit@host/holdfast"
+REDIS = "redis://:sekrit@host:6379/0"
+
+Environment = Callable[..., None]
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Environment:
+    """Sets the settings by their names without the prefix, and removes all others."""
+    for variable in os.environ:
+        if variable.upper().startswith("HOLDFAST_"):
+            monkeypatch.delenv(variable)
+
+    def put(**settings: str) -> None:
+        for name, value in settings.items():
+            monkeypatch.setenv(f"HOLDFAST_{name}", value)
+
+    return put
+
+
+def refusal(*needed: str) -> str:
+    with pytest.raises(SettingsError) as refused:
+        Settings.load(*needed)
+    line = str(refused.value)
+    assert "\n" not in line
+    assert "sekrit" not in line
+    return line
+
+
+def test_without_any_setting_nothing_is_set(environment: Environment) -> None:
+    assert Settings.load() == Settings(database_url=None, broker_url=None, result_url=None, data_dir=None)
+
+
+def test_all_settings_are_read(environment: Environment) -> None:
+    environment(DATABASE_URL=DATABASE, BROKER_URL=REDIS, RESULT_URL="redis://results", DATA_DIR="/srv/holdfast")
+    settings = Settings.load("database_url", "broker_url", "result_url", "data_dir")
+    assert (settings.database_url, settings.broker_url) == (DATABASE, REDIS)
+    assert (settings.result_url, settings.data_dir) == ("redis://results", Path("/srv/holdfast"))
+
+
+def test_an_empty_setting_is_not_set(environment: Environment) -> None:
+    environment(BROKER_URL="")
+    assert Settings.load().broker_url is None
+    assert refusal("broker_url") == (
+        "HOLDFAST_BROKER_URL is not set; The broker: `redis://`, `rediss://`, `amqp://` or `amqps://`"
+    )
+
+
+@pytest.mark.parametrize(
+    ("needed", "line"),
+    [
+        (
+            "database_url",
+            "HOLDFAST_DATABASE_URL is not set; PostgreSQL: `postgresql+psycopg://user:password@host/database`",
+        ),
+        ("broker_url", "HOLDFAST_BROKER_URL is not set; The broker: `redis://`, `rediss://`, `amqp://` or `amqps://`"),
+    ],
+)
+def test_a_missing_setting_says_what_it_is(environment: Environment, needed: str, line: str) -> None:
+    assert refusal(needed) == line
+
+
+@pytest.mark.parametrize(
+    ("variable", "line"),
+    [
+        ("HOLDFAST_DATABSASE_URL", "HOLDFAST_DATABSASE_URL is not a setting; did you mean HOLDFAST_DATABASE_URL?"),
+        ("HOLDFAST_BROKERURL", "HOLDFAST_BROKERURL is not a setting; did you mean HOLDFAST_BROKER_URL?"),
+        ("holdfast_datadir", "holdfast_datadir is not a setting; did you mean HOLDFAST_DATA_DIR?"),
+    ],
+)
+def test_a_misspelled_setting_is_told_what_was_meant(
+    environment: Environment, monkeypatch: pytest.MonkeyPatch, variable: str, line: str
+) -> None:
+    monkeypatch.setenv(variable, "sekrit")
+    assert refusal() == line
+
+
+def test_a_setting_like_no_other_is_told_all_there_are(environment: Environment) -> None:
+    environment(QQQQQQ="sekrit")
+    assert refusal().startswith(
+        "HOLDFAST_QQQQQQ is not a setting; there are HOLDFAST_DATABASE_URL, HOLDFAST_BROKER_URL, "
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (
+            {"DATABASE_URL": "sekrit"},
+            "HOLDFAST_DATABASE_URL is not a URL; it looks like postgresql+psycopg://user:password@host/database",
+        ),
+        (
+            {"DATABASE_URL": "postgresql://user:sekrit@host/d"},
+            "HOLDFAST_DATABASE_URL must begin with postgresql+psycopg://, not postgresql://",
+        ),
+        (
+            {"DATABASE_URL": "mysql://user:sekrit@host/d"},
+            "HOLDFAST_DATABASE_URL must begin with postgresql+psycopg://, not mysql://",
+        ),
+        (
+            {"BROKER_URL": "memory://:sekrit@host"},
+            "HOLDFAST_BROKER_URL must begin with redis:// or rediss:// or amqp:// or amqps:// and name a host",
+        ),
+        (
+            {"BROKER_URL": "redis:///0"},
+            "HOLDFAST_BROKER_URL must begin with redis:// or rediss:// or amqp:// or amqps:// and name a host",
+        ),
+        (
+            {"BROKER_URL": "host:6379"},
+            "HOLDFAST_BROKER_URL must begin with redis:// or rediss:// or amqp:// or amqps:// and name a host",
+        ),
+        (
+            {"RESULT_URL": "amqp://user:sekrit@host"},
+            "HOLDFAST_RESULT_URL must begin with redis:// or rediss:// and name a host",
+        ),
+    ],
+)
+def test_a_malformed_url_is_refused(environment: Environment, settings: dict[str, str], line: str) -> None:
+    environment(**settings)
+    assert refusal() == line
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"DATABASE_URL": "postgresql+psycopg://user:sekrit@host:port/d"},
+        {"BROKER_URL": "redis://:sekrit@host:port/0"},
+        {"BROKER_URL": "redis://:sekrit@host:99999/0"},
+        {"BROKER_URL": "redis://:sekrit@[::1/0"},
+        {"BROKER_URL": "redis://:sekrit@host/database"},
+        {"RESULT_URL": "redis://:sekrit@host/database"},
+    ],
+    ids=lambda settings: " ".join(f"{name}={value}" for name, value in settings.items()),
+)
+def test_a_url_whose_parts_cannot_be_used_is_refused_in_words_for_a_person(
+    environment: Environment, settings: dict[str, str]
+) -> None:
+    environment(**settings)
+    [name] = settings
+    line = refusal()
+    assert line.startswith(f"HOLDFAST_{name} ")
+    assert "int()" not in line
+
+
+@pytest.mark.parametrize("scheme", ["redis", "rediss", "amqp", "amqps"])
+def test_every_documented_broker_is_accepted(environment: Environment, scheme: str) -> None:
+    environment(BROKER_URL=f"{scheme}://user:sekrit@host:1/0")
+    assert Settings.load("broker_url").broker_url == f"{scheme}://user:sekrit@host:1/0"
+
+
+@pytest.mark.parametrize(
+    ("settings", "store"),
+    [
+        ({}, None),
+        ({"BROKER_URL": REDIS}, REDIS),
+        ({"BROKER_URL": "rediss://host"}, "rediss://host"),
+        ({"BROKER_URL": "amqp://host"}, None),
+        ({"BROKER_URL": "amqp://host", "RESULT_URL": "redis://results"}, "redis://results"),
+        ({"BROKER_URL": REDIS, "RESULT_URL": "redis://results"}, "redis://results"),
+    ],
+)
+def test_results_are_kept_where_it_says_or_else_in_a_broker_that_is_redis(
+    environment: Environment, settings: dict[str, str], store: str | None
+) -> None:
+    environment(**settings)
+    assert Settings.load().result_store_url == store
+
+
+def test_the_first_wrong_setting_is_told_and_not_the_missing_one(environment: Environment) -> None:
+    environment(BROKER_URL="kafka://host")
+    assert refusal("database_url", "broker_url").startswith("HOLDFAST_BROKER_URL must begin with ")
