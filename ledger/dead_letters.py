@@ -6,12 +6,14 @@ letter.
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime
 from typing import Any
 
 import psycopg
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, Engine, func, select, update
 
 from ledger.tables import dead_letters
 
@@ -75,7 +77,109 @@ def record(connection: psycopg.Connection[Any], letters: Sequence[DeadLetter]) -
     return [id_by_key[key] for key in keys]
 
 
-def open_letters(connection: Connection, *, limit: int = 100) -> Sequence[Any]:
-    """The newest open dead letters, as rows of the table."""
-    query = select(dead_letters).where(dead_letters.c.status == "open").order_by(dead_letters.c.id.desc())
-    return connection.execute(query.limit(limit)).all()
+@dataclass(frozen=True, slots=True)
+class LetterFilter:
+    """Which dead letters: every condition that is given holds."""
+
+    status: str | None = "open"
+    code: str | None = None
+    task: str | None = None
+    org_id: str | None = None
+    failed_since: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeptLetter:
+    """A dead letter as it is kept."""
+
+    id: int
+    status: str
+    task: str
+    org_id: str | None
+    body: bytes
+    error_code: str
+    error: str
+    traceback: str | None
+    attempts: int
+    first_failed_at: datetime
+    last_failed_at: datetime
+    resolved_at: datetime | None
+    resolved_by: str | None
+    resolution: str | None
+
+
+class UnknownLetterError(LookupError):
+    """There is no dead letter with this number."""
+
+
+class NotReplayableError(Exception):
+    """The dead letter cannot be sent again; the text says why."""
+
+
+class StillFailsError(Exception):
+    """The message was sent again and failed again; the dead letter stays open."""
+
+
+def letters(
+    connection: Connection, matching: LetterFilter = LetterFilter(), *, limit: int = 100, before_id: int | None = None
+) -> list[KeptLetter]:
+    """The dead letters that match, newest first; with `before_id`, those older than that."""
+    columns = dead_letters.c
+    query = select(*(columns[field.name] for field in fields(KeptLetter))).order_by(columns.id.desc()).limit(limit)
+    for name, value in (
+        ("status", matching.status),
+        ("error_code", matching.code),
+        ("task", matching.task),
+        ("org_id", matching.org_id),
+    ):
+        if value is not None:
+            query = query.where(columns[name] == value)
+    if matching.failed_since is not None:
+        query = query.where(columns.last_failed_at >= matching.failed_since)
+    if before_id is not None:
+        query = query.where(columns.id < before_id)
+    return [KeptLetter(*row) for row in connection.execute(query)]
+
+
+def letter(connection: Connection, letter_id: int) -> KeptLetter:
+    """The dead letter with this number. Raises UnknownLetterError."""
+    query = select(*(dead_letters.c[field.name] for field in fields(KeptLetter))).where(dead_letters.c.id == letter_id)
+    row = connection.execute(query).first()
+    if row is None:
+        raise UnknownLetterError(f"there is no dead letter {letter_id}")
+    return KeptLetter(*row)
+
+
+def replay(engine: Engine, letter_id: int, *, by: str, send: Callable[[str, list[Any], dict[str, Any]], str]) -> str:
+    """Send a dead letter's message again, as it was, and mark the letter with what came of it: also the answer.
+
+    `send` takes the task, its positional and its named arguments, and answers with the outcome in words; it raises
+    StillFailsError if the message failed again: then the letter stays open. Replaying twice is harmless, as the message
+    has the same ids. Raises UnknownLetterError and NotReplayableError too.
+    """
+    with engine.connect() as connection:
+        kept = letter(connection, letter_id)
+    if kept.status == "discarded":
+        raise NotReplayableError(f"dead letter {letter_id} was discarded by {kept.resolved_by}: {kept.resolution}")
+    try:
+        args, kwargs, _ = json.loads(kept.body)
+    except ValueError:
+        raise NotReplayableError(f"dead letter {letter_id} holds no message that could be sent again") from None
+    outcome = send(kept.task, args, kwargs)
+    _resolve(engine, letter_id, status="replayed", by=by, resolution=outcome)
+    return outcome
+
+
+def discard(engine: Engine, letter_id: int, *, by: str, why: str) -> None:
+    """Mark an open dead letter as not to be applied, and why. Raises UnknownLetterError and NotReplayableError."""
+    with engine.connect() as connection:
+        kept = letter(connection, letter_id)
+    if kept.status != "open":
+        raise NotReplayableError(f"dead letter {letter_id} was {kept.status} already by {kept.resolved_by}")
+    _resolve(engine, letter_id, status="discarded", by=by, resolution=why)
+
+
+def _resolve(engine: Engine, letter_id: int, *, status: str, by: str, resolution: str) -> None:
+    values = {"status": status, "resolved_at": func.clock_timestamp(), "resolved_by": by, "resolution": resolution}
+    with engine.begin() as connection:
+        connection.execute(update(dead_letters).where(dead_letters.c.id == letter_id).values(values))

@@ -63,9 +63,9 @@ def _metadata(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise PydanticCustomError("metadata_type", "must be a JSON object")
     for problem in _metadata_problems(value, depth=1):
-        raise PydanticCustomError("metadata_value", "{problem}", {"problem": problem})
+        raise PydanticCustomError("metadata", "{problem}", {"problem": problem})
     if len(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()) > MAX_METADATA_BYTES:
-        raise PydanticCustomError("metadata_size", "must not be larger than 8 KiB as JSON")
+        raise PydanticCustomError("metadata", "must not be larger than 8 KiB as JSON")
     return value
 
 
@@ -100,7 +100,7 @@ def _metadata_problems(value: object, *, depth: int) -> Iterator[str]:
 
 def _given_reason(reason: str) -> str:
     if reason in OWN_REASONS:
-        raise PydanticCustomError("own_reason", "is a reason that only the ledger itself gives")
+        raise PydanticCustomError("reason", "must not be one that only the ledger itself gives")
     return reason
 
 
@@ -123,7 +123,7 @@ Version = Annotated[int, Field(ge=1, le=MAX_CREDITS)]
 
 def _not_zero(credits: int) -> int:
     if credits == 0:
-        raise PydanticCustomError("zero_credits", "must not be 0")
+        raise PydanticCustomError("zero", "must not be 0")
     return credits
 
 
@@ -378,9 +378,13 @@ def _sentence(detail: ErrorDetails) -> str:
             return f"{field} must not contain half a surrogate pair"
         case "string_pattern_mismatch":
             return f"{field} must be 1-128 characters of A-Z a-z 0-9 _ . : -, got {_shown(detail['input'])}"
+        case "metadata" | "reason" | "zero":
+            return f"{field} {detail['msg']}"
         case _:
             problem = detail["msg"].removeprefix("Input ").removeprefix("String ").replace("should ", "must ", 1)
-            return f"{field} {problem[0].lower()}{problem[1:]}, got {_shown(detail['input'])}"
+            return f"{field} {problem[0].lower()}{problem[1:]}, got {_shown(detail['input'])}".replace(
+                "a valid integer", "an integer"
+            )
 
 
 def _shown(value: object) -> str:

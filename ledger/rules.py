@@ -4,6 +4,7 @@
 message. Every event is made by `_post`, which asserts the arithmetic of the ledger; assertions stay on in production.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -266,7 +267,7 @@ def _repeat(wallet: Wallet, message: WalletMessage, posted: PostedMessage) -> De
     terms = message.terms()
     changed = [name for name, value in terms.items() if posted.terms.get(name) != value]
     if changed:
-        said = ", ".join(f"{name} {posted.terms.get(name)!r}" for name in changed)
+        said = ", ".join(f"{name} {json.dumps(posted.terms.get(name))}" for name in changed)
         return _conflict(wallet, message, f"was applied with {said}")
     return Decision(wallet, posted.outcome, posted.reason, duplicate=True)
 
@@ -352,10 +353,11 @@ def _subscribe(wallet: Wallet, message: Subscribe, now: datetime, known: Subscri
         return Decision(wallet, "ignored", "stale_version")
     anchor = known.anchor if known is not None else None
     if anchor is not None and message.anchor not in (None, anchor):
-        return _conflict(
+        return _refuse(
             wallet,
-            message,
-            f"has its anchor at {anchor.isoformat()}; a new anchor needs a new subscription_id",
+            "conflict",
+            f"{message.task}: {message.subscription_id} has its anchor at {anchor.isoformat()}, which cannot change; "
+            "another anchor needs another subscription_id",
         )
     anchor = anchor or message.anchor or now
     subscription = Subscription(
@@ -606,13 +608,11 @@ def _post(
 
 
 def _metadata(message: Message, **own: Any) -> dict[str, Any]:
-    """The message's metadata, under the ledger's own keys: those win, and those that are None say nothing."""
-    occurred_at = None if message.occurred_at is None else message.occurred_at.isoformat()
-    return {
-        **message.metadata,
-        **{name: value for name, value in own.items() if value is not None},
-        **({} if occurred_at is None else {"occurred_at": occurred_at}),
-    }
+    """The message's metadata and the ledger's own keys. Those are the ledger's alone, also when None."""
+    if message.occurred_at is not None:
+        own["occurred_at"] = message.occurred_at.isoformat()
+    given = {name: value for name, value in message.metadata.items() if name not in own}
+    return given | {name: value for name, value in own.items() if value is not None}
 
 
 def _refuse(wallet: Wallet, code: str, error: str) -> Decision:

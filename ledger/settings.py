@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from ledger.database import parse_url
@@ -15,6 +15,7 @@ from ledger.database import parse_url
 PREFIX = "HOLDFAST_"
 BROKER_SCHEMES = ("redis", "rediss", "amqp", "amqps")
 RESULT_SCHEMES = ("redis", "rediss")
+MIN_SECRET_LENGTH = 32
 
 
 class SettingsError(Exception):
@@ -35,6 +36,27 @@ class Settings(BaseSettings):
     data_dir: Path | None = Field(
         None, description="The data folder of `holdfast up`; default: `.holdfast` in the current folder"
     )
+
+    jwt_secret: SecretStr | None = Field(
+        None, description="The secret that API tokens are signed with (HS256), at least 32 characters"
+    )
+    jwt_public_key: str | None = Field(
+        None, description="Instead of the secret: the PEM public key that tokens are checked with (RS256, ES256, EdDSA)"
+    )
+
+    @field_validator("jwt_secret")
+    @classmethod
+    def _is_long(cls, secret: SecretStr | None) -> SecretStr | None:
+        if secret is not None and len(secret.get_secret_value()) < MIN_SECRET_LENGTH:
+            raise ValueError(f"must have at least {MIN_SECRET_LENGTH} characters")
+        return secret
+
+    @field_validator("jwt_public_key")
+    @classmethod
+    def _is_public_key(cls, key: str | None) -> str | None:
+        if key is not None and "-----BEGIN PUBLIC KEY-----" not in key:
+            raise ValueError("must be a public key in PEM format, beginning with -----BEGIN PUBLIC KEY-----")
+        return key
 
     @field_validator("database_url")
     @classmethod

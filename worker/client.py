@@ -325,11 +325,22 @@ class Client:
         message = parse(task, payload)
         if isinstance(message, InvalidMessage):
             raise InvalidMessageError(message.error)
+        return self.send_as_is(task, [payload], {}, wait_s=wait_s)
+
+    def send_as_is(
+        self, task: str, args: list[Any], kwargs: dict[str, Any], *, wait_s: float | None = None
+    ) -> Result | None:
+        """Send a task with these arguments, unchecked: how a dead letter is sent again. Raises as every method does."""
         if wait_s is not None and self._result_url is None:
             raise ValueError("wait_s needs a result_url: this broker keeps no answers")
         try:
             sent = self._celery.send_task(
-                task, args=[payload], ignore_result=wait_s is None, retry=True, retry_policy=_RETRY_POLICY
+                task,
+                args=args,
+                kwargs=kwargs,
+                ignore_result=wait_s is None,
+                retry=True,
+                retry_policy=_RETRY_POLICY,
             )
         except (KombuError, RedisError, OSError) as error:
             raise NotSentError(f"{task} could not be handed to the broker, and may be sent again: {error}") from error

@@ -60,7 +60,7 @@ def _message_task(name: str, engine: Engine) -> Callable[..., dict[str, Any]]:
 
 
 def _scheduler_task(run: Callable[[Engine], int], engine: Engine) -> Callable[..., int]:
-    def run_scheduler() -> int:
+    def run_scheduler(*_: object) -> int:  # a replayed dead letter names the wallet it was about
         return _patiently(lambda: run(engine))
 
     return run_scheduler

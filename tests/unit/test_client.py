@@ -79,7 +79,7 @@ def test_source_and_metadata_are_sent_along(client: Client, sent: Sent) -> None:
     ("fields", "sentence"),
     [
         ({"credits": -1}, "workflow.start: credits must be greater than or equal to 0, got -1"),
-        ({"credits": 7.0}, "workflow.start: credits must be a valid integer, got 7.0"),
+        ({"credits": 7.0}, "workflow.start: credits must be an integer, got 7.0"),
         ({"org_id": "a b"}, "workflow.start: org_id must be 1-128 characters of A-Z a-z 0-9 _ . : -, got 'a b'"),
         ({"expires_in_s": 59}, "workflow.start: expires_in_s must be greater than or equal to 60, got 59"),
         ({"metadata": {"x": float("nan")}}, "workflow.start: metadata must not contain NaN or Infinity"),

@@ -165,12 +165,12 @@ def test_every_problem_is_named_in_one_sentence_each() -> None:
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        ("5", "credits must be a valid integer, got '5'"),
-        (True, "credits must be a valid integer, got true"),
-        (5.0, "credits must be a valid integer, got 5.0"),
-        (None, "credits must be a valid integer, got null"),
-        ([], "credits must be a valid integer, got a list of 0"),
-        ({"a": 1, "b": 2}, "credits must be a valid integer, got an object of 2"),
+        ("5", "credits must be an integer, got '5'"),
+        (True, "credits must be an integer, got true"),
+        (5.0, "credits must be an integer, got 5.0"),
+        (None, "credits must be an integer, got null"),
+        ([], "credits must be an integer, got a list of 0"),
+        ({"a": 1, "b": 2}, "credits must be an integer, got an object of 2"),
         (-1, "credits must be greater than or equal to 0, got -1"),
         (2**53, "credits must be less than or equal to 9007199254740991, got 9007199254740992"),
         (2**64, "credits must be less than or equal to 9007199254740991, got 18446744073709551616"),
@@ -190,7 +190,7 @@ def test_what_is_given_is_more_than_nothing(task: str, id_field: str) -> None:
 
 
 def test_an_adjustment_changes_something() -> None:
-    assert refused("wallet.adjust", adjust(credits=0)) == "wallet.adjust: credits must not be 0, got 0"
+    assert refused("wallet.adjust", adjust(credits=0)) == "wallet.adjust: credits must not be 0"
 
 
 @pytest.mark.parametrize("credits", [2**53, -(2**53)])
@@ -212,10 +212,10 @@ def test_versions_begin_with_1(version: int) -> None:
     ("fields", "problem"),
     [
         ({"credit_limit": -1}, "credit_limit must be greater than or equal to 0, got -1"),
-        ({"credit_limit": None}, "credit_limit must be a valid integer, got null"),
+        ({"credit_limit": None}, "credit_limit must be an integer, got null"),
         ({"period_cap": -1}, "period_cap must be greater than or equal to 0, got -1"),
-        ({"period_cap": True}, "period_cap must be a valid integer, got true"),
-        ({"version": 1.0}, "version must be a valid integer, got 1.0"),
+        ({"period_cap": True}, "period_cap must be an integer, got true"),
+        ({"version": 1.0}, "version must be an integer, got 1.0"),
     ],
 )
 def test_limits_are_integers_from_0(fields: dict[str, Any], problem: str) -> None:
@@ -232,7 +232,7 @@ def test_allow_negative_is_a_boolean_and_nothing_like_it(allow: object) -> None:
 
 def test_only_the_ledger_says_that_a_subscription_expired() -> None:
     assert refused("wallet.adjust", adjust(reason="subscription_expired")) == (
-        "wallet.adjust: reason is a reason that only the ledger itself gives, got 'subscription_expired'"
+        "wallet.adjust: reason must not be one that only the ledger itself gives"
     )
 
 
@@ -246,7 +246,7 @@ def test_a_hold_may_last_from_a_minute_to_30_days(expires_in_s: int) -> None:
     [
         (59, "must be greater than or equal to 60, got 59"),
         (2_592_001, "must be less than or equal to 2592000, got 2592001"),
-        ("60", "must be a valid integer, got '60'"),
+        ("60", "must be an integer, got '60'"),
     ],
 )
 def test_a_hold_lasts_neither_shorter_nor_longer(expires_in_s: object, problem: str) -> None:
@@ -358,20 +358,20 @@ def nested(levels: int) -> dict[str, Any]:
         ([], "must be a JSON object, got a list of 0"),
         ("{}", "must be a JSON object, got '{}'"),
         (None, "must be a JSON object, got null"),
-        ({"a": "\x00"}, "must not contain the NUL character, got an object of 1"),
-        ({"a\x00": 1}, "must not contain the NUL character, got an object of 1"),
-        ({"a": [{"b": "\x00"}]}, "must not contain the NUL character, got an object of 1"),
-        ({"a": "\ud800"}, "must not contain half a surrogate pair, got an object of 1"),
-        ({"\udfff": 1}, "must not contain half a surrogate pair, got an object of 1"),
-        ({"a": math.nan}, "must not contain NaN or Infinity, got an object of 1"),
-        ({"a": [-math.inf]}, "must not contain NaN or Infinity, got an object of 1"),
-        ({1: "one"}, "must have strings as keys, got an object of 1"),
-        ({"a": {True: 1}}, "must have strings as keys, got an object of 1"),
-        ({"a": b"bytes"}, "must not contain a bytes, got an object of 1"),
-        ({"a": "x" * 9_216}, "must not be larger than 8 KiB as JSON, got an object of 1"),
-        (nested(21), "must not be nested deeper than 20 levels, got an object of 1"),
-        (nested(100), "must not be nested deeper than 20 levels, got an object of 1"),
-        (nested(100_000), "must not be nested deeper than 20 levels, got an object of 1"),
+        ({"a": "\x00"}, "must not contain the NUL character"),
+        ({"a\x00": 1}, "must not contain the NUL character"),
+        ({"a": [{"b": "\x00"}]}, "must not contain the NUL character"),
+        ({"a": "\ud800"}, "must not contain half a surrogate pair"),
+        ({"\udfff": 1}, "must not contain half a surrogate pair"),
+        ({"a": math.nan}, "must not contain NaN or Infinity"),
+        ({"a": [-math.inf]}, "must not contain NaN or Infinity"),
+        ({1: "one"}, "must have strings as keys"),
+        ({"a": {True: 1}}, "must have strings as keys"),
+        ({"a": b"bytes"}, "must not contain a bytes"),
+        ({"a": "x" * 9_216}, "must not be larger than 8 KiB as JSON"),
+        (nested(21), "must not be nested deeper than 20 levels"),
+        (nested(100), "must not be nested deeper than 20 levels"),
+        (nested(100_000), "must not be nested deeper than 20 levels"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -394,7 +394,7 @@ def test_metadata_holds_8192_bytes_and_not_one_more(character: str, bytes_each: 
     full = {"a": character * count + "x" * rest}
     assert read("workflow.start", start(metadata=full)).metadata == full
     assert refused("workflow.start", start(metadata={"a": full["a"] + "x"})) == (
-        "workflow.start: metadata must not be larger than 8 KiB as JSON, got an object of 1"
+        "workflow.start: metadata must not be larger than 8 KiB as JSON"
     )
 
 

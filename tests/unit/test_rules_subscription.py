@@ -338,8 +338,8 @@ def test_a_subscription_keeps_its_anchor() -> None:
     subscribe(ledger, anchor="2026-01-15T00:00:00Z")
     assert subscribe(ledger, 2, anchor="2026-01-16T00:00:00Z").refusal == Refusal(
         "conflict",
-        "wallet.subscribe: s1:2 has its anchor at 2026-01-15T00:00:00+00:00; a new anchor needs a new subscription_id, "
-        "so this message contradicts it",
+        "wallet.subscribe: s1 has its anchor at 2026-01-15T00:00:00+00:00, which cannot change; "
+        "another anchor needs another subscription_id",
     )
     assert answer(subscribe(ledger, 2, anchor="2026-01-15T01:00:00+01:00")) == ("posted", None)
     assert answer(subscribe(ledger, 3)) == ("posted", None)

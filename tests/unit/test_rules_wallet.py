@@ -234,13 +234,13 @@ def test_the_same_id_of_another_kind_is_another_message() -> None:
             "wallet.grant",
             {"grant_id": "x1", "credits": 5, "reason": "welcome"},
             {"reason": "sorry"},
-            "x1 was applied with reason 'welcome', so this message contradicts it",
+            'x1 was applied with reason "welcome", so this message contradicts it',
         ),
         (
             "wallet.adjust",
             {"adjustment_id": "x1", "credits": 5, "reason": "typo"},
             {"credits": 6, "reason": "other"},
-            "x1 was applied with credits 5, reason 'typo', so this message contradicts it",
+            'x1 was applied with credits 5, reason "typo", so this message contradicts it',
         ),
         (
             "wallet.refund",
@@ -252,13 +252,13 @@ def test_the_same_id_of_another_kind_is_another_message() -> None:
             "wallet.bill",
             {"billing_id": "x1", "credits": 0, "invoice_id": "i1"},
             {"invoice_id": "i2"},
-            "x1 was applied with invoice_id 'i1', so this message contradicts it",
+            'x1 was applied with invoice_id "i1", so this message contradicts it',
         ),
         (
             "wallet.subscribe",
             {"subscription_id": "x1", "version": 1, "plan": "pro", "monthly_credits": 5},
             {"plan": "max", "monthly_credits": 9},
-            "x1:1 was applied with plan 'pro', monthly_credits 5, so this message contradicts it",
+            'x1:1 was applied with plan "pro", monthly_credits 5, so this message contradicts it',
         ),
         (
             "wallet.configure",

@@ -560,3 +560,12 @@ def test_only_an_open_hold_that_is_due_is_released() -> None:
             rules.release_expired(wallet, workflow, NOW)
     with pytest.raises(AssertionError):
         rules.release_expired(wallet, held, datetime(2026, 1, 31, 8, 59, tzinfo=UTC))
+
+
+def test_a_message_cannot_say_in_the_ledgers_own_words_what_the_ledger_does_not_say() -> None:
+    ledger = ledger_with(prepaid=100)
+    ledger.send("workflow.start", workflow_id="w1", credits=40)
+    claims = {"overrun": 5, "unreserved": True, "reason": "mine"}
+    released, usage = ledger.send("workflow.finish", workflow_id="w1", credits=40, metadata=claims).events
+    assert released.metadata["reason"] == "settled"
+    assert usage.metadata == {"reason": "mine"}
