@@ -3,6 +3,7 @@
 from typing import Any
 
 import psycopg
+from psycopg import conninfo
 from psycopg.types.numeric import Int8BinaryDumper
 from sqlalchemy import URL, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
@@ -41,6 +42,10 @@ def parse_url(url: str) -> URL:
         raise DatabaseURLError("is not a URL; it looks like postgresql+psycopg://user:password@host/database") from None
     if parsed.drivername != "postgresql+psycopg":
         raise DatabaseURLError(f"must begin with postgresql+psycopg://, not {parsed.drivername}://")
+    try:
+        conninfo.make_conninfo(**{name: str(value) for name, value in parsed.query.items()})
+    except psycopg.ProgrammingError as error:
+        raise DatabaseURLError(f"has an option that PostgreSQL does not know: {describe(error)}") from None
     return parsed
 
 

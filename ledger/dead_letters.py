@@ -13,8 +13,9 @@ from datetime import datetime
 from typing import Any
 
 import psycopg
-from sqlalchemy import Connection, Engine, func, select, update
+from sqlalchemy import Connection, Engine, Update, func, or_, select, update
 
+from ledger.state import Result
 from ledger.tables import dead_letters
 
 
@@ -116,8 +117,12 @@ class NotReplayableError(Exception):
     """The dead letter cannot be sent again; the text says why."""
 
 
+class NotOpenError(Exception):
+    """Somebody has dealt with the dead letter already; the text says who and how."""
+
+
 class StillFailsError(Exception):
-    """The message was sent again and failed again; the dead letter stays open."""
+    """The message was sent again and failed again; the text says why. An open dead letter stays open."""
 
 
 def letters(
@@ -150,36 +155,73 @@ def letter(connection: Connection, letter_id: int) -> KeptLetter:
     return KeptLetter(*row)
 
 
-def replay(engine: Engine, letter_id: int, *, by: str, send: Callable[[str, list[Any], dict[str, Any]], str]) -> str:
+_SENT = "sent; "
+"""How a resolution begins when what the message did is not known."""
+
+
+def arguments(body: bytes) -> tuple[list[Any], dict[str, Any]] | None:
+    """The positional and the named arguments that a message was sent with; None: this is no message of Celery's."""
+    try:
+        message = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    match message:
+        case [list(args), dict(kwargs), _]:
+            return args, kwargs
+        case _:
+            return None
+
+
+def replay(
+    engine: Engine, letter_id: int, *, by: str, send: Callable[[str, list[Any], dict[str, Any]], Result | str]
+) -> str:
     """Send a dead letter's message again, as it was, and mark the letter with what came of it: also the answer.
 
-    `send` takes the task, its positional and its named arguments, and answers with the outcome in words; it raises
-    StillFailsError if the message failed again: then the letter stays open. Replaying twice is harmless, as the message
-    has the same ids. Raises UnknownLetterError and NotReplayableError too.
+    `send` takes the task, its positional and its named arguments. It answers with what the message did or, if that is
+    not known, why not, in words; it raises StillFailsError if the message failed again. Replaying twice is harmless, as
+    the message has the same ids: the letter keeps the first outcome that was known. Raises UnknownLetterError,
+    NotReplayableError and StillFailsError.
     """
     with engine.connect() as connection:
         kept = letter(connection, letter_id)
     if kept.status == "discarded":
         raise NotReplayableError(f"dead letter {letter_id} was discarded by {kept.resolved_by}: {kept.resolution}")
-    try:
-        args, kwargs, _ = json.loads(kept.body)
-    except ValueError:
-        raise NotReplayableError(f"dead letter {letter_id} holds no message that could be sent again") from None
-    outcome = send(kept.task, args, kwargs)
-    _resolve(engine, letter_id, status="replayed", by=by, resolution=outcome)
+    sent_with = arguments(kept.body)
+    if sent_with is None:
+        raise NotReplayableError(f"dead letter {letter_id} holds no message that could be sent again")
+    answer = send(kept.task, *sent_with)
+    outcome = f"{_SENT}{answer}" if isinstance(answer, str) else described(answer)
+    mark = _resolve(letter_id, status="replayed", by=by, resolution=outcome).where(
+        or_(dead_letters.c.status != "replayed", dead_letters.c.resolution.startswith(_SENT))
+    )
+    if isinstance(answer, str):
+        # The message may have failed again before this mark, as another attempt of this letter; after it, it would
+        # become a new one. Either way an open letter remains.
+        mark = mark.where(dead_letters.c.attempts == kept.attempts)
+    with engine.begin() as connection:
+        connection.execute(mark)
+        now = letter(connection, letter_id)
+    if isinstance(answer, str) and now.attempts > kept.attempts:
+        raise StillFailsError(f"{now.error} (dead letter {letter_id}, {now.error_code})")
     return outcome
 
 
+def described(answer: Result) -> str:
+    """What a message did, in words."""
+    reason = "" if answer.reason is None else f" ({answer.reason})"
+    repeated = ", a duplicate: nothing changed" if answer.duplicate else ""
+    return f"{answer.outcome}{reason}{repeated}"
+
+
 def discard(engine: Engine, letter_id: int, *, by: str, why: str) -> None:
-    """Mark an open dead letter as not to be applied, and why. Raises UnknownLetterError and NotReplayableError."""
-    with engine.connect() as connection:
-        kept = letter(connection, letter_id)
-    if kept.status != "open":
-        raise NotReplayableError(f"dead letter {letter_id} was {kept.status} already by {kept.resolved_by}")
-    _resolve(engine, letter_id, status="discarded", by=by, resolution=why)
-
-
-def _resolve(engine: Engine, letter_id: int, *, status: str, by: str, resolution: str) -> None:
-    values = {"status": status, "resolved_at": func.clock_timestamp(), "resolved_by": by, "resolution": resolution}
+    """Mark an open dead letter as not to be applied, and why. Raises UnknownLetterError and NotOpenError."""
+    mark = _resolve(letter_id, status="discarded", by=by, resolution=why).where(dead_letters.c.status == "open")
     with engine.begin() as connection:
-        connection.execute(update(dead_letters).where(dead_letters.c.id == letter_id).values(values))
+        if connection.execute(mark).rowcount == 0:
+            kept = letter(connection, letter_id)
+            raise NotOpenError(f"dead letter {letter_id} was {kept.status} by {kept.resolved_by}: {kept.resolution}")
+
+
+def _resolve(letter_id: int, *, status: str, by: str, resolution: str) -> Update:
+    values = {"status": status, "resolved_at": func.clock_timestamp(), "resolved_by": by, "resolution": resolution}
+    return update(dead_letters).where(dead_letters.c.id == letter_id).values(values)

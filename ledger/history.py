@@ -2,13 +2,13 @@
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, date, datetime, time, timedelta
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, and_, func, select
 
 from ledger.state import EventType, WorkflowState
-from ledger.tables import credit_events, subscriptions, wallets, workflows
+from ledger.tables import credit_events, dead_letters, subscriptions, wallets, workflows
 
 MAX_PAGE = 100
 """The most events of one page."""
@@ -32,18 +32,25 @@ class WalletView:
     """An organization's wallet, as it was written last: what is due but not yet posted is not in it."""
 
     org_id: str
-    balance: int
-    available: int
-    prepaid_balance: int
-    subscription_balance: int
-    reserved_credits: int
-    credit_limit: int
-    period_cap: int | None
-    used_this_period: int
-    included_this_period: int
-    plan: str | None
-    current_period_start: datetime | None
-    current_period_end: datetime | None
+    balance: int = 0
+    available: int = 0
+    prepaid_balance: int = 0
+    subscription_balance: int = 0
+    reserved_credits: int = 0
+    credit_limit: int = 0
+    period_cap: int | None = None
+    used_this_period: int = 0
+    included_this_period: int = 0
+    plan: str | None = None
+    current_period_start: datetime | None = None
+    current_period_end: datetime | None = None
+
+
+# The event that a workflow's reservation is.
+_started = and_(
+    credit_events.c.org_id == workflows.c.org_id,
+    credit_events.c.idempotency_key == func.concat("start:", workflows.c.workflow_id),
+)
 
 
 def as_item(event: RowMapping) -> dict[str, Any]:
@@ -75,7 +82,7 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Balances:
-    """A wallet's balances, in credits, as they were at some time."""
+    """A wallet's balances, in credits, as they were at some time. An organization that had none has 0."""
 
     available: int
     prepaid_balance: int
@@ -110,6 +117,26 @@ class WorkflowView:
     used_credits: int | None
     refunded_credits: int
     events: list[RowMapping]
+
+
+def moment(text: str, *, ends_range: bool = False) -> datetime:
+    """A date or time as a person writes it (ISO 8601; UTC unless it says otherwise), as one end of a range.
+
+    A date without a time means the whole UTC day: its first moment or, where it ends a range, the first one after it.
+    Raises ValueError, whose text completes a sentence that begins with the parameter's name.
+    """
+    try:
+        day = date.fromisoformat(text)
+    except ValueError:
+        try:
+            value = datetime.fromisoformat(text)
+            return (value if value.tzinfo else value.replace(tzinfo=UTC)).astimezone(UTC)
+        except (ValueError, OverflowError):
+            raise ValueError("must be a date or time such as 2026-01-31 or 2026-01-31T09:00:00Z") from None
+    try:
+        return datetime.combine(day, time.min, UTC) + timedelta(days=1 if ends_range else 0)
+    except OverflowError:
+        raise ValueError("must be before the year 9999") from None
 
 
 def wallet(connection: Connection, org_id: str) -> WalletView | None:
@@ -193,10 +220,28 @@ def events(
     return Page(shown, total or 0, shown[-1]["seq"] if len(rows) > limit else None)
 
 
+def newer(
+    connection: Connection, org_id: str, matching: EventFilter, *, limit: int, before_seq: int
+) -> tuple[int, int | None]:
+    """What is newer than the page that begins before `before_seq`: how many matching events, and which page of `limit`
+    events comes just before it, as its `before_seq`. None: the newest page, which may overlap this one.
+    """
+    conditions = [*_conditions(org_id, matching), credit_events.c.seq >= before_seq]
+    count = connection.scalar(select(func.count()).select_from(credit_events).where(*conditions))
+    begins = select(credit_events.c.seq).where(*conditions).order_by(credit_events.c.seq).offset(limit).limit(1)
+    return count or 0, connection.scalar(begins)
+
+
 def all_events(connection: Connection, org_id: str, matching: EventFilter) -> Iterator[RowMapping]:
     """Every matching event, newest first, fetched in pieces: for exports of any size."""
     query = select(credit_events).where(*_conditions(org_id, matching)).order_by(credit_events.c.seq.desc())
     yield from connection.execution_options(stream_results=True, yield_per=1_000).execute(query).mappings()
+
+
+def first_event_at(connection: Connection, org_id: str) -> datetime | None:
+    """When the credit history of `org_id` begins. None: it has no events."""
+    first = select(credit_events.c.created_at).where(credit_events.c.org_id == org_id, credit_events.c.seq == 1)
+    return connection.scalar(first)
 
 
 def available_over_time(
@@ -219,21 +264,24 @@ def available_over_time(
     return [(row.created_at, row.available) for row in connection.execute(last)]
 
 
-def open_reservations(connection: Connection, *, org_id: str | None = None, limit: int = MAX_PAGE) -> list[Reservation]:
-    """The open reservations, oldest first, of one organization or of all."""
-    started = and_(
-        credit_events.c.org_id == workflows.c.org_id,
-        credit_events.c.idempotency_key == func.concat("start:", workflows.c.workflow_id),
-    )
+def open_reservations(
+    connection: Connection, *, org_id: str | None = None, older_than: timedelta | None = None, limit: int = MAX_PAGE
+) -> list[Reservation]:
+    """The open reservations, oldest first, of one organization or of all.
+
+    One that has expired is among them until the next message for its wallet, or the beat, releases it.
+    """
     query = (
         select(workflows, credit_events.c.created_at)
-        .select_from(workflows.join(credit_events, started))
+        .select_from(workflows.join(credit_events, _started))
         .where(workflows.c.state == "reserved")
         .order_by(credit_events.c.created_at, workflows.c.org_id, workflows.c.workflow_id)
         .limit(limit)
     )
     if org_id is not None:
         query = query.where(workflows.c.org_id == org_id)
+    if older_than is not None:
+        query = query.where(credit_events.c.created_at < func.clock_timestamp() - older_than)
     return [
         Reservation(
             org_id=row.org_id,
@@ -281,3 +329,27 @@ def _conditions(org_id: str, matching: EventFilter) -> list[ColumnElement[Any]]:
     if matching.project_id is not None:
         conditions.append(columns.project_id == matching.project_id)
     return conditions
+
+
+def system_figures(connection: Connection) -> dict[str, tuple[str, float]]:
+    """Figures about the whole ledger for monitoring: by name, what they mean and their value."""
+    oldest_hold = (
+        select(func.min(credit_events.c.created_at))
+        .select_from(workflows.join(credit_events, _started))
+        .where(workflows.c.state == "reserved")
+    )
+    now = func.clock_timestamp()
+    row = connection.execute(
+        select(
+            select(func.count()).select_from(dead_letters).where(dead_letters.c.status == "open").scalar_subquery(),
+            func.coalesce(func.extract("epoch", now - oldest_hold.scalar_subquery()), 0),
+            select(func.count()).select_from(wallets).where(wallets.c.next_period_at <= now).scalar_subquery(),
+            select(func.count()).select_from(wallets).where(wallets.c.next_hold_expiry <= now).scalar_subquery(),
+        )
+    ).one()
+    return {
+        "dead_letters_open": ("Dead letters that nobody has dealt with.", float(row[0])),
+        "oldest_hold_age_seconds": ("Age of the oldest open reservation; 0 if there is none.", float(row[1])),
+        "wallets_overdue_period": ("Wallets whose next period should have begun.", float(row[2])),
+        "wallets_overdue_hold": ("Wallets in which a reservation may have expired.", float(row[3])),
+    }

@@ -107,7 +107,12 @@ def _given_reason(reason: str) -> str:
 Id = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
 """1-128 characters of `A-Z a-z 0-9 _ . : -`."""
 
-Source = Annotated[str, StringConstraints(min_length=1, max_length=64), AfterValidator(_plain_text)]
+Source = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=64),
+    AfterValidator(_plain_text),
+    Field(description="Who says so, as the credit history shows it."),
+]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_plain_text)]
 Reason = Annotated[str, StringConstraints(min_length=1, max_length=500), AfterValidator(_plain_text)]
 Instant = Annotated[datetime, BeforeValidator(_instant)]
@@ -127,6 +132,11 @@ def _not_zero(credits: int) -> int:
     return credits
 
 
+_PROJECT = "The project, for the credit history."
+_ACTIVITY = "What ran, in words, for the credit history."
+_GIVEN_REASON = "Why; kept as `given_reason` in the event's metadata."
+
+
 class Message(BaseModel):
     """What every message carries. Types are strict: `75.0`, `"75"` and `true` are no integers."""
 
@@ -135,16 +145,18 @@ class Message(BaseModel):
     task: ClassVar[str]
     """The Celery task's name: how the message is addressed."""
 
-    org_id: Id
+    org_id: Id = Field(description="The organization whose wallet this is about.")
     source: Source
-    occurred_at: Instant | None = None
-    metadata: Metadata = Field(default_factory=dict)
+    occurred_at: Instant | None = Field(
+        None, description="When it happened. Kept in the event's metadata; the ledger's own clock dates the event."
+    )
+    metadata: Metadata = Field(default_factory=dict, description="Kept on the events that the message causes.")
 
 
 class WorkflowMessage(Message):
     """A step in a workflow's life. Idempotent by (org_id, workflow_id, task)."""
 
-    workflow_id: Id
+    workflow_id: Id = Field(description="The run. Never used again for another one.")
     source: Source = "workflow-engine"
 
 
@@ -152,33 +164,35 @@ class Start(WorkflowMessage):
     """Reserve `credits` for a workflow, for at most `expires_in_s` seconds, or reject it."""
 
     task = "workflow.start"
-    credits: Credits
-    project_id: Id | None = None
-    activity_name: Name | None = None
-    expires_in_s: Annotated[int, Field(ge=60, le=2_592_000)] = 86_400
+    credits: Credits = Field(description="The most that it is expected to use: what is reserved.")
+    project_id: Id | None = Field(None, description=_PROJECT)
+    activity_name: Name | None = Field(None, description=_ACTIVITY)
+    expires_in_s: Annotated[int, Field(ge=60, le=2_592_000)] = Field(
+        86_400, description="Seconds after which what is still reserved is released."
+    )
 
 
 class Finish(WorkflowMessage):
     """The workflow is done and used `credits`: release what it held, charge what it used."""
 
     task = "workflow.finish"
-    credits: Credits
-    project_id: Id | None = None
-    activity_name: Name | None = None
+    credits: Credits = Field(description="What it used: charged in full, whatever was reserved.")
+    project_id: Id | None = Field(None, description=f"{_PROJECT} Default: as in the start.")
+    activity_name: Name | None = Field(None, description=f"{_ACTIVITY} Default: as in the start.")
 
 
 class Cancel(WorkflowMessage):
     """The workflow was cancelled: release what it held."""
 
     task = "workflow.cancel"
-    reason: Reason | None = None
+    reason: Reason | None = Field(None, description=_GIVEN_REASON)
 
 
 class Fail(WorkflowMessage):
     """The workflow failed: release what it held."""
 
     task = "workflow.fail"
-    reason: Reason | None = None
+    reason: Reason | None = Field(None, description=_GIVEN_REASON)
 
 
 class WalletMessage(Message):
@@ -203,8 +217,8 @@ class Purchase(WalletMessage):
     """The organization bought prepaid `credits`."""
 
     task, kind, id_field = "wallet.purchase", "purchase", "purchase_id"
-    purchase_id: Id
-    credits: PositiveCredits
+    purchase_id: Id = Field(description="The purchase.")
+    credits: PositiveCredits = Field(description="What was bought.")
     source: Source = "billing"
 
 
@@ -212,9 +226,9 @@ class Grant(WalletMessage):
     """The organization was given prepaid `credits`."""
 
     task, kind, id_field = "wallet.grant", "grant", "grant_id"
-    grant_id: Id
-    credits: PositiveCredits
-    reason: Reason | None = None
+    grant_id: Id = Field(description="The grant.")
+    credits: PositiveCredits = Field(description="What is given.")
+    reason: Reason | None = Field(None, description="Why; kept in the event's metadata.")
     source: Source = "admin"
 
 
@@ -222,10 +236,12 @@ class Adjust(WalletMessage):
     """Correct the prepaid balance by `credits`; below zero only with `allow_negative`."""
 
     task, kind, id_field = "wallet.adjust", "adjustment", "adjustment_id"
-    adjustment_id: Id
-    credits: Annotated[SignedCredits, AfterValidator(_not_zero)]
-    reason: Annotated[Reason, AfterValidator(_given_reason)]
-    allow_negative: bool = False
+    adjustment_id: Id = Field(description="The adjustment.")
+    credits: Annotated[SignedCredits, AfterValidator(_not_zero)] = Field(description="The correction; not 0.")
+    reason: Annotated[Reason, AfterValidator(_given_reason)] = Field(
+        description="Why; kept in the event's metadata. Not `subscription_expired`, which only the ledger itself says."
+    )
+    allow_negative: bool = Field(False, description="Whether the prepaid balance may end below zero.")
     source: Source = "admin"
 
 
@@ -233,9 +249,9 @@ class Refund(WalletMessage):
     """Give `credits` back; for a named workflow never more, in total, than it used."""
 
     task, kind, id_field = "wallet.refund", "refund", "refund_id"
-    refund_id: Id
-    credits: PositiveCredits
-    workflow_id: Id | None = None
+    refund_id: Id = Field(description="The refund.")
+    credits: PositiveCredits = Field(description="What is given back, to the prepaid balance.")
+    workflow_id: Id | None = Field(None, description="The workflow whose usage is refunded.")
     source: Source = "billing"
 
 
@@ -243,16 +259,16 @@ class Bill(WalletMessage):
     """A billing entry; `credits` may be positive, negative or 0 (an entry for the record)."""
 
     task, kind, id_field = "wallet.bill", "billing", "billing_id"
-    billing_id: Id
-    credits: SignedCredits
-    invoice_id: Id | None = None
+    billing_id: Id = Field(description="The entry.")
+    credits: SignedCredits = Field(description="Its effect on the prepaid balance, which it cannot take below zero.")
+    invoice_id: Id | None = Field(None, description="The invoice it is about.")
     source: Source = "billing"
 
 
 class VersionedMessage(WalletMessage):
     """A setting that replaces the one before it: only a higher `version` has an effect."""
 
-    version: Version
+    version: Version = Field(description="Only a higher one than every one before has an effect.")
 
 
 class Subscribe(VersionedMessage):
@@ -262,11 +278,13 @@ class Subscribe(VersionedMessage):
     """
 
     task, kind, id_field = "wallet.subscribe", "subscribe", "subscription_id"
-    subscription_id: Id
-    plan: Name
-    monthly_credits: Credits
-    rollover_limit: Credits = 0
-    anchor: Instant | None = None
+    subscription_id: Id = Field(description="The subscription.")
+    plan: Name = Field(description="The plan's name, as customers read it.")
+    monthly_credits: Credits = Field(description="What each period is given.")
+    rollover_limit: Credits = Field(0, description="The most that is kept of what a period leaves.")
+    anchor: Instant | None = Field(
+        None, description="When the first period starts, and so the day of the month of all others. It never changes."
+    )
     source: Source = "billing"
 
     @property
@@ -279,7 +297,7 @@ class Unsubscribe(VersionedMessage):
     """No further allocation; what is left expires when the period ends."""
 
     task, kind, id_field = "wallet.unsubscribe", "unsubscribe", "subscription_id"
-    subscription_id: Id
+    subscription_id: Id = Field(description="The subscription.")
     source: Source = "billing"
 
     @property
@@ -289,15 +307,13 @@ class Unsubscribe(VersionedMessage):
 
 
 class Configure(VersionedMessage):
-    """Set the wallet's limits, all of them: a field left out goes back to its default.
-
-    `credit_limit`: how far below zero, in credits, the available balance may be reserved.
-    `period_cap`: the most credits that may be used and reserved within one period; null for no cap.
-    """
+    """Set the wallet's limits, both of them: a field left out goes back to its default."""
 
     task, kind, id_field = "wallet.configure", "configure", "version"
-    credit_limit: Credits = 0
-    period_cap: Credits | None = None
+    credit_limit: Credits = Field(0, description="How far below zero the available balance may be reserved.")
+    period_cap: Credits | None = Field(
+        None, description="The most that may be used and reserved within one subscription period. Null: no cap."
+    )
     source: Source = "admin"
 
 

@@ -156,7 +156,8 @@ def _finish(wallet: Wallet, message: Finish, now: datetime, workflow: Workflow |
         workflow = Workflow(message.org_id, message.workflow_id, "settled")
     released: tuple[Event, ...] = ()
     if workflow.state == "reserved":
-        wallet, event = _release(wallet, workflow, now, "settled", message.source, _metadata(message))
+        metadata = _metadata(message, unreserved=None, overrun=None)
+        wallet, event = _release(wallet, workflow, now, "settled", message.source, metadata)
         released = (event,)
     workflow = replace(
         workflow,

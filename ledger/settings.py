@@ -111,7 +111,8 @@ def _with_scheme(url: str | None, schemes: tuple[str, ...]) -> str | None:
         return None
     try:
         parts = urlsplit(url)
-        well_formed = parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
+        well_formed = url.startswith(tuple(f"{scheme}://" for scheme in schemes)) and bool(parts.hostname)
+        well_formed = well_formed and parts.port != 0
     except ValueError:  # a port that is no number, a bracket that does not close
         well_formed = False
     if not well_formed:

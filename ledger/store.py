@@ -159,7 +159,6 @@ def _catch_up(connection: Connection, org_ids: Sequence[str]) -> list[int]:
 
 
 def _bury(engine: Engine, delivery: Delivery, error: Exception) -> DeadLettered:
-    logger.error("%s failed unexpectedly and becomes a dead letter", delivery.task, exc_info=error)
     letter = DeadLetter(
         _storable(delivery.task),
         delivery.body,
@@ -171,6 +170,7 @@ def _bury(engine: Engine, delivery: Delivery, error: Exception) -> DeadLettered:
     with _connection(engine) as connection:
         [letter_id] = dead_letters.record(connection, [letter])
         connection.commit()
+    logger.error("%s failed unexpectedly, see dead letter %d", letter.task, letter_id, exc_info=error)
     return DeadLettered(letter_id, letter.code, letter.error)
 
 
@@ -383,7 +383,7 @@ def _names(record: type[Any], prefix: str = "") -> str:
     return ", ".join(f"{prefix}{field.name}" for field in fields(record))
 
 
-_DIALECT: Dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+_DIALECT: Dialect = postgresql.dialect()
 
 
 def _insert(table: Table, record: type[Any]) -> str:

@@ -4,7 +4,7 @@ from celery import Celery
 
 from ledger.database import connect
 from ledger.settings import Settings
-from worker.broker import QUEUE, create_celery
+from worker.broker import QUEUES, create_celery
 from worker.tasks import SCHEDULER_TASKS, register
 
 
@@ -14,11 +14,12 @@ def create_app(settings: Settings) -> Celery:
     assert settings.broker_url is not None
     app = create_celery("holdfast", settings.broker_url, settings.result_store_url)
     app.conf.update(
-        # An engine that knows only the tasks' names sends to Celery's own default queue.
-        task_queues={name: {"exchange": name, "routing_key": name} for name in (QUEUE, "celery")},
+        task_queues={name: {"exchange": name, "routing_key": name} for name in QUEUES},
         # A message is acknowledged after its transaction is committed, so a worker that dies loses none.
         task_acks_late=True,
         task_reject_on_worker_lost=True,
+        # What Celery would drop becomes a dead letter too.
+        worker_consumer="worker.consumer:Consumer",
         # One process is one database connection; more throughput is more workers.
         worker_pool="solo",
         worker_concurrency=1,
@@ -35,5 +36,6 @@ def create_app(settings: Settings) -> Celery:
         beat_schedule={name: {"task": name, "schedule": 60.0} for name in SCHEDULER_TASKS},
         timezone="UTC",
     )
-    register(app, connect(settings.database_url))
+    app.ledger_engine = connect(settings.database_url)
+    register(app, app.ledger_engine)
     return app

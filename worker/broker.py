@@ -7,6 +7,11 @@ from celery import Celery
 QUEUE = "credits"
 """Where messages wait."""
 
+QUEUES = (QUEUE, "celery")
+"""Every queue that is worked on: an engine that knows only the tasks' names sends to Celery's own default."""
+
+REDIS_SCHEMES = ("redis://", "rediss://")
+
 VISIBILITY_TIMEOUT_S = 60
 """After this, Redis delivers again what a worker took and never acknowledged."""
 
@@ -19,7 +24,7 @@ def create_celery(name: str, broker_url: str, result_url: str | None) -> Celery:
         result_serializer="json",
         accept_content=["json"],  # nothing that could run code, such as pickle
         task_default_queue=QUEUE,
-        broker_transport_options=_redis_options() if broker_url.startswith(("redis://", "rediss://")) else {},
+        broker_transport_options=_redis_options() if broker_url.startswith(REDIS_SCHEMES) else {},
     )
     return app
 

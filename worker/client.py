@@ -7,17 +7,30 @@ A message is checked before it is sent. When a call returns, the broker has the 
 the broker may or may not have it. Sending the same message again is always safe: it is applied once.
 """
 
+import json
+import time
 from datetime import datetime
 from typing import Any, Self, TypedDict, Unpack, overload
 
-from celery.exceptions import TimeoutError as CeleryTimeoutError
-from celery.result import AsyncResult
+from celery.utils import uuid
+from kombu.connection import Connection, ConnectionPool
 from kombu.exceptions import KombuError
+from kombu.pools import ProducerPool
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.client import PubSub
 from redis.exceptions import RedisError
+from redis.retry import Retry
 
 from ledger.messages import InvalidMessage, parse
 from ledger.state import Result
-from worker.broker import create_celery
+from worker.broker import QUEUES, REDIS_SCHEMES, create_celery
+
+POOL_LIMIT = 10
+"""The most connections of one client; further threads wait for one."""
+
+TIMEOUT_S = 5.0
+"""How long the broker may take to answer."""
 
 _RETRY_POLICY = {"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1.0}
 
@@ -32,6 +45,10 @@ class NotSentError(Exception):
 
 class NoAnswerError(Exception):
     """The message was sent, but its answer did not come in time. It is still applied; sending it again is safe."""
+
+
+class BrokerUnavailableError(Exception):
+    """The broker does not answer."""
 
 
 class DeadLetteredError(Exception):
@@ -56,14 +73,28 @@ class Client:
 
     def __init__(self, broker_url: str, *, result_url: str | None = None) -> None:
         """`result_url`: where answers are kept, `redis://`; default: the broker, if that is Redis."""
-        if result_url is None and broker_url.startswith(("redis://", "rediss://")):
+        if result_url is None and broker_url.startswith(REDIS_SCHEMES):
             result_url = broker_url
-        self._result_url = result_url
-        self._celery = create_celery("holdfast-client", broker_url, result_url)
+        self._celery = create_celery("holdfast-client", broker_url, None)
+        if broker_url.startswith(REDIS_SCHEMES):
+            self._celery.conf.broker_transport_options["socket_timeout"] = TIMEOUT_S
+        # Pools of our own, which `close` can close: those of Celery and kombu are shared by the whole process.
+        self._connections = ConnectionPool(self._celery.connection_for_write(), limit=POOL_LIMIT)
+        self._producers = ProducerPool(self._connections, limit=POOL_LIMIT)
+        self._results = None if result_url is None else _redis(result_url)
+
+    @property
+    def keeps_answers(self) -> bool:
+        """Whether there is a place where answers are kept, so that `wait_s` may be given."""
+        return self._results is not None
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close all connections."""
+        self._producers.force_close_all()
+        self._connections.force_close_all()
         self._celery.close()
+        if self._results is not None:
+            self._results.close()
 
     def __enter__(self) -> Self:
         return self
@@ -319,6 +350,16 @@ class Client:
             period_cap=period_cap,
         )
 
+    def waiting(self) -> dict[str, int]:
+        """How many messages wait in each queue of the ledger. Raises BrokerUnavailableError."""
+        try:
+            with self._connections.acquire(block=True) as connection:
+                connection.ensure_connection(max_retries=0, timeout=TIMEOUT_S)
+                channel = connection.default_channel
+                return {name: _length(connection, channel, name) for name in QUEUES}
+        except (KombuError, RedisError, OSError) as error:
+            raise BrokerUnavailableError(str(error)) from error
+
     def _send(self, task: str, wait_s: float | None, options: Options, **fields: object) -> Result | None:
         given = {name: value for name, value in {**fields, **options}.items() if value is not None}
         payload = {name: value.isoformat() if isinstance(value, datetime) else value for name, value in given.items()}
@@ -330,30 +371,74 @@ class Client:
     def send_as_is(
         self, task: str, args: list[Any], kwargs: dict[str, Any], *, wait_s: float | None = None
     ) -> Result | None:
-        """Send a task with these arguments, unchecked: how a dead letter is sent again. Raises as every method does."""
-        if wait_s is not None and self._result_url is None:
-            raise ValueError("wait_s needs a result_url: this broker keeps no answers")
-        try:
-            sent = self._celery.send_task(
-                task,
-                args=args,
-                kwargs=kwargs,
-                ignore_result=wait_s is None,
-                retry=True,
-                retry_policy=_RETRY_POLICY,
-            )
-        except (KombuError, RedisError, OSError) as error:
-            raise NotSentError(f"{task} could not be handed to the broker, and may be sent again: {error}") from error
-        return None if wait_s is None else self._answer(task, sent, wait_s)
+        """Send a task with these arguments, unchecked: how a dead letter is sent again. Raises as every method does.
 
-    def _answer(self, task: str, sent: AsyncResult, wait_s: float) -> Result:
+        A run of the scheduler, which is a task too, has no Result: the answer is None.
+        """
+        if wait_s is None:
+            self._publish(task, args, kwargs, task_id=None)
+            return None
+        if self._results is None:
+            raise ValueError("wait_s needs a result_url: this broker keeps no answers")
+        task_id = uuid()
+        key = f"celery-task-meta-{task_id}"  # where Celery stores an answer, and the channel that it is announced on
+        with self._results.pubsub() as announced:
+            try:
+                announced.subscribe(key)
+                announced.get_message(timeout=TIMEOUT_S)  # subscribed: from here on, no answer is missed
+            except RedisError as error:
+                raise NotSentError(f"{task} was not sent, as its answer could not be waited for: {error}") from error
+            self._publish(task, args, kwargs, task_id=task_id)
+            try:
+                answer = _next_message(announced, wait_s)
+                self._results.delete(key)
+            except RedisError as error:
+                raise NoAnswerError(f"{task} was sent, but its answer could not be read: {error}") from error
+        if answer is None:
+            raise NoAnswerError(f"{task} was sent, but no answer came within {wait_s:g} s")
+        result = answer["result"]
+        if answer["status"] != "SUCCESS":
+            raise DeadLetteredError(" ".join(map(str, result["exc_message"])))
+        return Result(**{**result, "event_seqs": tuple(result["event_seqs"])}) if isinstance(result, dict) else None
+
+    def _publish(self, task: str, args: list[Any], kwargs: dict[str, Any], *, task_id: str | None) -> None:
         try:
-            answer = sent.get(timeout=wait_s, propagate=False)
-        except CeleryTimeoutError:
-            raise NoAnswerError(f"{task} was sent, but no answer came within {wait_s:g} s") from None
-        except RedisError as error:
-            raise NoAnswerError(f"{task} was sent, but its answer could not be read: {error}") from error
-        sent.forget()
-        if isinstance(answer, BaseException):
-            raise DeadLetteredError(str(answer))
-        return Result(**{**answer, "event_seqs": tuple(answer["event_seqs"])})
+            with self._producers.acquire(block=True) as producer:
+                self._celery.send_task(
+                    task,
+                    args=args,
+                    kwargs=kwargs,
+                    task_id=task_id,
+                    ignore_result=task_id is None,
+                    producer=producer,
+                    retry=True,
+                    retry_policy=_RETRY_POLICY,
+                )
+        except (KombuError, RedisError, OSError) as error:
+            broker = self._celery.connection_for_write().as_uri()  # without the password
+            raise NotSentError(
+                f"{task} could not be handed to the broker at {broker}, and may be sent again: {error}"
+            ) from error
+
+
+def _redis(url: str) -> Redis:
+    # No retries of its own: the caller decides, and is told soon.
+    return Redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, retry=Retry(NoBackoff(), 0))
+
+
+def _next_message(announced: PubSub, wait_s: float) -> dict[str, Any] | None:
+    """The answer that is announced within `wait_s` seconds, if one is."""
+    deadline = time.monotonic() + wait_s
+    while (left_s := deadline - time.monotonic()) > 0:
+        message = announced.get_message(ignore_subscribe_messages=True, timeout=left_s)
+        if message is not None:
+            answer: dict[str, Any] = json.loads(message["data"])
+            return answer
+    return None
+
+
+def _length(connection: Connection, channel: Any, queue: str) -> int:
+    try:
+        return int(channel.queue_declare(queue, passive=True).message_count)
+    except connection.channel_errors:  # nothing was ever sent to it
+        return 0

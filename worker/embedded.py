@@ -33,7 +33,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from worker.process import Account, Process, ServiceError, die_with_us, run_as
+from worker.process import Account, Process, ServiceError, die_with_us, end_family, run_as
 
 POSTGRES_MAJOR = "18"
 PORT_ATTEMPTS = 5
@@ -103,17 +103,22 @@ class Postgres(Process):
             # Built in: the same order of text on every system, whatever locales it has.
             *("--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"),
         ]
-        made = subprocess.run(
+        process = subprocess.Popen(
             initdb,
-            check=False,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
             preexec_fn=die_with_us(signal.SIGTERM),
             **self._options,
         )
-        if made.returncode != 0:
-            raise ServiceError(f"PostgreSQL could not create its data in {new}: {made.stderr.strip()}")
+        with process:
+            try:
+                output, _ = process.communicate()
+            finally:  # also when a Ctrl-C ends the wait: what it has started must not go on writing
+                end_family(process.pid, signal.SIGKILL, 0)
+        if process.returncode != 0:
+            raise ServiceError(f"PostgreSQL could not create its data in {new}: {output.strip()}")
         new.rename(self.data)
 
     def _is_ready(self) -> bool:

@@ -129,7 +129,7 @@ class Process:
 
     def _end(self, how: signal.Signals) -> None:
         if self._child is not None and self._child.returncode is None:
-            _end_family(self._child.pid, how, self.stop_timeout_s)
+            end_family(self._child.pid, how, self.stop_timeout_s)
             self._child.wait(KILL_TIMEOUT_S)
             self.pid_file.unlink(missing_ok=True)
 
@@ -138,7 +138,7 @@ class Process:
             pid, created_s = self.pid_file.read_text().split()
             # As old as ours: it is ours. (A clock that is set shifts a little what the kernel reports.)
             if abs(psutil.Process(int(pid)).create_time() - float(created_s)) < 2:
-                _end_family(int(pid), self.stop_signal, self.stop_timeout_s)
+                end_family(int(pid), self.stop_signal, self.stop_timeout_s)
         self.pid_file.unlink(missing_ok=True)
 
 
@@ -165,7 +165,7 @@ def die_with_us(death_signal: signal.Signals) -> Callable[[], None] | None:
     return in_child
 
 
-def _end_family(pid: int, how: signal.Signals, grace_s: float) -> None:
+def end_family(pid: int, how: signal.Signals, grace_s: float) -> None:
     """End a process with `how`, and by SIGKILL what of it and its descendants is left after `grace_s`."""
     family: list[psutil.Process] = []
     try:

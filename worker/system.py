@@ -60,10 +60,10 @@ class System:
         """Stop everything; a second call does nothing."""
         self._cleanup.close()
 
-    def supervise(self) -> None:
-        """Start again whatever dies, until interrupted. Raises ServiceError when something keeps dying."""
+    def supervise(self, *, until: Callable[[], bool]) -> None:
+        """Start again whatever dies, until `until` or an interrupt. Raises ServiceError when something keeps dying."""
         restarts = defaultdict[str, list[float]](list)
-        while True:
+        while not until():
             for process in (self.embedded.postgres, self.embedded.broker, *self._celery_processes):
                 if not process.is_running:
                     now = time.monotonic()

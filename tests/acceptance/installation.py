@@ -1,0 +1,179 @@
+"""Holdfast as its operator has it: a database, a broker, and processes that know them from the environment alone."""
+
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import redis
+from celery import Celery
+from celery.result import AsyncResult
+from sqlalchemy import Engine, text
+
+from ledger.database import connect
+from tests.support import eventually, sql
+from worker.embedded import Embedded
+from worker.process import Process
+
+MIGRATED, EMPTY = "holdfast", "template1"
+HOLDFAST = str(Path(sys.executable).with_name("holdfast"))
+QUEUES = "credits", "celery"
+ANSWER_TIMEOUT_S = 20.0
+
+_numbers = count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Installation:
+    """One ledger: its database, its broker, and a folder for the logs of its processes."""
+
+    database_url: str
+    broker_url: str
+    folder: Path
+    engine: Engine
+    broker: redis.Redis
+    _cleanup: ExitStack
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return environment(HOLDFAST_DATABASE_URL=self.database_url, HOLDFAST_BROKER_URL=self.broker_url)
+
+    def start(self, name: str, *argv: str) -> Process:
+        """Start a process; it is killed with the installation, if it still runs then."""
+        process = Process(name, argv, self.folder, env=self.environment, cwd=self.folder)
+        self._cleanup.callback(process.kill)
+        process.start()
+        return process
+
+    def start_worker(self, name: str = "worker") -> Process:
+        return self.start(name, *celery("worker"))
+
+    def waiting(self) -> dict[str, int]:
+        """How many messages are in each queue, and how many a worker holds."""
+        queued: dict[str, Any] = {name: self.broker.llen(name) for name in QUEUES}
+        return {**queued, "unacked": self.broker.hlen("unacked")}  # type: ignore[dict-item]
+
+    def is_drained(self) -> bool:
+        return not any(self.waiting().values())
+
+    def count(self, table: str) -> int:
+        [(rows,)] = sql(self.engine, f"SELECT count(*) FROM {table}")
+        return int(rows)
+
+
+class Producer:
+    """What an engine in another company is: plain Celery and the names of DESIGN's section 4."""
+
+    def __init__(self, broker_url: str) -> None:
+        self.celery = Celery(broker=broker_url, backend=broker_url, set_as_current=False)
+
+    def send(self, task: str, *args: object, **kwargs: object) -> None:
+        self.celery.send_task(task, args=args, kwargs=kwargs, ignore_result=True)
+
+    def ask(self, task: str, *args: object, **kwargs: object) -> AsyncResult:
+        return self.celery.send_task(task, args=args, kwargs=kwargs, ignore_result=False)
+
+    def answer(self, task: str, *args: object, **kwargs: object) -> Any:
+        """The task's result; raises what it failed with."""
+        return self.ask(task, *args, **kwargs).get(timeout=ANSWER_TIMEOUT_S)
+
+    def close(self) -> None:
+        self.celery.backend.result_consumer.stop()
+        self.celery.backend.client.close()
+        self.celery.close()
+
+
+def celery(command: str) -> list[str]:
+    """The command line, as DESIGN says it works: without any flag."""
+    return [sys.executable, "-m", "celery", "-A", "worker", command]
+
+
+def environment(**settings: str) -> dict[str, str]:
+    """Ours, but with only these settings of Holdfast."""
+    return {**{name: value for name, value in os.environ.items() if not name.startswith("HOLDFAST_")}, **settings}
+
+
+def log_of(process: Process) -> str:
+    return process.log_file.read_text()
+
+
+def warnings_in(process: Process) -> list[str]:
+    """What its log says at level WARNING or above, without the time."""
+    return re.findall(r"^\[[^]]*: (?:WARNING|ERROR|CRITICAL)/\w+\] (.*)$", log_of(process), re.MULTILINE)
+
+
+def terminate(process: Process) -> None:
+    os.kill(process.pid, signal.SIGTERM)
+
+
+def exit_code(process: Process) -> int:
+    """What it ends with; fails the test if that takes more than ten seconds."""
+    eventually(lambda: not process.is_running, timeout_s=10)
+    assert process._child is not None
+    assert process._child.returncode is not None
+    return process._child.returncode
+
+
+@contextmanager
+def installed(services: Embedded, *, template: str = MIGRATED) -> Iterator[Installation]:
+    """A database and a broker that are nobody else's, on the session's servers."""
+    number = next(_numbers)
+    name = f"acceptance_{number}"
+    with ExitStack() as cleanup:
+        folder = cleanup.enter_context(open_folder())
+        admin = connect(services.admin_url).execution_options(isolation_level="AUTOCOMMIT")
+        cleanup.callback(admin.dispose)
+        with admin.connect() as connection:
+            connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template} OWNER holdfast"))
+        admin.dispose()  # the server may be another one, by the time this connection is used again
+
+        def drop() -> None:
+            with admin.connect() as connection:
+                connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+
+        cleanup.callback(drop)
+        database_url = services.database_url.replace("/holdfast?", f"/{name}?")
+        broker_url = services.broker_url.removesuffix("0") + str(1 + number % 15)
+        installation = cleanup.enter_context(_installation(database_url, broker_url, folder))
+        installation.broker.flushdb()
+        yield installation
+
+
+@contextmanager
+def installed_on(database_url: str, broker_url: str) -> Iterator[Installation]:
+    """A database and a broker that the test has started itself."""
+    with open_folder() as folder, _installation(database_url, broker_url, folder) as installation:
+        yield installation
+
+
+@contextmanager
+def _installation(database_url: str, broker_url: str, folder: Path) -> Iterator[Installation]:
+    with ExitStack() as cleanup:
+        engine = connect(database_url)
+        cleanup.callback(engine.dispose)
+        broker = cleanup.enter_context(closing(redis.Redis.from_url(broker_url)))
+        processes = cleanup.enter_context(ExitStack())
+        yield Installation(database_url, broker_url, folder, engine, broker, processes)
+
+
+@contextmanager
+def open_folder() -> Iterator[Path]:
+    """A folder that every account can enter, which pytest's own are not: as root, PostgreSQL runs as another one."""
+    folder = Path(tempfile.mkdtemp(prefix="acceptance-"))
+    folder.chmod(0o711)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def wait_for_worker(producer: Producer) -> None:
+    eventually(lambda: producer.celery.control.ping(timeout=0.2), timeout_s=30)

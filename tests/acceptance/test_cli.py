@@ -1,0 +1,454 @@
+"""The installed command `holdfast`, run as a person runs it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from sqlalchemy import Engine
+
+from ledger.store import DeadLettered, apply_batch
+from tests.acceptance.installation import HOLDFAST, Installation, environment, installed, open_folder
+from tests.support import delivery, eventually, sql
+from worker.client import Client
+from worker.embedded import Embedded
+
+COMMANDS = "migrate", "up", "demo", "verify", "wallet", "history"
+TIMEOUT_S = 60
+
+Ended = subprocess.CompletedProcess[str]
+
+
+def run(*arguments: str, **settings: str) -> Ended:
+    return subprocess.run(
+        [HOLDFAST, *arguments], env=environment(**settings), capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+
+
+def assert_one_line(ended: Ended, line: str, *, code: int = 2) -> None:
+    """It says `line`, a pattern, on standard error and nothing else."""
+    assert (ended.returncode, ended.stdout) == (code, "")
+    assert re.fullmatch(f"holdfast: {line}\n", ended.stderr), ended.stderr
+
+
+def apply(engine: Engine, task: str, **fields: Any) -> None:
+    [answer] = apply_batch(engine, [delivery(task, **fields)])
+    assert not isinstance(answer, DeadLettered)
+
+
+@pytest.fixture(scope="module")
+def books(services: Embedded) -> Iterator[Installation]:
+    """A ledger with the history of `acme`, six events, and one wallet without any."""
+    with installed(services) as own:
+        engine = own.engine
+        apply(
+            engine, "wallet.purchase", org_id="acme", purchase_id="p-1", credits=5000, metadata={"note": "[bold]x[/]"}
+        )
+        apply(
+            engine,
+            "workflow.start",
+            org_id="acme",
+            workflow_id="run-1",
+            credits=120,
+            project_id="web",
+            activity_name="[red]Report[/red]",
+        )
+        apply(engine, "workflow.finish", org_id="acme", workflow_id="run-1", credits=80)
+        apply(engine, "workflow.start", org_id="acme", workflow_id="run-2", credits=10, project_id="crm")
+        apply(engine, "wallet.grant", org_id="acme", grant_id="g-1", credits=5, reason="sorry")
+        apply(engine, "wallet.configure", org_id="empty", version=1)
+        yield own
+
+
+@pytest.fixture
+def holdfast(books: Installation) -> Any:
+    """Runs a command on the books."""
+    return lambda *arguments: run(*arguments, HOLDFAST_DATABASE_URL=books.database_url)
+
+
+# Help
+
+
+def test_every_help_shows_an_example() -> None:
+    with ThreadPoolExecutor(2) as two:
+        helps = dict(zip(COMMANDS, two.map(lambda command: run(command, "--help"), COMMANDS), strict=True))
+    assert {command: shown.returncode for command, shown in helps.items()} == dict.fromkeys(COMMANDS, 0)
+    assert [command for command, shown in helps.items() if f"holdfast {command}" not in after_example(shown)] == []
+
+
+def test_the_help_of_all_shows_an_example_and_every_command() -> None:
+    shown = run("--help")
+    assert shown.returncode == 0
+    assert [command for command in COMMANDS if f" {command} " not in shown.stdout] == []
+    assert "holdfast" in after_example(shown)
+
+
+def after_example(shown: Ended) -> str:
+    return " ".join(shown.stdout.partition("Example")[2].split())
+
+
+# Reading the books
+
+
+def test_a_wallet_shows_its_balances(holdfast: Any) -> None:
+    shown = holdfast("wallet", "acme")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    rows = dict(re.findall(r"│ ([a-z ]+?) +│ +(.*?) │", shown.stdout))
+    assert rows == {
+        "available": "4,915",
+        "prepaid": "4,925",
+        "subscription left": "0",
+        "reserved": "10",
+        "used this period": "80",
+        "included this period": "0",
+        "plan": "none",
+        "period ends": "",
+        "credit limit": "0",
+        "period cap": "none",
+    }
+
+
+def test_a_wallet_as_json_has_every_field(holdfast: Any) -> None:
+    assert json.loads(holdfast("wallet", "acme", "--json").stdout) == {
+        "org_id": "acme",
+        "balance": 4925,
+        "available": 4915,
+        "prepaid_balance": 4925,
+        "subscription_balance": 0,
+        "reserved_credits": 10,
+        "credit_limit": 0,
+        "period_cap": None,
+        "used_this_period": 80,
+        "included_this_period": 0,
+        "plan": None,
+        "current_period_start": None,
+        "current_period_end": None,
+    }
+
+
+def test_a_wallet_nobody_knows_is_exit_code_1(holdfast: Any) -> None:
+    line = r"\[bold\]x\[/\] has no wallet: no message has named it yet"
+    assert_one_line(holdfast("wallet", "[bold]x[/]"), line, code=1)
+
+
+def test_a_history_shows_the_newest_first_and_markup_as_it_is(holdfast: Any) -> None:
+    shown = holdfast("history", "acme")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    lines = shown.stdout.splitlines()
+    types = [found[1] for line in lines if (found := re.search(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\W+(\w+)", line))]
+    assert types == ["grant", "reservation", "usage", "reservation_released", "reservation", "prepaid_purchase"]
+    assert "[bold]x[/]" in shown.stdout
+    assert shown.stdout.count("[red]Report[/red]") == 3
+
+
+def test_a_history_as_json_has_the_nine_columns_and_what_names_the_event(books: Installation, holdfast: Any) -> None:
+    page = json.loads(holdfast("history", "acme", "--json", "--limit", "2", "--offset", "2").stdout)
+    times = sql(books.engine, "SELECT created_at FROM credit_events WHERE seq IN (3, 4) ORDER BY seq DESC")
+    workflow = {"workflow_id": "run-1", "project_id": "web", "activity_name": "[red]Report[/red]"}
+    assert page == {
+        "items": [
+            {
+                "id": 4,
+                "created_at": times[0][0].isoformat(),
+                "event_type": "usage",
+                "source": "workflow-engine",
+                "credits": -80,
+                "prepaid_balance_after": 4920,
+                "period_usage_after": 80,
+                "metadata": {},
+                **workflow,
+            },
+            {
+                "id": 3,
+                "created_at": times[1][0].isoformat(),
+                "event_type": "reservation_released",
+                "source": "workflow-engine",
+                "credits": 120,
+                "prepaid_balance_after": 5000,
+                "period_usage_after": 0,
+                "metadata": {"reason": "settled"},
+                **workflow,
+            },
+        ],
+        "total": 6,
+        "limit": 2,
+        "offset": 2,
+    }
+
+
+def test_a_history_is_filtered(books: Installation, holdfast: Any) -> None:
+    [(grant_at, day)] = sql(books.engine, "SELECT created_at, created_at::date FROM credit_events WHERE seq = 6")
+    cases: dict[tuple[str, ...], list[int]] = {
+        ("--type", "usage", "--type", "grant"): [6, 4],
+        ("--project", "web", "--type", "reservation"): [2],
+        ("--from", grant_at.isoformat()): [6],
+        ("--to", grant_at.isoformat()): [5, 4, 3, 2, 1],
+        ("--from", f"{day}", "--to", f"{day}", "--limit", "2", "--offset", "3"): [3, 2],
+        ("--from", "2100-01-01"): [],
+    }
+
+    def ids(arguments: tuple[str, ...]) -> list[int]:
+        return [item["id"] for item in json.loads(holdfast("history", "acme", "--json", *arguments).stdout)["items"]]
+
+    with ThreadPoolExecutor(2) as two:
+        found = dict(zip(cases, two.map(ids, cases), strict=True))
+    assert found == cases
+
+
+@pytest.mark.parametrize("org_id", ["empty", "[bold]x[/]"])
+def test_a_history_without_events_says_so(holdfast: Any, org_id: str) -> None:
+    shown = holdfast("history", org_id)
+    assert (shown.returncode, shown.stdout, shown.stderr) == (0, "No events.\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--limit", "0"), "'--limit': Input should be greater than or equal to 1"),
+        (("--limit", "101"), "'--limit': Input should be less than or equal to 100"),
+        (("--from", "2026-02-30"), "--from: 2026-02-30 is not a date or time such as 2026-01-31"),
+        (("--to", "9999-12-31"), "--to: 9999-12-31"),
+        (("--type", "[bold]x[/]"), "--type: [bold]x[/] is none of usage, prepaid_purchase, "),
+    ],
+)
+def test_a_wrong_option_is_named_and_exit_code_2(holdfast: Any, arguments: tuple[str, ...], problem: str) -> None:
+    ended = holdfast("history", "acme", *arguments)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert problem in " ".join(ended.stderr.replace("│", " ").split())
+    assert "Traceback" not in ended.stderr
+
+
+def test_verify_on_sound_books_is_exit_code_0(holdfast: Any) -> None:
+    plain, as_json = holdfast("verify"), holdfast("verify", "--json")
+    assert (plain.returncode, plain.stderr, as_json.returncode) == (0, "", 0)
+    assert "Verified: every invariant holds (2 wallets, 6 events, 0 open dead letters)." in plain.stdout
+    verdict = json.loads(as_json.stdout)
+    assert {name: verdict[name] for name in ("clean", "wallets", "events", "open_dead_letters")} == {
+        "clean": True,
+        "wallets": 2,
+        "events": 6,
+        "open_dead_letters": 0,
+    }
+    assert [check["offenders"] for check in verdict["checks"]] == [[]] * 12
+
+
+def test_verify_on_broken_books_names_the_offenders_and_is_exit_code_1(installation: Installation) -> None:
+    apply(installation.engine, "wallet.purchase", org_id="acme", purchase_id="p-1", credits=500)
+    sql(installation.engine, "ALTER TABLE credit_events DISABLE TRIGGER USER")
+    sql(installation.engine, "UPDATE credit_events SET credits = 501")
+    plain = run("verify", HOLDFAST_DATABASE_URL=installation.database_url)
+    as_json = run("verify", "--json", HOLDFAST_DATABASE_URL=installation.database_url)
+    assert (plain.returncode, plain.stderr, as_json.returncode, as_json.stderr) == (1, "", 1, "")
+    assert "acme: events add up to 501, available is 500" in plain.stdout
+    assert "Not clean:" in plain.stdout
+    verdict = json.loads(as_json.stdout)
+    assert verdict["clean"] is False
+    assert {check["name"]: check["offenders"] for check in verdict["checks"] if check["offenders"]} == {
+        "arithmetic": [["acme", "event 1, prepaid_purchase"]],
+        "sum": [["acme", "events add up to 501, available is 500"]],
+        "messages": [["acme", "purchase:p-1"]],
+    }
+
+
+def test_migrate_twice_does_nothing_the_second_time(empty_database_url: str) -> None:
+    first, second = (run("migrate", HOLDFAST_DATABASE_URL=empty_database_url) for _ in range(2))
+    assert (first.returncode, first.stdout, first.stderr) == (0, "The database is at 0001 now.\n", "")
+    assert (second.returncode, second.stdout, second.stderr) == (0, "The database was at 0001 already.\n", "")
+
+
+# What cannot be carried out
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        pytest.param({}, r"HOLDFAST_DATABASE_URL is not set; .*postgresql\+psycopg://user:password@.*", id="missing"),
+        pytest.param(
+            {"HOLDFAST_DATABASE_URL": "postgres://u:sekrit@h/d"},
+            r"HOLDFAST_DATABASE_URL must begin with postgresql\+psycopg://, not postgres://",
+            id="malformed",
+        ),
+        pytest.param(
+            {"HOLDFAST_DATABSASE_URL": "postgresql+psycopg://u:sekrit@h/d"},
+            r"HOLDFAST_DATABSASE_URL is not a setting; did you mean HOLDFAST_DATABASE_URL\?",
+            id="misspelled",
+        ),
+        pytest.param(
+            {"HOLDFAST_DATABASE_URL": "postgresql+psycopg://u:sekrit@127.0.0.1:1/d"},
+            r".*127\.0\.0\.1.*port 1 failed: Connection refused.*",
+            id="nobody listens",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_exit_code_2(settings: dict[str, str], line: str) -> None:
+    ended = run("wallet", "acme", **settings)
+    assert_one_line(ended, line)
+    assert "sekrit" not in ended.stderr
+
+
+def test_a_wrong_role_or_database_is_one_line_and_exit_code_2(services: Embedded) -> None:
+    stranger = services.database_url.replace("//holdfast@", "//stranger:sekrit@")
+    assert_one_line(run("wallet", "acme", HOLDFAST_DATABASE_URL=stranger), '.*role "stranger" does not exist')
+    nowhere = services.database_url.replace("/holdfast?", "/nowhere?")
+    assert_one_line(run("verify", HOLDFAST_DATABASE_URL=nowhere), '.*database "nowhere" does not exist')
+
+
+@pytest.mark.parametrize("arguments", [("wallet", "acme"), ("verify",)])
+def test_a_database_that_is_not_migrated_is_one_line_that_says_what_to_run(
+    empty_database_url: str, arguments: tuple[str, ...]
+) -> None:
+    assert_one_line(run(*arguments, HOLDFAST_DATABASE_URL=empty_database_url), ".*run `holdfast migrate`")
+
+
+def test_a_data_folder_that_is_a_file_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert_one_line(
+        run("up", "--data-dir", str(tmp_path / "file")), "The data folder .*/file cannot be used: Not a directory."
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="not even root can write there, on Linux")
+def test_a_data_folder_that_cannot_be_made_is_one_line_and_exit_code_2() -> None:
+    assert_one_line(run("up", "--data-dir", "/proc/data"), "The data folder /proc/data cannot be used: .*")
+
+
+# Everything on one machine
+
+
+def processes_in(folder: Path) -> list[psutil.Process]:
+    """Who uses `folder`: as an argument, as the current folder or for temporary files."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE and (
+                str(folder) in " ".join(process.cmdline())
+                or process.cwd().startswith(str(folder))
+                or process.environ().get("TMPDIR") == str(folder)
+            ):
+                found.append(process)
+    return found
+
+
+class Command:
+    """A command that goes on by itself, with a folder of its own for temporary files."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.output = folder / f"output-{time.monotonic_ns()}"
+        with self.output.open("w") as output:
+            self.process = subprocess.Popen(
+                [HOLDFAST, *arguments],
+                env=environment(TMPDIR=str(folder)),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def said(self) -> str:
+        return self.output.read_text()
+
+    def wait_to_say(self, words: str) -> None:
+        eventually(lambda: words in self.said() or self.process.poll() is not None, timeout_s=TIMEOUT_S)
+        assert words in self.said()
+
+    def interrupt(self) -> None:
+        """Ctrl-C."""
+        self.process.send_signal(signal.SIGINT)
+
+    def exit_code(self) -> int:
+        return self.process.wait(TIMEOUT_S)
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(TIMEOUT_S)
+
+
+@contextmanager
+def started(folder: Path, *arguments: str) -> Iterator[Command]:
+    command = Command(folder, *arguments)
+    try:
+        yield command
+    finally:
+        command.end()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with open_folder() as own:
+        yield own
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("output"))
+
+
+def test_two_demos_at_once_tell_their_story_and_leave_nothing_behind(folder: Path) -> None:
+    with started(folder, "demo") as one, started(folder, "demo") as other:
+        assert (one.exit_code(), other.exit_code()) == (0, 0), one.said() + other.said()
+    for demo in (one, other):
+        assert "finish train-3, which used 710: over its estimate    → settled; 20 available" in demo.said()
+        assert "Verified: every invariant holds (1 wallets, 15 events, 0 open dead letters)." in demo.said()
+        assert "Traceback" not in demo.said()
+    assert left_in(folder) == []
+    assert eventually(lambda: processes_in(folder) == [])
+
+
+@pytest.mark.parametrize("moment", ["Starting PostgreSQL", "What is sent"])
+def test_ctrl_c_ends_a_demo_at_any_moment(folder: Path, moment: str) -> None:
+    with started(folder, "demo") as demo:
+        demo.wait_to_say(moment)
+        eventually(lambda: len(processes_in(folder)) > 1)
+        demo.interrupt()
+        assert demo.exit_code() == 2, demo.said()
+    assert demo.said().splitlines()[-1] == "holdfast: interrupted; everything is stopped"
+    assert "Traceback" not in demo.said()
+    assert left_in(folder) == []
+    assert eventually(lambda: processes_in(folder) == [])
+
+
+def exported(command: Command) -> dict[str, str]:
+    """The settings that it tells for another terminal."""
+    return dict(re.findall(r'export (HOLDFAST_\w+)="([^"]+)"', command.said()))
+
+
+def test_up_serves_until_ctrl_c_and_keeps_its_data(folder: Path) -> None:
+    data_dir = folder / "data"
+    with started(folder, "up", "--data-dir", str(data_dir)) as first:
+        first.wait_to_say("Data and logs are in")
+        with Client(exported(first)["HOLDFAST_BROKER_URL"]) as client:
+            assert client.purchase(org_id="acme", purchase_id="p-1", credits=500, wait_s=20).available == 500
+        shown = run("wallet", "acme", "--json", HOLDFAST_DATABASE_URL=exported(first)["HOLDFAST_DATABASE_URL"])
+        assert json.loads(shown.stdout)["available"] == 500
+        assert_one_line(run("up", "--data-dir", str(data_dir)), f"Holdfast already runs on the data folder {data_dir}.")
+
+        worker, _ = (data_dir / "worker.pid").read_text().split()
+        os.kill(int(worker), signal.SIGKILL)
+        first.wait_to_say("worker ended")
+        with Client(exported(first)["HOLDFAST_BROKER_URL"]) as client:
+            assert client.purchase(org_id="acme", purchase_id="p-2", credits=50, wait_s=20).available == 550
+        assert (data_dir / "worker.pid").read_text().split()[0] != worker
+
+        first.interrupt()
+        assert first.exit_code() == 0, first.said()
+    assert first.said().splitlines()[-1] == "Everything is stopped."
+    assert "Traceback" not in first.said()
+    assert eventually(lambda: processes_in(folder) == [])
+    assert left_in(folder) == ["data"]
+
+    with started(folder, "up", "--data-dir", str(data_dir)) as second:
+        second.wait_to_say("Data and logs are in")
+        with Client(exported(second)["HOLDFAST_BROKER_URL"]) as client:
+            again = client.purchase(org_id="acme", purchase_id="p-2", credits=50, wait_s=20)
+        assert (again.duplicate, again.available) == (True, 550)
+        second.process.terminate()  # as a service manager does
+        assert second.exit_code() == 0, second.said()
+    assert eventually(lambda: processes_in(folder) == [])

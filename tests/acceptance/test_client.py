@@ -1,0 +1,213 @@
+"""The producer for engines in Python, against a running worker and against everything that may be missing."""
+
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+
+from ledger.state import Result
+from tests.acceptance.installation import Installation
+from tests.acceptance.story import STORY
+from tests.support import eventually, sql
+from worker.client import Client, DeadLetteredError, InvalidMessageError, NoAnswerError, NotSentError
+
+ANSWERS = "celery-task-meta-*"
+
+
+@pytest.fixture
+def client(running: Installation) -> Iterator[Client]:
+    with Client(running.broker_url) as own:
+        yield own
+
+
+def events(installation: Installation, org_id: str) -> int:
+    [(rows,)] = sql(installation.engine, "SELECT count(*) FROM credit_events WHERE org_id = :org_id", org_id=org_id)
+    return int(rows)
+
+
+def test_every_method_sends_its_message_and_returns_the_answer(client: Client) -> None:
+    for task, fields, expected in STORY:
+        method = getattr(client, task.split(".")[1])
+        answer = method(org_id="acme", wait_s=20, **fields)
+        values = {**expected, "event_seqs": tuple(expected["event_seqs"])}
+        assert (task, answer) == (task, Result(org_id="acme", **values))
+
+
+def test_a_start_is_reserved_rejected_or_a_duplicate(client: Client) -> None:
+    client.purchase(org_id="engine", purchase_id="order", credits=100)
+    reserved = client.start(org_id="engine", workflow_id="run-1", credits=60, wait_s=20)
+    rejected = client.start(org_id="engine", workflow_id="run-2", credits=60, wait_s=20)
+    again = client.start(org_id="engine", workflow_id="run-1", credits=60, wait_s=20)
+    assert reserved == Result("reserved", None, False, "engine", "run-1", (2,), 40)
+    assert rejected == Result("rejected", "insufficient_credits", False, "engine", "run-2", (), 40)
+    assert again == Result("reserved", None, True, "engine", "run-1", (), 40)
+
+
+def test_without_waiting_a_message_returns_none_and_leaves_no_answer(running: Installation, client: Client) -> None:
+    running.broker.delete("none", *running.broker.keys(ANSWERS))
+    assert client.grant(org_id="quiet", grant_id="gift", credits=1) is None
+    eventually(lambda: events(running, "quiet") == 1)
+    eventually(running.is_drained)
+    assert running.broker.keys(ANSWERS) == []
+
+
+def test_an_answer_that_was_read_is_not_kept(running: Installation, client: Client) -> None:
+    running.broker.delete("none", *running.broker.keys(ANSWERS))
+    client.grant(org_id="read", grant_id="gift", credits=1, wait_s=20)
+    with pytest.raises(DeadLetteredError):
+        client.grant(org_id="read", grant_id="gift", credits=2, wait_s=20)
+    eventually(running.is_drained)
+    assert running.broker.keys(ANSWERS) == []
+
+
+def test_a_conflict_is_told_in_a_sentence(client: Client) -> None:
+    client.purchase(org_id="conflict", purchase_id="order", credits=5, wait_s=20)
+    with pytest.raises(DeadLetteredError) as told:
+        client.purchase(org_id="conflict", purchase_id="order", credits=6, wait_s=20)
+    assert "wallet.purchase: order was applied with credits 5, so this message contradicts it" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "occurred_at",
+    [
+        "2026-01-31T10:00:00+01:00",
+        datetime(2026, 1, 31, 9, tzinfo=UTC),
+        datetime(2026, 1, 31, 10, tzinfo=timezone(timedelta(hours=1))),
+    ],
+    ids=["a string", "UTC", "another zone"],
+)
+def test_occurred_at_and_the_other_options_are_on_the_event(
+    running: Installation, client: Client, occurred_at: datetime | str, request: pytest.FixtureRequest
+) -> None:
+    org_id = request.node.callspec.id.replace(" ", "-")
+    options = {"source": "crm", "metadata": {"note": "été"}}
+    client.grant(org_id=org_id, grant_id="gift", credits=1, occurred_at=occurred_at, wait_s=20, **options)
+    kept = sql(running.engine, "SELECT source, metadata FROM credit_events WHERE org_id = :org_id", org_id=org_id)
+    metadata = {"note": "été", "grant_id": "gift", "occurred_at": "2026-01-31T09:00:00+00:00"}
+    assert kept == [("crm", metadata)]
+
+
+def test_an_anchor_may_be_a_datetime(running: Installation, client: Client) -> None:
+    plan = {"subscription_id": "sub", "version": 1, "plan": "team", "monthly_credits": 10}
+    client.subscribe(org_id="anchored", anchor=datetime(2026, 1, 31, tzinfo=UTC), wait_s=20, **plan)
+    anchors = sql(running.engine, "SELECT anchor FROM subscriptions WHERE org_id = 'anchored'")
+    assert anchors == [(datetime(2026, 1, 31, tzinfo=UTC),)]
+
+
+def test_eight_threads_share_one_client(running: Installation, client: Client) -> None:
+    client.purchase(org_id="shared", purchase_id="order", credits=100, wait_s=20)
+
+    def start(number: int) -> Result:
+        return client.start(org_id="shared", workflow_id=f"run-{number}", credits=1, wait_s=20)
+
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(start, range(200), timeout=60))
+    assert [answer.workflow_id for answer in answers] == [f"run-{number}" for number in range(200)]
+    assert sorted(answer.outcome for answer in answers) == ["rejected"] * 100 + ["reserved"] * 100
+    assert events(running, "shared") == 101
+
+
+def test_a_closed_client_leaves_no_connection(installation: Installation) -> None:
+    def connections() -> int:
+        number = installation.broker_url.rsplit("/", 1)[1]
+        return sum(1 for other in installation.broker.client_list() if other["db"] == number)
+
+    before = connections()
+    with Client(installation.broker_url) as client:
+        client.grant(org_id="acme", grant_id="gift", credits=1)
+        with pytest.raises(NoAnswerError):
+            client.grant(org_id="acme", grant_id="gift", credits=1, wait_s=0.1)
+    eventually(lambda: connections() == before, timeout_s=2)
+
+
+# What goes wrong
+
+
+def test_an_invalid_message_is_refused_in_a_sentence_and_not_sent(installation: Installation) -> None:
+    with Client(installation.broker_url) as client:
+        with pytest.raises(InvalidMessageError) as refused:
+            client.grant(org_id="acme", grant_id="gift", credits=0)
+        with pytest.raises(InvalidMessageError, match="occurred_at must have an offset from UTC"):
+            client.grant(org_id="acme", grant_id="gift", credits=1, occurred_at=datetime(2026, 1, 31))  # noqa: DTZ001
+        with pytest.raises(InvalidMessageError, match="metadata must not contain a datetime"):
+            client.grant(org_id="acme", grant_id="gift", credits=1, metadata={"at": datetime.now(UTC)}, wait_s=1)
+    assert str(refused.value) == "wallet.grant: credits must be greater than 0, got 0"
+    assert installation.is_drained()
+
+
+def test_without_a_worker_there_is_no_answer_and_the_message_is_kept(installation: Installation) -> None:
+    began = time.monotonic()
+    with Client(installation.broker_url) as client, pytest.raises(NoAnswerError) as missed:
+        client.start(org_id="acme", workflow_id="run", credits=1, wait_s=0.2)
+    assert str(missed.value) == "workflow.start was sent, but no answer came within 0.2 s"
+    assert time.monotonic() - began < 3
+    assert installation.waiting() == {"credits": 1, "celery": 0, "unacked": 0}
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port that is ours, and that nobody listens on."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A port that takes connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < seconds
+
+
+@pytest.mark.parametrize("scheme", ["redis", "amqp"])
+def test_an_unreachable_broker_is_named_without_its_password(closed_port: int, scheme: str) -> None:
+    url = f"{scheme}://user:sekrit@127.0.0.1:{closed_port}/0"
+    with Client(url) as client, within(5), pytest.raises(NotSentError) as failed:
+        client.start(org_id="acme", workflow_id="run", credits=1)
+    assert f"127.0.0.1:{closed_port}" in str(failed.value)
+    assert "sekrit" not in str(failed.value)
+
+
+@pytest.mark.timeout(10)
+def test_an_unreachable_broker_is_told_as_soon_to_who_waits_for_an_answer(closed_port: int) -> None:
+    with (
+        Client(f"redis://user:sekrit@127.0.0.1:{closed_port}/0") as client,
+        within(5),
+        pytest.raises(NotSentError) as failed,
+    ):
+        client.start(org_id="acme", workflow_id="run", credits=1, wait_s=1)
+    assert f"127.0.0.1:{closed_port}" in str(failed.value)
+    assert "sekrit" not in str(failed.value)
+
+
+@pytest.mark.timeout(10)
+def test_an_unreachable_result_store_is_an_error_of_the_clients_own(
+    installation: Installation, closed_port: int
+) -> None:
+    result_url = f"redis://user:sekrit@127.0.0.1:{closed_port}/0"
+    with (
+        Client(installation.broker_url, result_url=result_url) as client,
+        within(5),
+        pytest.raises((NotSentError, NoAnswerError)) as failed,
+    ):
+        client.start(org_id="acme", workflow_id="run", credits=1, wait_s=1)
+    assert "sekrit" not in str(failed.value)
+
+
+@pytest.mark.timeout(10)  # waiting for ever, it would never get to say so itself
+@pytest.mark.parametrize("wait_s", [None, 1.0])
+def test_a_broker_that_never_answers_is_given_up(silent_port: int, wait_s: float | None) -> None:
+    with Client(f"redis://127.0.0.1:{silent_port}/0") as client, within(15), pytest.raises(NotSentError) as failed:
+        client.start(org_id="acme", workflow_id="run", credits=1, wait_s=wait_s)
+    assert str(failed.value) != ""

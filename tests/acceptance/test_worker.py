@@ -1,0 +1,528 @@
+"""The worker and the beat, as processes, fed by a producer that knows nothing but DESIGN's section 4."""
+
+import base64
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import Engine, text
+
+from ledger import audit, migrations
+from ledger.database import connect
+from ledger.settings import Settings
+from tests.acceptance.installation import (
+    EMPTY,
+    HOLDFAST,
+    Installation,
+    Producer,
+    celery,
+    environment,
+    exit_code,
+    installed,
+    installed_on,
+    log_of,
+    open_folder,
+    terminate,
+    wait_for_worker,
+    warnings_in,
+)
+from tests.acceptance.story import STORY
+from tests.support import eventually, sql
+from worker.app import create_app
+from worker.embedded import Broker, Embedded
+from worker.process import Process
+
+# The beat as it is, except that its minute lasts half a second.
+FAST_BEAT = """
+from worker import celery
+for entry in celery.conf.beat_schedule.values():
+    entry["schedule"] = 0.5
+celery.Beat(loglevel="INFO").run()
+"""
+
+POST_DUE, RELEASE_EXPIRED = "subscriptions.post_due", "reservations.release_expired"
+
+
+# One message
+
+
+def test_every_message_answers_as_the_contract_says(workflow_engine: Producer) -> None:
+    for task, fields, expected in STORY:
+        answer = workflow_engine.answer(task, {"org_id": "acme", **fields})
+        assert (task, answer) == (task, {"org_id": "acme", **expected})
+
+
+def test_every_message_has_the_default_source_of_its_task(running: Installation, workflow_engine: Producer) -> None:
+    for task, fields, _ in STORY:
+        workflow_engine.answer(task, {"org_id": "sources", **fields})
+    events = sql(running.engine, "SELECT event_type, source FROM credit_events WHERE org_id = 'sources' ORDER BY seq")
+    assert events == [
+        ("subscription_credit", "billing"),
+        ("prepaid_purchase", "billing"),
+        ("grant", "admin"),
+        ("adjustment", "admin"),
+        ("billing", "billing"),
+        ("reservation", "workflow-engine"),
+        ("reservation_released", "workflow-engine"),
+        ("usage", "workflow-engine"),
+        ("refund", "billing"),
+        ("reservation", "workflow-engine"),
+        ("reservation_released", "workflow-engine"),
+        ("reservation", "workflow-engine"),
+        ("reservation_released", "workflow-engine"),
+    ]
+
+
+def test_what_a_message_carries_is_on_its_event(running: Installation, workflow_engine: Producer) -> None:
+    metadata = {"note": "été ✓", "nested": {"list": [1, 2.5, None, True]}, "grant_id": "not this one"}
+    workflow_engine.answer(
+        "wallet.grant",
+        {
+            "org_id": "carrier",
+            "grant_id": "gift",
+            "credits": 9007199254740991,
+            "source": "a campaign",
+            "occurred_at": "2026-01-31T10:00:00+01:00",
+            "metadata": metadata,
+        },
+    )
+    kept = {**metadata, "grant_id": "gift", "occurred_at": "2026-01-31T09:00:00+00:00"}
+    events = sql(running.engine, "SELECT credits, source, metadata FROM credit_events WHERE org_id = 'carrier'")
+    assert events == [(9007199254740991, "a campaign", kept)]
+
+
+def test_every_message_that_comes_again_is_a_duplicate_and_writes_nothing(
+    running: Installation, workflow_engine: Producer
+) -> None:
+    for task, fields, _ in STORY:
+        workflow_engine.answer(task, {"org_id": "twice", **fields})
+    for task, fields, first in STORY:
+        answer = workflow_engine.answer(task, {"org_id": "twice", **fields})
+        expected = {"org_id": "twice", **first, "duplicate": True, "event_seqs": [], "available": 1390}
+        assert (task, answer) == (task, expected)
+    assert sql(running.engine, "SELECT count(*) FROM credit_events WHERE org_id = 'twice'") == [(13,)]
+
+
+def test_who_does_not_ask_gets_no_result_stored(running: Installation) -> None:
+    running.broker.delete(*running.broker.keys("celery-task-meta-*") or ["none"])
+    with closing(Producer(running.broker_url)) as silent:
+        silent.send("wallet.grant", {"org_id": "silent", "grant_id": "gift", "credits": 5})
+        eventually(lambda: sql(running.engine, "SELECT 1 FROM credit_events WHERE org_id = 'silent'"))
+        eventually(running.is_drained)
+    assert running.broker.keys("celery-task-meta-*") == []
+
+
+# What cannot be applied
+
+
+def dead_letters(installation: Installation, task: str, org_id: str | None) -> list[tuple[Any, ...]]:
+    return sql(
+        installation.engine,
+        "SELECT error_code, error, attempts, status FROM dead_letters"
+        " WHERE task = :task AND org_id IS NOT DISTINCT FROM :org_id ORDER BY id",
+        task=task,
+        org_id=org_id,
+    )
+
+
+def test_a_conflict_fails_with_a_sentence_and_is_a_dead_letter(
+    running: Installation, workflow_engine: Producer
+) -> None:
+    finish = {"org_id": "conflict", "workflow_id": "run-1"}
+    workflow_engine.answer("workflow.finish", {**finish, "credits": 5})
+    asked = workflow_engine.ask("workflow.finish", {**finish, "credits": 6})
+    failure = asked.get(timeout=20, propagate=False)
+    sentence = "workflow.finish: run-1 was finished with 5 credits, so this message contradicts it"
+    assert asked.state == "FAILURE"
+    assert sentence in str(failure)
+    assert dead_letters(running, "workflow.finish", "conflict") == [("conflict", sentence, 1, "open")]
+    [(body,)] = sql(running.engine, "SELECT body FROM dead_letters WHERE org_id = 'conflict'")
+    assert json.loads(bytes(body))[:2] == [[{**finish, "credits": 6}], {}]
+    assert eventually(running.is_drained)
+
+
+GRANT = {"org_id": "bad", "grant_id": "gift", "credits": 5}
+ONE_ARGUMENT = "wallet.grant takes one positional argument, the message as a JSON object; got "
+AN_OBJECT = "wallet.grant: the message must be a JSON object, got "
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "org_id", "error"),
+    [
+        pytest.param([], {}, None, f"{ONE_ARGUMENT}0 positional and 0 named", id="no argument"),
+        pytest.param([GRANT, GRANT], {}, None, f"{ONE_ARGUMENT}2 positional and 0 named", id="two arguments"),
+        pytest.param([GRANT], {"credits": 5}, None, f"{ONE_ARGUMENT}1 positional and 1 named", id="one and a keyword"),
+        pytest.param([], GRANT, None, f"{ONE_ARGUMENT}0 positional and 3 named", id="only keywords"),
+        pytest.param([[GRANT]], {}, None, f"{AN_OBJECT}a list of 1", id="a list"),
+        pytest.param([json.dumps(GRANT)], {}, None, f"{AN_OBJECT}'{json.dumps(GRANT)}'", id="a string"),
+        pytest.param([None], {}, None, f"{AN_OBJECT}null", id="null"),
+        pytest.param(
+            [{**GRANT, "metadata": {"rate": float("nan")}}],
+            {},
+            "bad",
+            "wallet.grant: metadata must not contain NaN or Infinity",
+            id="NaN in the metadata",
+        ),
+        pytest.param(
+            [{**GRANT, "metadata": {"half": "\ud800", "nul": "\x00"}}],
+            {},
+            "bad",
+            "wallet.grant: metadata must not contain half a surrogate pair",
+            id="what PostgreSQL cannot store",
+        ),
+        pytest.param(
+            [{**GRANT, "credits": "5", "colour": "red"}],
+            {},
+            "bad",
+            "wallet.grant: credits must be an integer, got '5'; colour is not a field of this message",
+            id="wrong fields",
+        ),
+    ],
+)
+def test_what_is_no_message_becomes_a_dead_letter_and_the_worker_lives(
+    running: Installation,
+    workflow_engine: Producer,
+    args: list[object],
+    kwargs: dict[str, object],
+    org_id: str | None,
+    error: str,
+) -> None:
+    sql(running.engine, "DELETE FROM dead_letters WHERE task = 'wallet.grant'")
+    failure = workflow_engine.ask("wallet.grant", *args, **kwargs).get(timeout=20, propagate=False)
+    assert error in str(failure)
+    assert dead_letters(running, "wallet.grant", org_id) == [("invalid_message", error, 1, "open")]
+    assert workflow_engine.answer("workflow.cancel", {"org_id": "good", "workflow_id": "run"})["outcome"] == "ignored"
+    assert eventually(running.is_drained)
+    assert sql(running.engine, "SELECT count(*) FROM wallets WHERE org_id = 'bad'") == [(0,)]
+
+
+def envelope(body: str, *, task: str = "wallet.grant", content_type: str = "application/json") -> str:
+    """A message as it lies in Redis, whoever put it there."""
+    return json.dumps(
+        {
+            "body": base64.b64encode(body.encode()).decode(),
+            "content-encoding": "utf-8",
+            "content-type": content_type,
+            "headers": {"lang": "py", "task": task, "id": "1", "argsrepr": "", "kwargsrepr": "", "ignore_result": True},
+            "properties": {
+                "correlation_id": "1",
+                "delivery_mode": 2,
+                "delivery_info": {"exchange": "", "routing_key": "celery"},
+                "body_encoding": "base64",
+                "delivery_tag": str(uuid4()),
+            },
+        }
+    )
+
+
+def test_what_celery_would_drop_is_a_dead_letter_too(installation: Installation, producer: Producer) -> None:
+    bodies = {
+        "unknown task": envelope('[[{"org_id": "acme"}], {}, {}]', task="wallet.nothing"),
+        "no JSON": envelope("{{{"),
+        "no triple": envelope('{"a": 1}'),
+        "a number too long to read": envelope(f'[[{{"credits": {"9" * 5000}}}], {{}}, {{}}]'),
+        "nested too deep to read": envelope(f"[[{'[' * 5000}{']' * 5000}], {{}}, {{}}]"),
+        "not JSON by its type": envelope("x", content_type="application/x-python-serialize"),
+    }
+    installation.broker.lpush("celery", *bodies.values())
+    worker = installation.start_worker()
+    producer.send("wallet.grant", {"org_id": "acme", "grant_id": "gift", "credits": 1})
+    eventually(lambda: installation.count("credit_events") == 1 or not worker.is_running, timeout_s=20)
+    assert installation.count("credit_events") == 1, worker.last_words()
+    assert eventually(installation.is_drained, timeout_s=2)
+    assert installation.count("dead_letters") == len(bodies)
+
+
+# Time
+
+
+def subscribe_from(producer: Producer, anchor: datetime, org_ids: list[str]) -> None:
+    for org_id in org_ids:
+        subscription = {"subscription_id": "sub", "version": 1, "plan": "team", "monthly_credits": 100}
+        producer.answer("wallet.subscribe", {"org_id": org_id, **subscription, "anchor": anchor.isoformat()})
+
+
+def hold_and_expire(installation: Installation, producer: Producer, org_ids: list[str]) -> None:
+    """A hold lasts a minute at least; here it is past, as if the minute were over."""
+    for org_id in org_ids:
+        producer.answer("wallet.grant", {"org_id": org_id, "grant_id": "gift", "credits": 10})
+        producer.answer("workflow.start", {"org_id": org_id, "workflow_id": "run", "credits": 7, "expires_in_s": 60})
+    past = "clock_timestamp() - interval '1 second'"
+    sql(installation.engine, f"UPDATE workflows SET expires_at = {past} WHERE org_id = ANY(:ids)", ids=org_ids)
+    sql(installation.engine, f"UPDATE wallets SET next_hold_expiry = {past} WHERE org_id = ANY(:ids)", ids=org_ids)
+
+
+def events_by_wallet(installation: Installation, org_ids: list[str]) -> dict[str, list[tuple[Any, ...]]]:
+    rows = sql(
+        installation.engine,
+        "SELECT org_id, event_type, source, credits FROM credit_events WHERE org_id = ANY(:ids) ORDER BY org_id, seq",
+        ids=org_ids,
+    )
+    return {org_id: [row[1:] for row in rows if row[0] == org_id] for org_id in org_ids}
+
+
+def each(org_ids: list[str], events: list[tuple[Any, ...]]) -> dict[str, list[tuple[Any, ...]]]:
+    return dict.fromkeys(org_ids, events)
+
+
+def is_past(installation: Installation, moment: datetime) -> bool:
+    [(past,)] = sql(installation.engine, "SELECT clock_timestamp() > :moment", moment=moment)
+    return bool(past)
+
+
+PERIOD = ("subscription_credit", "scheduler", 100)
+EXPIRED = [
+    ("grant", "admin", 10),
+    ("reservation", "workflow-engine", -7),
+    ("reservation_released", "scheduler", 7),
+]
+
+
+def test_the_scheduler_catches_up_idle_wallets_once_however_often_it_runs(
+    installation: Installation, producer: Producer
+) -> None:
+    installation.start_worker("worker-1")
+    installation.start_worker("worker-2")
+    subscribed = [f"subscribed-{number}" for number in range(10)]
+    holding = [f"holding-{number}" for number in range(10)]
+    begins = datetime.now(UTC) + timedelta(seconds=3)  # the workers start meanwhile
+    subscribe_from(producer, begins, subscribed)
+    hold_and_expire(installation, producer, holding)
+    eventually(lambda: is_past(installation, begins))
+    assert installation.count("credit_events") == 20
+
+    runs = [producer.ask(task) for _ in range(4) for task in (POST_DUE, RELEASE_EXPIRED)]
+    assert sum(run.get(timeout=20) for run in runs) == 20
+    assert events_by_wallet(installation, subscribed) == each(subscribed, [PERIOD])
+    assert events_by_wallet(installation, holding) == each(holding, EXPIRED)
+    assert audit.verify(installation.engine).is_clean
+    assert installation.count("dead_letters") == 0
+
+
+def test_two_beats_begin_each_period_once(installation: Installation, producer: Producer) -> None:
+    installation.start_worker()
+    wait_for_worker(producer)
+    beats = [installation.start(name, sys.executable, "-c", FAST_BEAT) for name in ("beat-1", "beat-2")]
+    org_ids = [f"org-{number}" for number in range(10)]
+    hold_and_expire(installation, producer, org_ids[:5])
+    subscribe_from(producer, datetime.now(UTC) + timedelta(seconds=1), org_ids[5:])
+    eventually(lambda: installation.count("credit_events") == 5 * 3 + 5, timeout_s=20)
+    for beat in beats:
+        eventually(lambda beat=beat: log_of(beat).count("Sending due task") >= 8)
+        terminate(beat)
+        assert exit_code(beat) == 0, beat.last_words()
+    eventually(installation.is_drained)
+    assert events_by_wallet(installation, org_ids) == {**each(org_ids[:5], EXPIRED), **each(org_ids[5:], [PERIOD])}
+    assert audit.verify(installation.engine).is_clean
+
+
+def test_the_schedule_is_both_runs_every_minute_to_the_ledgers_own_queue() -> None:
+    settings = Settings(database_url="postgresql+psycopg://u@127.0.0.1:1/d", broker_url="redis://127.0.0.1:1/0")
+    with create_app(settings) as app:
+        assert app.conf.beat_schedule == {
+            "subscriptions.post_due": {"task": "subscriptions.post_due", "schedule": 60.0},
+            "reservations.release_expired": {"task": "reservations.release_expired", "schedule": 60.0},
+        }
+        queues = [app.amqp.router.route({}, name)["queue"].name for name in app.conf.beat_schedule]
+    assert queues == ["credits", "credits"]
+
+
+def catches_sigterm(process: Process) -> bool:
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
+    return caught is not None and bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which signals a process handles")
+def test_the_beat_starts_as_it_is_leaves_no_file_and_stops_when_told(installation: Installation) -> None:
+    beat = installation.start("beat", *celery("beat"))
+    eventually(lambda: catches_sigterm(beat), timeout_s=20)
+    terminate(beat)
+    assert exit_code(beat) == 0, beat.last_words()
+    assert sorted(path.name for path in installation.folder.iterdir()) == ["beat.log", "beat.pid"]  # `start` made both
+    assert "Traceback" not in log_of(beat)
+
+
+# Ends and outages
+
+
+def grants(producer: Producer, first: int, count: int) -> None:
+    for number in range(first, first + count):
+        producer.send("wallet.grant", {"org_id": f"org-{number % 20}", "grant_id": f"gift-{number}", "credits": 1})
+
+
+def test_sigterm_in_the_middle_loses_and_repeats_nothing(installation: Installation, producer: Producer) -> None:
+    worker = installation.start_worker()
+    grants(producer, 0, 400)
+    eventually(lambda: installation.count("credit_events") > 0, timeout_s=20)
+    terminate(worker)
+    grants(producer, 400, 100)
+    assert exit_code(worker) == 0, worker.last_words()
+    assert installation.waiting()["unacked"] == 0  # else they would wait for the visibility timeout
+    assert installation.count("credit_events") + sum(installation.waiting().values()) == 500
+    installation.start_worker("worker-2")
+    eventually(lambda: installation.count("credit_events") == 500, timeout_s=20)
+    assert eventually(installation.is_drained)
+    assert sql(installation.engine, "SELECT count(*), sum(prepaid_balance) FROM wallets") == [(20, 500)]
+    assert installation.count("dead_letters") == 0
+    assert audit.verify(installation.engine).is_clean
+    assert "Traceback" not in log_of(worker)
+
+
+def test_a_database_url_that_cannot_be_used_is_refused_at_the_start(installation: Installation) -> None:
+    misled = replace(installation, database_url=f"{installation.database_url}&no_such_option=1")
+    worker = misled.start_worker()
+    assert exit_code(worker) == 2
+    assert log_of(worker).strip() == (
+        "holdfast: HOLDFAST_DATABASE_URL has an option that PostgreSQL does not know: "
+        'invalid connection option "no_such_option"'
+    )
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Embedded]:
+    """Servers that may be killed."""
+    with open_folder() as folder, Embedded(folder, durable=False) as own:
+        engine = connect(own.database_url)
+        migrations.upgrade(engine)
+        engine.dispose()
+        yield own
+
+
+@pytest.fixture
+def fragile(machine: Embedded) -> Iterator[Installation]:
+    """A ledger on servers that may be killed; they run again afterwards."""
+    with installed(machine) as own:
+        yield own
+        machine.postgres.start()
+
+
+def test_a_database_that_goes_away_costs_no_message(machine: Embedded, fragile: Installation) -> None:
+    worker = fragile.start_worker()
+    with closing(Producer(fragile.broker_url)) as producer:
+        producer.answer("wallet.grant", {"org_id": "before", "grant_id": "gift", "credits": 1})
+        machine.postgres.kill()
+        fragile.engine.dispose()
+        down_since = time.monotonic()
+        grants(producer, 0, 100)
+        eventually(lambda: warnings_in(worker))
+        eventually(lambda: time.monotonic() > down_since + 2)  # long enough for half a dozen tries
+        assert len(warnings_in(worker)) == 1
+        machine.postgres.start()
+        eventually(lambda: fragile.count("credit_events") == 101, timeout_s=5)
+        assert eventually(fragile.is_drained)
+    waits, goes_on = warnings_in(worker)
+    assert waits.startswith("The database does not answer, the message waits: ")
+    assert re.fullmatch(r"The database answers again after \d+\.\d s", goes_on)
+    assert "Traceback" not in log_of(worker)
+    assert fragile.count("dead_letters") == 0
+    assert audit.verify(fragile.engine).is_clean
+
+
+def test_a_worker_told_to_stop_while_the_database_is_away_gives_its_messages_back(
+    machine: Embedded, fragile: Installation
+) -> None:
+    worker = fragile.start_worker("worker-1")
+    with closing(Producer(fragile.broker_url)) as producer:
+        producer.answer("wallet.grant", {"org_id": "before", "grant_id": "gift", "credits": 1})
+        machine.postgres.kill()
+        fragile.engine.dispose()
+        grants(producer, 0, 10)
+        eventually(lambda: warnings_in(worker))
+        terminate(worker)
+        assert exit_code(worker) == 0, worker.last_words()
+        assert fragile.waiting() == {"credits": 0, "celery": 10, "unacked": 0}
+        machine.postgres.start()
+        fragile.start_worker("worker-2")
+        eventually(lambda: fragile.count("credit_events") == 11, timeout_s=20)
+    assert fragile.count("dead_letters") == 0
+
+
+def test_a_worker_waits_for_the_database_to_be_migrated(services: Embedded) -> None:
+    with installed(services, template=EMPTY) as installation, closing(Producer(installation.broker_url)) as producer:
+        worker = installation.start_worker()
+        asked = producer.ask("wallet.grant", {"org_id": "early", "grant_id": "gift", "credits": 1})
+        eventually(lambda: warnings_in(worker), timeout_s=20)
+        assert warnings_in(worker) == [
+            "The database does not answer, the message waits: the database is not migrated yet; run `holdfast migrate`"
+        ]
+        assert not asked.ready()
+        migrated = subprocess.run([HOLDFAST, "migrate"], env=installation.environment, capture_output=True, timeout=30)
+        assert migrated.returncode == 0
+        assert asked.get(timeout=5)["available"] == 1
+        assert installation.count("dead_letters") == 0
+
+
+def test_a_worker_waits_for_its_broker_and_outlives_its_end(engine: Engine, database_url: str) -> None:
+    with open_folder() as folder, closing_broker(folder) as broker, installed_on(database_url, broker.url) as late:
+        worker = late.start_worker()
+        eventually(lambda: "Cannot connect to redis://" in log_of(worker), timeout_s=20)
+        assert broker.url not in log_of(worker)  # the password is in it
+        broker.start()
+        with closing(Producer(broker.url)) as producer:
+            assert producer.answer("wallet.grant", {"org_id": "late", "grant_id": "1", "credits": 1})["available"] == 1
+            with engine.begin() as connection:  # the worker has to wait for this transaction
+                connection.execute(text("SELECT 1 FROM wallets WHERE org_id = 'late' FOR UPDATE"))
+                producer.send("wallet.grant", {"org_id": "late", "grant_id": "2", "credits": 1})
+                eventually(lambda: late.waiting()["unacked"] == 1)
+                broker.kill()
+        broker.start()
+        with closing(Producer(broker.url)) as producer:
+            assert producer.answer("wallet.grant", {"org_id": "late", "grant_id": "3", "credits": 1})["available"] == 3
+        assert worker.is_running
+        terminate(worker)
+        assert exit_code(worker) == 0
+        assert "AttributeError" not in log_of(worker)
+
+
+@contextmanager
+def closing_broker(folder: Path) -> Iterator[Broker]:
+    """A broker that has its address but does not run yet; stopped at the end."""
+    broker = Broker(folder)
+    try:
+        yield broker
+    finally:
+        broker.stop()
+
+
+# Settings
+
+DATABASE, BROKER = "postgresql+psycopg://u:sekrit@127.0.0.1:1/d", "redis://:sekrit@127.0.0.1:1/0"
+
+
+@pytest.mark.parametrize("command", ["worker", "beat"])
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        pytest.param(
+            {"HOLDFAST_BROKER_URL": BROKER},
+            "holdfast: HOLDFAST_DATABASE_URL is not set; "
+            "PostgreSQL: `postgresql+psycopg://user:password@host/database`\n",
+            id="missing",
+        ),
+        pytest.param(
+            {"HOLDFAST_DATABASE_URL": DATABASE, "HOLDFAST_BROKER_URL": "kafka://:sekrit@host"},
+            "holdfast: HOLDFAST_BROKER_URL must begin with "
+            "redis:// or rediss:// or amqp:// or amqps:// and name a host\n",
+            id="malformed",
+        ),
+        pytest.param(
+            {"HOLDFAST_DATABSASE_URL": DATABASE, "HOLDFAST_BROKER_URL": BROKER},
+            "holdfast: HOLDFAST_DATABSASE_URL is not a setting; did you mean HOLDFAST_DATABASE_URL?\n",
+            id="misspelled",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_exit_code_2(command: str, settings: dict[str, str], line: str) -> None:
+    ended = subprocess.run(celery(command), env=environment(**settings), capture_output=True, text=True, timeout=30)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", line)
