@@ -10,7 +10,7 @@ UV := uv==0.13.9
 CORE := ledger/messages.py,ledger/periods.py,ledger/rules.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test lint format lock clean
+.PHONY: help demo up test lint format docs lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' Makefile
@@ -24,7 +24,7 @@ up: $(VENV)/runtime.stamp ## start everything in one data folder, until Ctrl-C
 test: lint ## every check: lint, types, all tests, every branch of the core
 	$(BIN)/pytest tests/unit --cov --cov-report=
 	$(BIN)/coverage report --include=$(CORE) --fail-under=100
-	$(BIN)/pytest --ignore=tests/unit
+	$(BIN)/pytest --ignore=tests/unit --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 lint: $(VENV)/dev.stamp ## lint, format check, types
 	$(BIN)/ruff check
@@ -34,6 +34,9 @@ lint: $(VENV)/dev.stamp ## lint, format check, types
 format: $(VENV)/dev.stamp ## format the code, repair what lint can repair
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: $(VENV)/runtime.stamp ## write docs/messages.md again, after a change of the messages
+	$(BIN)/python docs/generate_messages.py
 
 # One resolution for every supported Python and system. The tool has an environment of its own, so that a
 # broken lock file cannot keep it from running.

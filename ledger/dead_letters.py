@@ -209,7 +209,7 @@ def replay(
 def described(answer: Result) -> str:
     """What a message did, in words."""
     reason = "" if answer.reason is None else f" ({answer.reason})"
-    repeated = ", a duplicate: nothing changed" if answer.duplicate else ""
+    repeated = ", a duplicate: nothing changes" if answer.duplicate else ""
     return f"{answer.outcome}{reason}{repeated}"
 
 

@@ -4,7 +4,7 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
@@ -37,6 +37,9 @@ class Settings(BaseSettings):
         None, description="The data folder of `holdfast up`; default: `.holdfast` in the current folder"
     )
 
+    metrics_port: Annotated[int, Field(ge=1, le=65_535)] | None = Field(
+        None, description="The port on which a worker serves its own figures for Prometheus; default: none"
+    )
     jwt_secret: SecretStr | None = Field(
         None, description="The secret that API tokens are signed with (HS256), at least 32 characters"
     )

@@ -1,9 +1,11 @@
 """The Celery app of the worker and the beat: every option that matters, with its reason."""
 
 from celery import Celery
+from celery.signals import setup_logging, worker_ready
 
 from ledger.database import connect
 from ledger.settings import Settings
+from worker import logs, metrics
 from worker.broker import QUEUES, create_celery
 from worker.tasks import SCHEDULER_TASKS, register
 
@@ -38,4 +40,8 @@ def create_app(settings: Settings) -> Celery:
     )
     app.ledger_engine = connect(settings.database_url)
     register(app, app.ledger_engine)
+    if not logs.is_for_a_person():
+        setup_logging.connect(logs.set_up)
+    if (port := settings.metrics_port) is not None:
+        worker_ready.connect(lambda **_: metrics.serve(port), weak=False)
     return app

@@ -17,6 +17,7 @@ from sqlalchemy import Engine
 from ledger.database import describe
 from ledger.state import Result
 from ledger.store import DeadLettered, Delivery, apply_batch
+from worker import metrics
 
 logger = logging.getLogger(__name__)
 # It reports every connection that breaks while it is used; we report the outage.
@@ -36,7 +37,9 @@ def apply_patiently(engine: Engine, deliveries: Sequence[Delivery]) -> list[Resu
     A message that fails for a reason of its own is a dead letter by now. An exception, whatever it is, means that not
     even that could be written: to let it end the task would acknowledge the message and lose it. So all are waited out.
     """
+    began_at = time.monotonic()
     answers = patiently(lambda: apply_batch(engine, deliveries), waits_for=Exception)
+    metrics.count(deliveries, answers, took_s=time.monotonic() - began_at)
     for answer in answers:
         if isinstance(answer, DeadLettered):
             logger.warning("Dead letter %d, %s: %s", answer.letter_id, answer.code, answer.error)

@@ -1,10 +1,15 @@
 """The story of `holdfast demo`: what a billing system and a workflow engine would send."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
+from urllib.request import Request, urlopen
 
+from api_stub.auth import sign
 from ledger.state import Result
 from worker.client import Client
+from worker.system import System
 
 ORGANIZATION = "acme"
 
@@ -59,3 +64,27 @@ def tell(client: Client) -> Iterator[tuple[str, Result]]:
     """Send one message after the other, each when the one before is applied; yields its words and its answer."""
     for words, method, fields in STORY:
         yield words, getattr(client, method)(org_id=ORGANIZATION, wait_s=30.0, **fields)
+
+
+def sign_in_link(system: System) -> str:
+    """Where a browser is signed in and shown the credit history, for a day."""
+    page = quote(f"/organizations/{ORGANIZATION}/credit-history", safe="")
+    return f"{system.url}/signin?token={_token(system)}&next={page}"
+
+
+def events_url(system: System) -> str:
+    """Where a program reads the credit history."""
+    return f"{system.url}/api/organizations/{ORGANIZATION}/credit-events"
+
+
+def fetch_events(system: System) -> list[dict[str, Any]]:
+    """The credit history over HTTP, as a customer's program gets it."""
+    request = Request(events_url(system), headers={"Authorization": f"Bearer {_token(system)}"})  # noqa: S310 - ours
+    with urlopen(request, timeout=10) as response:  # noqa: S310 - ours
+        items: list[dict[str, Any]] = json.load(response)["items"]
+        return items
+
+
+def _token(system: System) -> str:
+    scopes = ["credits:read", "workflows:write", "operator"]
+    return sign(system.jwt_secret, orgs=[ORGANIZATION], scopes=scopes, subject="demo", expires_in_s=86_400)

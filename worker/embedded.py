@@ -140,7 +140,7 @@ class Broker(Process):
     def __init__(self, folder: Path) -> None:
         self.data = folder / "broker"
         self._password = secrets.token_urlsafe(24)
-        self._port = _free_port()
+        self._port = free_port()
         self._served = False
         super().__init__("broker", [str(_valkey_binary()), "-"], folder)
 
@@ -159,7 +159,7 @@ class Broker(Process):
             except ServiceError:
                 if "listening on port" not in self.last_words() or not attempts_left or self._served:
                     raise
-                self._port = _free_port()
+                self._port = free_port()
             else:
                 self._served = True
                 return
@@ -373,7 +373,7 @@ def _postgres_bin(folder: Path, account: Account | None) -> Path:
 # The operating system
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

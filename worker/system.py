@@ -1,15 +1,17 @@
-"""The whole of Holdfast on one machine: database, broker, worker and beat, as children of this process.
+"""The whole of Holdfast on one machine: database, broker, worker, beat and API, as children of this process.
 
 Guarantee: they stop together, in an order that lets the worker finish what it has in hand. A child that dies is started
 again; one that keeps dying ends the system with an error.
 """
 
 import os
+import secrets
+import socket
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Self
 
@@ -17,9 +19,10 @@ from ledger import migrations
 from ledger.database import connect
 from ledger.settings import PREFIX
 from worker.broker import create_celery
-from worker.embedded import Embedded
+from worker.embedded import Embedded, free_port
 from worker.process import Process, ServiceError
 
+HOST = "127.0.0.1"
 POLL_S = 0.2
 MOST_RESTARTS = 5
 """How often a child may die within `RESTART_WINDOW_S` before that is an error."""
@@ -36,7 +39,9 @@ class System:
     def __init__(self, data_dir: Path, *, progress: Callable[[str], None]) -> None:
         self.embedded = Embedded(data_dir, progress=progress)
         self._progress = progress
-        self._celery_processes: list[Process] = []
+        self._processes: list[Process] = []
+        self._port = free_port()
+        self.jwt_secret = secrets.token_urlsafe(32)
         self._cleanup = ExitStack()
 
     def start(self) -> None:
@@ -46,12 +51,15 @@ class System:
             engine = connect(self.embedded.database_url)
             migrations.upgrade(engine)
             engine.dispose()
-            self._progress("Starting the worker and the beat …")
-            self._celery_processes = [self._celery_process(name) for name in ("worker", "beat")]
-            for process in self._celery_processes:
+            self._progress("Starting the worker, the beat and the API …")
+            worker = self._process("worker", "celery", "-A", "worker", "worker")
+            beat = self._process("beat", "celery", "-A", "worker", "beat")
+            api = self._process("api", "uvicorn", "api_stub.app:app", "--host", HOST, "--port", str(self._port))
+            self._processes = [worker, beat, api]
+            for process in self._processes:
                 cleanup.callback(process.stop)
                 process.start()
-            worker, _ = self._celery_processes
+            api.wait_until(self._api_answers)
             with create_celery("holdfast-system", self.embedded.broker_url, None) as producer:
                 worker.wait_until(lambda: bool(producer.control.ping(timeout=POLL_S)))
             self._cleanup = cleanup.pop_all()
@@ -60,11 +68,16 @@ class System:
         """Stop everything; a second call does nothing."""
         self._cleanup.close()
 
+    @property
+    def url(self) -> str:
+        """Where the API and the pages are."""
+        return f"http://{HOST}:{self._port}"
+
     def supervise(self, *, until: Callable[[], bool]) -> None:
         """Start again whatever dies, until `until` or an interrupt. Raises ServiceError when something keeps dying."""
         restarts = defaultdict[str, list[float]](list)
         while not until():
-            for process in (self.embedded.postgres, self.embedded.broker, *self._celery_processes):
+            for process in (self.embedded.postgres, self.embedded.broker, *self._processes):
                 if not process.is_running:
                     now = time.monotonic()
                     restarts[process.name] = [t for t in restarts[process.name] if now - t < RESTART_WINDOW_S] + [now]
@@ -81,9 +94,17 @@ class System:
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
-    def _celery_process(self, command: str) -> Process:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-        environment[f"{PREFIX}DATABASE_URL"] = self.embedded.database_url
-        environment[f"{PREFIX}BROKER_URL"] = self.embedded.broker_url
-        argv = [sys.executable, "-m", "celery", "-A", "worker", command]
-        return Process(command, argv, self.embedded.data_dir, env=environment)
+    def _process(self, name: str, module: str, *arguments: str) -> Process:
+        own = {
+            "DATABASE_URL": self.embedded.database_url,
+            "BROKER_URL": self.embedded.broker_url,
+            "JWT_SECRET": self.jwt_secret,
+        }
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+        environment = inherited | {f"{PREFIX}{setting}": value for setting, value in own.items()}
+        return Process(name, [sys.executable, "-m", module, *arguments], self.embedded.data_dir, env=environment)
+
+    def _api_answers(self) -> bool:
+        with suppress(OSError), socket.create_connection((HOST, self._port), timeout=POLL_S):
+            return True
+        return False

@@ -1,7 +1,7 @@
 """Holdfast as its operator has it: a database, a broker, and processes that know them from the environment alone."""
 
+import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -107,7 +107,8 @@ def log_of(process: Process) -> str:
 
 def warnings_in(process: Process) -> list[str]:
     """What its log says at level WARNING or above, without the time."""
-    return re.findall(r"^\[[^]]*: (?:WARNING|ERROR|CRITICAL)/\w+\] (.*)$", log_of(process), re.MULTILINE)
+    lines = [json.loads(line) for line in log_of(process).splitlines() if line.startswith("{")]
+    return [line["message"] for line in lines if line["level"] in ("WARNING", "ERROR", "CRITICAL")]
 
 
 def terminate(process: Process) -> None:

@@ -12,15 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from ledger.messages import MESSAGES, Message
 from ledger.settings import PREFIX, Settings
 from tests.support import eventually
+from worker.client import Client, DeadLetteredError
 from worker.process import Process
 from worker.system import System
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 BIN = Path(sys.executable).parent
 
 
@@ -65,6 +64,13 @@ def test_the_readme_names_these_commands_and_every_one_is_run_here() -> None:
         "holdfast migrate",
         "celery -A worker worker",
         "celery -A worker beat",
+        "holdfast failed list",
+        "holdfast failed show 1",
+        "holdfast failed replay --all --error refund_exceeds_usage --dry-run",
+        "holdfast failed replay 1",
+        'holdfast failed discard 2 --why "sent by a test"',
+        "holdfast holds --older-than 2h",
+        'holdfast release acme run-7 --why "the engine lost this run"',
     ]
 
 
@@ -103,6 +109,26 @@ def test_the_programs_and_then_the_commands_of_the_readme_work(environment: dict
     assert "already" in run("holdfast migrate", environment)
 
 
+def test_the_commands_of_operators_do_what_the_readme_says(environment: dict[str, str]) -> None:
+    with Client(environment[f"{PREFIX}BROKER_URL"]) as client:
+        client.grant(org_id="acme", grant_id="gift", credits=100, wait_s=20)
+        with pytest.raises(DeadLetteredError):
+            client.refund(org_id="acme", refund_id="early", credits=5, workflow_id="run-6", wait_s=20)
+        with pytest.raises(DeadLetteredError):
+            client.grant(org_id="acme", grant_id="gift", credits=101, wait_s=20)
+        client.finish(org_id="acme", workflow_id="run-6", credits=20, wait_s=20)
+        client.start(org_id="acme", workflow_id="run-7", credits=30, wait_s=20)
+    said = [run(command, environment) for command in COMMANDS[COMMANDS.index("holdfast failed list") :]]
+    listed, shown, dry_run, replayed, discarded, held, released = said
+    assert "Open dead letters, newest first: 2" in listed
+    assert '"refund_id": "early"' in shown
+    assert "Would replay 1 dead letter. Nothing was sent." in dry_run
+    assert replayed == "Dead letter 1: posted.\n"
+    assert discarded == "Dead letter 2 is discarded.\n"
+    assert held == "No open reservation matches.\n"
+    assert released.startswith("Released 30 credits of acme; ")
+
+
 @pytest.mark.parametrize("command", ["celery -A worker worker", "celery -A worker beat"])
 def test_the_parts_start_as_written_and_stop(command: str, environment: dict[str, str], tmp_path: Path) -> None:
     process = Process("part", shlex.split(command), tmp_path, env=environment)
@@ -118,19 +144,3 @@ def test_the_parts_start_as_written_and_stop(command: str, environment: dict[str
 def test_the_table_of_settings_is_complete() -> None:
     rows = dict(re.findall(r"^\| `(HOLDFAST_\w+)` \| (.*) \|$", README, re.MULTILINE))
     assert rows == {f"{PREFIX}{name.upper()}": field.description for name, field in Settings.model_fields.items()}
-
-
-def test_the_table_of_messages_is_complete() -> None:
-    section = ARCHITECTURE.split("## Messages")[1].split("## Tables")[0]
-    documented: dict[str, set[str]] = {}
-    for tasks, fields in re.findall(r"^\| (`w.*?`) \| (.*?) \|", section, re.MULTILINE):
-        for task in re.findall(r"`([\w.]+)`", tasks):
-            documented[task] = set(fields.split(", "))
-    assert documented == {task: _fields(model) for task, model in MESSAGES.items()}
-
-
-def _fields(model: type[Message]) -> set[str]:
-    own = {
-        name: field for name, field in model.model_fields.items() if name not in ("source", "occurred_at", "metadata")
-    }
-    return {name if field.is_required() else f"{name}?" for name, field in own.items()}

@@ -240,10 +240,10 @@ def test_a_failed_start_names_the_log_and_quotes_it(data_dir: Path) -> None:
 
 
 def test_a_port_taken_meanwhile_is_replaced(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free_port = embedded._free_port
+    free_port = embedded.free_port
     with socket.create_server(("127.0.0.1", 0)) as taken:
         ports = iter([taken.getsockname()[1]])
-        monkeypatch.setattr(embedded, "_free_port", lambda: next(ports, None) or free_port())
+        monkeypatch.setattr(embedded, "free_port", lambda: next(ports, None) or free_port())
         with Embedded(data_dir, durable=False) as services:
             assert ask_broker(services, "PING")
 

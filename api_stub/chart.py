@@ -1,0 +1,80 @@
+"""The course of a balance as the shapes of a step chart. Pure: figures in, coordinates out.
+
+The drawing is 1,000 wide and 100 high, and meant to be stretched: labels are text beside it, evenly spaced.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+WIDTH, HEIGHT = 1_000, 100
+INTERVALS = 4
+"""How many intervals between lines to aim for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A step chart, ready to be drawn."""
+
+    line: str
+    """The path of the balance."""
+    area: str
+    """The path of what is between the balance and zero."""
+    grid: list[float]
+    """Where the horizontal lines are, from the top."""
+    zero: float
+    """Where zero is."""
+    values: list[str]
+    """What the lines mean, from the top."""
+    times: list[datetime]
+    """What evenly spaced places on the horizontal axis mean, from the left."""
+    first: int
+    last: int
+    lowest: int
+    highest: int
+
+
+def step_chart(points: Sequence[tuple[datetime, int]], *, ends: datetime) -> Chart:
+    """The chart of `points` (each a time, and the balance from then on; at least one, oldest first) until `ends`."""
+    begins = points[0][0]
+    length_s = max((ends - begins).total_seconds(), 1e-6)
+    amounts = [amount for _, amount in points]
+    step = _step((max(0, *amounts) - min(0, *amounts)) / INTERVALS)
+    top, bottom = math.ceil(max(0, *amounts) / step), math.floor(min(0, *amounts) / step)
+    top = max(top, bottom + 1)
+
+    def x(moment: datetime) -> str:
+        share = min(max((moment - begins).total_seconds() / length_s, 0), 1)
+        return f"{share * WIDTH:.1f}"
+
+    def y(amount: int) -> str:
+        return f"{(top - amount / step) / (top - bottom) * HEIGHT:.2f}"
+
+    line = f"M0 {y(amounts[0])}" + "".join(f"H{x(moment)}V{y(amount)}" for moment, amount in points[1:]) + f"H{WIDTH}"
+    return Chart(
+        line=line,
+        area=f"{line}V{y(0)}H0Z",
+        grid=[HEIGHT * index / (top - bottom) for index in range(top - bottom + 1)],
+        zero=float(y(0)),
+        values=[_short(number * step) for number in range(top, bottom - 1, -1)],
+        times=[begins + (ends - begins) * index / 2 for index in range(3)],
+        first=amounts[0],
+        last=amounts[-1],
+        lowest=min(amounts),
+        highest=max(amounts),
+    )
+
+
+def _step(least: float) -> int:
+    """The smallest of 1, 2, 5, 10, 20, 50, … that is not less than `least`."""
+    magnitude = 10 ** max(0, math.floor(math.log10(least))) if least > 1 else 1
+    return next(factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude >= least)
+
+
+def _short(amount: int) -> str:
+    """A round amount in few characters: 950, 12k, 1.5M, 9B."""
+    for size, unit in ((10**15, "Q"), (10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if abs(amount) >= max(size, 10_000):
+            return f"{amount / size:,.4g}{unit}".replace("-", "\N{MINUS SIGN}")
+    return f"{amount:,}".replace("-", "\N{MINUS SIGN}")

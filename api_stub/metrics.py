@@ -1,0 +1,89 @@
+"""How the system is: liveness, readiness, and figures for Prometheus, read when they are asked for.
+
+What a worker counts, it serves itself (see `worker.metrics`). Nothing here tells anything about one organization.
+"""
+
+from collections.abc import Iterator
+from http import HTTPStatus
+from typing import Annotated
+
+from fastapi import Depends, FastAPI, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
+from sqlalchemy.exc import DBAPIError
+
+from api_stub.services import Services, services
+from ledger import history, migrations
+from worker.client import BrokerUnavailableError
+
+
+def add(app: FastAPI) -> None:
+    """Add /healthz, /readyz and /metrics, which need no token."""
+    registry = CollectorRegistry()
+    registry.register(SystemCollector(app.state.services))
+
+    @app.get("/healthz", tags=["system"])
+    def healthz() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", tags=["system"])
+    def readyz(using: Annotated[Services, Depends(services)]) -> JSONResponse:
+        """Requests can be served: the database is there and migrated, and the broker takes messages."""
+        checks = {"database": _database_is_ready(using), "broker": _broker_is_ready(using)}
+        status = HTTPStatus.OK if all(checks.values()) else HTTPStatus.SERVICE_UNAVAILABLE
+        return JSONResponse({name: "ok" if ready else "unavailable" for name, ready in checks.items()}, status)
+
+    @app.get("/metrics", tags=["system"])
+    def metrics() -> Response:
+        """Figures for Prometheus."""
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _database_is_ready(using: Services) -> bool:
+    try:
+        return migrations.current_revision(using.engine) == migrations.head_revision()
+    except DBAPIError:
+        return False
+
+
+def _broker_is_ready(using: Services) -> bool:
+    try:
+        using.client.waiting()
+    except BrokerUnavailableError:
+        return False
+    return True
+
+
+class SystemCollector(Collector):
+    """Reads the database and the broker at every scrape. What does not answer is down, and its figures are left out."""
+
+    def __init__(self, using: Services) -> None:
+        self._using = using
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """The figures, now."""
+        try:
+            with self._using.engine.connect() as connection:
+                figures = history.system_figures(connection)
+        except DBAPIError:
+            figures = {}
+        yield _up("database", bool(figures))
+        for name, (help_text, value) in figures.items():
+            yield GaugeMetricFamily(f"holdfast_{name}", help_text, value=value)
+        try:
+            waiting = self._using.client.waiting()
+        except BrokerUnavailableError:
+            waiting = {}
+        yield _up("broker", bool(waiting))
+        queues = GaugeMetricFamily("holdfast_queue_messages", "Messages that wait in the queue.", labels=["queue"])
+        for queue, length in waiting.items():
+            queues.add_metric([queue], length)
+        yield queues
+
+
+def _up(service: str, is_up: bool) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"holdfast_{service}_up", f"1 if the {service} answers, else 0.", value=float(is_up))

@@ -1,0 +1,230 @@
+"""The pages for operators: dead letters, what is wrong with them, and what to do about them.
+
+What an operator does is done by `ledger.dead_letters`, under the name that the token gives (`sub`).
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Annotated, Any
+from urllib.parse import urlencode
+
+from fastapi import APIRouter, Depends, FastAPI, Form, Request, Response
+from sqlalchemy import Connection
+
+from api_stub.problems import Problem
+from api_stub.rendering import PageRoute, page, readable_json, see_other
+from api_stub.services import Services, connection, services
+from api_stub.sessions import Session, SignedIn, checked_form
+from ledger import dead_letters
+from ledger.dead_letters import (
+    KeptLetter,
+    LetterFilter,
+    NotOpenError,
+    NotReplayableError,
+    StillFailsError,
+    UnknownLetterError,
+)
+from ledger.messages import MAX_CREDITS, MESSAGES
+from ledger.state import Result
+from worker.client import Client, DeadLetteredError, NoAnswerError, NotSentError
+
+STATUSES = ("open", "replayed", "discarded", "all")
+PAGE = 50
+ANSWER_TIMEOUT_S = 5.0
+MAX_SHOWN = 64 * 1024
+"""The most characters of a message or a traceback that are shown."""
+MAX_REASON = 500
+
+
+def operator(session: SignedIn) -> Session:
+    """A dependency: whoever is signed in, if they are an operator."""
+    if "operator" not in session.principal.scopes:
+        raise Problem(HTTPStatus.FORBIDDEN, "This page is for operators: the token lacks the scope operator.")
+    return session
+
+
+Operator = Annotated[Session, Depends(operator)]
+Ledger = Annotated[Connection, Depends(connection)]
+Using = Annotated[Services, Depends(services)]
+
+router = APIRouter(
+    prefix="/operators", route_class=PageRoute, include_in_schema=False, dependencies=[Depends(operator)]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Which dead letters the list was asked for: as typed, and as understood."""
+
+    status: str
+    code: str
+    task: str
+    before_id: int | None
+    errors: dict[str, str]
+
+    @property
+    def matching(self) -> LetterFilter:
+        return LetterFilter(None if self.status == "all" else self.status, self.code or None, self.task or None)
+
+    def query(self, **changes: object) -> str:
+        """The query of the same filter, on the newest page, with `changes`."""
+        kept = {"status": self.status, "code": self.code, "task": self.task}
+        return urlencode({name: value for name, value in kept.items() if value} | changes)
+
+
+def asked(status: str = "open", code: str = "", task: str = "", before_id: str = "") -> Asked:
+    """Read the query."""
+    errors = {}
+    if status not in STATUSES:
+        errors["status"] = f"status must be one of {', '.join(STATUSES)}."
+    if before_id and _letter_id(before_id) is None:
+        errors["before_id"] = "before_id must be the number of a dead letter."
+    for name, text in (("code", code), ("task", task)):
+        if not text.isprintable():
+            errors[name] = f"{name} must not contain control characters."
+    return Asked(status, code.strip(), task.strip(), _letter_id(before_id), errors)
+
+
+def found(letter_id: str, using: Using) -> KeptLetter:
+    """A dependency: the letter in the path."""
+    try:
+        return _as_it_is_now(using, _letter_id(letter_id) or 0)
+    except UnknownLetterError:
+        raise Problem(HTTPStatus.NOT_FOUND, "There is no such dead letter.") from None
+
+
+AskedFor = Annotated[Asked, Depends(asked)]
+Found = Annotated[KeptLetter, Depends(found)]
+
+
+@router.get("/dead-letters")
+def dead_letter_list(request: Request, asked_for: AskedFor, ledger: Ledger) -> Response:
+    """The dead letters that match, newest first."""
+    letters = []
+    if not asked_for.errors:
+        letters = dead_letters.letters(ledger, asked_for.matching, limit=PAGE + 1, before_id=asked_for.before_id)
+    older = asked_for.query(before_id=letters[PAGE - 1].id) if len(letters) > PAGE else None
+    return page(
+        request,
+        "dead_letters.html",
+        HTTPStatus.UNPROCESSABLE_ENTITY if asked_for.errors else HTTPStatus.OK,
+        asked=asked_for,
+        letters=letters[:PAGE],
+        older=older,
+        statuses=STATUSES,
+        tasks=MESSAGES,
+    )
+
+
+@router.get("/dead-letters/{letter_id}")
+def dead_letter(request: Request, letter: Found) -> Response:
+    """Everything about one dead letter, and what can be done about it."""
+    return _letter_page(request, letter)
+
+
+@router.post("/dead-letters/{letter_id}/replay", dependencies=[Depends(checked_form)])
+def replay(request: Request, letter: Found, session: Operator, using: Using) -> Response:
+    """Send the message again and wait a few seconds for what it does."""
+    try:
+        by = session.principal.subject
+        dead_letters.replay(using.engine, letter.id, by=by, send=_sender(using.client))
+    except StillFailsError as error:
+        failure = f"The message was sent and failed again: {error}"
+        return _letter_page(request, _as_it_is_now(using, letter.id), HTTPStatus.CONFLICT, failure)
+    except NotReplayableError as error:
+        return _letter_page(request, _as_it_is_now(using, letter.id), HTTPStatus.CONFLICT, _sentence(error))
+    except NotSentError:
+        failure = "The message could not be handed to the broker. It is safe to replay it once more."
+        return _letter_page(request, letter, HTTPStatus.SERVICE_UNAVAILABLE, failure)
+    return see_other(f"/operators/dead-letters/{letter.id}")
+
+
+@router.post("/dead-letters/{letter_id}/discard", dependencies=[Depends(checked_form)])
+def discard(
+    request: Request, letter: Found, session: Operator, using: Using, reason: Annotated[str, Form()] = ""
+) -> Response:
+    """Mark the letter as not to be applied, for a reason."""
+    why = " ".join(reason.split())
+    if not why or len(why) > MAX_REASON or not why.isprintable():
+        failure = f"reason must be a text of 1 to {MAX_REASON} characters."
+        return _letter_page(request, letter, HTTPStatus.UNPROCESSABLE_ENTITY, failure, reason=reason)
+    try:
+        dead_letters.discard(using.engine, letter.id, by=session.principal.subject, why=why)
+    except NotOpenError as error:
+        return _letter_page(request, _as_it_is_now(using, letter.id), HTTPStatus.CONFLICT, _sentence(error))
+    return see_other(f"/operators/dead-letters/{letter.id}")
+
+
+@router.get("/{rest:path}")
+def nothing() -> Response:
+    """There is no other page."""
+    raise Problem(HTTPStatus.NOT_FOUND, "There is no such page.")
+
+
+def add(app: FastAPI) -> None:
+    """Add the operators' pages."""
+    app.include_router(router)
+
+
+def _sender(client: Client) -> Callable[[str, list[Any], dict[str, Any]], Result | str]:
+    wait_s = ANSWER_TIMEOUT_S if client.keeps_answers else None
+
+    def send(task: str, args: list[Any], kwargs: dict[str, Any]) -> Result | str:
+        try:
+            answer = client.send_as_is(task, args, kwargs, wait_s=wait_s)
+        except DeadLetteredError as error:
+            raise StillFailsError(str(error)) from None
+        except NoAnswerError as error:
+            return str(error)
+        if answer is not None:
+            return answer
+        return "this broker keeps no answers" if wait_s is None else "it has run"
+
+    return send
+
+
+def _letter_page(
+    request: Request, letter: KeptLetter, status: HTTPStatus = HTTPStatus.OK, failure: str = "", *, reason: str = ""
+) -> Response:
+    return page(
+        request,
+        "dead_letter.html",
+        status,
+        letter=letter,
+        message=_shortened(_message(letter.body)),
+        traceback=_shortened(letter.traceback or ""),
+        failure=failure,
+        reason=reason,
+        max_reason=MAX_REASON,
+    )
+
+
+def _as_it_is_now(using: Services, letter_id: int) -> KeptLetter:
+    with using.engine.connect() as connection:
+        return dead_letters.letter(connection, letter_id)
+
+
+def _message(body: bytes) -> str:
+    """The message for a person: its fields, or whatever has arrived instead of a message."""
+    match dead_letters.arguments(body):
+        case None:
+            return body.decode("utf-8", "backslashreplace")
+        case [payload], {}:
+            return readable_json(payload)
+        case args, kwargs:
+            return readable_json({"args": args, "kwargs": kwargs})
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}\n… and {len(text) - MAX_SHOWN:,} characters more"
+
+
+def _letter_id(text: str) -> int | None:
+    return int(text) if re.fullmatch(r"[0-9]{1,16}", text) and 1 <= int(text) <= MAX_CREDITS else None
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error)
+    return f"{text[:1].upper()}{text[1:]}."

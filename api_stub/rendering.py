@@ -1,0 +1,207 @@
+"""How pages are answered: templates, the words and figures in them, and every error as a page in the same design.
+
+Pages need no script, and load nothing from elsewhere; the Content-Security-Policy of every answer says so. Templates
+escape all that is put into them.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Coroutine, Mapping
+from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse
+from fastapi.routing import APIRoute
+from fastapi.staticfiles import StaticFiles
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from sqlalchemy.exc import DBAPIError
+
+from api_stub.problems import Problem
+
+_HERE = Path(__file__).parent
+_STATIC = _HERE / "static"
+
+MAX_FORM_BYTES = 64 * 1024
+"""The largest form that is read."""
+
+HEADERS = {
+    # No script-src, font-src, connect-src …: what is not named is what default-src says, nothing.
+    "Content-Security-Policy": (
+        "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; "
+        "frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+"""What every page, download and redirection is sent with."""
+
+SHORT_METADATA = 60
+"""The longest metadata, in characters, that is shown without having to be opened."""
+
+MINUS = "\N{MINUS SIGN}"
+
+
+class NotSignedInError(Exception):
+    """The page is for who is signed in: the answer is a redirection to `location`, the form for that."""
+
+    def __init__(self, location: str) -> None:
+        super().__init__(location)
+        self.location = location
+
+
+class PageRoute(APIRoute):
+    """A route whose every answer is a page, errors included, sent with `HEADERS`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler, with its errors made pages."""
+        handle = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            try:
+                _refuse_large_form(request)
+                response = await handle(request)
+            except NotSignedInError as visitor:
+                response = see_other(visitor.location)
+            except Problem as problem:
+                response = error_page(request, problem.status, problem.detail, problem.headers)
+            except RequestValidationError:
+                response = error_page(request, HTTPStatus.UNPROCESSABLE_ENTITY, "The form could not be read.")
+            except DBAPIError:
+                detail = "The ledger does not answer at the moment. Please try again."
+                response = error_page(request, HTTPStatus.SERVICE_UNAVAILABLE, detail, {"Retry-After": "5"})
+            response.headers.update(HEADERS)
+            return response
+
+        return answer
+
+
+class _Assets(StaticFiles):
+    """The stylesheet and the icon. Their addresses change with their content, so browsers may keep them."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers["Cache-Control"] = "public, max-age=31536000, immutable"
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        return response
+
+
+def add_assets(app: FastAPI) -> None:
+    """Serve what pages look like at /static."""
+    app.mount("/static", _Assets(directory=_STATIC), name="static")
+
+
+def page(request: Request, template: str, status: HTTPStatus = HTTPStatus.OK, /, **values: Any) -> HTMLResponse:
+    """The page that `template` makes of `values`."""
+    session = getattr(request.state, "session", None)
+    text = _templates.get_template(template).render(session=session, path=request.url.path, **values)
+    return HTMLResponse(text, status)
+
+
+def error_page(
+    request: Request, status: HTTPStatus, detail: str, headers: Mapping[str, str] | None = None
+) -> HTMLResponse:
+    """A page that says why there is no other."""
+    response = page(request, "error.html", status, status=status, detail=detail)
+    response.headers.update(headers or {})
+    return response
+
+
+def see_other(location: str) -> Response:
+    """Go on at `location`, with GET."""
+    return Response(status_code=HTTPStatus.SEE_OTHER, headers={"Location": location})
+
+
+def _refuse_large_form(request: Request) -> None:
+    if request.method != "POST":
+        return
+    length = request.headers.get("content-length", "")
+    if not length.isdecimal():
+        raise Problem(HTTPStatus.LENGTH_REQUIRED, "The form came without its length.")
+    if int(length) > MAX_FORM_BYTES:
+        raise Problem(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The form is larger than {MAX_FORM_BYTES:,} bytes.")
+
+
+# What templates write numbers, times and JSON with.
+
+
+def amount(credits: int) -> str:
+    """12,345 or −12,345."""
+    return f"{credits:,}".replace("-", MINUS)
+
+
+def change(credits: int) -> str:
+    """+12,345, −12,345 or 0."""
+    return f"+{credits:,}" if credits > 0 else amount(credits)
+
+
+def day(moment: datetime) -> str:
+    """2 Nov 2026, in UTC."""
+    utc = moment.astimezone(UTC)
+    return f"{utc.day} {utc:%b} {utc.year}"
+
+
+def clock(moment: datetime) -> str:
+    """14:05:33, in UTC."""
+    return f"{moment.astimezone(UTC):%H:%M:%S}"
+
+
+def iso(moment: datetime) -> str:
+    """2026-11-02T14:05:33Z: for machines."""
+    return f"{moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec='seconds')}Z"
+
+
+def span(length: timedelta) -> str:
+    """A length of time in its two largest units: 3 d 4 h, 12 min, 0 s. Never less than 0 s."""
+    seconds = max(0, int(length.total_seconds()))
+    days, hours, minutes = seconds // 86_400, seconds // 3_600 % 24, seconds // 60 % 60
+    parts = [(days, "d"), (hours, "h"), (minutes, "min")]
+    shown = [f"{number} {unit}" for number, unit in parts if number][:2]
+    return " ".join(shown) or f"{seconds} s"
+
+
+def label(name: str) -> str:
+    """A name of ours in a person's words: `prepaid_purchase` is Prepaid purchase."""
+    return name.replace("_", " ").capitalize()
+
+
+def as_json(value: object, *, indent: int | None = None) -> str:
+    """`value` as JSON for a person: readable characters, and nothing that UTF-8 cannot say."""
+    separators = (",", ":") if indent is None else None
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def readable_json(value: object) -> str:
+    """`value` as JSON over several lines, unless deep nesting would make that several times as long."""
+    compact, spread = as_json(value), as_json(value, indent=2)
+    return spread if len(spread) <= 4 * len(compact) else compact
+
+
+def pairs(metadata: Mapping[str, Any]) -> list[tuple[str, str]] | None:
+    """The names and values of `metadata` if they are short enough to be read in passing; otherwise None."""
+    if any(isinstance(value, dict | list) for value in metadata.values()) or len(metadata) > 4:
+        return None
+    shown = [(name, value if isinstance(value, str) else as_json(value)) for name, value in metadata.items()]
+    return shown if sum(len(name) + len(value) for name, value in shown) <= SHORT_METADATA else None
+
+
+def _version(name: str) -> str:
+    return hashlib.sha256((_STATIC / name).read_bytes()).hexdigest()[:12]
+
+
+_templates = Environment(
+    loader=FileSystemLoader(_HERE / "templates"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_templates.filters |= {
+    function.__name__: function for function in (amount, change, day, clock, iso, span, label, pairs, readable_json)
+}
+_templates.globals |= {"asset": {name: f"/static/{name}?v={_version(name)}" for name in ("holdfast.css", "icon.svg")}}

@@ -1,0 +1,79 @@
+"""What handlers work with: the database, the producer, and who asks."""
+
+from collections.abc import Callable, Iterator
+from http import HTTPStatus
+from typing import Annotated
+
+from fastapi import Depends, Path, Request
+from sqlalchemy import Connection
+
+from api_stub.auth import Authenticator, InvalidTokenError, Principal, Scope
+from api_stub.problems import Problem
+from ledger.database import connect
+from ledger.settings import Settings
+from worker.client import Client
+
+
+class Services:
+    """The app's connections. None is opened before it is used."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises SettingsError."""
+        assert settings.database_url is not None
+        assert settings.broker_url is not None
+        self.authenticator = Authenticator.from_settings(settings)
+        self.engine = connect(settings.database_url)
+        self.client = Client(settings.broker_url, result_url=settings.result_url)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.client.close()
+        self.engine.dispose()
+
+
+def services(request: Request) -> Services:
+    """The services of the app that got `request`."""
+    found = request.app.state.services
+    assert isinstance(found, Services)
+    return found
+
+
+def connection(using: Annotated[Services, Depends(services)]) -> Iterator[Connection]:
+    """A connection for one request, which only reads: one snapshot of the ledger."""
+    with using.engine.connect().execution_options(
+        isolation_level="REPEATABLE READ", postgresql_readonly=True
+    ) as opened:
+        yield opened
+
+
+def bearer(request: Request, using: Annotated[Services, Depends(services)]) -> Principal:
+    """Who asks, by the Authorization header. Otherwise the answer is 401."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not token:
+        raise Problem(HTTPStatus.UNAUTHORIZED, "Send a token: Authorization: Bearer …", {"WWW-Authenticate": "Bearer"})
+    try:
+        return using.authenticator.read(token.strip())
+    except InvalidTokenError as error:
+        challenge = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
+        raise Problem(HTTPStatus.UNAUTHORIZED, f"{str(error).capitalize()}.", challenge) from None
+
+
+def require(principal: Principal, org_id: str, scope: Scope) -> None:
+    """Answer 404 for an organization that is not the principal's, 403 where the scope is missing."""
+    if not principal.may_see(org_id):
+        raise Problem(HTTPStatus.NOT_FOUND, "There is no such organization.")
+    if scope not in principal.scopes:
+        raise Problem(HTTPStatus.FORBIDDEN, f"The token lacks the scope {scope}.")
+
+
+OrgId = Annotated[str, Path(alias="orgId", description="The organization's id.")]
+
+
+def organization(scope: Scope) -> Callable[..., str]:
+    """A dependency: the organization in the path, for a token that may do `scope` there."""
+
+    def checked(org_id: OrgId, principal: Annotated[Principal, Depends(bearer)]) -> str:
+        require(principal, org_id, scope)
+        return org_id
+
+    return checked

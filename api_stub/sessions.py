@@ -1,0 +1,187 @@
+"""Signing in and out of the pages: the token, kept by the browser in a cookie that only pages read.
+
+The cookie lives as long as the token. No script can read it, and no other site can make the browser send it with a
+form; every form carries, besides, a value that only a page of ours knows (see `form_token`). The JSON API never reads
+the cookie. Nothing is stored on the server: signing out removes the cookie, the token itself ends when it expires.
+"""
+
+import base64
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Annotated
+from urllib.parse import quote
+
+import jwt
+from fastapi import APIRouter, Depends, Form, Request, Response
+
+from api_stub.auth import InvalidTokenError, Principal
+from api_stub.problems import Problem
+from api_stub.rendering import NotSignedInError, PageRoute, page, see_other
+from api_stub.services import Services, bearer, services
+
+COOKIE = "holdfast_session"
+FORM_COOKIE = "holdfast_signin"
+MAX_COOKIE_BYTES = 4_000
+"""Browsers silently drop a cookie of more than 4,096 bytes, its name and attributes included."""
+MAX_COOKIE_AGE_S = 400 * 86_400
+"""Browsers keep no cookie for longer."""
+
+_LOCAL_PATH = re.compile(r"/(?![/\\])[!-\[\]-~]*")
+"""A path on this site: printable ASCII, no backslash, and not `//host`, which is another site."""
+
+router = APIRouter(route_class=PageRoute, include_in_schema=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Somebody who is signed in, and the token that says so."""
+
+    principal: Principal
+    token: str
+
+    @property
+    def form_token(self) -> str:
+        """What a form of this session has to carry."""
+        return form_token(self.token)
+
+
+def signed_in(request: Request, using: Annotated[Services, Depends(services)]) -> Session:
+    """Who asks for a page, by the cookie or, for scripts, by the Authorization header.
+
+    Otherwise the answer is the form for signing in, which leads back here.
+    """
+    if "authorization" in request.headers:
+        token = request.headers["authorization"].partition(" ")[2].strip()
+        session = Session(bearer(request, using), token)
+    else:
+        token = request.cookies.get(COOKIE, "")
+        try:
+            session = Session(using.authenticator.read(token), token)
+        except InvalidTokenError:
+            here = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+            # A form cannot be posted again after signing in: go back to the page that it was on.
+            raise NotSignedInError(
+                f"/signin?next={quote(here, safe='')}" if request.method == "GET" else "/signin"
+            ) from None
+    request.state.session = session
+    return session
+
+
+SignedIn = Annotated[Session, Depends(signed_in)]
+
+
+def form_token(secret: str) -> str:
+    """What proves that a form comes from a page of ours: only who can read the cookie `secret` can compute it."""
+    digest = hmac.digest(secret.encode(), b"a form of Holdfast", hashlib.sha256)
+    return base64.urlsafe_b64encode(digest).decode().rstrip("=")
+
+
+def is_form_of(secret: str, given: str) -> bool:
+    """Whether a form that carries `given` comes from a page that was made for `secret`."""
+    return bool(secret) and hmac.compare_digest(form_token(secret).encode(), given.encode(errors="replace"))
+
+
+def checked_form(session: SignedIn, form: Annotated[str, Form()] = "") -> Session:
+    """A dependency of everything that changes something: the form is from a page of this session. Otherwise 403."""
+    if not is_form_of(session.token, form):
+        raise Problem(HTTPStatus.FORBIDDEN, "This form is not from a page of your session. Reload the page.")
+    return session
+
+
+OwnForm = Annotated[Session, Depends(checked_form)]
+
+
+def local_path(text: str) -> str:
+    """`text` if it is a path on this site; otherwise the start page. So no link of ours leads to another site."""
+    return text if _LOCAL_PATH.fullmatch(text) else "/"
+
+
+@router.get("/signin")
+def ask(request: Request, using: Annotated[Services, Depends(services)], next: str = "", token: str = "") -> Response:
+    """The form. With `token`, as in the link that `holdfast up` prints, signs in right away.
+
+    The answer to that link is a redirection, so that the token is in no history of the browser, as it would be if this
+    were a page with a button; and `_KeepTokensOut` keeps it out of the log. A link from another site does nothing: it
+    could sign a visitor in as somebody else.
+    """
+    if token and request.headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
+        return _sign_in(request, using, token=token, next=next)
+    return _form(request, HTTPStatus.OK, next=next)
+
+
+@router.post("/signin")
+def sign_in(
+    request: Request,
+    using: Annotated[Services, Depends(services)],
+    token: Annotated[str, Form()] = "",
+    next: Annotated[str, Form()] = "",
+    form: Annotated[str, Form()] = "",
+) -> Response:
+    """Keep the token in the cookie, and go on to `next`."""
+    if not is_form_of(request.cookies.get(FORM_COOKIE, ""), form):
+        return _form(request, HTTPStatus.FORBIDDEN, next=next, error="The form was out of date. Please try once more.")
+    return _sign_in(request, using, token=token.strip(), next=next)
+
+
+@router.post("/signout")
+def sign_out(_: OwnForm) -> Response:
+    """Remove the cookie."""
+    response = see_other("/signin")
+    response.delete_cookie(COOKIE, httponly=True, samesite="lax")
+    return response
+
+
+def _sign_in(request: Request, using: Services, *, token: str, next: str) -> Response:
+    try:
+        using.authenticator.read(token)
+    except InvalidTokenError as error:
+        return _form(request, HTTPStatus.UNAUTHORIZED, next=next, error=f"{str(error).capitalize()}.")
+    if len(token) > MAX_COOKIE_BYTES:
+        sentence = f"The token is longer than a browser can keep ({MAX_COOKIE_BYTES:,} bytes)."
+        return _form(request, HTTPStatus.UNAUTHORIZED, next=next, error=sentence)
+    # It has just been verified, and a Principal does not say when it ends.
+    expiry = int(jwt.decode(token, options={"verify_signature": False})["exp"])
+    response = see_other(local_path(next))
+    response.set_cookie(
+        COOKIE,
+        token,
+        max_age=min(expiry - int(datetime.now(UTC).timestamp()), MAX_COOKIE_AGE_S),
+        httponly=True,
+        secure=request.url.scheme == "https",
+        samesite="lax",  # strict would ask whoever follows a link from a mail to sign in again
+    )
+    return response
+
+
+def _form(request: Request, status: HTTPStatus, *, next: str, error: str | None = None) -> Response:
+    secret = request.cookies.get(FORM_COOKIE) or secrets.token_urlsafe(32)
+    response = page(request, "signin.html", status, next=local_path(next), form_token=form_token(secret), error=error)
+    response.set_cookie(
+        FORM_COOKIE, secret, path="/signin", httponly=True, secure=request.url.scheme == "https", samesite="strict"
+    )
+    return response
+
+
+class _KeepTokensOut(logging.Filter):
+    """Takes the tokens of links for signing in out of the server's access log."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(
+                re.sub(r"([?&]token=)[^&\s]+", r"\1…", value) if isinstance(value, str) else value
+                for value in record.args
+            )
+        return True
+
+
+def keep_tokens_out_of_logs() -> None:
+    """Install the filter; doing so again changes nothing."""
+    log = logging.getLogger("uvicorn.access")
+    if not any(isinstance(installed, _KeepTokensOut) for installed in log.filters):
+        log.addFilter(_KeepTokensOut())

@@ -1,0 +1,358 @@
+"""Writes docs/messages.md: `make docs`.
+
+Names, types, bounds, defaults and meanings of fields come from `ledger.messages`. What has no other home than prose
+stands here: what an answer, an event or the code of a dead letter means. `tests/unit/test_messages_doc.py` keeps the
+page in step with the code.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
+
+from ledger.messages import (
+    MAX_CREDITS,
+    MAX_METADATA_BYTES,
+    MAX_METADATA_DEPTH,
+    MESSAGES,
+    Message,
+    VersionedMessage,
+    WalletMessage,
+    WorkflowMessage,
+)
+from ledger.state import EventType, Result
+from worker.broker import QUEUE
+
+PAGE = Path(__file__).with_name("messages.md")
+HTTP_PATH = "/api/organizations/{orgId}/workflows/{workflowId}/{step}"
+COMMON = tuple(Message.model_fields)
+
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "workflow.start": {
+        "org_id": "acme",
+        "workflow_id": "run-1",
+        "credits": 75,
+        "project_id": "website",
+        "activity_name": "Nightly build",
+        "expires_in_s": 3600,
+    },
+    "workflow.finish": {
+        "org_id": "acme",
+        "workflow_id": "run-1",
+        "credits": 80,
+        "occurred_at": "2026-03-01T09:30:00Z",
+        "metadata": {"region": "eu"},
+    },
+    "workflow.cancel": {"org_id": "acme", "workflow_id": "run-2", "reason": "cancelled by its owner"},
+    "workflow.fail": {"org_id": "acme", "workflow_id": "run-3", "reason": "out of memory"},
+    "wallet.purchase": {"org_id": "acme", "purchase_id": "order-1", "credits": 500},
+    "wallet.grant": {"org_id": "acme", "grant_id": "welcome", "credits": 100, "reason": "welcome", "source": "signup"},
+    "wallet.adjust": {
+        "org_id": "acme",
+        "adjustment_id": "fix-1",
+        "credits": -20,
+        "reason": "order-1 was counted twice",
+    },
+    "wallet.refund": {"org_id": "acme", "refund_id": "refund-1", "credits": 30, "workflow_id": "run-1"},
+    "wallet.bill": {"org_id": "acme", "billing_id": "bill-1", "credits": 0, "invoice_id": "2026-0001"},
+    "wallet.subscribe": {
+        "org_id": "acme",
+        "subscription_id": "sub-1",
+        "version": 1,
+        "plan": "team",
+        "monthly_credits": 1000,
+        "rollover_limit": 200,
+        "anchor": "2026-01-31T00:00:00Z",
+    },
+    "wallet.unsubscribe": {"org_id": "acme", "subscription_id": "sub-1", "version": 2},
+    "wallet.configure": {"org_id": "acme", "version": 1, "credit_limit": 50, "period_cap": 5000},
+}
+
+ANSWER = {
+    "outcome": "What the message did: the table below.",
+    "reason": "Why, where there is more than one; else null.",
+    "duplicate": "True if the message was answered before. It says the same again and changes nothing.",
+    "org_id": "As in the message.",
+    "workflow_id": "As in the message; null if it has none.",
+    "event_seqs": "The numbers of the events that this delivery wrote: none for a duplicate.",
+    "available": "The credits that a workflow may reserve, after this delivery.",
+}
+
+OUTCOMES = {
+    ("reserved", None): ("workflow.start", "The credits are held: run the workflow."),
+    ("rejected", "insufficient_credits"): ("workflow.start", "Too few credits are available: do not run it."),
+    ("rejected", "period_cap"): ("workflow.start", "It would pass the wallet's cap for the period: do not run it."),
+    ("settled", None): ("workflow.finish", "What it used is charged, and what it held is released."),
+    ("released", None): ("workflow.cancel, workflow.fail", "What it held is released."),
+    ("ignored", "not_started"): (
+        "workflow.cancel, workflow.fail",
+        "It came before the start, which will hold nothing.",
+    ),
+    ("ignored", "already_ended"): (
+        "workflow.start, workflow.cancel, workflow.fail",
+        "The workflow had ended, expired or been rejected: nothing to hold or to release.",
+    ),
+    ("posted", None): ("every wallet message", "It is applied."),
+    ("ignored", "stale_version"): (
+        "wallet.subscribe, wallet.unsubscribe, wallet.configure",
+        "The same or a higher version came before.",
+    ),
+    ("ignored", "not_subscribed"): (
+        "wallet.unsubscribe",
+        "There is no such subscription; one that comes later with a lower version is stale.",
+    ),
+}
+
+EVENTS = {
+    "reservation": ("−n", "Holds n credits for a workflow. No balance changes.", ("expires_at",)),
+    "reservation_released": (
+        "+n",
+        "The workflow holds nothing any more: `reason` is `settled`, `cancelled`, `failed` or `expired`.",
+        ("reason", "given_reason"),
+    ),
+    "usage": (
+        "−u",
+        (
+            "Charges u credits to the subscription's balance first, the rest to the prepaid balance, and adds u to the "
+            "period's usage. `overrun`: what the prepaid balance did not have. `unreserved`: true if nothing was ever "
+            "reserved."
+        ),
+        ("overrun", "unreserved"),
+    ),
+    "subscription_credit": (
+        "+n",
+        (
+            "A period begins: n to the subscription's balance, and the period's usage starts at 0. With `reason` "
+            "`plan_change`: what a larger plan adds within the period. `not_granted`: what a full wallet cannot hold."
+        ),
+        ("subscription_id", "plan", "period_start", "period_end", "reason", "not_granted"),
+    ),
+    "prepaid_purchase": ("+n", "n to the prepaid balance.", ("purchase_id",)),
+    "grant": ("+n", "n to the prepaid balance.", ("grant_id", "reason")),
+    "refund": ("+n", "n to the prepaid balance.", ("refund_id", "workflow_id")),
+    "adjustment": (
+        "±n",
+        (
+            "±n to the prepaid balance; or, with `reason` `subscription_expired`, −n to the subscription's: what a "
+            "period left beyond the rollover limit."
+        ),
+        ("adjustment_id", "reason", "subscription_id"),
+    ),
+    "billing": ("0, ±n", "The same to the prepaid balance.", ("billing_id", "invoice_id")),
+}
+
+DEAD_LETTERS = {
+    "invalid_message": (
+        "A field is missing, unknown or not what it should be, or the task was not sent with one JSON object.",
+        "Correct the sender and send a new message; discard this one.",
+    ),
+    "undecodable_message": (
+        "It is not as Celery sends it: it names no task, or its headers or its body (which is JSON) cannot be read.",
+        "Correct the sender, which must use JSON, and send a new message; discard this one.",
+    ),
+    "unknown_task": (
+        "No message has this name.",
+        "Correct the name and send it again; or update Holdfast, if a newer version has it, and replay.",
+    ),
+    "conflict": (
+        (
+            "The same id came before and said something else, or a subscription was to change its anchor. What came "
+            "first stands."
+        ),
+        "If the difference is meant, send it under an id of its own (for usage: `wallet.adjust`); discard this one.",
+    ),
+    "insufficient_credits": (
+        "An adjustment or a billing entry would take the prepaid balance below zero.",
+        "Replay it once there are credits; or send the adjustment with `allow_negative` under a new id.",
+    ),
+    "refund_exceeds_usage": (
+        "With the refunds before it, more would be refunded than the workflow used; or it has not finished yet.",
+        "Replay it after the finish; or refund less under a new id.",
+    ),
+    "balance_out_of_range": (
+        "A balance, or what is reserved or used, would pass ±(2^53−1).",
+        "The amount is wrong: send the right one, and discard this one.",
+    ),
+    "unexpected_error": (
+        "A defect of Holdfast. The traceback is kept, nothing of the message was applied, and others are not held up.",
+        "Report it; replay it with the version that mends it.",
+    ),
+}
+
+
+def render() -> str:
+    """The whole page."""
+    _must_be_the_same(EXAMPLES, MESSAGES)
+    _must_be_the_same(ANSWER, [field.name for field in fields(Result)])
+    _must_be_the_same(EVENTS, get_args(EventType))
+    return (
+        "\n\n".join(
+            [
+                _INTRODUCTION,
+                "## Fields of every message",
+                _table(("field", "type", "default", "meaning"), [_field(Message, name) for name in COMMON]),
+                *(_message(model) for model in MESSAGES.values()),
+                _ANSWERS,
+                _table(("field", "meaning"), [(f"`{name}`", meaning) for name, meaning in ANSWER.items()]),
+                _table(
+                    ("outcome", "reason", "of", "meaning"),
+                    [
+                        (f"`{outcome}`", f"`{reason}`" if reason else "", of, meaning)
+                        for (outcome, reason), (of, meaning) in OUTCOMES.items()
+                    ],
+                ),
+                _EVENTS,
+                _table(
+                    ("event_type", "credits", "effect", "the ledger's own metadata"),
+                    [
+                        (f"`{event_type}`", amount, effect, ", ".join(f"`{key}`" for key in own))
+                        for event_type, (amount, effect, own) in EVENTS.items()
+                    ],
+                ),
+                _DEAD_LETTERS,
+                _table(
+                    ("code", "meaning", "cure"),
+                    [(f"`{code}`", meaning, cure) for code, (meaning, cure) in DEAD_LETTERS.items()],
+                ),
+            ]
+        )
+        + "\n"
+    )
+
+
+_INTRODUCTION = f"""# Messages
+
+<!-- Written by `make docs` from ledger/messages.py and docs/generate_messages.py: change those. -->
+
+Everything that changes a wallet is a message: a Celery task, sent by its name, with one JSON object as its only
+positional argument. Any Celery client will do, in any language; send to the queue `{QUEUE}` (Celery's own `celery`
+works too). An engine without one may send the workflow messages over HTTP, the other fields as the body:
+`POST {HTTP_PATH}`, where `step` is `start`, `finish`, `cancel` or `fail`.
+
+```python
+from celery import Celery
+
+engine = Celery(broker="redis://:password@broker:6379/0", backend="redis://:password@broker:6379/0")
+message = {{"org_id": "acme", "workflow_id": "run-1", "credits": 75}}
+sent = engine.send_task("workflow.start", args=[message], queue="{QUEUE}", ignore_result=False)
+if sent.get(timeout=10)["outcome"] == "reserved":
+    ...  # run it, then send workflow.finish with what it used
+```
+
+- **Send again whenever in doubt.** A repetition is known by the ids that are named with each message; it is applied
+  once and answered as the first time. The same ids with other `credits`, or with anything else changed in a wallet
+  message's own fields, are a [conflict](#dead-letters).
+- **No order is needed.** What a workflow does to the balances depends on the set of its messages alone: a finish always
+  charges, once; without one, a cancel or a fail leaves nothing behind, even if it comes before the start.
+- **Nothing is dropped.** What cannot be applied is kept as a [dead letter](#dead-letters).
+- A wallet comes into being with the first message that names its organization.
+
+| type | what it is |
+|---|---|
+| id | text, 1–128 characters of `A–Z a–z 0–9 _ . : -` |
+| integer | an integer, never `75.0`, `"75"` or `true`; at most {MAX_CREDITS:,} (2^53−1) either way |
+| time | text: ISO 8601 with an offset from UTC, such as `2026-01-31T09:00:00Z` |
+| text | without the NUL character |
+| object | at most {MAX_METADATA_BYTES // 1024} KiB as JSON, nested at most {MAX_METADATA_DEPTH} deep |
+
+Credits are integers. A field that a message does not have is refused, so a typing error never goes unnoticed."""
+
+_ANSWERS = """## Answers
+
+A sender that asks (`ignore_result=False`, and a `backend` to keep answers in) gets the task's result, an object that is
+kept for an hour. If the message became a dead letter, the task fails, and its error says why."""
+
+_EVENTS = """## Events
+
+What a message did is in the credit history: one immutable row an event, numbered without a gap within its wallet, all
+events of one message at once. `credits` is the effect on what is available, so the column always adds up to it. The
+message's metadata is kept on the event; of equal keys the ledger's own, and `occurred_at`, win."""
+
+_DEAD_LETTERS = """## Dead letters
+
+A message that cannot be applied changes nothing and is kept as it arrived, with a code and a sentence that says what is
+wrong, until an operator replays it (the same message once more: it can never apply twice) or discards it. A database or
+broker that is down makes no dead letters: messages wait."""
+
+
+def _message(model: type[Message]) -> str:
+    summary = (model.__doc__ or "").strip()
+    own = [name for name in model.model_fields if name not in COMMON]
+    source = model.model_fields["source"].default
+    return "\n\n".join(
+        [
+            f"## `{model.task}`",
+            " ".join(summary.split()),
+            f"Known by {_identity(model)}. Default `source`: `{source}`.",
+            _table(("field", "type", "default", "meaning"), [_field(model, name) for name in own]),
+            f"```json\n{json.dumps(EXAMPLES[model.task], ensure_ascii=False)}\n```",
+        ]
+    )
+
+
+def _identity(model: type[Message]) -> str:
+    if issubclass(model, WorkflowMessage):
+        names = ["org_id", "workflow_id"]
+    else:
+        assert issubclass(model, WalletMessage)
+        versioned = ["version"] if issubclass(model, VersionedMessage) else []
+        names = list(dict.fromkeys(["org_id", model.id_field, *versioned]))
+    *most, last = [f"`{name}`" for name in names]
+    return f"{', '.join(most)} and {last}"
+
+
+def _field(model: type[Message], name: str) -> tuple[str, str, str, str]:
+    field = model.model_fields[name]
+    schema = model.model_json_schema()["properties"][name]
+    if field.is_required() and name != "source":
+        default = "required"
+    elif name in ("source", "metadata"):
+        default = {"source": "see the message", "metadata": "`{}`"}[name]
+    else:
+        default = f"`{json.dumps(field.default)}`"
+    return f"`{name}`", _type(schema), default, field.description or ""
+
+
+def _type(schema: Mapping[str, Any]) -> str:
+    match schema:
+        case {"anyOf": [given, {"type": "null"}]}:
+            return f"{_type(given)}, or null"
+        case {"type": "integer"}:
+            return _integer(schema)
+        case {"type": "boolean"}:
+            return "boolean"
+        case {"format": "date-time"}:
+            return "time"
+        case {"pattern": str()}:
+            return "id"
+        case {"minLength": least, "maxLength": most}:
+            return f"text, {least}–{most} characters"
+        case {"title": "Metadata"}:
+            return "object"
+        case _:
+            raise ValueError(f"no words for {schema}")
+
+
+def _integer(schema: Mapping[str, Any]) -> str:
+    least, most = schema.get("minimum"), schema["maximum"]
+    if "exclusiveMinimum" in schema:
+        return f"integer > {schema['exclusiveMinimum']}"
+    if least == -MAX_CREDITS:
+        return "integer"
+    return f"integer ≥ {least}" if most == MAX_CREDITS else f"integer, {least:,} to {most:,}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    lines.insert(1, "|---" * len(head) + "|")
+    return "\n".join(lines)
+
+
+def _must_be_the_same(documented: Iterable[str], existing: Iterable[str]) -> None:
+    if difference := set(documented) ^ set(existing):
+        raise ValueError(f"only documented, or only in the code: {', '.join(sorted(difference))}")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")

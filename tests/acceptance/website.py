@@ -1,0 +1,61 @@
+"""The web pages as they are served: the app in a real server, on a free port of this machine."""
+
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import jwt
+import uvicorn
+
+from api_stub.app import create_app
+from ledger.settings import Settings
+from tests.support import eventually
+
+SECRET = "a secret for tests, of at least 32 characters"
+FUTURE = 4_102_444_800
+HISTORY = "/organizations/acme/credit-history"
+LETTERS = "/operators/dead-letters"
+
+
+def token(**claims: Any) -> str:
+    return jwt.encode({"sub": "ann", "orgs": ["acme"], "scope": "credits:read", "exp": FUTURE} | claims, SECRET)
+
+
+def operator_token() -> str:
+    return token(sub="olga", orgs=[], scope="operator")
+
+
+@contextmanager
+def served(database_url: str, broker_url: str) -> Iterator[str]:
+    """The address of the app."""
+    settings = Settings(database_url=database_url, broker_url=broker_url, jwt_secret=SECRET)
+    server = uvicorn.Server(uvicorn.Config(create_app(settings), port=0, log_level="error", ws="none"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    eventually(lambda: server.started)
+    [listener] = server.servers
+    port = listener.sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+
+
+class Visitor(httpx.Client):
+    """A browser without a screen: keeps cookies, sends forms, and does not follow redirections by itself."""
+
+    def sign_in(self, token: str, *, next: str = "/") -> httpx.Response:
+        form = self.get("/signin", params={"next": next})
+        return self.post("/signin", data={"form": form_token(form), "next": next, "token": token})
+
+
+def form_token(page: httpx.Response) -> str:
+    """What the forms of a page carry."""
+    found = re.search(r'name="form" value="([^"]+)"', page.text)
+    assert found is not None, page.text
+    return found[1]

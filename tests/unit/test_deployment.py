@@ -1,0 +1,496 @@
+"""docker-compose.yml and Dockerfile name only what there is: commands, ports, settings, files.
+
+There is no Docker where these tests run: nothing is built or started. What a health check or the broker's script does
+is run here without its container; the file as a whole is held against the schema of the Compose specification.
+"""
+
+import http.server
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import click
+import pytest
+import typer
+import uvicorn
+from celery.app.utils import find_app
+from celery.bin.celery import celery as celery_command
+from ruamel.yaml import YAML
+from uvicorn.importer import import_from_string
+
+from ledger.settings import PREFIX, Settings
+from worker import cli
+from worker.embedded import POSTGRES_MAJOR
+
+ROOT = Path(__file__).parents[2]
+COMPOSE_TEXT = (ROOT / "docker-compose.yml").read_text()
+COMPOSE: dict[str, Any] = YAML(typ="safe").load(COMPOSE_TEXT)
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+LONG_RUNNING = ["postgres", "broker", "worker", "beat", "api"]
+OURS = ["migrate", "worker", "beat", "api"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+DEPLOYING = (ROOT / "README.md").read_text().split("\n## Deploying\n")[1].split("\n## ")[0]
+
+# Every instruction of the Dockerfile: its name and the rest of its line.
+INSTRUCTIONS: list[tuple[str, str]] = [
+    (name, rest.strip())
+    for name, _, rest in (
+        line.partition(" ")
+        for line in re.sub(r"\\\n", "", (ROOT / "Dockerfile").read_text()).splitlines()
+        if line and not line.startswith("#")
+    )
+]
+
+SECRETS = {
+    "POSTGRES_PASSWORD": "11" * 32,
+    "DATABASE_PASSWORD": "22" * 32,
+    "BROKER_PASSWORD": "33" * 32,
+    "HOLDFAST_JWT_SECRET": "44" * 32,
+}
+VARIABLE = re.compile(r"(?<!\$)\$\{(\w+)([^}]*)\}")
+
+
+def interpolated(value: str) -> str:
+    """As Compose passes it on, with SECRETS as its environment."""
+    return VARIABLE.sub(lambda found: SECRETS[found[1]], value).replace("$$", "$")
+
+
+def environment(service: str) -> dict[str, str]:
+    return {name: interpolated(value) for name, value in SERVICES[service].get("environment", {}).items()}
+
+
+def instructions(name: str) -> list[str]:
+    return [rest for found, rest in INSTRUCTIONS if found == name]
+
+
+def health_check(service: str) -> list[str]:
+    """The health check as an argument vector."""
+    kind, *rest = [interpolated(word) for word in SERVICES[service]["healthcheck"]["test"]]
+    return {"CMD": rest, "CMD-SHELL": ["sh", "-c", *rest]}[kind]
+
+
+def seconds(duration: str) -> int:
+    number, unit = int(duration[:-1]), duration[-1]
+    return number * {"s": 1, "m": 60}[unit]
+
+
+def unknown_options(command: click.Command, words: list[str]) -> list[str]:
+    known = {option for parameter in command.params for option in parameter.opts}
+    return [word for word in words if word.startswith("-") and word not in known]
+
+
+@pytest.fixture
+def service_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Call it with a service: from then on the settings are the ones that it is given."""
+    for variable in os.environ:
+        if variable.startswith(PREFIX):
+            monkeypatch.delenv(variable)
+
+    def apply(service: str) -> Settings:
+        for name, value in environment(service).items():
+            monkeypatch.setenv(name, value)
+        return Settings.load()
+
+    return apply
+
+
+# The file as a whole
+
+
+def test_the_compose_file_is_valid_by_the_schema_of_the_specification() -> None:
+    # The schema is part of check-jsonschema: nothing is fetched.
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    checked = subprocess.run([*command, str(ROOT / "docker-compose.yml")], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_docker_compose_itself_accepts_the_file() -> None:
+    docker = shutil.which("docker")
+    if docker is None or subprocess.run([docker, "compose", "version"], capture_output=True).returncode != 0:
+        pytest.skip("there is no Docker Compose here")
+    command = [docker, "compose", "--file", str(ROOT / "docker-compose.yml"), "config", "--quiet"]
+    accepted = subprocess.run(command, env={**os.environ, **SECRETS}, capture_output=True, text=True)
+    assert accepted.returncode == 0, accepted.stderr
+    refused = subprocess.run(command, env=os.environ, capture_output=True, text=True)
+    assert refused.returncode != 0, "it starts without secrets"
+
+
+def test_there_are_these_services() -> None:
+    assert list(SERVICES) == ["postgres", "broker", "migrate", "worker", "beat", "api"]
+
+
+# Secrets
+
+
+def test_every_variable_is_required_and_none_has_a_default() -> None:
+    variables = VARIABLE.findall(COMPOSE_TEXT)
+    assert {name for name, _ in variables} == set(SECRETS)
+    assert {rest for _, rest in variables} == {':?see "Deploying" in README.md'}
+
+
+def test_no_secret_is_written_in_the_file() -> None:
+    for service in SERVICES.values():
+        for name, value in service.get("environment", {}).items():
+            if re.search("PASSWORD|SECRET|AUTH", name):
+                assert VARIABLE.fullmatch(value), name
+    for url in re.findall(r"://\S+", COMPOSE_TEXT):
+        assert "@" not in url or re.search(r":\$\{\w+$", url.split(":?")[0]), url
+
+
+def test_the_readme_tells_every_variable_and_how_to_make_them() -> None:
+    for name in SECRETS:
+        assert f"`{name}`" in DEPLOYING
+    [names] = re.findall(r"^for name in (.*); do$", DEPLOYING, re.MULTILINE)
+    assert names.split() == list(SECRETS)
+
+
+def test_the_readme_names_services_and_commands_that_exist() -> None:
+    assert re.findall(r"--scale (\w+)=", DEPLOYING) == ["worker"]
+    assert re.findall(r"^docker compose exec (\w+) holdfast (\w+)$", DEPLOYING, re.MULTILINE) == [("api", "verify")]
+    assert "`holdfast_backend`" in DEPLOYING
+    assert COMPOSE["name"] == "holdfast"
+
+
+def test_the_file_of_secrets_reaches_neither_git_nor_the_image() -> None:
+    assert "/.env" in (ROOT / ".gitignore").read_text().splitlines()
+    assert allowed_in_the_build() == {"requirements.txt", "pyproject.toml", "ledger", "worker", "api_stub"}
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("service", "names"),
+    [
+        ("migrate", ["HOLDFAST_DATABASE_URL"]),
+        ("worker", ["HOLDFAST_DATABASE_URL", "HOLDFAST_BROKER_URL"]),
+        ("beat", ["HOLDFAST_DATABASE_URL", "HOLDFAST_BROKER_URL"]),
+        ("api", ["HOLDFAST_DATABASE_URL", "HOLDFAST_BROKER_URL", "HOLDFAST_JWT_SECRET"]),
+    ],
+)
+def test_a_service_is_given_the_settings_it_needs_and_no_secret_more(
+    service: str, names: list[str], service_settings: Any
+) -> None:
+    assert sorted(environment(service)) == sorted(names)
+    settings = service_settings(service)
+    given = {f"{PREFIX}{field.upper()}" for field in Settings.model_fields if getattr(settings, field) is not None}
+    assert given == set(names)
+
+
+def test_the_settings_lead_to_the_services_with_their_passwords(service_settings: Any) -> None:
+    settings = service_settings("worker")
+    database, broker = urlsplit(settings.database_url), urlsplit(settings.broker_url)
+    assert (database.hostname, database.port, database.path) == ("postgres", 5432, "/holdfast")
+    assert (database.username, database.password) == ("holdfast", environment("postgres")["DATABASE_PASSWORD"])
+    assert (broker.hostname, broker.port, broker.path) == ("broker", 6379, "/0")
+    assert broker.password == environment("broker")["BROKER_PASSWORD"]
+
+
+# Commands
+
+
+def test_the_migration_is_a_command_of_holdfast() -> None:
+    assert SERVICES["migrate"]["command"] == ["holdfast", "migrate"]
+    assert PROJECT["project"]["scripts"]["holdfast"] == "worker.cli:main"
+    assert {"migrate", "verify"} <= set(typer.main.get_group(cli.app).commands)
+
+
+@pytest.mark.parametrize("service", ["worker", "beat"])
+def test_celery_knows_the_command_and_finds_the_app(service: str, service_settings: Any) -> None:
+    assert SERVICES[service]["command"] == ["celery", "-A", "worker", service]
+    assert service in celery_command.commands
+    settings = service_settings(service)
+    app = find_app("worker")
+    assert app.main == "holdfast"
+    assert app.conf.broker_url == settings.broker_url
+
+
+def test_uvicorn_finds_the_api_and_listens_where_it_is_published(service_settings: Any) -> None:
+    program, target, *options = SERVICES["api"]["command"]
+    assert (program, target) == ("uvicorn", "api_stub.app:app")
+    assert unknown_options(uvicorn.main, options) == []
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    assert (given["--host"], given["--port"]) == ("0.0.0.0", "8000")
+    assert SERVICES["api"]["ports"] == ["127.0.0.1:8000:8000"]
+    assert int(given["--timeout-graceful-shutdown"]) < seconds(SERVICES["api"]["stop_grace_period"])
+    service_settings("api")
+    assert "/readyz" in import_from_string(target).openapi()["paths"]
+
+
+def test_no_command_goes_through_a_shell_that_would_keep_signals_to_itself() -> None:
+    for service in OURS:
+        assert isinstance(SERVICES[service]["command"], list)
+        assert SERVICES[service]["command"][0] not in ("sh", "bash")
+        assert "entrypoint" not in SERVICES[service]
+    assert SERVICES["broker"]["command"][0].startswith("exec valkey-server ")
+
+
+# Health checks
+
+
+@pytest.mark.parametrize("service", LONG_RUNNING)
+def test_every_long_running_service_has_a_health_check_that_ends_before_the_next(service: str) -> None:
+    check = SERVICES[service]["healthcheck"]
+    assert seconds(check["timeout"]) <= seconds(check["interval"])
+    assert check["retries"] >= 2
+    assert "start_period" in check
+
+
+def test_postgres_is_asked_for_holdfasts_database_and_not_while_it_initializes() -> None:
+    assert health_check("postgres") == [
+        *("pg_isready", "--quiet"),
+        "--host=127.0.0.1",  # the server that initializes the volume listens on a socket alone
+        *("--username=holdfast", "--dbname=holdfast"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "exit_code"),
+    [
+        ("PONG", 0),
+        ("LOADING Valkey is loading the dataset in memory", 1),
+        ("NOAUTH Authentication required.", 1),
+        ("", 1),
+    ],
+)
+def test_the_broker_is_healthy_when_it_answers_pong(answer: str, exit_code: int, tmp_path: Path) -> None:
+    path = with_program("valkey-cli", f'test "$*" = ping && echo "{answer}"', tmp_path)
+    checked = subprocess.run(health_check("broker"), env={**environment("broker"), "PATH": path}, capture_output=True)
+    assert checked.returncode == exit_code
+    assert environment("broker")["VALKEYCLI_AUTH"] == SECRETS["BROKER_PASSWORD"]
+
+
+def test_the_worker_is_asked_by_its_own_name_and_in_words_that_celery_knows() -> None:
+    shell, flag, line = health_check("worker")
+    assert (shell, flag) == ("sh", "-c")
+    program, app_option, app, command, method, *options = shlex.split(line.replace("$HOSTNAME", "c0ffee"))
+    assert (program, app_option, app, command, method) == ("celery", "-A", "worker", "inspect", "ping")
+    assert options == ["--destination", "celery@c0ffee", "--timeout", "10"]
+    assert unknown_options(celery_command.commands["inspect"], options) == []
+    assert seconds(SERVICES["worker"]["healthcheck"]["timeout"]) > 10
+
+
+def test_the_beat_is_healthy_as_long_as_it_has_a_connection_to_the_broker() -> None:
+    python, flag, program = health_check("beat")
+    assert (python, flag) == ("python", "-c")
+    assert "6379" in program
+    with socket.create_server(("127.0.0.1", 0)) as broker:
+        port = broker.getsockname()[1]
+        probe = [sys.executable, "-c", program.replace("6379", str(port))]
+        with socket.create_connection(("127.0.0.1", port)):
+            assert subprocess.run(probe).returncode == 0
+        unconnected = subprocess.run(probe, capture_output=True, text=True)
+    assert (unconnected.returncode, unconnected.stderr) == (1, "the beat is not connected to the broker\n")
+
+
+@pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False)])
+def test_the_api_is_healthy_when_it_says_that_it_is_ready(status: int, healthy: bool) -> None:
+    asked: list[str] = []
+
+    class Api(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    python, flag, program = health_check("api")
+    assert (python, flag) == ("python", "-c")
+    assert '("127.0.0.1", 8000, ' in program
+    with http.server.HTTPServer(("127.0.0.1", 0), Api) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        probe = [sys.executable, "-c", program.replace(" 8000,", f" {server.server_port},")]
+        checked = subprocess.run(probe, capture_output=True)
+        server.shutdown()
+        thread.join()
+    assert (checked.returncode == 0) == healthy
+    assert asked == ["/readyz"]
+
+
+# What the services are made of
+
+
+def test_every_image_is_pinned_to_a_version_that_the_code_is_for() -> None:
+    assert SERVICES["postgres"]["image"].startswith(f"postgres:{POSTGRES_MAJOR}.")
+    assert re.fullmatch(r"valkey/valkey:\d+\.\d+\.\d+", SERVICES["broker"]["image"])
+    assert {SERVICES[service]["image"] for service in OURS} == {f"holdfast:{PROJECT['project']['version']}"}
+
+
+def test_our_image_is_built_once_and_never_pulled() -> None:
+    assert [name for name, service in SERVICES.items() if "build" in service] == ["migrate"]
+    assert {SERVICES[service]["pull_policy"] for service in OURS} == {"never"}
+
+
+def test_the_broker_keeps_what_it_was_given(tmp_path: Path) -> None:
+    service = SERVICES["broker"]
+    path = with_program("valkey-server", 'test "$*" = - && exec cat', tmp_path)
+    started = subprocess.run(
+        [*service["entrypoint"], *map(interpolated, service["command"])],
+        env={**environment("broker"), "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert started.stderr == ""
+    assert started.stdout.splitlines() == [
+        f"requirepass {SECRETS['BROKER_PASSWORD']}",
+        "dir /data",
+        "appendonly yes",
+        "appendfsync everysec",
+        'save ""',
+        "maxmemory-policy noeviction",
+    ]
+
+
+def test_data_is_kept_in_named_volumes_where_the_images_have_it() -> None:
+    # PostgreSQL's image has its data in a folder of the major version's below this, from 18 on.
+    assert SERVICES["postgres"]["volumes"][0] == "postgres:/var/lib/postgresql"
+    assert SERVICES["broker"]["volumes"] == ["broker:/data"]
+    assert set(COMPOSE["volumes"]) == {"postgres", "broker"}
+    for service in OURS:
+        assert "volumes" not in SERVICES[service]
+
+
+def test_the_database_is_holdfasts_own_and_holdfast_is_no_superuser() -> None:
+    source, target, mode = SERVICES["postgres"]["volumes"][1].split(":")
+    assert (target, mode) == ("/docker-entrypoint-initdb.d/holdfast.sql", "ro")
+    statements = [line for line in (ROOT / source).read_text().splitlines() if not line.startswith("--")]
+    assert statements == [
+        r"\getenv password DATABASE_PASSWORD",
+        "CREATE ROLE holdfast LOGIN PASSWORD :'password';",
+        "CREATE DATABASE holdfast OWNER holdfast;",
+    ]
+    assert "DATABASE_PASSWORD" in environment("postgres")
+
+
+# How they run
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_every_service_runs_with_no_right_it_does_not_need(service: str) -> None:
+    running = SERVICES[service]
+    assert running["read_only"] is True
+    assert running["cap_drop"] == ["ALL"]
+    assert running["security_opt"] == ["no-new-privileges:true"]
+    assert "/tmp" in running.get("tmpfs", []) or service == "broker"
+    assert not {"privileged", "cap_add", "container_name", "network_mode", "pid"} & set(running)
+    assert service in OURS or running["user"] == service.replace("broker", "valkey")
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_the_logs_of_every_service_are_bounded(service: str) -> None:
+    assert SERVICES[service]["logging"] == {"driver": "json-file", "options": {"max-size": "10m", "max-file": "5"}}
+
+
+def test_what_is_meant_to_run_is_started_again_and_the_migration_is_not() -> None:
+    assert {name: service["restart"] for name, service in SERVICES.items()} == {
+        **dict.fromkeys(LONG_RUNNING, "unless-stopped"),
+        "migrate": "no",
+    }
+
+
+def test_only_the_api_can_be_reached_and_only_from_this_machine() -> None:
+    assert COMPOSE["networks"] == {"backend": {"internal": True}, "frontend": {}}
+    for name, service in SERVICES.items():
+        assert service["networks"] == (["backend", "frontend"] if name == "api" else ["backend"])
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+        assert ("ports" in service) == (name == "api")
+
+
+def test_nothing_starts_before_what_it_needs() -> None:
+    assert SERVICES["migrate"]["depends_on"] == {"postgres": {"condition": "service_healthy"}}
+    for service in ("worker", "beat", "api"):
+        assert SERVICES[service]["depends_on"] == {
+            "migrate": {"condition": "service_completed_successfully"},
+            "broker": {"condition": "service_healthy"},
+        }
+
+
+def test_a_service_is_given_the_time_that_it_needs_to_stop() -> None:
+    assert seconds(SERVICES["worker"]["stop_grace_period"]) >= 30  # it needs at most 10
+    assert seconds(SERVICES["postgres"]["stop_grace_period"]) >= 90
+    assert {name for name in LONG_RUNNING if "stop_grace_period" not in SERVICES[name]} == set()
+
+
+def test_signals_and_orphans_are_taken_care_of() -> None:
+    # PostgreSQL is the first process of its container by intention.
+    assert {name: service["init"] for name, service in SERVICES.items()} == {
+        "postgres": False,
+        **dict.fromkeys(["broker", *OURS], True),
+    }
+
+
+# The image
+
+
+def allowed_in_the_build() -> set[str]:
+    """The names that .dockerignore lets through: it shuts out everything, then lets in."""
+    first, *rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    assert first == "*"
+    assert rules.pop() == "**/__pycache__"
+    return {rule.removeprefix("!") for rule in rules if rule.startswith("!")}
+
+
+def with_program(name: str, script: str, folder: Path) -> str:
+    """A PATH on which `name` is a program that does `script`, before everything else."""
+    program = folder / name
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    return f"{folder}:{os.defpath}"
+
+
+def test_the_image_is_made_of_files_that_exist_and_of_every_package() -> None:
+    copied = [words.split()[:-1] for words in instructions("COPY") if not words.startswith("--from=")]
+    sources = {source for words in copied for source in words}
+    assert sources == allowed_in_the_build()
+    assert all((ROOT / source).exists() for source in sources)
+    assert set(PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]) <= sources
+
+
+def test_both_stages_are_of_one_pinned_python_that_holdfast_supports() -> None:
+    build, final = instructions("FROM")
+    assert build == f"{final} AS build"
+    version = re.fullmatch(r"python:(\d+)\.(\d+)\.\d+-slim-\w+", final)
+    assert version is not None
+    assert PROJECT["project"]["requires-python"] == ">=3.11"
+    assert (int(version[1]), int(version[2])) >= (3, 11)
+
+
+def test_everything_is_installed_from_the_lock_file_by_its_hash() -> None:
+    _, install, project, _ = map(json.loads, instructions("RUN"))
+    pip = ["pip", "--python", "/opt/holdfast/bin/python", "install"]
+    options = ["--require-hashes", "--only-binary", ":all:", "--requirement", "requirements.txt"]
+    assert install == [*pip, *options]
+    assert project == [*pip, "--no-deps", "--no-build-isolation", "."]
+
+
+def test_the_image_leaves_behind_what_only_building_and_holdfast_up_need() -> None:
+    *_, last = map(json.loads, instructions("RUN"))
+    uninstalled = last[last.index("--yes") + 1 :]
+    unneeded = PROJECT["project"]["optional-dependencies"]["embedded"] + PROJECT["dependency-groups"]["build"]
+    assert sorted(uninstalled) == sorted(re.split("[~=<>]", requirement)[0] for requirement in unneeded)
+
+
+def test_the_final_stage_has_no_build_step_and_runs_as_nobody() -> None:
+    final = INSTRUCTIONS[[name for name, _ in INSTRUCTIONS].index("FROM", 1) :]
+    assert [name for name, _ in final] == ["FROM", "COPY", "ENV", "USER", "CMD"]
+    assert dict(final)["USER"] == "10001:10001"
+    assert "PYTHONUNBUFFERED=1" in dict(final)["ENV"].split()
+
+
+def test_the_image_alone_is_a_worker_in_exec_form() -> None:
+    [command] = map(json.loads, instructions("CMD"))
+    assert command == SERVICES["worker"]["command"]

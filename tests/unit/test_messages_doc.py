@@ -1,0 +1,189 @@
+"""docs/messages.md says what is so: written from the code, complete, with examples that are applied here."""
+
+import ast
+import json
+import re
+from collections import defaultdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api_stub.app import create_app
+from docs.generate_messages import DEAD_LETTERS, EVENTS, EXAMPLES, HTTP_PATH, OUTCOMES, PAGE, render
+from ledger.messages import MAX_CREDITS, MESSAGES, Message, parse
+from ledger.settings import Settings
+from ledger.state import OUTCOMES as WORKFLOW_OUTCOMES
+from tests.unit.memory import MemoryLedger
+
+ROOT = Path(__file__).parents[2]
+TEXT = PAGE.read_text(encoding="utf-8")
+SOURCES = {
+    path: ast.parse(path.read_text()) for folder in ("ledger", "worker") for path in (ROOT / folder).glob("*.py")
+}
+CODE = re.compile(r"[a-z]+(_[a-z]+)+|conflict")
+
+# The examples as one story, with what each is answered.
+STORY = [
+    ("wallet.configure", "posted"),
+    ("wallet.purchase", "posted"),
+    ("wallet.subscribe", "posted"),
+    ("wallet.grant", "posted"),
+    ("wallet.adjust", "posted"),
+    ("workflow.start", "reserved"),
+    ("workflow.finish", "settled"),
+    ("workflow.cancel", "released"),
+    ("workflow.fail", "released"),
+    ("wallet.refund", "posted"),
+    ("wallet.bill", "posted"),
+    ("wallet.unsubscribe", "posted"),
+]
+
+
+def section(task: str) -> str:
+    return TEXT.split(f"\n## `{task}`\n")[1].split("\n## ")[0]
+
+
+def example(task: str) -> dict[str, Any]:
+    [found] = re.findall(r"^```json\n(.*?)\n```$", section(task), re.MULTILINE | re.DOTALL)
+    return json.loads(found)
+
+
+def strings_given_to(*functions: str) -> set[str]:
+    """Every string constant that is an argument of a call to one of `functions`, anywhere in our sources."""
+    return {
+        argument.value
+        for tree in SOURCES.values()
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in functions
+        for argument in (*call.args, *(keyword.value for keyword in call.keywords))
+        if isinstance(argument, ast.Constant) and isinstance(argument.value, str)
+    }
+
+
+def own_metadata() -> dict[str, set[str]]:
+    """What metadata each type of event has, in a story in which everything happens; the sender gives none."""
+    ledger = MemoryLedger(datetime(2026, 3, 1, 9, tzinfo=UTC))
+    for task, fields in [
+        ("workflow.finish", {"workflow_id": "never-started", "credits": 10}),
+        ("wallet.subscribe", {**EXAMPLES["wallet.subscribe"], "monthly_credits": 50, "rollover_limit": 0}),
+        ("wallet.subscribe", {**EXAMPLES["wallet.subscribe"], "version": 2}),
+        ("wallet.purchase", {"purchase_id": "order-1", "credits": 500}),
+        ("wallet.grant", EXAMPLES["wallet.grant"]),
+        ("wallet.adjust", EXAMPLES["wallet.adjust"]),
+        ("wallet.bill", EXAMPLES["wallet.bill"]),
+        ("workflow.start", {"workflow_id": "run-1", "credits": 75}),
+        ("workflow.finish", {"workflow_id": "run-1", "credits": 80}),
+        ("wallet.refund", EXAMPLES["wallet.refund"]),
+        ("workflow.start", {"workflow_id": "run-2", "credits": 10}),
+        ("workflow.cancel", EXAMPLES["workflow.cancel"]),
+    ]:
+        assert ledger.send(task, **fields).refusal is None, task
+    assert ledger.send("wallet.grant", grant_id="full", credits=MAX_CREDITS - ledger.wallet.balance).refusal is None
+    ledger.wait(days=40)
+    keys: dict[str, set[str]] = defaultdict(set)
+    for event in ledger.events:
+        keys[event.event_type] |= set(event.metadata)
+    return keys
+
+
+def test_the_page_is_what_make_docs_writes() -> None:
+    assert render() == TEXT, "docs/messages.md is not up to date: make docs"
+
+
+def test_the_page_has_a_section_for_every_message() -> None:
+    assert re.findall(r"^## `(.*)`$", TEXT, re.MULTILINE) == list(MESSAGES)
+
+
+@pytest.mark.parametrize("task", MESSAGES)
+def test_every_field_of_a_message_has_its_row_with_a_meaning(task: str) -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \| (.+) \| (.+) \|$", section(task), re.MULTILINE)
+    common = ["org_id", "source", "occurred_at", "metadata"]
+    assert [name for name, *_ in rows] == [name for name in MESSAGES[task].model_fields if name not in common]
+    for name, _, default, _ in rows:
+        assert (default == "required") == MESSAGES[task].model_fields[name].is_required()
+
+
+def test_bounds_and_defaults_are_told_as_they_are() -> None:
+    assert "| `expires_in_s` | integer, 60 to 2,592,000 | `86400` | Seconds after which " in section("workflow.start")
+    assert "| `credits` | integer ≥ 0 | required |" in section("workflow.finish")
+    assert "| `credits` | integer > 0 | required |" in section("wallet.purchase")
+    assert "| `credits` | integer | required |" in section("wallet.bill")
+    assert "| `period_cap` | integer ≥ 0, or null | `null` |" in section("wallet.configure")
+    assert "| `allow_negative` | boolean | `false` |" in section("wallet.adjust")
+    assert "| `plan` | text, 1–256 characters | required |" in section("wallet.subscribe")
+
+
+def test_every_message_tells_what_it_is_known_by_and_its_default_source() -> None:
+    assert "Known by `org_id` and `workflow_id`. Default `source`: `workflow-engine`." in section("workflow.start")
+    assert "Known by `org_id` and `grant_id`. Default `source`: `admin`." in section("wallet.grant")
+    assert "Known by `org_id`, `subscription_id` and `version`." in section("wallet.unsubscribe")
+    assert "Known by `org_id` and `version`." in section("wallet.configure")
+
+
+@pytest.mark.parametrize("task", MESSAGES)
+def test_every_example_is_a_valid_message(task: str) -> None:
+    assert isinstance(parse(task, example(task)), Message)
+
+
+def test_the_examples_are_applied_and_answered_as_a_story() -> None:
+    assert sorted(task for task, _ in STORY) == sorted(MESSAGES)
+    ledger = MemoryLedger(datetime(2026, 3, 1, 9, tzinfo=UTC))
+    for workflow_id in ("run-2", "run-3"):
+        ledger.send("wallet.purchase", purchase_id=workflow_id, credits=10)
+        ledger.send("workflow.start", workflow_id=workflow_id, credits=10)
+    for task, outcome in STORY:
+        decision = ledger.send(task, **example(task))
+        assert decision.refusal is None
+        assert (task, decision.outcome) == (task, outcome)
+        assert ledger.send(task, **example(task)).duplicate
+
+
+def test_the_program_of_the_page_sends_a_valid_message() -> None:
+    [program] = re.findall(r"^```python\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+    [message] = [node.value for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Assign)][1:2]
+    assert isinstance(parse("workflow.start", ast.literal_eval(message)), Message)
+    assert 'send_task("workflow.start"' in program
+    assert 'queue="credits"' in program
+
+
+def test_the_http_path_of_the_page_is_one_of_the_api() -> None:
+    api = create_app(
+        Settings(
+            database_url="postgresql+psycopg://user:password@host/database",
+            broker_url="redis://host",
+            jwt_secret="x" * 32,
+        )
+    )
+    assert f"`POST {HTTP_PATH}`" in TEXT
+    assert "post" in api.openapi()["paths"][HTTP_PATH]
+
+
+def test_every_outcome_and_reason_is_explained() -> None:
+    given = set(WORKFLOW_OUTCOMES.values()) | {("settled", None), ("posted", None)}
+    given |= {("ignored", reason) for reason in strings_given_to("Decision") if CODE.fullmatch(reason)}
+    assert set(OUTCOMES) == given
+
+
+def test_every_code_of_a_dead_letter_is_explained() -> None:
+    given = strings_given_to("InvalidMessage", "Refusal", "DeadLetter", "_refuse")
+    assert set(DEAD_LETTERS) == {text for text in given if CODE.fullmatch(text)}, (
+        "see DEAD_LETTERS in docs/generate_messages.py"
+    )
+
+
+def test_every_key_that_the_ledger_adds_to_metadata_is_named_with_its_event() -> None:
+    assert own_metadata() == {event_type: set(own) for event_type, (_, _, own) in EVENTS.items()}
+
+
+def test_every_link_within_the_page_leads_to_a_heading() -> None:
+    headings = {heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", TEXT, re.MULTILINE)}
+    links = set(re.findall(r"\]\(#([\w-]+)\)", TEXT))
+    assert links
+    assert links <= headings
+
+
+def test_readme_and_architecture_lead_to_the_page() -> None:
+    assert "(docs/messages.md)" in (ROOT / "README.md").read_text()
+    assert "(messages.md)" in (ROOT / "docs" / "architecture.md").read_text()

@@ -1,0 +1,293 @@
+"""`holdfast failed …`: what operators do about dead letters. None is deleted; each keeps who dealt with it, and how."""
+
+import base64
+import sys
+from collections import Counter
+from dataclasses import asdict
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+from sqlalchemy import Engine
+
+from ledger import dead_letters
+from ledger.dead_letters import (
+    KeptLetter,
+    LetterFilter,
+    NotOpenError,
+    NotReplayableError,
+    StillFailsError,
+    UnknownLetterError,
+)
+from ledger.state import Result
+from worker.client import Client, DeadLetteredError, NoAnswerError
+from worker.terminal import (
+    AsJson,
+    By,
+    Column,
+    WaitS,
+    Why,
+    as_json,
+    console,
+    escaped,
+    fail,
+    moment,
+    one_line,
+    open_client,
+    open_ledger,
+    print_json,
+    properties,
+    say,
+    table,
+    this_person,
+    warn,
+)
+
+MAX_LISTED = 1_000
+LONGEST_SHOWN = 100_000
+"""The most characters of a message or a traceback that `show` prints; `--json` prints all."""
+
+app = typer.Typer(
+    name="failed",
+    help="Dead letters: see, replay or discard messages that could not be applied.",
+    epilog="Example: holdfast failed list",
+    no_args_is_help=True,
+)
+
+
+class Status(StrEnum):
+    """What has become of a dead letter."""
+
+    OPEN = "open"
+    REPLAYED = "replayed"
+    DISCARDED = "discarded"
+    ALL = "all"
+
+
+LetterId = Annotated[int, typer.Argument(metavar="ID", min=1, max=2**63 - 1, help="The dead letter's number.")]
+Task = Annotated[
+    str | None, typer.Option("--task", metavar="TASK", help="Only this task, as wallet.refund.", callback=one_line)
+]
+Org = Annotated[str | None, typer.Option("--org", metavar="ORG", help="Only this organization.", callback=one_line)]
+Since = Annotated[
+    str | None, typer.Option("--since", metavar="TIME", help="Only what failed last at or after this (ISO 8601, UTC).")
+]
+
+_CODES = "conflict, invalid_message, refund_exceeds_usage, …"
+
+_COLUMNS = (
+    Column("id", keeps_line=True),
+    Column("last_failed_at", keeps_line=True, needs_width=70),
+    Column("status", keeps_line=True, needs_width=90),
+    Column("attempts", needs_width=100, is_amount=True),
+    Column("org_id", needs_width=80),
+    Column("task"),
+    Column("error_code"),
+    Column("error", needs_width=120),
+)
+
+
+@app.command("list", epilog="Example: holdfast failed list --code conflict --since 2026-01-31")
+def list_letters(
+    code: Annotated[
+        str | None, typer.Option("--code", metavar="CODE", help=f"Only this error: {_CODES}", callback=one_line)
+    ] = None,
+    task: Task = None,
+    org_id: Org = None,
+    since: Since = None,
+    status: Annotated[Status, typer.Option(help="Only what this has become of.")] = Status.OPEN,
+    limit: Annotated[int, typer.Option(min=1, max=MAX_LISTED, help="How many, at most.")] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """List dead letters, newest first: the open ones, unless --status says otherwise."""
+    matching = LetterFilter(None if status is Status.ALL else status, code, task, org_id, moment(since, "--since"))
+    with open_ledger() as engine, engine.connect() as connection:
+        found = dead_letters.letters(connection, matching, limit=limit + 1)
+    shown = found[:limit]
+    if as_json:
+        print_json({"items": [_item(letter) for letter in shown], "has_more": len(found) > limit})
+    elif shown:
+        which = "Dead letters" if status is Status.ALL else f"{status.capitalize()} dead letters"
+        count = f"the newest {limit}, of more" if len(found) > limit else str(len(shown))
+        console.print(table(f"{which}, newest first: {count}", _COLUMNS, map(asdict, shown)))
+    else:
+        say("No dead letters." if matching == LetterFilter(None) else "No dead letters match.")
+
+
+@app.command(epilog="Example: holdfast failed show 7")
+def show(letter_id: LetterId, as_json: AsJson = False) -> None:
+    """Show everything about one dead letter. Exit code 1 if there is none with this number."""
+    with open_ledger() as engine, engine.connect() as connection:
+        try:
+            letter = dead_letters.letter(connection, letter_id)
+        except UnknownLetterError as error:
+            fail(str(error), code=1)
+    if as_json:
+        print_json(_item(letter))
+        return
+    names = [name for name in asdict(letter) if name not in ("id", "body", "traceback")]
+    rows = [(name, getattr(letter, name)) for name in names if getattr(letter, name) is not None]
+    console.print(properties(f"Dead letter {letter.id}", rows, amounts=False))
+    _show_text("Message", _readable(letter.body))
+    if letter.traceback is not None:
+        _show_text("Traceback", escaped(letter.traceback, keep="\n"))
+
+
+@app.command(epilog="Example: holdfast failed replay --all --error refund_exceeds_usage --dry-run")
+def replay(
+    letter_ids: Annotated[
+        list[int] | None, typer.Argument(metavar="ID", min=1, max=2**63 - 1, help="The dead letters' numbers.")
+    ] = None,
+    all_matching: Annotated[bool, typer.Option("--all", help="Every open dead letter that matches.")] = False,
+    code: Annotated[
+        str | None,
+        typer.Option("--error", metavar="CODE", help=f"With --all, only this error: {_CODES}", callback=one_line),
+    ] = None,
+    task: Task = None,
+    org_id: Org = None,
+    since: Since = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent. Send nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --all, do not ask.")] = False,
+    by: By = this_person(),  # noqa: B008 # who started the program stays the same
+    wait_s: WaitS = 10,
+) -> None:
+    """Send messages again, as they were, once the reason why they failed is mended.
+
+    They keep their ids, so nothing is ever applied twice. Exit code 1 if a message failed again: it stays open.
+    """
+    matching = LetterFilter("open", code, task, org_id, moment(since, "--since"))
+    if bool(letter_ids) == all_matching:
+        raise typer.BadParameter("name dead letters or give --all, one of the two", param_hint="ID")
+    if letter_ids and matching != LetterFilter("open"):
+        raise typer.BadParameter("--error, --task, --org and --since choose among --all", param_hint="ID")
+    with open_ledger() as engine:
+        chosen = letter_ids or _all_matching(engine, matching)
+        if not chosen:
+            say("No open dead letter matches.")
+            return
+        if dry_run:
+            say(f"Would replay {_counted(chosen)}. Nothing was sent.")
+            return
+        if all_matching and not yes:
+            _ask(f"Replay {_counted(chosen)}?")
+        with open_client() as client:
+            sender = _Sender(client, wait_s)
+            failed = [letter_id for letter_id in chosen if not _replay_one(engine, letter_id, by, sender)]
+    if len(chosen) > 1:
+        say(f"{len(chosen) - len(failed):,} of {_counted(chosen)} replayed.")
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command(epilog='Example: holdfast failed discard 7 8 --why "sent twice by mistake, see ticket 42"')
+def discard(
+    letter_ids: Annotated[
+        list[int], typer.Argument(metavar="ID", min=1, max=2**63 - 1, help="The dead letters' numbers.")
+    ],
+    why: Why,
+    by: By = this_person(),  # noqa: B008 # who started the program stays the same
+) -> None:
+    """Mark open dead letters as not to be applied, and why. They are kept, but cannot be replayed any more."""
+    refused = 0
+    with open_ledger() as engine:
+        for letter_id in letter_ids:
+            try:
+                dead_letters.discard(engine, letter_id, by=by, why=why)
+                say(f"Dead letter {letter_id} is discarded.")
+            except (UnknownLetterError, NotOpenError) as error:
+                warn(str(error))
+                refused += 1
+    raise typer.Exit(1 if refused else 0)
+
+
+# Replaying
+
+
+class _Sender:
+    """Sends messages and waits for each answer; once one has not come in time, it waits for no other."""
+
+    def __init__(self, client: Client, wait_s: float) -> None:
+        self._client = client
+        self._wait_s = wait_s if client.keeps_answers else None
+        self._unanswered = "this broker keeps no answers"
+
+    def send(self, task: str, args: list[Any], kwargs: dict[str, Any]) -> Result | str:
+        try:
+            answer = self._client.send_as_is(task, args, kwargs, wait_s=self._wait_s)
+        except DeadLetteredError as error:
+            raise StillFailsError(str(error)) from error
+        except NoAnswerError as error:
+            self._wait_s, self._unanswered = None, "not waited for, as the worker did not answer the one before"
+            return str(error)
+        if answer is not None:
+            return answer
+        return self._unanswered if self._wait_s is None else "it has run"
+
+
+def _replay_one(engine: Engine, letter_id: int, by: str, sender: _Sender) -> bool:
+    try:
+        outcome = dead_letters.replay(engine, letter_id, by=by, send=sender.send)
+    except (UnknownLetterError, NotReplayableError) as error:
+        warn(str(error))
+    except StillFailsError as error:
+        with engine.connect() as connection:
+            letter = dead_letters.letter(connection, letter_id)
+        warn(f"dead letter {letter_id} failed again and is {letter.status}, attempts: {letter.attempts}: {error}")
+    else:
+        say(f"Dead letter {letter_id}: {outcome}.")
+        return True
+    return False
+
+
+def _all_matching(engine: Engine, matching: LetterFilter) -> list[int]:
+    """The numbers of all that match, oldest first, as they came; says how many there are of each kind."""
+    ids: list[int] = []
+    kinds: Counter[tuple[str, str]] = Counter()
+    with engine.connect() as connection:
+        while page := dead_letters.letters(connection, matching, limit=MAX_LISTED, before_id=ids[-1] if ids else None):
+            ids += [letter.id for letter in page]
+            kinds.update((letter.error_code, letter.task) for letter in page)
+    for (code, task), count in sorted(kinds.items()):
+        say(f"{count:>7,} × {code}, {task}")
+    return ids[::-1]
+
+
+def _ask(question: str) -> None:
+    if not sys.stdin.isatty():
+        fail("this is no terminal to ask at; look with --dry-run, then give --yes")
+    if not typer.confirm(question):
+        fail("nothing was sent", code=1)
+
+
+def _counted(letter_ids: list[int]) -> str:
+    return "1 dead letter" if len(letter_ids) == 1 else f"{len(letter_ids):,} dead letters"
+
+
+# Showing
+
+
+def _item(letter: KeptLetter) -> dict[str, Any]:
+    """A dead letter as JSON values: the message as it was sent, if it is one, and its bytes in any case."""
+    values = asdict(letter)
+    body: bytes = values.pop("body")
+    args, kwargs = dead_letters.arguments(body) or (None, None)
+    times = {name: value.isoformat() for name, value in values.items() if isinstance(value, datetime)}
+    return {**values, **times, "args": args, "kwargs": kwargs, "body_base64": base64.b64encode(body).decode()}
+
+
+def _readable(body: bytes) -> str:
+    match dead_letters.arguments(body):
+        case None:
+            return escaped(body.decode("utf-8", "backslashreplace"), keep="\n")
+        case [message], {}:
+            return as_json(message)
+        case args, kwargs:
+            return as_json({"args": args, "kwargs": kwargs})
+
+
+def _show_text(title: str, text: str) -> None:
+    console.print(f"[bold]{title}[/]")
+    shown = text[:LONGEST_SHOWN]
+    print(shown)
+    if len(shown) < len(text):
+        say(f"… and {len(text) - len(shown):,} characters more. Use --json to see everything.")

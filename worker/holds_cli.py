@@ -1,0 +1,126 @@
+"""`holdfast holds` and `holdfast release`: reservations that stay open, and how an operator ends one."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
+
+import typer
+
+from ledger import history
+from ledger.dead_letters import described
+from worker.terminal import (
+    AsJson,
+    Column,
+    Organization,
+    WaitS,
+    Why,
+    console,
+    fail,
+    one_line,
+    open_client,
+    open_ledger,
+    print_json,
+    say,
+    table,
+)
+
+MAX_LISTED = 1_000
+SOURCE = "operator"
+"""The source of the events that an operator causes."""
+
+app = typer.Typer()
+
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+_COLUMNS = (
+    Column("age", keeps_line=True),
+    Column("org_id"),
+    Column("workflow_id"),
+    Column("credits", is_amount=True),
+    Column("expires_at", keeps_line=True),
+    Column("project_id", needs_width=100),
+    Column("activity_name", needs_width=120),
+    Column("reserved_at", keeps_line=True, needs_width=140),
+)
+
+
+def _duration(text: str) -> timedelta:
+    found = re.fullmatch(r"([0-9]{1,6})([smhd])", text)
+    if found is None:
+        raise typer.BadParameter(f"{text} is not a time such as 90s, 15m, 2h or 3d")
+    return timedelta(**{_UNITS[found[2]]: int(found[1])})
+
+
+@app.command(epilog="Example: holdfast holds acme --older-than 2h")
+def holds(
+    org_id: Annotated[
+        str | None, typer.Argument(metavar="ORG", help="Only this organization.", callback=one_line)
+    ] = None,
+    older_than: Annotated[
+        timedelta | None,
+        typer.Option("--older-than", metavar="AGE", parser=_duration, help="Only those: 90s, 15m, 2h, 3d."),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, max=MAX_LISTED, help="How many, at most.")] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """List open reservations, oldest first: a workflow that never ended holds its credits until they expire."""
+    with open_ledger() as engine, engine.connect() as connection:
+        found = history.open_reservations(connection, org_id=org_id, older_than=older_than, limit=limit + 1)
+    shown = found[:limit]
+    if as_json:
+        print_json({"items": [asdict(reservation) for reservation in shown], "has_more": len(found) > limit})
+    elif shown:
+        count = f"the oldest {limit}, of more" if len(found) > limit else str(len(shown))
+        now = datetime.now(UTC)
+        rows = [_row(asdict(reservation), now) for reservation in shown]
+        console.print(table(f"Open reservations, oldest first: {count}", _COLUMNS, rows))
+    else:
+        say("No open reservations." if org_id is None and older_than is None else "No open reservation matches.")
+
+
+@app.command(epilog='Example: holdfast release acme run-7 --why "the engine lost this run"')
+def release(
+    org_id: Organization,
+    workflow_id: Annotated[str, typer.Argument(metavar="WORKFLOW", help="The workflow's id.", callback=one_line)],
+    why: Why,
+    wait_s: WaitS = 10,
+) -> None:
+    """Release the reservation of a workflow that never ended, by cancelling the workflow.
+
+    The credit history shows it, with the reason. Should the workflow finish after all, it is charged as ever.
+    Exit code 1 if it holds no reservation.
+    """
+    with open_ledger() as engine, engine.connect() as connection:
+        workflow = history.workflow(connection, org_id, workflow_id)
+    if workflow is None:
+        fail(f"{org_id} has no workflow {workflow_id}: no message has named it yet", code=1)
+    if workflow.state != "reserved":
+        fail(f"workflow {workflow_id} of {org_id} is {workflow.state}: it holds no reservation", code=1)
+    with open_client() as client:
+        answer = client.cancel(
+            org_id=org_id,
+            workflow_id=workflow_id,
+            reason=why,
+            source=SOURCE,
+            wait_s=wait_s if client.keeps_answers else None,
+        )
+    if answer is None:
+        say(f"Asked to cancel {workflow_id} of {org_id}; this broker keeps no answers, so look at `holdfast holds`.")
+    elif answer.outcome != "released":
+        fail(f"workflow {workflow_id} of {org_id} ended meanwhile: {described(answer)}", code=1)
+    else:
+        say(f"Released {workflow.reserved_credits:,} credits of {org_id}; {answer.available:,} are available.")
+
+
+def _row(reservation: Mapping[str, Any], now: datetime) -> dict[str, Any]:
+    return {**reservation, "age": _age(now - reservation["reserved_at"])}
+
+
+def _age(age: timedelta) -> str:
+    """The two largest units, as 2d 5h: enough to see which ones are stuck."""
+    minutes = max(0, int(age.total_seconds())) // 60
+    if minutes >= 24 * 60:
+        return f"{minutes // (24 * 60)}d {minutes // 60 % 24}h"
+    return f"{minutes // 60}h {minutes % 60}m"

@@ -1,0 +1,50 @@
+"""`holdfast token`: a signed token for trying the HTTP interface. Production has an identity provider for that."""
+
+from typing import Annotated, get_args
+
+import typer
+
+from ledger.settings import Settings
+from worker.terminal import fail, one_line, this_person
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: holdfast token --org acme --scope credits:read")
+def token(
+    scopes: Annotated[
+        list[str],
+        typer.Option("--scope", metavar="SCOPE", help="Repeatable: credits:read, workflows:write, operator."),
+    ],
+    org_ids: Annotated[
+        list[str] | None, typer.Option("--org", metavar="ORG", help="Repeatable: an organization it is valid for.")
+    ] = None,
+    all_orgs: Annotated[bool, typer.Option("--all-orgs", help="Valid for every organization.")] = False,
+    expires_in_s: Annotated[
+        int, typer.Option("--expires-in-s", min=1, max=366 * 86_400, help="For how many seconds it is valid.")
+    ] = 3600,
+    subject: Annotated[
+        str, typer.Option("--subject", metavar="NAME", help="Whom it speaks for.", callback=one_line)
+    ] = this_person(),
+) -> None:
+    """Print a token for the HTTP interface, signed with HOLDFAST_JWT_SECRET. For development."""
+    from api_stub.auth import Scope, sign  # only here: no other command needs the API's packages
+
+    for scope in scopes:
+        if scope not in get_args(Scope):
+            raise typer.BadParameter(f"{scope} is none of {', '.join(get_args(Scope))}", param_hint="--scope")
+    if bool(org_ids) == all_orgs:
+        raise typer.BadParameter("name organizations or give --all-orgs, one of the two", param_hint="--org")
+    settings = Settings.load("jwt_secret")
+    assert settings.jwt_secret is not None
+    if settings.jwt_public_key is not None:
+        fail("HOLDFAST_JWT_PUBLIC_KEY is set, so a token that is signed with the secret would not be accepted")
+    print(
+        sign(
+            settings.jwt_secret.get_secret_value(),
+            orgs="*" if all_orgs else org_ids or [],
+            scopes=scopes,
+            subject=subject,
+            expires_in_s=expires_in_s,
+        )
+    )
