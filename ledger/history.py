@@ -6,6 +6,7 @@ from datetime import UTC, date, datetime, time, timedelta
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, and_, func, select
+from sqlalchemy.dialects.postgresql import distinct_on
 
 from ledger.state import EventType, WorkflowState
 from ledger.tables import credit_events, dead_letters, subscriptions, wallets, workflows
@@ -258,7 +259,7 @@ def available_over_time(
     numbered = select(share, columns.seq, columns.created_at, available.label("available")).where(*in_range).subquery()
     last = (
         select(numbered.c.created_at, numbered.c.available)
-        .distinct(numbered.c.share)
+        .ext(distinct_on(numbered.c.share))
         .order_by(numbered.c.share, numbered.c.seq.desc())
     )
     return [(row.created_at, row.available) for row in connection.execute(last)]

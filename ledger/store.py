@@ -170,7 +170,7 @@ def _bury(engine: Engine, delivery: Delivery, error: Exception) -> DeadLettered:
     with _connection(engine) as connection:
         [letter_id] = dead_letters.record(connection, [letter])
         connection.commit()
-    logger.error("%s failed unexpectedly, see dead letter %d", letter.task, letter_id, exc_info=error)
+    logger.error("%s failed unexpectedly, see dead letter %d:\n%s", letter.task, letter_id, letter.traceback)
     return DeadLettered(letter_id, letter.code, letter.error)
 
 

@@ -6,9 +6,11 @@ from collections import Counter
 from dataclasses import asdict
 from datetime import datetime
 from enum import StrEnum
+from functools import partial
 from typing import Annotated, Any
 
 import typer
+from kombu.exceptions import EncodeError
 from sqlalchemy import Engine
 
 from ledger import dead_letters
@@ -21,7 +23,7 @@ from ledger.dead_letters import (
     UnknownLetterError,
 )
 from ledger.state import Result
-from worker.client import Client, DeadLetteredError, NoAnswerError
+from worker.client import Client, DeadLetteredError, NoAnswerError, NotSentError
 from worker.terminal import (
     AsJson,
     By,
@@ -211,11 +213,15 @@ class _Sender:
         self._wait_s = wait_s if client.keeps_answers else None
         self._unanswered = "this broker keeps no answers"
 
-    def send(self, task: str, args: list[Any], kwargs: dict[str, Any]) -> Result | str:
+    def send(self, letter_id: int, task: str, args: list[Any], kwargs: dict[str, Any]) -> Result | str:
         try:
             answer = self._client.send_as_is(task, args, kwargs, wait_s=self._wait_s)
         except DeadLetteredError as error:
             raise StillFailsError(str(error)) from error
+        except NotSentError as error:
+            if isinstance(error.__cause__, EncodeError):  # the broker is well: the others can be sent
+                raise NotReplayableError(f"dead letter {letter_id} is nested too deep to be sent again") from error
+            raise
         except NoAnswerError as error:
             self._wait_s, self._unanswered = None, "not waited for, as the worker did not answer the one before"
             return str(error)
@@ -226,7 +232,7 @@ class _Sender:
 
 def _replay_one(engine: Engine, letter_id: int, by: str, sender: _Sender) -> bool:
     try:
-        outcome = dead_letters.replay(engine, letter_id, by=by, send=sender.send)
+        outcome = dead_letters.replay(engine, letter_id, by=by, send=partial(sender.send, letter_id))
     except (UnknownLetterError, NotReplayableError) as error:
         warn(str(error))
     except StillFailsError as error:
