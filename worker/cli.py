@@ -91,7 +91,8 @@ def up(
                 "In another terminal, for the other commands and for engines:\n"
                 f'  export HOLDFAST_DATABASE_URL="{system.embedded.database_url}"\n'
                 f'  export HOLDFAST_BROKER_URL="{system.embedded.broker_url}"\n'
-                f'  export HOLDFAST_JWT_SECRET="{system.jwt_secret}"\n\n'
+                f'  export HOLDFAST_JWT_SECRET="{system.jwt_secret}"\n'
+                f'  export API_URL="{system.url}"\n\n'
                 f"Data and logs are in {system.embedded.data_dir}",
                 soft_wrap=True,
             )

@@ -1,5 +1,6 @@
 """The documents say what is so: every command and every program in the README runs, every table matches the code."""
 
+import json
 import os
 import re
 import shlex
@@ -41,6 +42,8 @@ def environment() -> Iterator[dict[str, str]]:
             "PATH": f"{BIN}:{os.environ['PATH']}",
             f"{PREFIX}DATABASE_URL": system.embedded.database_url,
             f"{PREFIX}BROKER_URL": system.embedded.broker_url,
+            f"{PREFIX}JWT_SECRET": system.jwt_secret,
+            "API_URL": system.url,
         }
     shutil.rmtree(folder)
 
@@ -61,6 +64,12 @@ def test_the_readme_names_these_commands_and_every_one_is_run_here() -> None:
         "holdfast wallet acme",
         "holdfast history acme --type usage --from 2026-01-01",
         "holdfast verify",
+        "TOKEN=$(holdfast token --org acme --scope credits:read)",
+        (
+            'curl --silent --header "Authorization: Bearer $TOKEN" '
+            '"$API_URL/api/organizations/acme/credit-events?event_type=usage"'
+        ),
+        'curl --silent --header "Authorization: Bearer $TOKEN" "$API_URL/api/organizations/acme/credits"',
         "holdfast migrate",
         "celery -A worker worker",
         "celery -A worker beat",
@@ -107,6 +116,23 @@ def test_the_programs_and_then_the_commands_of_the_readme_work(environment: dict
     assert "-80" in history
     assert "every invariant holds" in run("holdfast verify", environment)
     assert "already" in run("holdfast migrate", environment)
+    assert without_times(read_over_http(environment)) == without_times(blocks("json")[0])
+
+
+def read_over_http(environment: dict[str, str]) -> str:
+    """What the README's block for reading over HTTP prints, one answer a line."""
+    [script] = [block for block in blocks("sh") if "curl" in block]
+    script = script.replace('/credits"', '/credits"; echo').replace('=usage"', '=usage"; echo')
+    return subprocess.run(
+        ["bash", "-euc", script], env=environment, capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+
+
+def without_times(answers: str) -> list[dict[str, object]]:
+    values = [json.loads(line) for line in answers.splitlines()]
+    for event in values[0]["items"]:
+        del event["created_at"]
+    return values
 
 
 def test_the_commands_of_operators_do_what_the_readme_says(environment: dict[str, str]) -> None:

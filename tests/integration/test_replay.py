@@ -1,0 +1,303 @@
+"""Replaying and discarding dead letters on a real PostgreSQL: the letter tells what came of it, and none is lost."""
+
+import json
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine
+
+from ledger import audit, dead_letters, history
+from ledger.dead_letters import (
+    LetterFilter,
+    NotOpenError,
+    NotReplayableError,
+    StillFailsError,
+    UnknownLetterError,
+)
+from ledger.messages import only_argument
+from ledger.state import Result
+from ledger.store import DeadLettered, Delivery, apply_batch
+from tests.support import delivery, sql
+from worker.client import Client
+from worker.failed_cli import _Sender
+
+REFUND = delivery("wallet.refund", org_id="acme", refund_id="r1", credits=30, workflow_id="run")
+FINISH = delivery("workflow.finish", org_id="acme", workflow_id="run", credits=80)
+
+
+def worker(engine: Engine) -> Any:
+    """Applies what is sent at once, and answers."""
+
+    def send(task: str, args: list[Any], kwargs: dict[str, Any]) -> Result:
+        body = json.dumps([args, kwargs, {}]).encode()
+        [answer] = apply_batch(engine, [Delivery(task, only_argument(task, args, kwargs), body)])
+        if isinstance(answer, DeadLettered):
+            raise StillFailsError(answer.error)
+        return answer
+
+    return send
+
+
+def slow_worker(engine: Engine) -> Any:
+    """Applies what is sent at once, but its answer does not come."""
+    apply = worker(engine)
+
+    def send(*message: Any) -> str:
+        with suppress(StillFailsError):
+            apply(*message)
+        return "nobody knows"
+
+    return send
+
+
+def absent_worker(*_: Any) -> str:
+    """What is sent waits."""
+    return "nobody knows"
+
+
+def replay(engine: Engine, letter_id: int, send: Any, *, by: str = "ann") -> str:
+    return dead_letters.replay(engine, letter_id, by=by, send=send)
+
+
+def marks(engine: Engine) -> list[tuple[Any, ...]]:
+    return sql(engine, "SELECT id, status, attempts, resolved_by, resolution FROM dead_letters ORDER BY id")
+
+
+def events(engine: Engine) -> list[tuple[Any, ...]]:
+    return sql(engine, "SELECT event_type, credits FROM credit_events ORDER BY seq")
+
+
+APPLIED_ONCE = [("usage", -80), ("refund", 30)]
+
+
+def test_a_replayed_message_is_applied_and_its_letter_tells_who_when_and_what(engine: Engine) -> None:
+    apply_batch(engine, [REFUND, FINISH])
+    assert replay(engine, 1, worker(engine)) == "posted"
+    assert marks(engine) == [(1, "replayed", 1, "ann", "posted")]
+    assert sql(engine, "SELECT resolved_at BETWEEN last_failed_at AND clock_timestamp() FROM dead_letters") == [(True,)]
+    assert events(engine) == APPLIED_ONCE
+    assert audit.verify(engine).is_clean
+
+
+def test_a_second_replay_changes_nothing_and_the_letter_keeps_the_first_outcome(engine: Engine) -> None:
+    apply_batch(engine, [REFUND, FINISH])
+    replay(engine, 1, worker(engine))
+    before = sql(engine, "SELECT * FROM dead_letters")
+    assert replay(engine, 1, worker(engine), by="bob") == "posted, a duplicate: nothing changes"
+    assert sql(engine, "SELECT * FROM dead_letters") == before
+    assert events(engine) == APPLIED_ONCE
+
+
+def test_a_message_that_fails_again_stays_open_with_one_attempt_more(engine: Engine) -> None:
+    apply_batch(engine, [REFUND])
+    with pytest.raises(StillFailsError, match="workflow run used 0 credits"):
+        replay(engine, 1, worker(engine))
+    assert marks(engine) == [(1, "open", 2, None, None)]
+
+
+def test_a_rejected_start_is_an_outcome_not_a_failure(engine: Engine) -> None:
+    body = b'[[{"org_id": "acme", "workflow_id": "run", "credits": 5}], {}, {}]'
+    sql(
+        engine,
+        "INSERT INTO dead_letters (task, body, body_sha256, error_code, error, attempts)"
+        " VALUES ('workflow.start', :body, sha256(:body), 'unexpected_error', 'a defect, mended since', 1)",
+        body=body,
+    )
+    assert replay(engine, 1, worker(engine)) == "rejected (insufficient_credits)"
+    assert marks(engine) == [(1, "replayed", 1, "ann", "rejected (insufficient_credits)")]
+
+
+# No answer
+
+
+def test_without_an_answer_the_letter_says_that_its_message_was_sent(engine: Engine) -> None:
+    apply_batch(engine, [REFUND])
+    assert replay(engine, 1, absent_worker) == "sent; nobody knows"
+    assert marks(engine) == [(1, "replayed", 1, "ann", "sent; nobody knows")]
+
+
+def test_a_failure_that_is_not_answered_leaves_the_letter_open(engine: Engine) -> None:
+    apply_batch(engine, [REFUND])
+    with pytest.raises(
+        StillFailsError, match=r"workflow run used 0 credits .* \(dead letter 1, refund_exceeds_usage\)"
+    ):
+        replay(engine, 1, slow_worker(engine))
+    assert marks(engine) == [(1, "open", 2, None, None)]
+
+
+def test_a_failure_after_the_mark_is_a_new_open_letter(engine: Engine) -> None:
+    apply_batch(engine, [REFUND])
+    replay(engine, 1, absent_worker)
+    [failed] = apply_batch(engine, [REFUND])
+    assert isinstance(failed, DeadLettered)
+    assert marks(engine) == [
+        (1, "replayed", 1, "ann", "sent; nobody knows"),
+        (failed.letter_id, "open", 1, None, None),
+    ]
+
+
+def test_an_outcome_that_is_known_later_replaces_sent(engine: Engine) -> None:
+    apply_batch(engine, [REFUND, FINISH])
+    replay(engine, 1, slow_worker(engine))
+    assert marks(engine) == [(1, "replayed", 1, "ann", "sent; nobody knows")]
+    replay(engine, 1, worker(engine), by="bob")
+    replay(engine, 1, absent_worker, by="eve")
+    assert marks(engine) == [(1, "replayed", 1, "bob", "posted, a duplicate: nothing changes")]
+    assert events(engine) == APPLIED_ONCE
+
+
+def test_a_broker_that_keeps_no_answers_is_not_asked_for_one() -> None:
+    with Client("memory://") as client:
+        assert _Sender(client, 10).send(7, "wallet.grant", [{}], {}) == "this broker keeps no answers"
+
+
+# What cannot be replayed or discarded
+
+
+def test_what_cannot_be_encoded_does_not_stop_the_others() -> None:
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    with (
+        Client("memory://") as client,
+        pytest.raises(NotReplayableError, match="dead letter 7 is nested too deep to be sent again"),
+    ):
+        _Sender(client, 10).send(7, "wallet.grant", [nested], {})
+
+
+def test_an_unknown_letter_is_neither_replayed_nor_discarded(engine: Engine) -> None:
+    for attempt in (
+        lambda: replay(engine, 7, worker(engine)),
+        lambda: dead_letters.discard(engine, 7, by="ann", why="a test"),
+    ):
+        with pytest.raises(UnknownLetterError, match=r"^there is no dead letter 7$"):
+            attempt()
+
+
+def test_a_discarded_letter_is_not_sent_and_not_discarded_again(engine: Engine) -> None:
+    apply_batch(engine, [REFUND, FINISH])
+    dead_letters.discard(engine, 1, by="ann", why="a test message")
+    with pytest.raises(NotReplayableError, match=r"^dead letter 1 was discarded by ann: a test message$"):
+        replay(engine, 1, worker(engine))
+    with pytest.raises(NotOpenError, match=r"^dead letter 1 was discarded by ann: a test message$"):
+        dead_letters.discard(engine, 1, by="bob", why="another reason")
+    assert marks(engine) == [(1, "discarded", 1, "ann", "a test message")]
+    assert events(engine) == [("usage", -80)]
+
+
+def test_a_replayed_letter_is_not_discarded(engine: Engine) -> None:
+    apply_batch(engine, [REFUND, FINISH])
+    replay(engine, 1, worker(engine))
+    with pytest.raises(NotOpenError, match=r"^dead letter 1 was replayed by ann: posted$"):
+        dead_letters.discard(engine, 1, by="bob", why="a test message")
+    assert marks(engine) == [(1, "replayed", 1, "ann", "posted")]
+
+
+def test_a_letter_that_is_discarded_while_it_is_sent_tells_what_its_message_did(engine: Engine) -> None:
+    apply_batch(engine, [REFUND, FINISH])
+
+    def send(*message: Any) -> Result:
+        dead_letters.discard(engine, 1, by="bob", why="too late")
+        return worker(engine)(*message)
+
+    replay(engine, 1, send)
+    assert marks(engine) == [(1, "replayed", 1, "ann", "posted")]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\x00\xff",
+        b"5",
+        b'"abc"',
+        b'{"a": 1, "b": 2, "c": 3}',
+        b"[[], {}]",
+        b"[{}, {}, {}]",
+        b"[[], [], {}]",
+        b"[[" + b"9" * 5_000 + b"], {}, {}]",
+        b"[[" + b"[" * 5_000 + b"]" * 5_000 + b"], {}, {}]",
+    ],
+    ids=lambda body: ascii(body[:20]),
+)
+def test_what_is_no_message_is_not_sent(engine: Engine, body: bytes) -> None:
+    apply_batch(engine, [Delivery("wallet.refund", None, body)])
+    with pytest.raises(NotReplayableError, match=r"^dead letter 1 holds no message that could be sent again$"):
+        replay(engine, 1, worker(engine))
+    assert marks(engine) == [(1, "open", 1, None, None)]
+
+
+def test_the_arguments_are_sent_as_they_came(engine: Engine) -> None:
+    body = b'[[1, {"a": "\\ud800\\u0000"}], {"b": [NaN]}, {"callbacks": null}]'
+    apply_batch(engine, [Delivery("wallet.\x1b", None, body)])
+    sent = []
+
+    def send(*message: Any) -> str:
+        sent.append(message)
+        return "nobody knows"
+
+    replay(engine, 1, send)
+    [(task, args, kwargs)] = sent
+    assert (task, args) == ("wallet.\x1b", [1, {"a": "\ud800\x00"}])
+    assert repr(kwargs) == "{'b': [nan]}"
+
+
+# Finding letters
+
+
+def test_letters_are_found_by_each_condition_and_by_all(engine: Engine) -> None:
+    conflict = delivery("workflow.finish", org_id="acme", workflow_id="run", credits=81)
+    other = delivery("wallet.refund", org_id="globex", refund_id="r1", credits=30, workflow_id="run")
+    apply_batch(engine, [REFUND, FINISH])
+    apply_batch(engine, [conflict])
+    apply_batch(engine, [other])
+    sql(engine, "UPDATE dead_letters SET first_failed_at = first_failed_at - interval '1 day' WHERE id = 1")
+    sql(engine, "UPDATE dead_letters SET last_failed_at = first_failed_at WHERE id = 1")
+    dead_letters.discard(engine, 3, by="ann", why="a test")
+    [(now,)] = sql(engine, "SELECT clock_timestamp()")
+    found = {
+        LetterFilter(): [2, 1],
+        LetterFilter(None): [3, 2, 1],
+        LetterFilter("discarded"): [3],
+        LetterFilter("replayed"): [],
+        LetterFilter(code="conflict"): [2],
+        LetterFilter(task="wallet.refund"): [1],
+        LetterFilter(None, task="wallet.refund", org_id="globex"): [3],
+        LetterFilter(org_id="acme"): [2, 1],
+        LetterFilter(failed_since=now - timedelta(hours=1)): [2],
+        LetterFilter(code="conflict", task="wallet.refund"): [],
+    }
+    with engine.connect() as connection:
+        for matching, ids in found.items():
+            assert (matching, [letter.id for letter in dead_letters.letters(connection, matching)]) == (matching, ids)
+        assert [letter.id for letter in dead_letters.letters(connection, LetterFilter(None), before_id=3)] == [2, 1]
+        assert dead_letters.letter(connection, 3).resolution == "a test"
+
+
+# Reservations that stay open
+
+
+def test_open_reservations_are_listed_oldest_first(engine: Engine) -> None:
+    def start(org_id: str, workflow_id: str, credits: int) -> None:
+        apply_batch(engine, [delivery("workflow.start", org_id=org_id, workflow_id=workflow_id, credits=credits)])
+
+    for org_id in ("globex", "acme"):
+        apply_batch(engine, [delivery("wallet.grant", org_id=org_id, grant_id="g1", credits=100)])
+    start("globex", "first", 10)
+    start("acme", "second", 20)
+    start("acme", "too-much", 200)
+    start("acme", "third", 30)
+    start("acme", "ended", 40)
+    apply_batch(engine, [delivery("workflow.cancel", org_id="acme", workflow_id="ended")])
+
+    def found(**conditions: Any) -> list[tuple[str, int]]:
+        with engine.connect() as connection:
+            return [(hold.workflow_id, hold.credits) for hold in history.open_reservations(connection, **conditions)]
+
+    assert found() == [("first", 10), ("second", 20), ("third", 30)]
+    assert found(limit=1) == [("first", 10)]
+    assert found(org_id="acme") == [("second", 20), ("third", 30)]
+    assert found(older_than=timedelta(0)) == [("first", 10), ("second", 20), ("third", 30)]
+    assert found(older_than=timedelta(hours=1)) == []
