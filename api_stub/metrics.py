@@ -3,6 +3,7 @@
 What a worker counts, it serves itself (see `worker.metrics`). Nothing here tells anything about one organization.
 """
 
+import time
 from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Annotated
@@ -63,6 +64,8 @@ class SystemCollector(Collector):
 
     def __init__(self, using: Services) -> None:
         self._using = using
+        self._oldest: dict[str, tuple[bytes | None, float]] = {}
+        """The oldest message of each queue at the last scrape, and when it was first seen there."""
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """The figures, now."""
@@ -79,10 +82,23 @@ class SystemCollector(Collector):
         except BrokerUnavailableError:
             waiting = {}
         yield _up("broker", bool(waiting))
-        queues = GaugeMetricFamily("holdfast_queue_messages", "Messages that wait in the queue.", labels=["queue"])
-        for queue, length in waiting.items():
-            queues.add_metric([queue], length)
-        yield queues
+        messages = GaugeMetricFamily("holdfast_queue_messages", "Messages that wait in the queue.", labels=["queue"])
+        ages = GaugeMetricFamily(
+            "holdfast_queue_oldest_message_age_seconds",
+            "How long the oldest waiting message has been seen to wait, from scrape to scrape; it may be older.",
+            labels=["queue"],
+        )
+        for queue, found in waiting.items():
+            messages.add_metric([queue], found.messages)
+            ages.add_metric([queue], self._seen_for_s(queue, found.oldest))
+        yield messages
+        yield ages
+
+    def _seen_for_s(self, queue: str, oldest: bytes | None) -> float:
+        now = time.monotonic()
+        if oldest is None or self._oldest.get(queue, (None, 0.0))[0] != oldest:
+            self._oldest[queue] = (oldest, now)
+        return now - self._oldest[queue][1]
 
 
 def _up(service: str, is_up: bool) -> GaugeMetricFamily:

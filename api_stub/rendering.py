@@ -6,6 +6,7 @@ escape all that is put into them.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Coroutine, Mapping
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
@@ -42,6 +43,9 @@ HEADERS = {
 
 SHORT_METADATA = 60
 """The longest metadata, in characters, that is shown without having to be opened."""
+
+_MOMENT = re.compile(r"20\d\d-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-5]\d(\.\d{1,6})?\+00:00", re.ASCII)
+"""A moment as the ledger itself writes it in metadata."""
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -186,8 +190,20 @@ def pairs(metadata: Mapping[str, Any]) -> list[tuple[str, str]] | None:
     """The names and values of `metadata` if they are short enough to be read in passing; otherwise None."""
     if any(isinstance(value, dict | list) for value in metadata.values()) or len(metadata) > 4:
         return None
-    shown = [(name, value if isinstance(value, str) else as_json(value)) for name, value in metadata.items()]
+    shown = [(name, _readable(value)) for name, value in metadata.items()]
     return shown if sum(len(name) + len(value) for name, value in shown) <= SHORT_METADATA else None
+
+
+def _readable(value: object) -> str:
+    if not isinstance(value, str):
+        return as_json(value)
+    if not _MOMENT.fullmatch(value):
+        return value
+    try:
+        moment = datetime.fromisoformat(value)
+    except ValueError:  # the 31st of February
+        return value
+    return f"{day(moment)} {clock(moment)}"
 
 
 def _version(name: str) -> str:

@@ -9,6 +9,7 @@ the broker may or may not have it. Sending the same message again is always safe
 
 import json
 import time
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Self, TypedDict, Unpack, overload
 
@@ -53,6 +54,14 @@ class BrokerUnavailableError(Exception):
 
 class DeadLetteredError(Exception):
     """The message arrived but could not be applied, and was kept as a dead letter. The text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What waits in a queue: how many messages, and the one that waits longest, as the broker has it (Redis only)."""
+
+    messages: int
+    oldest: bytes | None
 
 
 class Options(TypedDict, total=False):
@@ -350,13 +359,12 @@ class Client:
             period_cap=period_cap,
         )
 
-    def waiting(self) -> dict[str, int]:
-        """How many messages wait in each queue of the ledger. Raises BrokerUnavailableError."""
+    def waiting(self) -> dict[str, Waiting]:
+        """What waits in each queue of the ledger. Raises BrokerUnavailableError."""
         try:
             with self._connections.acquire(block=True) as connection:
                 connection.ensure_connection(max_retries=0, timeout=TIMEOUT_S)
-                channel = connection.default_channel
-                return {name: _length(connection, channel, name) for name in QUEUES}
+                return {queue: _waiting(connection, queue) for queue in QUEUES}
         except (KombuError, RedisError, OSError) as error:
             raise BrokerUnavailableError(str(error)) from error
 
@@ -437,8 +445,12 @@ def _next_message(announced: PubSub, wait_s: float) -> dict[str, Any] | None:
     return None
 
 
-def _length(connection: Connection, channel: Any, queue: str) -> int:
+def _waiting(connection: Connection, queue: str) -> Waiting:
+    channel: Any = connection.default_channel
     try:
-        return int(channel.queue_declare(queue, passive=True).message_count)
+        count = int(channel.queue_declare(queue, passive=True).message_count)
     except connection.channel_errors:  # nothing was ever sent to it
-        return 0
+        return Waiting(0, None)
+    # kombu keeps a queue as a list and takes from its right end; what is there is compared, never read.
+    is_redis = connection.transport.driver_type == "redis"
+    return Waiting(count, channel.client.lindex(queue, -1) if is_redis else None)

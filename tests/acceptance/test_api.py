@@ -251,7 +251,7 @@ def test_a_cookie_opens_no_api(api: Api) -> None:
 
 def test_an_engine_reports_through_the_broker(api: Api) -> None:
     write = {"Authorization": f"Bearer {token(scope='workflows:write')}"}
-    before = eventually(lambda: _waiting(api) is not None and [_waiting(api)])[0]
+    before = _waiting(api)
     response = api.post("/api/organizations/acme/workflows/w1/start", json={"credits": 5}, headers=write)
     assert (response.status_code, response.json()) == (
         202,
@@ -261,8 +261,21 @@ def test_an_engine_reports_through_the_broker(api: Api) -> None:
 
 
 def _waiting(api: Api) -> float:
-    [line] = [line for line in api.get("/metrics").text.splitlines() if 'queue="credits"' in line]
-    return float(line.split()[1])
+    return _metric(api, 'holdfast_queue_messages{queue="credits"}')
+
+
+def _metric(api: Api, name: str) -> float:
+    [value] = [line.rsplit(" ", 1)[1] for line in api.get("/metrics").text.splitlines() if line.startswith(name)]
+    return float(value)
+
+
+def test_the_metrics_tell_how_long_the_oldest_message_has_waited(api: Api) -> None:
+    age = 'holdfast_queue_oldest_message_age_seconds{queue="credits"}'
+    write = {"Authorization": f"Bearer {token(scope='workflows:write')}"}
+    for number in range(2):
+        api.post(f"/api/organizations/acme/workflows/wait-{number}/cancel", json={}, headers=write)
+    first = _metric(api, age)
+    assert eventually(lambda: _metric(api, age)) > first
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,498 @@
+"""The web pages in a real Chromium: what a person sees and does, with a mouse, with the keyboard, on a phone, at night.
+
+Skipped where Chromium or its driver is not installed. With HOLDFAST_TEST_SCREENSHOT set to a path, the picture of the
+README is written there.
+"""
+
+import base64
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium.webdriver import Chrome, ChromeOptions, Keys
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.select import Select
+from selenium.webdriver.support.wait import WebDriverWait
+from sqlalchemy import Engine
+
+from ledger.store import apply_batch
+from tests.acceptance.installation import Installation
+from tests.acceptance.website import HISTORY, LETTERS, operator_token, served, token
+from tests.support import delivery, eventually, sql
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+SCREENSHOT = os.environ.get("HOLDFAST_TEST_SCREENSHOT")
+TIMEOUT_S = 10
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+    "--lang=en-GB",
+    "--window-size=1280,900",
+)
+
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None or DRIVER is None, reason="chromium and chromedriver are not installed"
+)
+
+# Of every text that is shown: the smallest ratio of contrast to the ground that it stands on, and the text.
+CONTRAST = """
+    const rgb = text => (text.match(/[\\d.]+/g) || []).map(Number);
+    const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
+        .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+    const ground = element => {
+        for (let e = element; e; e = e.parentElement) {
+            const color = rgb(getComputedStyle(e).backgroundColor);
+            if (color.length === 3 || color[3] === 1) return color;
+        }
+        return matchMedia('(prefers-color-scheme: dark)').matches ? [0, 0, 0] : [255, 255, 255];
+    };
+    let worst = [21, ''];
+    const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) {
+        const element = texts.currentNode.parentElement;
+        const shown = element.checkVisibility({visibilityProperty: true}) && !element.closest('.unseen, .skip, svg');
+        if (!texts.currentNode.textContent.trim() || !shown) continue;
+        const [a, b] = [light(rgb(getComputedStyle(element).color)), light(ground(element))];
+        const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+        if (ratio < worst[0]) worst = [ratio, texts.currentNode.textContent.trim()];
+    }
+    return worst;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Person:
+    """Somebody in front of a browser."""
+
+    driver: Chrome
+    address: str
+
+    def open(self, path: str) -> None:
+        self.driver.get(self.address + path)
+
+    def sign_in(self, token: str, path: str) -> None:
+        """As people do: open the page, be asked for the token, type it, and be on the page."""
+        self.open(path)
+        self.find("#token").send_keys(token, Keys.ENTER)
+        self.wait_for(path)
+
+    def find(self, selector: str) -> WebElement:
+        return self.driver.find_element(By.CSS_SELECTOR, selector)
+
+    def texts(self, selector: str) -> list[str]:
+        return [found.text for found in self.driver.find_elements(By.CSS_SELECTOR, selector)]
+
+    def click(self, text: str) -> None:
+        """Click on the link or the button with this text, and wait for the next page."""
+        before = self.find("html")
+        path = f"//main//*[(self::a or self::button) and normalize-space()={text!r}]"
+        self.driver.find_element(By.XPATH, path).click()
+        self.wait_for_page_after(before)
+
+    def wait_for_page_after(self, before: WebElement) -> None:
+        WebDriverWait(self.driver, TIMEOUT_S).until(lambda _: self.find("html") != before)
+
+    def wait_for(self, path: str) -> None:
+        WebDriverWait(self.driver, TIMEOUT_S).until(lambda driver: driver.current_url == self.address + path)
+
+    def press(self, *keys: str) -> WebElement:
+        """Press keys; answers with what has the focus then."""
+        for key in keys:
+            self.driver.switch_to.active_element.send_keys(key)
+        return self.driver.switch_to.active_element
+
+    def events(self) -> list[int]:
+        """The numbers of the events on the page."""
+        rows = self.driver.find_elements(By.CSS_SELECTOR, "tr[data-event]")
+        return self.driver.execute_script("return arguments[0].map(row => Number(row.dataset.event))", rows)
+
+    def prefer(self, scheme: str) -> None:
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+    def hold_phone(self, width: int = 360, height: int = 740) -> None:
+        size = {"width": width, "height": height, "deviceScaleFactor": 2, "mobile": True}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+    def put_phone_away(self) -> None:
+        self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+    def width_needed(self) -> int:
+        return int(self.driver.execute_script("return document.documentElement.scrollWidth"))
+
+    def complaints(self) -> list[str]:
+        """What the browser wrote to its console since it was asked last: errors, violations of the policy."""
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+
+@pytest.fixture(scope="module")
+def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("downloads")
+
+
+@pytest.fixture(scope="module")
+def chrome(downloads: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    assert CHROMIUM is not None
+    options = ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    # With both paths given, selenium looks for nothing and downloads nothing.
+    driver = Chrome(options, Service(DRIVER))
+    driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(downloads)})
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def address(running: Installation) -> Iterator[str]:
+    tell_the_story(running.engine)
+    with served(running.database_url, running.broker_url) as address:
+        yield address
+
+
+@pytest.fixture
+def person(chrome: Chrome, address: str) -> Iterator[Person]:
+    """Somebody who has not been here yet, and whose browser has nothing to complain about in the end."""
+    person = Person(chrome, address)
+    person.open("/signin")
+    chrome.delete_all_cookies()
+    person.complaints()
+    yield person
+    person.prefer("light")
+    person.put_phone_away()
+    assert person.complaints() == []
+
+
+@pytest.fixture
+def customer(person: Person) -> Person:
+    person.sign_in(token(sub="ann@acme.example"), HISTORY)
+    return person
+
+
+def tell_the_story(engine: Engine) -> None:
+    """Fifty workflows of acme, three of them still running: 148 events."""
+    anchor = (datetime.now(UTC) - timedelta(days=9)).isoformat()
+    activities = ("Weekly report", "Import contacts", "Train ranking", "Render video")
+    projects = ("website", "crm", "search")
+
+    def acme(task: str, **fields: Any) -> None:
+        apply_batch(engine, [delivery(task, org_id="acme", **fields)])
+
+    acme("wallet.subscribe", subscription_id="s", version=1, plan="Team", monthly_credits=12_000, anchor=anchor)
+    acme("wallet.purchase", purchase_id="order-1", credits=5_000, metadata={"invoice": "INV-2041"})
+    for number in range(50):
+        workflow = {"workflow_id": f"run-{number}", "project_id": projects[number % 3]}
+        estimate = 100 + number * 37 % 400
+        acme("workflow.start", **workflow, credits=estimate, activity_name=activities[number % 4])
+        if number == 30:
+            acme("wallet.purchase", purchase_id="order-2", credits=8_000)
+        if number < 47:
+            acme("workflow.finish", **workflow, credits=estimate - number % 7)
+    long = {"note": "word " * 400, "list": list(range(300))}
+    acme("wallet.grant", grant_id="sorry", credits=250, reason="<b>sorry</b> for the trouble", metadata=long)
+
+
+# What a customer does
+
+
+def test_a_customer_signs_in_and_sees_the_figures(customer: Person) -> None:
+    assert customer.driver.title == "Credit history of acme · Holdfast"
+    assert customer.texts(".figures strong") == ["11,061", "11,889", "0", "828", "13,361"]
+    assert customer.find("#count").text == "1–100 of 148, newest first"
+    assert len(customer.events()) == 100
+    assert customer.texts("[aria-labelledby=reservations] tbody th") == ["run-47", "run-48", "run-49"]
+
+
+def test_a_wrong_token_is_told_and_the_right_one_leads_on(person: Person) -> None:
+    person.open(HISTORY)
+    before = person.find("html")
+    person.find("#token").send_keys("nonsense", Keys.ENTER)
+    person.wait_for_page_after(before)
+    assert person.find("#wrong").text == "The token is not valid."
+    person.find("#token").send_keys(token(), Keys.ENTER)
+    person.wait_for(HISTORY)
+    assert [complaint.endswith("401 (Unauthorized)") for complaint in person.complaints()] == [True]
+
+
+def test_a_customer_filters_the_events(customer: Person) -> None:
+    customer.find("[value=usage]").click()
+    customer.find("#project_id").send_keys("crm")
+    customer.click("Apply filter")
+    assert set(customer.texts("tr[data-event] .type")) == {"Usage"}
+    assert set(customer.texts("tr[data-event] .project")) == {"crm"}
+    assert customer.find("#count").text == "1–16 of 16, newest first"
+    assert customer.find("[value=usage]").is_selected()
+    assert customer.find("#project_id").get_attribute("value") == "crm"
+    customer.click("Clear")
+    assert customer.find("#count").text == "1–100 of 148, newest first"
+
+
+def test_a_customer_reads_on_to_older_events_and_back(customer: Person) -> None:
+    newest = customer.events()
+    customer.click("Older →")
+    assert customer.events() == list(range(48, 0, -1))
+    assert customer.find("#count").text == "101–148 of 148, newest first"
+    customer.click("← Newer")
+    assert customer.events() == newest == list(range(148, 48, -1))
+
+
+def test_a_customer_downloads_what_is_filtered(customer: Person, downloads: Path) -> None:
+    customer.find("[value=prepaid_purchase]").click()
+    customer.click("Apply filter")
+    customer.find(".download").click()
+    file = downloads / "credit-history-acme.csv"
+    eventually(file.exists)
+    header, *lines = file.read_text(encoding="utf-8").splitlines()
+    assert header.startswith("created_at,event_type,source,project_id,activity_name,credits,")
+    assert [line.split(",")[1] for line in lines] == ["prepaid_purchase", "prepaid_purchase"]
+
+
+def test_long_metadata_opens_without_a_script(customer: Person) -> None:
+    metadata = customer.find("tr[data-event='148'] .metadata details")
+    assert "word word" not in metadata.text
+    metadata.find_element(By.TAG_NAME, "summary").click()
+    assert '"reason": "<b>sorry</b> for the trouble"' in metadata.text
+    assert customer.width_needed() == 1280
+
+
+def test_a_customer_signs_out(customer: Person) -> None:
+    customer.find(".account button").click()
+    customer.wait_for("/signin")
+    assert customer.driver.get_cookies() == [
+        cookie for cookie in customer.driver.get_cookies() if cookie["name"] == "holdfast_signin"
+    ]
+    customer.open(HISTORY)
+    assert customer.find("h1").text == "Sign in"
+
+
+# How it is used without a mouse, and heard
+
+
+def test_the_first_key_skips_to_the_content(customer: Person) -> None:
+    skip = customer.press(Keys.TAB)
+    assert (skip.text, skip.is_displayed()) == ("Skip to content", True)
+    assert customer.press(Keys.ENTER, Keys.TAB).tag_name == "summary"
+
+
+def test_the_keyboard_reaches_everything_and_shows_where_it_is(customer: Person) -> None:
+    seen, outlines = [], set()
+    for _ in range(60):
+        focused = customer.press(Keys.TAB)
+        seen.append(focused.get_attribute("name") or focused.text.split("\n")[0])
+        outlines.add(
+            customer.driver.execute_script(
+                "return getComputedStyle(arguments[0].closest('.choice') || arguments[0]).outlineStyle", focused
+            )
+        )
+        if seen[-1] == "Older →":
+            break
+    order = ["Skip to content", "Holdfast", "Credit history", "Sign out", "date_from", "date_to", "project_id"]
+    assert [name for name in seen if name in order] == [*order[:4], *["date_from"] * 4, *["date_to"] * 4, "project_id"]
+    assert seen.count("event_type") == 9
+    assert seen[-3:] == ["Apply filter", "Download as CSV", "Older →"]
+    assert outlines == {"solid"}
+
+
+def test_the_keyboard_alone_filters(customer: Person) -> None:
+    project = customer.find("#project_id")
+    customer.driver.execute_script("arguments[0].focus()", project)
+    before = customer.find("html")
+    customer.press("search", Keys.TAB, Keys.SPACE)
+    customer.press(Keys.ENTER)
+    customer.wait_for_page_after(before)
+    assert set(customer.texts("tr[data-event] .type")) == {"Usage"}
+    assert set(customer.texts("tr[data-event] .project")) == {"search"}
+
+
+def test_a_screen_reader_finds_its_way(customer: Person) -> None:
+    tree = customer.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    nodes = [(node["role"]["value"], node["name"]["value"]) for node in tree if "name" in node and not node["ignored"]]
+    roles = [role for role, _ in nodes]
+    for landmark in ("banner", "main", "contentinfo"):
+        assert roles.count(landmark) == 1
+    assert [name for role, name in nodes if role == "heading"] == [
+        "Credit history",
+        "Wallet",
+        "Available balance",
+        "Open reservations",
+        "Filter",
+        "Events",
+    ]
+    assert ("navigation", "Main") in nodes
+    assert ("navigation", "Pages, above the table") in nodes
+    assert ("table", "Events of the credit history, newest first; times in UTC") in nodes
+    assert ("columnheader", "Prepaid balance") in nodes
+    assert ("rowheader", "run-47") in nodes
+    chart = next(name for role, name in nodes if role in ("image", "img"))
+    assert chart.startswith("Step chart of the available balance From ")
+    for role, name in nodes:
+        assert name or role not in ("textbox", "checkbox", "button", "link", "combobox", "Date")
+
+
+# On a phone, and at night
+
+
+@pytest.mark.parametrize("query", ["", "?event_type=grant", "?date_from=x&event_type=" + "y" * 200, "?project_id=none"])
+def test_nothing_sticks_out_of_a_phone(customer: Person, query: str) -> None:
+    customer.hold_phone()
+    customer.open(HISTORY + query)
+    customer.driver.execute_script("document.querySelectorAll('details').forEach(each => each.open = true)")
+    assert customer.width_needed() == 360
+    wide = "return [...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > 361).length"
+    assert customer.driver.execute_script(wide) == 0
+    assert all("422 (Unprocessable Entity)" in complaint for complaint in customer.complaints())
+
+
+def test_on_a_phone_the_table_is_still_a_table_for_who_listens(customer: Person) -> None:
+    customer.hold_phone()
+    customer.open(f"{HISTORY}?event_type=grant")
+    tree = customer.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    roles = [node["role"]["value"] for node in tree if not node["ignored"]]
+    assert roles.count("row") == 1 + 3 + 1 + 1  # headings and rows: of the reservations, of the events
+    assert roles.count("cell") == 3 * 5 + 7  # a grant has no project and no activity
+
+
+@pytest.mark.parametrize("width", [600, 820, 1024])
+def test_a_wide_table_scrolls_within_its_own_region(customer: Person, width: int) -> None:
+    customer.hold_phone(width)
+    customer.open(HISTORY)
+    assert customer.width_needed() == width
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_stands_out_from_its_ground(customer: Person, scheme: str) -> None:
+    customer.prefer(scheme)
+    for path in (HISTORY, f"{HISTORY}?event_type=usage&project_id=crm", f"{HISTORY}?limit=0", "/organizations/none"):
+        customer.open(path)
+        ratio, text = customer.driver.execute_script(CONTRAST)
+        assert ratio >= 4.5, (path, text, ratio)
+    assert all("Failed to load resource" in complaint for complaint in customer.complaints())
+
+
+def test_the_night_is_dark(customer: Person) -> None:
+    color = "return getComputedStyle(document.body).backgroundColor"
+    customer.prefer("light")
+    assert customer.driver.execute_script(color) == "rgb(245, 247, 247)"
+    customer.prefer("dark")
+    assert customer.driver.execute_script(color) == "rgb(14, 20, 20)"
+
+
+# What an operator does
+
+
+@pytest.fixture
+def letter(running: Installation, request: pytest.FixtureRequest) -> str:
+    """The address of a dead letter that is this test's own: a refund that comes before the usage it gives back."""
+    org_id = request.node.name.replace("_", "-")[:100]
+    refund = delivery("wallet.refund", org_id=org_id, refund_id="r", credits=5, workflow_id="w")
+    apply_batch(running.engine, [refund])
+    [(number,)] = sql(running.engine, "SELECT id FROM dead_letters WHERE org_id = :org_id", org_id=org_id)
+    return f"{LETTERS}/{number}"
+
+
+@pytest.fixture
+def operator(person: Person) -> Person:
+    person.sign_in(operator_token(), LETTERS)
+    return person
+
+
+def test_an_operator_replays_what_can_be_applied_now(
+    running: Installation, operator: Person, letter: str, request: pytest.FixtureRequest
+) -> None:
+    org_id = request.node.name.replace("_", "-")[:100]
+    operator.open(letter)
+    operator.click("Replay the message")
+    assert "The message was sent and failed again: " in operator.find("#failure").text
+    assert operator.texts(".title .status") == ["Open"]
+    assert [complaint.endswith("409 (Conflict)") for complaint in operator.complaints()] == [True]
+    apply_batch(running.engine, [delivery("workflow.finish", org_id=org_id, workflow_id="w", credits=5)])
+    operator.click("Replay the message")
+    assert operator.texts(".title .status") == ["Replayed"]
+    assert (operator.find("#resolved-by").text, operator.find("#resolution").text) == ("olga", "posted")
+    events = sql(
+        running.engine, "SELECT event_type FROM credit_events WHERE org_id = :org_id ORDER BY seq", org_id=org_id
+    )
+    assert events == [("usage",), ("refund",)]
+
+
+def test_an_operator_discards_with_a_reason(letter: str, operator: Person) -> None:
+    operator.click(f"Dead letter {letter.rpartition('/')[2]}")
+    operator.find("#reason").send_keys("sent by mistake")
+    operator.click("Discard the message")
+    assert operator.texts(".title .status") == ["Discarded"]
+    assert (operator.find("#resolved-by").text, operator.find("#resolution").text) == ("olga", "sent by mistake")
+    operator.click("← Dead letters")
+    Select(operator.find("#status")).select_by_value("discarded")
+    operator.click("Apply filter")
+    assert letter.rpartition("/")[2] in [text.split()[-1] for text in operator.texts("tbody th")]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_operators_pages_are_readable_everywhere(operator: Person, letter: str, scheme: str) -> None:
+    operator.prefer(scheme)
+    operator.hold_phone()
+    for path in (LETTERS, letter):
+        operator.open(path)
+        assert operator.width_needed() == 360
+        ratio, text = operator.driver.execute_script(CONTRAST)
+        assert ratio >= 4.5, (path, text, ratio)
+
+
+# For the README
+
+
+@pytest.mark.skipif(SCREENSHOT is None, reason="HOLDFAST_TEST_SCREENSHOT does not say where to write the picture")
+def test_the_picture_of_the_readme(running: Installation, person: Person) -> None:
+    assert SCREENSHOT is not None
+    copy_over_nine_days(running.engine, "northwind")
+    person.sign_in(token(sub="ann@northwind.example", orgs=["northwind"]), HISTORY.replace("acme", "northwind"))
+    clip = {"x": 0, "y": 0, "width": 1280, "height": 1640, "scale": 1}
+    picture = person.driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
+    content = base64.b64decode(picture["data"])
+    assert len(content) <= 250_000
+    Path(SCREENSHOT).write_bytes(content)
+
+
+def copy_over_nine_days(engine: Engine, org_id: str) -> None:
+    """Give another organization the history of acme, as if it had taken days and not a second."""
+    back = "now() - (148 - seq) * INTERVAL '87 minutes'"
+    times = {
+        "wallets": "NULL",
+        "subscriptions": "NULL",
+        "credit_events": f"""
+            jsonb_build_object('created_at', {back}, 'metadata', CASE event_type WHEN 'reservation'
+              THEN jsonb_build_object('expires_at', {back} + INTERVAL '1 day') ELSE metadata END)
+        """,
+        "workflows": """
+            (SELECT jsonb_build_object('expires_at', created_at + INTERVAL '1 day') FROM credit_events
+             WHERE org_id = :org_id AND idempotency_key = 'start:' || copied.workflow_id)
+        """,
+    }
+    for table, changes in times.items():
+        sql(
+            engine,
+            f"""
+            INSERT INTO {table} SELECT (jsonb_populate_record(
+              copied, jsonb_build_object('org_id', CAST(:org_id AS text)) || COALESCE({changes}, '{{}}'::jsonb))).*
+            FROM {table} copied WHERE org_id = 'acme'
+            """,
+            org_id=org_id,
+        )
