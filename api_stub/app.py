@@ -21,7 +21,7 @@ from sqlalchemy import Connection
 from api_stub import metrics, operators, pages, problems
 from api_stub.problems import Problem
 from api_stub.services import Services, connection, organization, services
-from ledger import history
+from ledger import history, logs
 from ledger.history import EventFilter, WalletView
 from ledger.messages import MAX_CREDITS, InvalidMessage, parse
 from ledger.settings import Settings, SettingsError
@@ -186,6 +186,8 @@ def __getattr__(name: str) -> FastAPI:
     """`app`, made when a server asks for it; wrong settings are one line and exit code 2."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if not logs.are_for_a_person():
+        logs.reformat("uvicorn", "uvicorn.access")
     try:
         return create_app(Settings.load("database_url", "broker_url"))
     except SettingsError as error:

@@ -3,9 +3,10 @@
 from celery import Celery
 from celery.signals import setup_logging, worker_ready
 
+from ledger import logs
 from ledger.database import connect
 from ledger.settings import Settings
-from worker import logs, metrics
+from worker import metrics
 from worker.broker import QUEUES, create_celery
 from worker.tasks import SCHEDULER_TASKS, register
 
@@ -40,7 +41,7 @@ def create_app(settings: Settings) -> Celery:
     )
     app.ledger_engine = connect(settings.database_url)
     register(app, app.ledger_engine)
-    if not logs.is_for_a_person():
+    if not logs.are_for_a_person():
         setup_logging.connect(logs.set_up)
     if (port := settings.metrics_port) is not None:
         worker_ready.connect(lambda **_: metrics.serve(port), weak=False)
