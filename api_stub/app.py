@@ -5,6 +5,7 @@ through the broker, as it does from `worker.client`.
 """
 
 import json
+import re
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,7 +24,7 @@ from api_stub.problems import Problem
 from api_stub.services import Services, connection, organization, services
 from ledger import history, logs
 from ledger.history import EventFilter, WalletView
-from ledger.messages import MAX_CREDITS, InvalidMessage, parse
+from ledger.messages import ID_PATTERN, MAX_CREDITS, InvalidMessage, parse
 from ledger.settings import Settings, SettingsError
 from ledger.state import EventType
 from worker.client import NotSentError
@@ -129,9 +130,9 @@ def _add_credits(app: FastAPI) -> None:
     @app.get("/api/organizations/{orgId}/workflows/{workflowId}", tags=["workflows"])
     def workflow(org_id: ReadableOrg, workflow_id: WorkflowId, ledger: Ledger) -> dict[str, Any]:
         """What became of a workflow: its state, reservation and usage, and its events, oldest first."""
-        found = history.workflow(ledger, org_id, workflow_id)
+        found = history.workflow(ledger, org_id, workflow_id) if re.fullmatch(ID_PATTERN, workflow_id) else None
         if found is None:
-            raise Problem(HTTPStatus.NOT_FOUND, f"There is no workflow {workflow_id} in this organization.")
+            raise Problem(HTTPStatus.NOT_FOUND, "There is no such workflow in this organization.")
         return {**asdict(found), "events": [history.as_item(event) for event in found.events]}
 
 

@@ -21,12 +21,12 @@ from api_stub.services import connection, require
 from api_stub.sessions import SignedIn, signed_in
 from ledger import history
 from ledger.history import EventFilter, WalletView
-from ledger.messages import MAX_CREDITS
+from ledger.messages import ID_PATTERN, MAX_CREDITS
 from ledger.state import EventType
 
 EVENT_TYPES: tuple[EventType, ...] = get_args(EventType)
 CHART_POINTS = 240
-ORG_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+ID = re.compile(ID_PATTERN)
 
 Value = TypeVar("Value")
 
@@ -94,7 +94,7 @@ AskedFor = Annotated[Asked, Depends(asked)]
 
 def readable(orgId: str, session: SignedIn) -> str:  # noqa: N803 - the path names it so
     """A dependency: the organization in the path, if it exists for whoever is signed in and may be read by them."""
-    if not ORG_ID.fullmatch(orgId):
+    if not ID.fullmatch(orgId):
         raise Problem(HTTPStatus.NOT_FOUND, "There is no such organization.")
     require(session.principal, orgId, "credits:read")
     return orgId
@@ -108,7 +108,7 @@ def start(request: Request, session: SignedIn, organization: str = "") -> Respon
     """Leads to the one page that there is for whoever is signed in, or lists what they may see."""
     principal = session.principal
     if organization:
-        if ORG_ID.fullmatch(organization) and principal.may_see(organization):
+        if ID.fullmatch(organization) and principal.may_see(organization):
             return see_other(f"/organizations/{organization}/credit-history")
         return page(request, "start.html", HTTPStatus.NOT_FOUND, org_ids=_org_ids(session), typed=organization)
     if len(principal.orgs) == 1 and principal.orgs != "*" and "operator" not in principal.scopes:
@@ -241,6 +241,6 @@ def _number(text: str, most: int) -> int:
 
 
 def _project_id(text: str) -> str:
-    if not ORG_ID.fullmatch(text):
+    if not ID.fullmatch(text):
         raise ValueError("must have 1 to 128 characters, and only letters, digits and _ . : - among them")
     return text

@@ -1,5 +1,6 @@
 """What handlers work with: the database, the producer, and who asks."""
 
+import re
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import Annotated
@@ -10,6 +11,7 @@ from sqlalchemy import Connection
 from api_stub.auth import Authenticator, InvalidTokenError, Principal, Scope
 from api_stub.problems import Problem
 from ledger.database import connect
+from ledger.messages import ID_PATTERN
 from ledger.settings import Settings
 from worker.client import Client
 
@@ -60,7 +62,7 @@ def bearer(request: Request, using: Annotated[Services, Depends(services)]) -> P
 
 def require(principal: Principal, org_id: str, scope: Scope) -> None:
     """Answer 404 for an organization that is not the principal's, 403 where the scope is missing."""
-    if not principal.may_see(org_id):
+    if not re.fullmatch(ID_PATTERN, org_id) or not principal.may_see(org_id):
         raise Problem(HTTPStatus.NOT_FOUND, "There is no such organization.")
     if scope not in principal.scopes:
         raise Problem(HTTPStatus.FORBIDDEN, f"The token lacks the scope {scope}.")

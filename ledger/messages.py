@@ -104,7 +104,9 @@ def _given_reason(reason: str) -> str:
     return reason
 
 
-Id = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
+ID_PATTERN = r"[A-Za-z0-9_.:-]{1,128}"
+
+Id = Annotated[str, StringConstraints(pattern=f"^{ID_PATTERN}$")]
 """1-128 characters of `A-Z a-z 0-9 _ . : -`."""
 
 Source = Annotated[

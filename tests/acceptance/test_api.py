@@ -210,10 +210,18 @@ def test_a_workflow_and_its_events(api: Api, history: None) -> None:
         "used_credits": 80,
         "refunded_credits": 0,
     }
-    assert api.problem("/api/organizations/acme/workflows/w9") == (
-        404,
-        "There is no workflow w9 in this organization.",
-    )
+    for unknown in ("w9", "w%00", "%3Cb%3E"):
+        assert api.problem(f"/api/organizations/acme/workflows/{unknown}") == (
+            404,
+            "There is no such workflow in this organization.",
+        )
+
+
+@pytest.mark.parametrize("org_id", ["%00", "a%20b", "x" * 129])
+def test_what_cannot_be_an_organization_does_not_exist_for_anybody(api: Api, org_id: str) -> None:
+    everybody = {"Authorization": f"Bearer {token(orgs='*')}"}
+    path = f"/api/organizations/{org_id}/credits"
+    assert api.problem(path, headers=everybody) == (404, "There is no such organization.")
 
 
 @pytest.mark.parametrize(
