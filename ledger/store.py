@@ -46,6 +46,9 @@ logger = logging.getLogger(__name__)
 MAX_BATCH = 1_000
 """The most messages that one transaction applies; more are applied as several batches."""
 
+MAX_TASK_LENGTH = 256
+"""How much of a task's name a dead letter keeps: it is part of an index."""
+
 Connection = psycopg.Connection[Any]
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -140,7 +143,7 @@ def _apply(connection: Connection, deliveries: Sequence[Delivery]) -> list[Resul
         message if isinstance(message, InvalidMessage) else work.apply(message) for message in messages
     ]
     letters = [
-        DeadLetter(_storable(delivery.task), delivery.body, message.org_id, answer.code, answer.error)
+        DeadLetter(_storable(delivery.task)[:MAX_TASK_LENGTH], delivery.body, message.org_id, answer.code, answer.error)
         for delivery, message, answer in zip(deliveries, messages, answers, strict=True)
         if not isinstance(answer, Result)
     ]
@@ -160,7 +163,7 @@ def _catch_up(connection: Connection, org_ids: Sequence[str]) -> list[int]:
 
 def _bury(engine: Engine, delivery: Delivery, error: Exception) -> DeadLettered:
     letter = DeadLetter(
-        _storable(delivery.task),
+        _storable(delivery.task)[:MAX_TASK_LENGTH],
         delivery.body,
         parse(delivery.task, delivery.payload).org_id,
         "unexpected_error",
@@ -336,21 +339,21 @@ class _WorkingSet:
 
     def write_and_commit(self, connection: Connection) -> None:
         """Write everything that changed, set by set, and commit."""
-        with connection.pipeline():
-            for statement, record, rows in (
-                (_WRITE_WALLETS, Wallet, [self.wallets[key] for key in self._changed_wallets]),
-                (_WRITE_WORKFLOWS, Workflow, [self.workflows[key] for key in self._changed_workflows]),
-                (
-                    _WRITE_SUBSCRIPTIONS,
-                    Subscription,
-                    [self.subscriptions[key] for key in self._changed_subscriptions],
-                ),
-                (_WRITE_POSTED, PostedMessage, self._new_posted),
-                (_WRITE_EVENTS, Event, self.events),
-            ):
-                if rows:
-                    connection.execute(statement, _columns(record, rows))
-            connection.commit()
+        # One after the other: in a pipeline, statements of a megabyte and more were seen to stall.
+        for statement, record, rows in (
+            (_WRITE_WALLETS, Wallet, [self.wallets[key] for key in self._changed_wallets]),
+            (_WRITE_WORKFLOWS, Workflow, [self.workflows[key] for key in self._changed_workflows]),
+            (
+                _WRITE_SUBSCRIPTIONS,
+                Subscription,
+                [self.subscriptions[key] for key in self._changed_subscriptions],
+            ),
+            (_WRITE_POSTED, PostedMessage, self._new_posted),
+            (_WRITE_EVENTS, Event, self.events),
+        ):
+            if rows:
+                connection.execute(statement, _columns(record, rows))
+        connection.commit()
 
 
 # SQL. The fields of a record are the columns of its table, in the same order; arrays go in, one per column.

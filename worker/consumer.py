@@ -15,6 +15,9 @@ from ledger.messages import InvalidMessage
 from ledger.store import Delivery
 from worker.delivery import apply_patiently
 
+_IGNORED_HEADERS = ("eta", "expires", "timelimit", "stamped_headers", "stamps")
+"""What would make Celery drop a message, hold it back, or die of it. Lateness means nothing to a ledger."""
+
 
 class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
     """As set by `worker_consumer`. The app's `ledger_engine` is where dead letters go."""
@@ -33,6 +36,8 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
         def handle(message: Arrived) -> None:
             problem = self._problem(message)
             if problem is None:
+                for header in _IGNORED_HEADERS:
+                    message.headers.pop(header, None)
                 celerys_own(message)
             else:
                 self._bury(message, problem)
@@ -59,6 +64,8 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
         task = _task(message)
         if task is not None and task not in self.strategies:
             return InvalidMessage("unknown_task", f"there is no task named {task[:200]!a}", None)
+        if task is not None and not isinstance(message.headers.get("id"), str):
+            return InvalidMessage("undecodable_message", "the message's header id must be a string", None)
         try:
             body = message.payload
         except Exception as error:  # noqa: BLE001 - a body decides what is raised, from ValueError to RecursionError

@@ -226,6 +226,24 @@ def envelope(body: str, *, task: str = "wallet.grant", content_type: str = "appl
     )
 
 
+def test_no_header_makes_celery_drop_a_message_or_die(running: Installation, workflow_engine: Producer) -> None:
+    before = running.count("credit_events")
+    odd = [{"expires": "2020-01-01T00:00:00+00:00"}, {"eta": "2999-01-01T00:00:00+00:00"}, {"timelimit": 5}]
+    for number, headers in enumerate([*odd, {"stamped_headers": 5}]):
+        fields = {"org_id": "odd", "grant_id": f"odd-{number}", "credits": 1}
+        message = json.loads(envelope(json.dumps([[fields], {}, {}])))
+        message["headers"].update(headers)
+        running.broker.lpush("celery", json.dumps(message))
+    eventually(lambda: running.count("credit_events") == before + 4, timeout_s=20)
+    assert eventually(running.is_drained)
+
+
+def test_a_value_that_only_celery_knows_as_json_is_not_lost(running: Installation, workflow_engine: Producer) -> None:
+    fields = {"org_id": "odd", "grant_id": "dated", "credits": 1, "occurred_at": datetime.now(UTC)}
+    failure = workflow_engine.ask("wallet.grant", fields).get(timeout=20, propagate=False)
+    assert "occurred_at must be an ISO 8601 string" in str(failure)
+
+
 def test_what_celery_would_drop_is_a_dead_letter_too(installation: Installation, producer: Producer) -> None:
     bodies = {
         "unknown task": envelope('[[{"org_id": "acme"}], {}, {}]', task="wallet.nothing"),
