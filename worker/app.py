@@ -45,6 +45,6 @@ def create_app(settings: Settings) -> Celery:
         setup_logging.connect(logs.set_up)
     if (port := settings.metrics_port) is not None:
         worker_ready.connect(lambda **_: metrics.serve(port), weak=False)
-    # Loads its modules now: a signal in the middle of a later import would leave half a module, and an error at the end.
+    # Loads its modules now: a signal during a later import would leave half a module, and an error at the end.
     assert app.backend is not None
     return app
