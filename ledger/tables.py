@@ -27,7 +27,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.types import TypeEngine
 
-from ledger.messages import MAX_CREDITS
+from ledger.messages import ID_PATTERN, MAX_CREDITS
 from ledger.state import Answer, EventType, OutcomeName, WorkflowState
 
 metadata = MetaData()
@@ -51,7 +51,7 @@ def _optional(name: str, column_type: TypeEngine[Any] | type[TypeEngine[Any]]) -
 
 Instant = TIMESTAMP(timezone=True)
 
-_ID = r"~ '^[A-Za-z0-9_.:-]{1,128}$'"
+_ID = f"~ '^{ID_PATTERN}$'"
 
 # What the balances of a wallet satisfy, in the table of wallets and after every event.
 _BALANCE_RULES = {

@@ -1,7 +1,8 @@
 """The Celery consumer that keeps what Celery would drop or die of.
 
 Guarantee: a message that reaches this worker and names no task that it knows, or whose body is not a task's, becomes a
-dead letter with its raw bytes before it is acknowledged. Everything else takes Celery's own way.
+dead letter with its raw bytes before it is acknowledged. Everything else takes Celery's own way, without the headers
+that would make Celery hold it back, drop it, or die of it.
 """
 
 from collections.abc import Callable
@@ -53,7 +54,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
         self._bury(message, InvalidMessage("unknown_task", f"there is no task named {exc}", None))
 
     def on_invalid_task(self, _body: object, message: Arrived, exc: Exception) -> None:
-        """Celery could not read its headers, such as its ETA."""
+        """Celery could not read its headers."""
         self._bury(message, InvalidMessage("undecodable_message", f"the message's headers are invalid: {exc}", None))
 
     def on_decode_error(self, message: Arrived, exc: Exception) -> None:
