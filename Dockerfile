@@ -26,4 +26,4 @@ ENV PATH=/opt/holdfast/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 # By number: no such account exists, and none is needed.
 USER 10001:10001
 # In exec form, so that SIGTERM reaches the program and no shell stands between.
-CMD ["celery", "-A", "worker", "worker"]
+CMD ["celery", "--quiet", "-A", "worker", "worker"]

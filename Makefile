@@ -10,7 +10,7 @@ UV := uv==0.13.9
 CORE := ledger/messages.py,ledger/periods.py,ledger/rules.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test lint format docs lock clean
+.PHONY: help demo up test soak bench lint format docs lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' Makefile
@@ -24,7 +24,13 @@ up: $(VENV)/runtime.stamp ## start everything in one data folder, until Ctrl-C
 test: lint ## every check: lint, types, all tests, every branch of the core
 	$(BIN)/pytest tests/unit --cov --cov-report=
 	$(BIN)/coverage report --include=$(CORE) --fail-under=100
-	$(BIN)/pytest --ignore=tests/unit --numprocesses=auto --maxprocesses=4 --dist=loadfile
+	$(BIN)/pytest --ignore=tests/unit --numprocesses=4 --dist=loadfile
+
+soak: $(VENV)/dev.stamp ## half an hour of faults: nothing lost, nothing applied twice
+	$(BIN)/python -m tests.nemesis --minutes 30
+
+bench: $(VENV)/runtime.stamp ## measure it, against the naive way: the table of docs/performance.md
+	@$(BIN)/python -m bench
 
 lint: $(VENV)/dev.stamp ## lint, format check, types
 	$(BIN)/ruff check

@@ -7,24 +7,25 @@ through the broker, as it does from `worker.client`.
 import json
 import re
 import sys
-from collections.abc import AsyncIterator
+import unicodedata
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from datetime import datetime
 from http import HTTPStatus
 from importlib.metadata import version
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from fastapi import Depends, FastAPI, Path, Query, Request
 from fastapi.concurrency import run_in_threadpool
-from pydantic import AfterValidator
-from sqlalchemy import Connection
+from pydantic import AfterValidator, PlainValidator, WithJsonSchema
 
-from api_stub import metrics, operators, pages, problems
+from api_stub import answers, errors, metrics, operators, pages
 from api_stub.problems import Problem
-from api_stub.services import Services, connection, organization, services
+from api_stub.services import Services, Using, organization
 from ledger import history, logs
 from ledger.history import EventFilter, WalletView
-from ledger.messages import ID_PATTERN, MAX_CREDITS, InvalidMessage, parse
+from ledger.messages import ID_PATTERN, MAX_CREDITS, MESSAGES, InvalidMessage, parse
 from ledger.settings import Settings, SettingsError
 from ledger.state import EventType
 from worker.client import NotSentError
@@ -32,39 +33,35 @@ from worker.client import NotSentError
 MAX_BODY_BYTES = 64 * 1024
 """The largest request body; the largest message is well below it."""
 
+OTHERS_SOURCES = ("admin", "billing", "operator", "scheduler")
+"""Whom the credit history shows for what comes in other ways: an engine's message cannot pass for theirs."""
+
 ReadableOrg = Annotated[str, Depends(organization("credits:read"))]
 WritableOrg = Annotated[str, Depends(organization("workflows:write"))]
-Ledger = Annotated[Connection, Depends(connection)]
+Step = Literal["start", "finish", "cancel", "fail"]
 WorkflowId = Annotated[str, Path(alias="workflowId", description="The workflow's id.")]
 
 
-def _moment(text: str) -> str:
-    history.moment(text)
-    return text
-
-
-def _storable(text: str) -> str:
-    if "\x00" in text or not text.isprintable():
-        raise ValueError("must not contain control characters")
-    return text
-
-
-Moment = Annotated[str, AfterValidator(_moment)]
+_AS_TEXT = WithJsonSchema({"type": "string"})
+Moment = Annotated[datetime, PlainValidator(history.moment), _AS_TEXT]
+# To FastAPI, a dataclass such as history.When would be a body.
+When = Annotated[Any, PlainValidator(history.when), _AS_TEXT]
 
 
 def event_filter(
-    date_from: Annotated[Moment | None, Query(description="First day or moment (ISO 8601).")] = None,
-    date_to: Annotated[Moment | None, Query(description="Last day, or the moment before which (ISO 8601).")] = None,
+    date_from: Annotated[When | None, Query(description="First day or moment (ISO 8601).")] = None,
+    date_to: Annotated[When | None, Query(description="Last day, or the moment before which (ISO 8601).")] = None,
     event_type: Annotated[list[EventType] | None, Query(description="Repeatable: any of these types.")] = None,
-    project_id: Annotated[str | None, Query(max_length=128), AfterValidator(_storable)] = None,
+    project_id: Annotated[
+        str | None, Query(description="Only of this project."), AfterValidator(history.project)
+    ] = None,
 ) -> EventFilter:
     """The events that a request asks for."""
-    return EventFilter(
-        created_from=None if date_from is None else history.moment(date_from),
-        created_before=None if date_to is None else history.moment(date_to, ends_range=True),
-        event_types=tuple(event_type or ()),
-        project_id=project_id,
-    )
+    try:
+        created_from, created_before = history.time_range(date_from, date_to)
+    except ValueError:
+        raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "date_to must not be before date_from") from None
+    return EventFilter(created_from, created_before, tuple(event_type or ()), project_id)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -83,9 +80,12 @@ def create_app(settings: Settings) -> FastAPI:
         # Their scripts would come from elsewhere; /openapi.json is what they show.
         docs_url=None,
         redoc_url=None,
+        # They would name the scheme and host that this process sees, not those that a proxy in front of it has.
+        redirect_slashes=False,
+        responses=errors.RESPONSES,
     )
     app.state.services = Services(settings)
-    problems.install(app)
+    errors.install(app)
     _add_credits(app)
     _add_workflows(app)
     metrics.add(app)
@@ -95,10 +95,10 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 def _add_credits(app: FastAPI) -> None:
-    @app.get("/api/organizations/{orgId}/credit-events", tags=["credits"])
+    @app.get("/api/organizations/{orgId}/credit-events", tags=["credits"], response_model=answers.EventPage)
     def credit_events(
         org_id: ReadableOrg,
-        ledger: Ledger,
+        using: Using,
         matching: Annotated[EventFilter, Depends(event_filter)],
         limit: Annotated[int, Query(ge=1, le=history.MAX_PAGE)] = history.MAX_PAGE,
         offset: Annotated[int, Query(ge=0, le=MAX_CREDITS)] = 0,
@@ -107,7 +107,8 @@ def _add_credits(app: FastAPI) -> None:
         """The credit history, newest first. Follow `next_cursor` to read on while events are being added."""
         if cursor is not None and offset:
             raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "cursor cannot be combined with offset")
-        page = history.events(ledger, org_id, matching, limit=limit, offset=offset, before_seq=cursor)
+        with using.reading() as ledger:
+            page = history.events(ledger, org_id, matching, limit=limit, offset=offset, before_seq=cursor)
         return {
             "items": [history.as_item(event) for event in page.events],
             "total": page.total,
@@ -116,21 +117,25 @@ def _add_credits(app: FastAPI) -> None:
             "next_cursor": page.next_before_seq,
         }
 
-    @app.get("/api/organizations/{orgId}/credits", tags=["credits"])
+    @app.get("/api/organizations/{orgId}/credits", tags=["credits"], response_model=answers.Wallet | answers.WalletThen)
     def credits_of(
         org_id: ReadableOrg,
-        ledger: Ledger,
+        using: Using,
         at: Annotated[Moment | None, Query(description="The wallet as of this time (ISO 8601).")] = None,
     ) -> dict[str, Any]:
         """The wallet, now or as of a time."""
-        if at is not None:
-            return {"org_id": org_id, "at": at, **asdict(history.balances_at(ledger, org_id, history.moment(at)))}
-        return _wallet_json(history.wallet(ledger, org_id) or history.WalletView(org_id))
+        with using.reading() as ledger:
+            if at is not None:
+                return {"org_id": org_id, "at": at, **asdict(history.balances_at(ledger, org_id, at))}
+            return _wallet_json(history.wallet(ledger, org_id) or WalletView(org_id))
 
-    @app.get("/api/organizations/{orgId}/workflows/{workflowId}", tags=["workflows"])
-    def workflow(org_id: ReadableOrg, workflow_id: WorkflowId, ledger: Ledger) -> dict[str, Any]:
-        """What became of a workflow: its state, reservation and usage, and its events, oldest first."""
-        found = history.workflow(ledger, org_id, workflow_id) if re.fullmatch(ID_PATTERN, workflow_id) else None
+    @app.get("/api/organizations/{orgId}/workflows/{workflowId}", tags=["workflows"], response_model=answers.Workflow)
+    def workflow(org_id: ReadableOrg, workflow_id: WorkflowId, using: Using) -> dict[str, Any]:
+        """What became of a workflow: its state, reservation and usage, and its events and refunds, oldest first."""
+        found = None
+        if re.fullmatch(ID_PATTERN, workflow_id):
+            with using.reading() as ledger:
+                found = history.workflow(ledger, org_id, workflow_id)
         if found is None:
             raise Problem(HTTPStatus.NOT_FOUND, "There is no such workflow in this organization.")
         return {**asdict(found), "events": [history.as_item(event) for event in found.events]}
@@ -143,29 +148,69 @@ def _wallet_json(view: WalletView) -> dict[str, Any]:
 
 
 def _add_workflows(app: FastAPI) -> None:
-    @app.post("/api/organizations/{orgId}/workflows/{workflowId}/{step}", tags=["workflows"], status_code=202)
+    @app.post(
+        "/api/organizations/{orgId}/workflows/{workflowId}/{step}",
+        tags=["workflows"],
+        status_code=HTTPStatus.ACCEPTED,
+        response_model=answers.Accepted,
+        openapi_extra={"requestBody": {"content": {"application/json": {"schema": _body_schema()}}}},
+    )
     async def report(
         org_id: WritableOrg,
         workflow_id: WorkflowId,
-        step: Literal["start", "finish", "cancel", "fail"],
+        step: Step,
         request: Request,
-        using: Annotated[Services, Depends(services)],
+        using: Using,
     ) -> dict[str, str]:
         """Hand a lifecycle message to the ledger. The body has the message's other fields, as JSON.
 
-        202 says that the broker has the message. Sending it again is always safe.
+        202 says that the broker has the message. Sending it again is always safe. A `source` that looks like that of
+        other messages, `admin`, `billing`, `operator` or `scheduler`, is refused.
         """
         task = f"workflow.{step}"
-        payload = {**await _json_object(request), "org_id": org_id, "workflow_id": workflow_id}
+        of_the_path = {"org_id": org_id, "workflow_id": workflow_id}
+        body = await _json_object(request)
+        for name in of_the_path:
+            if name in body:
+                raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, f"{name} is in the path, not in the body.")
+        payload = {**body, **of_the_path}
         message = parse(task, payload)
         if isinstance(message, InvalidMessage):
             raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, message.error)
+        if _as_it_looks(message.source) in OTHERS_SOURCES:
+            detail = f"{task}: source must not be {_one_of(OTHERS_SOURCES)}: their messages come in other ways"
+            raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, detail)
         try:
             await run_in_threadpool(using.client.send_as_is, task, [payload], {})
         except NotSentError:
             detail = "The message could not be handed over; send it again."
             raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, {"Retry-After": "5"}) from None
-        return {"status": "accepted", "task": task, "org_id": org_id, "workflow_id": workflow_id}
+        return {"status": "accepted", "task": task, **of_the_path}
+
+
+def _body_schema() -> dict[str, Any]:
+    """The bodies of all steps, as JSON Schema: the messages without what the path says."""
+    bodies = []
+    for step in get_args(Step):
+        schema = MESSAGES[f"workflow.{step}"].model_json_schema()
+        for name in ("org_id", "workflow_id"):
+            del schema["properties"][name]
+            schema["required"].remove(name)
+        source = schema["properties"]["source"]
+        source["description"] += f" Not {_one_of(OTHERS_SOURCES)}, whose messages come in other ways."
+        source["not"] = {"enum": list(OTHERS_SOURCES)}
+        bodies.append(schema)
+    return {"anyOf": bodies}
+
+
+def _as_it_looks(source: str) -> str:
+    """`source` without what a reader does not see: spaces, invisible characters and marks, capitals, other forms."""
+    letters = unicodedata.normalize("NFKD", source)
+    return "".join(letter for letter in letters if unicodedata.category(letter)[0] not in "CMZ").casefold()
+
+
+def _one_of(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 async def _json_object(request: Request) -> dict[str, Any]:

@@ -1,19 +1,32 @@
 """Who asks, and what they may see: a JSON Web Token in the Authorization header or, for pages, in a cookie.
 
 A token names organizations (`orgs`: a list, or "*") and scopes (`scope`: separated by spaces). An organization that is
-not the token's does not exist for it.
+not the token's does not exist for it. Whom a token is for (`aud`) and who issued it (`iss`) counts where the settings
+say what they must be; an identity provider that signs for several services with one key needs that.
 """
 
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Self
 
 import jwt
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from ledger.settings import Settings, SettingsError
 
 Scope = Literal["credits:read", "workflows:write", "operator"]
 """What a token lets its bearer do: read credits, report workflows, or see and mend what failed in all organizations."""
+
+LEEWAY_S = 30
+"""How far the clock of whoever signs tokens may be from ours."""
+
+_UNWRITABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters and halves of characters, which neither a page nor the database can hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,48 +43,107 @@ class Principal:
 
 
 class InvalidTokenError(Exception):
-    """The token is missing, malformed, expired, or not signed by us; the text says which, without the token."""
+    """The token is missing, malformed, expired, not for us or not signed for us; the text says which, without it."""
+
+
+PublicKey = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey
 
 
 @dataclass(frozen=True, slots=True)
 class Authenticator:
     """Reads tokens signed with a shared secret (HS256) or with the private half of a public key."""
 
-    key: str
-    algorithms: tuple[str, ...]
+    key: str | PublicKey
+    algorithm: str
+    """The only one that fits the key: with the choice, anybody could sign with the public key as a secret."""
+    audience: str | None = None
+    """What `aud` must be or contain; None: any token will do."""
+    issuer: str | None = None
+    """What `iss` must be; None: any token will do."""
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
-        """With `jwt_public_key` or else `jwt_secret`. Raises SettingsError if neither is set."""
+        """With `jwt_public_key` or else `jwt_secret`. Raises SettingsError if neither is set, or the key is no good."""
         if settings.jwt_public_key is not None:
-            # Only asymmetric ones: with HS256 in the list, anybody could sign with the public key.
-            return cls(settings.jwt_public_key, ("RS256", "ES256", "EdDSA"))
-        if settings.jwt_secret is None:
+            key: str | PublicKey
+            key, algorithm = _public_key(settings.jwt_public_key)
+        elif settings.jwt_secret is not None:
+            key, algorithm = settings.jwt_secret.get_secret_value(), "HS256"
+        else:
             raise SettingsError("HOLDFAST_JWT_SECRET is not set (nor HOLDFAST_JWT_PUBLIC_KEY): nobody could sign in")
-        return cls(settings.jwt_secret.get_secret_value(), ("HS256",))
+        return cls(key, algorithm, settings.jwt_audience, settings.jwt_issuer)
 
     def read(self, token: str) -> Principal:
         """Who the token speaks for. Raises InvalidTokenError."""
         try:
-            claims = jwt.decode(token, self.key, algorithms=list(self.algorithms), options={"require": ["exp"]})
+            claims = jwt.decode(
+                token,
+                self.key,
+                algorithms=[self.algorithm],
+                leeway=LEEWAY_S,
+                audience=self.audience,
+                issuer=self.issuer,
+                # Unless told not to look, PyJWT refuses every audience where none is expected.
+                options={"require": ["exp"], "verify_aud": self.audience is not None},
+            )
         except jwt.ExpiredSignatureError:
             raise InvalidTokenError("the token has expired") from None
+        except jwt.ImmatureSignatureError:
+            raise InvalidTokenError("the token is not valid yet") from None
+        except jwt.MissingRequiredClaimError as error:
+            raise InvalidTokenError(f'the token has no "{error.claim}"') from None
+        except jwt.InvalidAudienceError:
+            raise InvalidTokenError(
+                'the token is for another service: its "aud" is not what is expected here'
+            ) from None
+        except jwt.InvalidIssuerError:
+            raise InvalidTokenError('the token is from elsewhere: its "iss" is not what is expected here') from None
         except jwt.InvalidTokenError:
             raise InvalidTokenError("the token is not valid") from None
+        subject = str(claims.get("sub", "unknown"))
+        if _UNWRITABLE.search(subject):
+            raise InvalidTokenError('the token\'s "sub" must not contain control characters')
         orgs = claims.get("orgs", [])
         if orgs != "*" and not (isinstance(orgs, list) and all(isinstance(org_id, str) for org_id in orgs)):
             raise InvalidTokenError('the token\'s "orgs" must be a list of organizations, or "*"')
+        if any(map(_UNWRITABLE.search, orgs)):
+            raise InvalidTokenError('the token\'s "orgs" must not contain control characters')
         scope = claims.get("scope", "")
         if not isinstance(scope, str):
             raise InvalidTokenError('the token\'s "scope" must be a string')
         return Principal(
-            subject=str(claims.get("sub", "unknown")),
+            subject=subject,
             orgs="*" if orgs == "*" else frozenset(orgs),
             scopes=frozenset(scope.split()),
         )
 
 
-def sign(secret: str, *, orgs: list[str] | Literal["*"], scopes: list[str], subject: str, expires_in_s: int) -> str:
+def _public_key(pem: str) -> tuple[PublicKey, str]:
+    """The key, and the algorithm that its private half signs with. Raises SettingsError."""
+    try:
+        key = load_pem_public_key(pem.encode())
+    except (ValueError, UnsupportedAlgorithm):
+        raise SettingsError("HOLDFAST_JWT_PUBLIC_KEY cannot be read: it is no public key in PEM format") from None
+    match key:
+        case RSAPublicKey():
+            return key, "RS256"
+        case EllipticCurvePublicKey(curve=SECP256R1()):
+            return key, "ES256"
+        case Ed25519PublicKey():
+            return key, "EdDSA"
+    raise SettingsError("HOLDFAST_JWT_PUBLIC_KEY must be an RSA, a P-256 or an Ed25519 key")
+
+
+def sign(
+    secret: str,
+    *,
+    orgs: list[str] | Literal["*"],
+    scopes: list[str],
+    subject: str,
+    expires_in_s: int,
+    audience: str | None = None,
+    issuer: str | None = None,
+) -> str:
     """A token for development, signed with the shared secret."""
     claims: dict[str, Any] = {
         "sub": subject,
@@ -79,4 +151,5 @@ def sign(secret: str, *, orgs: list[str] | Literal["*"], scopes: list[str], subj
         "scope": " ".join(scopes),
         "exp": datetime.now(UTC) + timedelta(seconds=expires_in_s),
     }
+    claims |= {name: value for name, value in (("aud", audience), ("iss", issuer)) if value is not None}
     return jwt.encode(claims, secret, algorithm="HS256")

@@ -31,17 +31,23 @@ class Chart:
     """What evenly spaced places on the horizontal axis mean, from the left."""
     first: int
     last: int
-    lowest: int
-    highest: int
+    extremes: tuple[int, int] | None
+    """The lowest and the highest balance. None: not known."""
 
 
-def step_chart(points: Sequence[tuple[datetime, int]], *, ends: datetime) -> Chart:
-    """The chart of `points` (each a time, and the balance from then on; at least one, oldest first) until `ends`."""
+def step_chart(
+    points: Sequence[tuple[datetime, int]], *, ends: datetime, extremes: tuple[int, int] | None = None
+) -> Chart:
+    """The chart of `points` (each a time, and the balance from then on; at least one, oldest first) until `ends`.
+
+    `extremes` are the lowest and the highest balance of that time, where they are known: `points` may leave them out.
+    """
     begins = points[0][0]
     length_s = max((ends - begins).total_seconds(), 1e-6)
     amounts = [amount for _, amount in points]
-    step = _step((max(0, *amounts) - min(0, *amounts)) / INTERVALS)
-    top, bottom = math.ceil(max(0, *amounts) / step), math.floor(min(0, *amounts) / step)
+    lowest, highest = min(0, *amounts, *(extremes or ())), max(0, *amounts, *(extremes or ()))
+    step = _step((highest - lowest) / INTERVALS)
+    top, bottom = math.ceil(highest / step), math.floor(lowest / step)
     top = max(top, bottom + 1)
 
     def x(moment: datetime) -> str:
@@ -61,8 +67,7 @@ def step_chart(points: Sequence[tuple[datetime, int]], *, ends: datetime) -> Cha
         times=[begins + (ends - begins) * index / 2 for index in range(3)],
         first=amounts[0],
         last=amounts[-1],
-        lowest=min(amounts),
-        highest=max(amounts),
+        extremes=extremes,
     )
 
 

@@ -7,8 +7,8 @@ from datetime import datetime
 
 from sqlalchemy import RowMapping
 
-from api_stub.rendering import as_json
 from ledger.history import CUSTOMER_COLUMNS
+from ledger.readable import as_json
 
 COLUMNS = (*CUSTOMER_COLUMNS, "id", "workflow_id")
 PIECE_CHARACTERS = 64 * 1024

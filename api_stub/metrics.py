@@ -6,47 +6,61 @@ What a worker counts, it serves itself (see `worker.metrics`). Nothing here tell
 import time
 from collections.abc import Iterator
 from http import HTTPStatus
-from typing import Annotated
 
-from fastapi import Depends, FastAPI, Response
-from fastapi.responses import JSONResponse
+from anyio import CapacityLimiter, to_thread
+from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 from sqlalchemy.exc import DBAPIError
 
-from api_stub.services import Services, services
+from api_stub import answers
+from api_stub.services import Services
 from ledger import history, migrations
 from worker.client import BrokerUnavailableError
 
+PROBES = 4
+"""How many of them are answered at once; others wait."""
+
 
 def add(app: FastAPI) -> None:
-    """Add /healthz, /readyz and /metrics, which need no token."""
+    """Add /healthz, /readyz and /metrics, which need no token, and no thread that requests may wait in."""
+    using: Services = app.state.services
     registry = CollectorRegistry()
-    registry.register(SystemCollector(app.state.services))
+    registry.register(SystemCollector(using))
+    threads = CapacityLimiter(PROBES)
 
     @app.get("/healthz", tags=["system"])
-    def healthz() -> dict[str, str]:
+    async def healthz() -> answers.Health:
         """The process answers."""
-        return {"status": "ok"}
+        return answers.Health(status="ok")
 
-    @app.get("/readyz", tags=["system"])
-    def readyz(using: Annotated[Services, Depends(services)]) -> JSONResponse:
-        """Requests can be served: the database is there and migrated, and the broker takes messages."""
-        checks = {"database": _database_is_ready(using), "broker": _broker_is_ready(using)}
+    @app.get("/readyz", tags=["system"], response_model=answers.Readiness)
+    async def readyz() -> JSONResponse:
+        """Requests can be served: the database is there and migrated, and the broker takes messages. Otherwise 503."""
+        checks = await to_thread.run_sync(_checks, using, limiter=threads)
         status = HTTPStatus.OK if all(checks.values()) else HTTPStatus.SERVICE_UNAVAILABLE
         return JSONResponse({name: "ok" if ready else "unavailable" for name, ready in checks.items()}, status)
 
-    @app.get("/metrics", tags=["system"])
-    def metrics() -> Response:
+    @app.get("/metrics", tags=["system"], response_class=PlainTextResponse)
+    async def metrics() -> Response:
         """Figures for Prometheus."""
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+        text = await to_thread.run_sync(generate_latest, registry, limiter=threads)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+    app.head("/healthz", include_in_schema=False)(healthz)
+    app.head("/readyz", include_in_schema=False)(readyz)
+
+
+def _checks(using: Services) -> dict[str, bool]:
+    return {"database": _database_is_ready(using), "broker": _broker_is_ready(using)}
 
 
 def _database_is_ready(using: Services) -> bool:
     try:
-        return migrations.current_revision(using.engine) == migrations.head_revision()
+        return migrations.current_revision(using.probe) == migrations.head_revision()
     except DBAPIError:
         return False
 
@@ -70,7 +84,7 @@ class SystemCollector(Collector):
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """The figures, now."""
         try:
-            with self._using.engine.connect() as connection:
+            with self._using.probe.connect() as connection:
                 figures = history.system_figures(connection)
         except DBAPIError:
             figures = {}

@@ -11,11 +11,10 @@ from typing import Annotated, Any
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends, FastAPI, Form, Request, Response
-from sqlalchemy import Connection
 
 from api_stub.problems import Problem
-from api_stub.rendering import PageRoute, page, readable_json, see_other
-from api_stub.services import Services, connection, services
+from api_stub.rendering import PageRoute, page, see_other
+from api_stub.services import Services, Using
 from api_stub.sessions import Session, SignedIn, checked_form
 from ledger import dead_letters
 from ledger.dead_letters import (
@@ -26,16 +25,16 @@ from ledger.dead_letters import (
     StillFailsError,
     UnknownLetterError,
 )
-from ledger.messages import MAX_CREDITS, MESSAGES
+from ledger.messages import MAX_CREDITS, MAX_REASON_LENGTH, MESSAGES
+from ledger.readable import escaped
 from ledger.state import Result
-from worker.client import Client, DeadLetteredError, NoAnswerError, NotSentError
+from worker.client import Client, DeadLetteredError, InvalidMessageError, NoAnswerError, NotSentError
 
 STATUSES = ("open", "replayed", "discarded", "all")
 PAGE = 50
 ANSWER_TIMEOUT_S = 5.0
 MAX_SHOWN = 64 * 1024
 """The most characters of a message or a traceback that are shown."""
-MAX_REASON = 500
 
 
 def operator(session: SignedIn) -> Session:
@@ -46,8 +45,6 @@ def operator(session: SignedIn) -> Session:
 
 
 Operator = Annotated[Session, Depends(operator)]
-Ledger = Annotated[Connection, Depends(connection)]
-Using = Annotated[Services, Depends(services)]
 
 router = APIRouter(
     prefix="/operators", route_class=PageRoute, include_in_schema=False, dependencies=[Depends(operator)]
@@ -100,11 +97,12 @@ Found = Annotated[KeptLetter, Depends(found)]
 
 
 @router.get("/dead-letters")
-def dead_letter_list(request: Request, asked_for: AskedFor, ledger: Ledger) -> Response:
+def dead_letter_list(request: Request, asked_for: AskedFor, using: Using) -> Response:
     """The dead letters that match, newest first."""
     letters = []
     if not asked_for.errors:
-        letters = dead_letters.letters(ledger, asked_for.matching, limit=PAGE + 1, before_id=asked_for.before_id)
+        with using.reading() as ledger:
+            letters = dead_letters.letters(ledger, asked_for.matching, limit=PAGE + 1, before_id=asked_for.before_id)
     older = asked_for.query(before_id=letters[PAGE - 1].id) if len(letters) > PAGE else None
     return page(
         request,
@@ -147,8 +145,8 @@ def discard(
 ) -> Response:
     """Mark the letter as not to be applied, for a reason."""
     why = " ".join(reason.split())
-    if not why or len(why) > MAX_REASON or not why.isprintable():
-        failure = f"reason must be a text of 1 to {MAX_REASON} characters."
+    if not why or len(why) > MAX_REASON_LENGTH or not why.isprintable():
+        failure = f"reason must be a text of 1 to {MAX_REASON_LENGTH} characters."
         return _letter_page(request, letter, HTTPStatus.UNPROCESSABLE_ENTITY, failure, reason=reason)
     try:
         dead_letters.discard(using.engine, letter.id, by=session.principal.subject, why=why)
@@ -176,6 +174,8 @@ def _sender(client: Client) -> Callable[[str, list[Any], dict[str, Any]], Result
             answer = client.send_as_is(task, args, kwargs, wait_s=wait_s)
         except DeadLetteredError as error:
             raise StillFailsError(str(error)) from None
+        except InvalidMessageError:
+            raise NotReplayableError("the message is nested too deep to be sent again") from None
         except NoAnswerError as error:
             return str(error)
         if answer is not None:
@@ -193,28 +193,27 @@ def _letter_page(
         "dead_letter.html",
         status,
         letter=letter,
-        message=_shortened(_message(letter.body)),
-        traceback=_shortened(letter.traceback or ""),
+        message=_shortened(dead_letters.readable(letter.body)),
+        traceback=_shortened(escaped(letter.traceback or "", keep="\n")),
+        unreplayable=_unreplayable(letter),
         failure=failure,
         reason=reason,
-        max_reason=MAX_REASON,
+        max_reason=MAX_REASON_LENGTH,
     )
 
 
 def _as_it_is_now(using: Services, letter_id: int) -> KeptLetter:
-    with using.engine.connect() as connection:
-        return dead_letters.letter(connection, letter_id)
+    with using.reading() as ledger:
+        return dead_letters.letter(ledger, letter_id)
 
 
-def _message(body: bytes) -> str:
-    """The message for a person: its fields, or whatever has arrived instead of a message."""
-    match dead_letters.arguments(body):
-        case None:
-            return body.decode("utf-8", "backslashreplace")
-        case [payload], {}:
-            return readable_json(payload)
-        case args, kwargs:
-            return readable_json({"args": args, "kwargs": kwargs})
+def _unreplayable(letter: KeptLetter) -> str:
+    """Why the letter's message cannot be sent again; empty if it can."""
+    try:
+        dead_letters.sent_with(letter)
+    except NotReplayableError as error:
+        return _sentence(error)
+    return ""
 
 
 def _shortened(text: str) -> str:

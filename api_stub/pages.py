@@ -1,9 +1,9 @@
 """The pages for customers: an organization's credit history, as a page and as a CSV file. They only read."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from http import HTTPStatus
 from itertools import chain
 from typing import Annotated, Any, TypeVar, get_args
@@ -17,21 +17,22 @@ from api_stub import exports, sessions
 from api_stub.chart import Chart, step_chart
 from api_stub.problems import Problem
 from api_stub.rendering import PageRoute, add_assets, page, see_other
-from api_stub.services import connection, require
+from api_stub.services import OrgId, Using, require
 from api_stub.sessions import SignedIn, signed_in
 from ledger import history
-from ledger.history import EventFilter, WalletView
+from ledger.history import EventFilter, Reservation, WalletView
 from ledger.messages import ID_PATTERN, MAX_CREDITS
 from ledger.state import EventType
 
 EVENT_TYPES: tuple[EventType, ...] = get_args(EventType)
 CHART_POINTS = 240
+PLACES = "before", "reservations_after"
+"""The parameters that say which page, and not what is on it."""
 ID = re.compile(ID_PATTERN)
 
 Value = TypeVar("Value")
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
-Ledger = Annotated[Connection, Depends(connection)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +45,20 @@ class Asked:
     matching: EventFilter
     limit: int
     before_seq: int | None
+    reservations_after: int
+    """How many of the oldest reservations to leave out."""
     errors: Mapping[str, str] = field(default_factory=dict)
     """By parameter, a sentence about what is wrong with it."""
 
     def query(self, **changes: object) -> str:
         """The query of the same filter, on the newest page, with `changes`."""
-        kept = [(name, value) for name, value in self.typed.items() if value and name != "before"]
+        kept = [(name, value) for name, value in self.typed.items() if value and name not in PLACES]
         types = [("event_type", name) for name in self.event_types]
         return urlencode([*kept, *types, *changes.items()])
 
     def kind_of_field(self, name: str) -> str:
         """`date` for a day; whatever else was typed is lost in such a field, but not in one for `text`."""
-        return "date" if re.fullmatch(r"([0-9]{4}-[0-9]{2}-[0-9]{2})?", self.typed[name]) else "text"
+        return "date" if not self.typed[name] or _is_day(self.typed[name]) else "text"
 
     @property
     def is_filtered(self) -> bool:
@@ -66,25 +69,29 @@ class Asked:
 def asked(request: Request) -> Asked:
     """Read the query. Fields of the form that were left empty are as if they were not there."""
     query = request.query_params
-    typed = {name: query.get(name, "").strip() for name in ("date_from", "date_to", "project_id", "limit", "before")}
+    typed = {name: query.get(name, "").strip() for name in ("date_from", "date_to", "project_id", "limit", *PLACES)}
     event_types = tuple(dict.fromkeys(name for name in query.getlist("event_type") if name))
     errors: dict[str, str] = {}
 
-    created_from = _understood(typed, "date_from", history.moment, errors)
-    created_before = _understood(typed, "date_to", lambda text: history.moment(text, ends_range=True), errors)
-    limit = _understood(typed, "limit", lambda text: _number(text, history.MAX_PAGE), errors)
-    if created_from is not None and created_before is not None and created_from >= created_before:
+    first = _understood(typed, "date_from", history.when, errors)
+    last = _understood(typed, "date_to", history.when, errors)
+    created_from, created_before = None, None
+    try:
+        created_from, created_before = history.time_range(first, last)
+    except ValueError:
         errors["date_to"] = "date_to must not be before date_from."
+    limit = _understood(typed, "limit", lambda text: _number(text, history.MAX_PAGE), errors)
     known = tuple(name for name in EVENT_TYPES if name in event_types)
     if len(known) < len(event_types):
         errors["event_type"] = f"event_type must be one of {', '.join(EVENT_TYPES)}."
-    matching = EventFilter(created_from, created_before, known, _understood(typed, "project_id", _project_id, errors))
+    project_id = _understood(typed, "project_id", history.project, errors)
     return Asked(
         typed=typed,
         event_types=event_types,
-        matching=matching,
+        matching=EventFilter(created_from, created_before, known, project_id),
         limit=limit or history.MAX_PAGE,
         before_seq=_understood(typed, "before", lambda text: _number(text, MAX_CREDITS), errors),
+        reservations_after=_understood(typed, PLACES[1], lambda text: _number(text, MAX_CREDITS), errors) or 0,
         errors=errors,
     )
 
@@ -92,12 +99,10 @@ def asked(request: Request) -> Asked:
 AskedFor = Annotated[Asked, Depends(asked)]
 
 
-def readable(orgId: str, session: SignedIn) -> str:  # noqa: N803 - the path names it so
+def readable(org_id: OrgId, session: SignedIn) -> str:
     """A dependency: the organization in the path, if it exists for whoever is signed in and may be read by them."""
-    if not ID.fullmatch(orgId):
-        raise Problem(HTTPStatus.NOT_FOUND, "There is no such organization.")
-    require(session.principal, orgId, "credits:read")
-    return orgId
+    require(session.principal, org_id, "credits:read")
+    return org_id
 
 
 ReadableOrg = Annotated[str, Depends(readable)]
@@ -107,45 +112,49 @@ ReadableOrg = Annotated[str, Depends(readable)]
 def start(request: Request, session: SignedIn, organization: str = "") -> Response:
     """Leads to the one page that there is for whoever is signed in, or lists what they may see."""
     principal = session.principal
+    is_operator, may_read = ("operator" in principal.scopes), ("credits:read" in principal.scopes)
+    if is_operator and not (principal.orgs and may_read):
+        return see_other("/operators/dead-letters")
+    if not may_read:
+        raise Problem(HTTPStatus.FORBIDDEN, "The token lacks the scope credits:read.")
     if organization:
         if ID.fullmatch(organization) and principal.may_see(organization):
             return see_other(f"/organizations/{organization}/credit-history")
         return page(request, "start.html", HTTPStatus.NOT_FOUND, org_ids=_org_ids(session), typed=organization)
-    if len(principal.orgs) == 1 and principal.orgs != "*" and "operator" not in principal.scopes:
+    if len(principal.orgs) == 1 and principal.orgs != "*" and not is_operator:
         return see_other(f"/organizations/{next(iter(principal.orgs))}/credit-history")
     return page(request, "start.html", org_ids=_org_ids(session), typed="")
 
 
 @router.get("/organizations/{orgId}/credit-history")
-def credit_history(request: Request, org_id: ReadableOrg, asked_for: AskedFor, ledger: Ledger) -> Response:
+def credit_history(request: Request, org_id: ReadableOrg, asked_for: AskedFor, using: Using) -> Response:
     """The wallet, the course of its balance, its open reservations, and a page of its events."""
     now = datetime.now(UTC)
-    values: dict[str, Any] = {"events": None, "chart": None}
-    if not asked_for.errors:
-        values = {
-            "events": _page_of_events(ledger, org_id, asked_for),
-            "chart": _chart(ledger, org_id, asked_for.matching, now),
-        }
+    found: dict[str, Any] = {"events": None, "chart": None}
+    with using.reading() as ledger:
+        if not asked_for.errors:
+            found["events"] = _page_of_events(ledger, org_id, asked_for)
+            found["chart"] = _chart(ledger, org_id, asked_for.matching, now)
+        found["wallet"] = history.wallet(ledger, org_id) or WalletView(org_id)
+        found["reservations"] = _open_reservations(ledger, org_id, asked_for)
     return page(
         request,
         "credit_history.html",
         HTTPStatus.UNPROCESSABLE_ENTITY if asked_for.errors else HTTPStatus.OK,
         org_id=org_id,
-        wallet=history.wallet(ledger, org_id) or WalletView(org_id),
-        reservations=history.open_reservations(ledger, org_id=org_id),
         event_types=EVENT_TYPES,
         asked=asked_for,
         now=now,
-        **values,
+        **found,
     )
 
 
 @router.get("/organizations/{orgId}/credit-history.csv")
-def credit_history_as_csv(org_id: ReadableOrg, asked_for: AskedFor, ledger: Ledger) -> Response:
+def credit_history_as_csv(org_id: ReadableOrg, asked_for: AskedFor, using: Using) -> Response:
     """Every event that the filter lets through, newest first, as a file."""
     if asked_for.errors:
         raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, " ".join(asked_for.errors.values()))
-    pieces: Iterator[str] = exports.pieces(history.all_events(ledger, org_id, asked_for.matching))
+    pieces = exports.pieces(history.all_events(using.engine, org_id, asked_for.matching))
     first = next(pieces)  # so that a fault of the database is still answered with a page
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"credit-history-{org_id}.csv")
     return StreamingResponse(
@@ -202,6 +211,36 @@ def _page_of_events(ledger: Connection, org_id: str, asked_for: Asked) -> Events
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Reservations:
+    """Some of the open reservations, oldest first, and their place among all."""
+
+    shown: list[Reservation]
+    total: int
+    credits: int
+    """What all of them hold."""
+    passed: int
+    """How many older ones are not shown."""
+    oldest: str
+    newer: str | None
+    """The queries of other pages."""
+
+    @property
+    def last(self) -> int:
+        return self.passed + len(self.shown)
+
+
+def _open_reservations(ledger: Connection, org_id: str, asked_for: Asked) -> Reservations:
+    passed = asked_for.reservations_after
+    shown = history.open_reservations(ledger, org_id=org_id, offset=passed)
+    total, held = history.reservations_held(ledger, org_id)
+    # The page of the events stays as it is.
+    place = {"before": asked_for.before_seq} if asked_for.before_seq is not None else {}
+    last = passed + len(shown)
+    newer = asked_for.query(**place, reservations_after=last) if shown and last < total else None
+    return Reservations(shown, total, held, passed, asked_for.query(**place), newer)
+
+
 def _chart(ledger: Connection, org_id: str, matching: EventFilter, now: datetime) -> Chart | None:
     """The course of the available balance in the filter's range of time, whatever else it leaves out."""
     begins = history.first_event_at(ledger, org_id)
@@ -209,12 +248,19 @@ def _chart(ledger: Connection, org_id: str, matching: EventFilter, now: datetime
     if begins is None:
         return None
     points = history.available_over_time(ledger, org_id, matching, points=CHART_POINTS)
+    extremes = history.lowest_and_highest(ledger, org_id, matching)
     if matching.created_from is not None and matching.created_from > begins:
         before = history.balances_at(ledger, org_id, matching.created_from - timedelta(microseconds=1))
-        points = [(matching.created_from, before.available), *points]
+        begun_with = before.available
+        # Without an event in the range, what it begins with is all that there is.
+        if extremes is not None or not points:
+            lowest, highest = extremes or (begun_with, begun_with)
+            extremes = min(lowest, begun_with), max(highest, begun_with)
+        points = [(matching.created_from, begun_with), *points]
     if not points or ends < points[0][0]:
         return None
-    return step_chart(points, ends=max(ends, points[-1][0]))  # the database's clock may be ahead of ours
+    ends = max(ends, points[-1][0])  # the database's clock may be ahead of ours
+    return step_chart(points, ends=ends, extremes=extremes)
 
 
 def _org_ids(session: SignedIn) -> list[str] | None:
@@ -234,13 +280,15 @@ def _understood(
         return None
 
 
+def _is_day(text: str) -> bool:
+    """Whether a field for a date can hold it."""
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 def _number(text: str, most: int) -> int:
     if not re.fullmatch(r"[0-9]{1,16}", text) or not 1 <= int(text) <= most:
         raise ValueError(f"must be a number from 1 to {most:,}.")
     return int(text)
-
-
-def _project_id(text: str) -> str:
-    if not ID.fullmatch(text):
-        raise ValueError("must have 1 to 128 characters, and only letters, digits and _ . : - among them")
-    return text

@@ -5,23 +5,21 @@ escape all that is put into them.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Coroutine, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
 from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from sqlalchemy.exc import DBAPIError
 
 from api_stub.problems import Problem
+from ledger.readable import as_json, escaped, readable_json, span
 
 _HERE = Path(__file__).parent
 _STATIC = _HERE / "static"
@@ -59,25 +57,15 @@ class NotSignedInError(Exception):
 
 
 class PageRoute(APIRoute):
-    """A route whose every answer is a page, errors included, sent with `HEADERS`."""
+    """A route whose every answer is sent with `HEADERS`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The handler, with its errors made pages."""
+        """The handler, and what is done before and after it."""
         handle = super().get_route_handler()
 
         async def answer(request: Request) -> Response:
-            try:
-                _refuse_large_form(request)
-                response = await handle(request)
-            except NotSignedInError as visitor:
-                response = see_other(visitor.location)
-            except Problem as problem:
-                response = error_page(request, problem.status, problem.detail, problem.headers)
-            except RequestValidationError:
-                response = error_page(request, HTTPStatus.UNPROCESSABLE_ENTITY, "The form could not be read.")
-            except DBAPIError:
-                detail = "The ledger does not answer at the moment. Please try again."
-                response = error_page(request, HTTPStatus.SERVICE_UNAVAILABLE, detail, {"Retry-After": "5"})
+            _refuse_large_form(request)
+            response = await handle(request)
             response.headers.update(HEADERS)
             return response
 
@@ -111,7 +99,15 @@ def error_page(
 ) -> HTMLResponse:
     """A page that says why there is no other."""
     response = page(request, "error.html", status, status=status, detail=detail)
-    response.headers.update(headers or {})
+    response.headers.update({**HEADERS, **(headers or {})})
+    return response
+
+
+async def to_sign_in(_: Request, visitor: Exception) -> Response:
+    """The answer to who is not signed in."""
+    assert isinstance(visitor, NotSignedInError)
+    response = see_other(visitor.location)
+    response.headers.update(HEADERS)
     return response
 
 
@@ -130,7 +126,7 @@ def _refuse_large_form(request: Request) -> None:
         raise Problem(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The form is larger than {MAX_FORM_BYTES:,} bytes.")
 
 
-# What templates write numbers, times and JSON with.
+# What templates write numbers, times and metadata with.
 
 
 def amount(credits: int) -> str:
@@ -159,31 +155,9 @@ def iso(moment: datetime) -> str:
     return f"{moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec='seconds')}Z"
 
 
-def span(length: timedelta) -> str:
-    """A length of time in its two largest units: 3 d 4 h, 12 min, 0 s. Never less than 0 s."""
-    seconds = max(0, int(length.total_seconds()))
-    days, hours, minutes = seconds // 86_400, seconds // 3_600 % 24, seconds // 60 % 60
-    parts = [(days, "d"), (hours, "h"), (minutes, "min")]
-    shown = [f"{number} {unit}" for number, unit in parts if number][:2]
-    return " ".join(shown) or f"{seconds} s"
-
-
 def label(name: str) -> str:
     """A name of ours in a person's words: `prepaid_purchase` is Prepaid purchase."""
     return name.replace("_", " ").capitalize()
-
-
-def as_json(value: object, *, indent: int | None = None) -> str:
-    """`value` as JSON for a person: readable characters, and nothing that UTF-8 cannot say."""
-    separators = (",", ":") if indent is None else None
-    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators)
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def readable_json(value: object) -> str:
-    """`value` as JSON over several lines, unless deep nesting would make that several times as long."""
-    compact, spread = as_json(value), as_json(value, indent=2)
-    return spread if len(spread) <= 4 * len(compact) else compact
 
 
 def pairs(metadata: Mapping[str, Any]) -> list[tuple[str, str]] | None:
@@ -218,6 +192,7 @@ _templates = Environment(
     lstrip_blocks=True,
 )
 _templates.filters |= {
-    function.__name__: function for function in (amount, change, day, clock, iso, span, label, pairs, readable_json)
+    function.__name__: function
+    for function in (amount, change, day, clock, iso, span, label, pairs, readable_json, escaped)
 }
 _templates.globals |= {"asset": {name: f"/static/{name}?v={_version(name)}" for name in ("holdfast.css", "icon.svg")}}

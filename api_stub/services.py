@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Annotated
 
-from fastapi import Depends, Path, Request
+from fastapi import Depends, Path, Request, Security
+from fastapi.security import HTTPBearer
 from sqlalchemy import Connection
 
 from api_stub.auth import Authenticator, InvalidTokenError, Principal, Scope
@@ -25,7 +27,21 @@ class Services:
         assert settings.broker_url is not None
         self.authenticator = Authenticator.from_settings(settings)
         self.engine = connect(settings.database_url)
+        # For probes: an open connection to a database that hangs would make them wait as well.
+        self.probe = connect(settings.database_url, keeps_connections=False)
         self.client = Client(settings.broker_url, result_url=settings.result_url)
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A connection that only reads: one snapshot of the ledger.
+
+        For use within a handler, and not as a dependency of one: those run before it, each in a thread of the pool that
+        handlers share, so under load all threads would wait for connections of requests that wait for a thread.
+        """
+        with self.engine.connect().execution_options(
+            isolation_level="REPEATABLE READ", postgresql_readonly=True
+        ) as opened:
+            yield opened
 
     def close(self) -> None:
         """Close all connections."""
@@ -33,22 +49,17 @@ class Services:
         self.engine.dispose()
 
 
-def services(request: Request) -> Services:
-    """The services of the app that got `request`."""
+async def services(request: Request) -> Services:
+    """The services of the app that got `request`. Async, as it needs no thread of its own for that."""
     found = request.app.state.services
     assert isinstance(found, Services)
     return found
 
 
-def connection(using: Annotated[Services, Depends(services)]) -> Iterator[Connection]:
-    """A connection for one request, which only reads: one snapshot of the ledger."""
-    with using.engine.connect().execution_options(
-        isolation_level="REPEATABLE READ", postgresql_readonly=True
-    ) as opened:
-        yield opened
+Using = Annotated[Services, Depends(services)]
 
 
-def bearer(request: Request, using: Annotated[Services, Depends(services)]) -> Principal:
+def bearer(request: Request, using: Using) -> Principal:
     """Who asks, by the Authorization header. Otherwise the answer is 401."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not token:
@@ -71,10 +82,20 @@ def require(principal: Principal, org_id: str, scope: Scope) -> None:
 OrgId = Annotated[str, Path(alias="orgId", description="The organization's id.")]
 
 
+_SCHEME = HTTPBearer(
+    scheme_name="token",
+    bearerFormat="JWT",
+    description="A JSON Web Token: `orgs`, `scope`, `exp`.",
+    auto_error=False,  # it only describes what `bearer` does
+)
+
+
 def organization(scope: Scope) -> Callable[..., str]:
     """A dependency: the organization in the path, for a token that may do `scope` there."""
 
-    def checked(org_id: OrgId, principal: Annotated[Principal, Depends(bearer)]) -> str:
+    def checked(
+        org_id: OrgId, principal: Annotated[Principal, Depends(bearer)], _: Annotated[object, Security(_SCHEME)]
+    ) -> str:
         require(principal, org_id, scope)
         return org_id
 

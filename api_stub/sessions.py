@@ -20,10 +20,10 @@ from urllib.parse import quote
 import jwt
 from fastapi import APIRouter, Depends, Form, Request, Response
 
-from api_stub.auth import InvalidTokenError, Principal
+from api_stub.auth import LEEWAY_S, InvalidTokenError, Principal
 from api_stub.problems import Problem
 from api_stub.rendering import NotSignedInError, PageRoute, page, see_other
-from api_stub.services import Services, bearer, services
+from api_stub.services import Services, Using, bearer
 
 COOKIE = "holdfast_session"
 FORM_COOKIE = "holdfast_signin"
@@ -51,14 +51,14 @@ class Session:
         return form_token(self.token)
 
 
-def signed_in(request: Request, using: Annotated[Services, Depends(services)]) -> Session:
-    """Who asks for a page, by the cookie or, for scripts, by the Authorization header.
+def signed_in(request: Request, using: Using) -> Session:
+    """Who asks for a page, by the cookie or, for scripts, by a bearer token in the Authorization header.
 
     Otherwise the answer is the form for signing in, which leads back here.
     """
-    if "authorization" in request.headers:
-        token = request.headers["authorization"].partition(" ")[2].strip()
-        session = Session(bearer(request, using), token)
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":  # any other is of a proxy in front of us
+        session = Session(bearer(request, using), token.strip())
     else:
         token = request.cookies.get(COOKIE, "")
         try:
@@ -103,7 +103,7 @@ def local_path(text: str) -> str:
 
 
 @router.get("/signin")
-def ask(request: Request, using: Annotated[Services, Depends(services)], next: str = "", token: str = "") -> Response:
+def ask(request: Request, using: Using, next: str = "", token: str = "") -> Response:
     """The form. With `token`, as in the link that `holdfast up` prints, signs in right away.
 
     The answer to that link is a redirection, so that the token is in no history of the browser, as it would be if this
@@ -118,7 +118,7 @@ def ask(request: Request, using: Annotated[Services, Depends(services)], next: s
 @router.post("/signin")
 def sign_in(
     request: Request,
-    using: Annotated[Services, Depends(services)],
+    using: Using,
     token: Annotated[str, Form()] = "",
     next: Annotated[str, Form()] = "",
     form: Annotated[str, Form()] = "",
@@ -130,10 +130,10 @@ def sign_in(
 
 
 @router.post("/signout")
-def sign_out(_: OwnForm) -> Response:
+def sign_out(request: Request, _: OwnForm) -> Response:
     """Remove the cookie."""
     response = see_other("/signin")
-    response.delete_cookie(COOKIE, httponly=True, samesite="lax")
+    response.delete_cookie(COOKIE, httponly=True, secure=_is_encrypted(request), samesite="lax")
     return response
 
 
@@ -151,9 +151,9 @@ def _sign_in(request: Request, using: Services, *, token: str, next: str) -> Res
     response.set_cookie(
         COOKIE,
         token,
-        max_age=min(expiry - int(datetime.now(UTC).timestamp()), MAX_COOKIE_AGE_S),
+        max_age=min(expiry + LEEWAY_S - int(datetime.now(UTC).timestamp()), MAX_COOKIE_AGE_S),
         httponly=True,
-        secure=request.url.scheme == "https",
+        secure=_is_encrypted(request),
         samesite="lax",  # strict would ask whoever follows a link from a mail to sign in again
     )
     return response
@@ -163,9 +163,18 @@ def _form(request: Request, status: HTTPStatus, *, next: str, error: str | None 
     secret = request.cookies.get(FORM_COOKIE) or secrets.token_urlsafe(32)
     response = page(request, "signin.html", status, next=local_path(next), form_token=form_token(secret), error=error)
     response.set_cookie(
-        FORM_COOKIE, secret, path="/signin", httponly=True, secure=request.url.scheme == "https", samesite="strict"
+        FORM_COOKIE, secret, path="/signin", httponly=True, secure=_is_encrypted(request), samesite="strict"
     )
     return response
+
+
+def _is_encrypted(request: Request) -> bool:
+    """Whether the browser's connection is encrypted, as this server sees it or as a proxy in front of it says.
+
+    Anybody's word is taken for that: a cookie that is sent over encrypted connections alone harms only who lied.
+    """
+    said = request.headers.get("x-forwarded-proto", "").split(",")[0]  # the first proxy's word: the browser's end
+    return "https" in (request.scope["scheme"], said.strip().lower())
 
 
 class _KeepTokensOut(logging.Filter):

@@ -7,7 +7,6 @@ page in step with the code.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -147,6 +146,10 @@ DEAD_LETTERS = {
         "A field is missing, unknown or not what it should be, or the task was not sent with one JSON object.",
         "Correct the sender and send a new message; discard this one.",
     ),
+    "delivery_limit": (
+        "RabbitMQ has delivered it too often: each time, its worker died or gave it back.",
+        "Replay it. If workers die of it, report it.",
+    ),
     "undecodable_message": (
         "It is not as Celery sends it: it names no task, or its headers or its body (which is JSON) cannot be read.",
         "Correct the sender, which must use JSON, and send a new message; discard this one.",
@@ -184,7 +187,7 @@ DEAD_LETTERS = {
 def render() -> str:
     """The whole page."""
     _must_be_the_same(EXAMPLES, MESSAGES)
-    _must_be_the_same(ANSWER, [field.name for field in fields(Result)])
+    _must_be_the_same(ANSWER, list(Result._fields))
     _must_be_the_same(EVENTS, get_args(EventType))
     return (
         "\n\n".join(
@@ -228,7 +231,8 @@ _INTRODUCTION = f"""# Messages
 Everything that changes a wallet is a message: a Celery task, sent by its name, with one JSON object as its only
 positional argument. Any Celery client will do, in any language; send to the queue `{QUEUE}` (Celery's own `celery`
 works too). An engine without one may send the workflow messages over HTTP, the other fields as the body:
-`POST {HTTP_PATH}`, where `step` is `start`, `finish`, `cancel` or `fail`.
+`POST {HTTP_PATH}`, where `step` is `start`, `finish`, `cancel` or `fail`; there `source` must not be
+`admin`, `billing`, `operator` or `scheduler`.
 
 ```python
 from celery import Celery

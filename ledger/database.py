@@ -1,16 +1,24 @@
 """How the ledger connects to PostgreSQL, and which of its errors are faults that pass."""
 
+import os
+import socket
+from contextlib import suppress
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import psycopg
 from psycopg import conninfo
 from psycopg.types.numeric import Int8BinaryDumper
-from sqlalchemy import URL, Engine, create_engine, event, make_url
+from sqlalchemy import URL, Engine, NullPool, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
+
+from ledger.arrays import Array, ArrayDumper
 
 CONNECT_TIMEOUT_S = 5
 LOCK_TIMEOUT_S = 10
 STATEMENT_TIMEOUT_S = 60
+POOL_TIMEOUT_S = 5
+"""How long to wait for a connection while all are in use."""
 
 _SESSION_OPTIONS = " ".join(
     f"-c {option}"
@@ -28,6 +36,9 @@ _SESSION_OPTIONS = " ".join(
 # rollback and deadlock (40), schema or rights not there yet (42), resources (53), lock not available (55), operator
 # intervention (57), system (58).
 _TRANSIENT_CLASSES = frozenset({"08", "25", "40", "42", "53", "55", "57", "58"})
+
+
+_connections: WeakKeyDictionary[Engine, WeakSet[psycopg.Connection[Any]]] = WeakKeyDictionary()
 
 
 class DatabaseURLError(ValueError):
@@ -49,13 +60,16 @@ def parse_url(url: str) -> URL:
     return parsed
 
 
-def connect(url: str) -> Engine:
+def connect(url: str, *, keeps_connections: bool = True) -> Engine:
     """An engine for the PostgreSQL database at `url` (`postgresql+psycopg://…`). Does not connect yet.
 
-    Raises DatabaseURLError.
+    One that keeps no connections opens one whenever it is asked to: whether the database is there shows within
+    `CONNECT_TIMEOUT_S`, also where it hangs and an open connection would wait for ever. Raises DatabaseURLError.
     """
+    pool: dict[str, Any] = {"pool_timeout": POOL_TIMEOUT_S} if keeps_connections else {"poolclass": NullPool}
     engine = create_engine(
         parse_url(url),
+        **pool,
         pool_pre_ping=False,  # it would cost every batch a round trip; a broken connection is noticed by its first use
         connect_args={
             "connect_timeout": CONNECT_TIMEOUT_S,
@@ -69,12 +83,24 @@ def connect(url: str) -> Engine:
         },
     )
 
+    connections: WeakSet[psycopg.Connection[Any]] = WeakSet()
+
     @event.listens_for(engine, "connect")
-    def send_integers_as_bigint(connection: psycopg.Connection[Any], _: object) -> None:
+    def send_integers_and_arrays(connection: psycopg.Connection[Any], _: object) -> None:
         # One parameter type per statement, whatever the size of the numbers in it: one prepared statement, not many.
         connection.adapters.register_dumper(int, Int8BinaryDumper)
+        connection.adapters.register_dumper(Array, ArrayDumper)
+        connections.add(connection)
 
+    _connections[engine] = connections
     return engine
+
+
+def abandon(engine: Engine) -> None:
+    """Break the connections of `engine`: who waits for an answer on one, in another thread, fails as in an outage."""
+    for connection in list(_connections[engine]):
+        with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as shared:
+            shared.shutdown(socket.SHUT_RDWR)
 
 
 def is_transient(error: BaseException) -> bool:

@@ -8,6 +8,7 @@ letter.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import psycopg
 from sqlalchemy import Connection, Engine, Update, func, or_, select, update
 
+from ledger.readable import escaped, escaped_json, readable_json
 from ledger.state import Result
 from ledger.tables import dead_letters
 
@@ -168,8 +170,31 @@ def arguments(body: bytes) -> tuple[list[Any], dict[str, Any]] | None:
     match message:
         case [list(args), dict(kwargs), _]:
             return args, kwargs
+        case {"args": list(args), "kwargs": dict(kwargs)}:  # the first version of Celery's protocol
+            return args, kwargs
         case _:
             return None
+
+
+def readable(body: bytes) -> str:
+    """A message for a person: its fields, or whatever has arrived instead. Its control characters are escaped."""
+    found = arguments(body)
+    if found is not None:
+        args, kwargs = found
+        message = args[0] if len(args) == 1 and not kwargs else {"args": args, "kwargs": kwargs}
+        with suppress(RecursionError):  # nested so deep that it could just be read, but not be written
+            return escaped_json(readable_json(message))
+    return escaped(body.decode("utf-8", "backslashreplace"), keep="\n")
+
+
+def sent_with(letter: KeptLetter) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments that `letter`'s message can be sent again with. Raises NotReplayableError."""
+    if letter.status == "discarded":
+        raise NotReplayableError(f"dead letter {letter.id} was discarded by {letter.resolved_by}: {letter.resolution}")
+    found = arguments(letter.body)
+    if found is None:
+        raise NotReplayableError(f"dead letter {letter.id} holds no message that could be sent again")
+    return found
 
 
 def replay(
@@ -184,12 +209,7 @@ def replay(
     """
     with engine.connect() as connection:
         kept = letter(connection, letter_id)
-    if kept.status == "discarded":
-        raise NotReplayableError(f"dead letter {letter_id} was discarded by {kept.resolved_by}: {kept.resolution}")
-    sent_with = arguments(kept.body)
-    if sent_with is None:
-        raise NotReplayableError(f"dead letter {letter_id} holds no message that could be sent again")
-    answer = send(kept.task, *sent_with)
+    answer = send(kept.task, *sent_with(kept))
     outcome = f"{_SENT}{answer}" if isinstance(answer, str) else described(answer)
     mark = _resolve(letter_id, status="replayed", by=by, resolution=outcome).where(
         or_(dead_letters.c.status != "replayed", dead_letters.c.resolution.startswith(_SENT))

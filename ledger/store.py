@@ -2,8 +2,9 @@
 
 `apply_batch` locks the wallets concerned in the order of their ids, loads what the messages name, lets `rules` decide
 one message after the other, and writes the result set by set: the number of statements does not depend on the number
-of messages. What cannot be applied becomes a dead letter in the same transaction. When a batch fails for a reason of
-its own making, it is halved until the culprit stands alone, so its neighbours are applied all the same.
+of messages, and they travel in two round trips, one to load and one to write. What cannot be applied becomes a dead
+letter in the same transaction. When a batch fails for a reason of its own making, it is halved until the culprit stands
+alone, so its neighbours are applied all the same.
 
 A fault of the database (see `database.is_transient`) is raised as it is: nothing of the batch, or all of it, has
 happened, and applying it again is safe.
@@ -12,21 +13,19 @@ happened, and applying it again is safe.
 import json
 import logging
 import traceback
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from datetime import datetime
-from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import psycopg
 from psycopg.rows import args_row
-from sqlalchemy import Dialect, Engine, Table
+from sqlalchemy import BigInteger, Dialect, Engine, Table, Text
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 
-from ledger import dead_letters, rules, tables
+from ledger import arrays, dead_letters, rules, tables
 from ledger.database import is_transient
 from ledger.dead_letters import DeadLetter
 from ledger.messages import (
@@ -54,8 +53,7 @@ Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(NamedTuple):
     """A message as it arrived."""
 
     task: str
@@ -125,12 +123,14 @@ def _in_transactions(
 
 @contextmanager
 def _connection(engine: Engine) -> Iterator[Connection]:
-    """A psycopg connection, for one transaction. One that failed is closed, not returned to the pool."""
+    """A psycopg connection that begins no transaction by itself. One that failed is closed, not used again."""
     with engine.connect() as pooled:
         connection = pooled.connection.driver_connection
         assert isinstance(connection, psycopg.Connection)
         try:
+            connection.autocommit = True  # the BEGIN that psycopg would send costs a round trip of its own
             yield connection
+            connection.autocommit = False
         except BaseException:
             pooled.invalidate()
             raise
@@ -172,13 +172,30 @@ def _bury(engine: Engine, delivery: Delivery, error: Exception) -> DeadLettered:
     )
     with _connection(engine) as connection:
         [letter_id] = dead_letters.record(connection, [letter])
-        connection.commit()
     logger.error("%s failed unexpectedly, see dead letter %d:\n%s", letter.task, letter_id, letter.traceback)
     return DeadLettered(letter_id, letter.code, letter.error)
 
 
 def _storable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode().replace("\x00", "\\x00")
+
+
+class _Named:
+    """What messages name, by its keys."""
+
+    def __init__(self, messages: Iterable[Message]) -> None:
+        self.workflows: set[tuple[str, str]] = set()
+        self.posted: set[tuple[str, str, str]] = set()
+        self.subscriptions: set[tuple[str, str]] = set()
+        for message in messages:
+            if isinstance(message, WorkflowMessage):
+                self.workflows.add((message.org_id, message.workflow_id))
+            elif isinstance(message, WalletMessage):
+                self.posted.add((message.org_id, message.kind, message.message_id))
+                if isinstance(message, Subscribe | Unsubscribe):
+                    self.subscriptions.add((message.org_id, message.subscription_id))
+                elif isinstance(message, Refund) and message.workflow_id is not None:
+                    self.workflows.add((message.org_id, message.workflow_id))
 
 
 class _WorkingSet:
@@ -194,81 +211,78 @@ class _WorkingSet:
         self.subscriptions: dict[tuple[str, str], Subscription] = {}
         self.posted: dict[tuple[str, str, str], PostedMessage] = {}
         self.events: list[Event] = []
-        self._changed_wallets: set[str] = set()
-        self._changed_workflows: set[tuple[str, str]] = set()
-        self._changed_subscriptions: set[tuple[str, str]] = set()
+        # As they are in the database.
+        self._loaded_wallets = dict(self.wallets)
+        self._loaded_workflows: dict[tuple[str, str], Workflow] = {}
+        self._loaded_subscriptions: dict[tuple[str, str], Subscription] = {}
         self._new_posted: list[PostedMessage] = []
 
     @classmethod
     def load(cls, connection: Connection, messages: Sequence[Message]) -> "_WorkingSet":
         """Lock the wallets of `messages`, load all that deciding them needs, and post what is due."""
         org_ids = sorted({message.org_id for message in messages})
-        named_workflows = {
-            (message.org_id, message.workflow_id)
-            for message in messages
-            if isinstance(message, WorkflowMessage | Refund) and message.workflow_id is not None
-        }
-        named_posted = {
-            (message.org_id, message.kind, message.message_id)
-            for message in messages
-            if isinstance(message, WalletMessage)
-        }
-        named_subscriptions = {
-            (message.org_id, message.subscription_id)
-            for message in messages
-            if isinstance(message, Subscribe | Unsubscribe)
-        }
         with connection.pipeline():
-            locked = _select(connection, Wallet, _LOCK_WALLETS, [org_ids])
+            connection.execute(_BEGIN)
+            locked = _select(connection, Wallet, _LOCK_WALLETS, [arrays.text(org_ids)])
             clock = connection.execute(_CLOCK)
-            workflows = _select(connection, Workflow, _WORKFLOWS, _arrays(named_workflows, 2))
-            posted = _select(connection, PostedMessage, _POSTED, _arrays(named_posted, 3))
-            work = cls(locked.fetchall(), clock.fetchall()[0][0])
-            work._keep_loaded(workflows.fetchall(), posted.fetchall())
+            named = _Named(messages)
+            workflows = _find(connection, Workflow, _WORKFLOWS, named.workflows)
+            posted = _find(connection, PostedMessage, _POSTED, named.posted)
+        work = cls(locked.fetchall(), clock.fetchall()[0][0])
         missing = [org_id for org_id in org_ids if org_id not in work.wallets]
         if missing:
-            # In a transaction of its own: to create wallets while holding others would invite deadlocks.
-            connection.rollback()
-            connection.execute(_CREATE_WALLETS, _columns(Wallet, [Wallet(org_id) for org_id in missing]))
-            connection.commit()
+            with connection.pipeline():
+                # In a transaction of its own: to create wallets while holding others would invite deadlocks.
+                connection.execute("COMMIT")
+                connection.execute(*_CREATE_WALLETS.of([Wallet(org_id) for org_id in missing]))
             return cls.load(connection, messages)
-        work._post_due(connection, named_subscriptions)
+        work._keep_loaded(workflows(), posted())
+        work._post_due(connection, named.subscriptions)
         return work
 
     @classmethod
     def load_due(cls, connection: Connection, org_ids: Sequence[str]) -> "_WorkingSet":
         """Lock those of the wallets `org_ids` that nobody else holds, and post what is due in them."""
         with connection.pipeline():
-            locked = _select(connection, Wallet, f"{_LOCK_WALLETS} SKIP LOCKED", [sorted(org_ids)])
+            connection.execute(_BEGIN)
+            locked = _select(connection, Wallet, f"{_LOCK_WALLETS} SKIP LOCKED", [arrays.text(sorted(org_ids))])
             clock = connection.execute(_CLOCK)
-            work = cls(locked.fetchall(), clock.fetchall()[0][0])
+        work = cls(locked.fetchall(), clock.fetchall()[0][0])
         work._post_due(connection, set())
         return work
 
-    def _keep_loaded(self, workflows: Iterable[Workflow], posted: Iterable[PostedMessage]) -> None:
-        self.workflows.update({(workflow.org_id, workflow.workflow_id): workflow for workflow in workflows})
-        self.posted.update({(known.org_id, known.kind, known.message_id): known for known in posted})
+    def _keep_loaded(
+        self,
+        workflows: Iterable[Workflow] = (),
+        posted: Iterable[PostedMessage] = (),
+        subscriptions: Iterable[Subscription] = (),
+    ) -> None:
+        self._loaded_workflows |= {(workflow.org_id, workflow.workflow_id): workflow for workflow in workflows}
+        self.workflows |= self._loaded_workflows
+        self.posted |= {(known.org_id, known.kind, known.message_id): known for known in posted}
+        self._loaded_subscriptions |= {(known.org_id, known.subscription_id): known for known in subscriptions}
+        self.subscriptions |= self._loaded_subscriptions
 
     def _post_due(self, connection: Connection, named_subscriptions: set[tuple[str, str]]) -> None:
         """Do what time alone does, before any message; load the subscriptions that this or a message needs."""
         due = [wallet for wallet in self.wallets.values() if wallet.is_due(self.now[wallet.org_id])]
-        current = {(wallet.org_id, wallet.subscription_id) for wallet in due if wallet.subscription_id is not None}
         if not due and not named_subscriptions:
             return
-        due_at = [[wallet.org_id for wallet in due], [self.now[wallet.org_id] for wallet in due]]
+        current = {(wallet.org_id, wallet.subscription_id) for wallet in due if wallet.subscription_id is not None}
+        holding = [wallet.org_id for wallet in due if wallet.next_hold_expiry is not None]
+        holding_at = [arrays.text(holding), arrays.timestamptz([self.now[org_id] for org_id in holding])]
         with connection.pipeline():
-            subscriptions = _select(connection, Subscription, _SUBSCRIPTIONS, _arrays(current | named_subscriptions, 2))
-            expired = _select(connection, Workflow, _EXPIRED_HOLDS, due_at)
-            next_expiry = connection.execute(_NEXT_HOLD_EXPIRY, due_at)
-            for subscription in subscriptions.fetchall():
-                self.subscriptions[subscription.org_id, subscription.subscription_id] = subscription
-            expired_by_org = defaultdict(list)
-            for workflow in expired.fetchall():
-                expired_by_org[workflow.org_id].append(workflow)
-            next_expiry_by_org = dict(next_expiry.fetchall())
+            subscriptions = _find(connection, Subscription, _SUBSCRIPTIONS, current | named_subscriptions)
+            expired = _select(connection, Workflow, _EXPIRED_HOLDS, holding_at)
+            next_expiry = connection.execute(_NEXT_HOLD_EXPIRY, holding_at)
+        expired_workflows = expired.fetchall()
+        self._keep_loaded(expired_workflows, subscriptions=subscriptions())
         for wallet in due:
             self._begin_due_periods(wallet)
-            self._release_expired(wallet.org_id, expired_by_org[wallet.org_id], next_expiry_by_org.get(wallet.org_id))
+        for workflow in expired_workflows:
+            self._release_expired(workflow)
+        for org_id, expires_at in next_expiry.fetchall():
+            self._keep(self.wallets[org_id]._replace(next_hold_expiry=expires_at), ())
 
     def _begin_due_periods(self, wallet: Wallet) -> None:
         if wallet.subscription_id is None:
@@ -277,11 +291,10 @@ class _WorkingSet:
         wallet, subscription, events = rules.begin_due_periods(wallet, subscription, self.now[wallet.org_id])
         self._keep(wallet, events, subscription=subscription)
 
-    def _release_expired(self, org_id: str, expired: Sequence[Workflow], next_expiry: datetime | None) -> None:
-        for expired_workflow in expired:
-            wallet, workflow, event = rules.release_expired(self.wallets[org_id], expired_workflow, self.now[org_id])
-            self._keep(wallet, (event,), workflow=workflow)
-        self._keep(replace(self.wallets[org_id], next_hold_expiry=next_expiry), ())
+    def _release_expired(self, workflow: Workflow) -> None:
+        org_id = workflow.org_id
+        wallet, workflow, event = rules.release_expired(self.wallets[org_id], workflow, self.now[org_id])
+        self._keep(wallet, (event,), workflow=workflow)
 
     def apply(self, message: Message) -> Result | Refusal:
         """Decide `message` on the state that the messages before it have left."""
@@ -323,37 +336,43 @@ class _WorkingSet:
         subscription: Subscription | None = None,
         posted: PostedMessage | None = None,
     ) -> None:
-        if wallet is not self.wallets[wallet.org_id]:
-            self.wallets[wallet.org_id] = wallet
-            self._changed_wallets.add(wallet.org_id)
+        self.wallets[wallet.org_id] = wallet
         self.events += events
         if workflow is not None:
             self.workflows[workflow.org_id, workflow.workflow_id] = workflow
-            self._changed_workflows.add((workflow.org_id, workflow.workflow_id))
         if subscription is not None:
             self.subscriptions[subscription.org_id, subscription.subscription_id] = subscription
-            self._changed_subscriptions.add((subscription.org_id, subscription.subscription_id))
         if posted is not None:
             self.posted[posted.org_id, posted.kind, posted.message_id] = posted
             self._new_posted.append(posted)
 
     def write_and_commit(self, connection: Connection) -> None:
         """Write everything that changed, set by set, and commit."""
-        # One after the other: in a pipeline, statements of a megabyte and more were seen to stall.
-        for statement, record, rows in (
-            (_WRITE_WALLETS, Wallet, [self.wallets[key] for key in self._changed_wallets]),
-            (_WRITE_WORKFLOWS, Workflow, [self.workflows[key] for key in self._changed_workflows]),
-            (
-                _WRITE_SUBSCRIPTIONS,
-                Subscription,
-                [self.subscriptions[key] for key in self._changed_subscriptions],
-            ),
-            (_WRITE_POSTED, PostedMessage, self._new_posted),
-            (_WRITE_EVENTS, Event, self.events),
-        ):
-            if rows:
-                connection.execute(statement, _columns(record, rows))
-        connection.commit()
+        # COMMIT is a statement like any other: psycopg's own `commit()` waits for the answers before it has sent all of
+        # it, so once the sockets' buffers are full it waits forever.
+        with connection.pipeline():
+            # PostgreSQL begins while the rest is being put together, so what is put together last is the largest.
+            for write, rows in (
+                (_INSERT_WORKFLOWS, _new(self.workflows, self._loaded_workflows)),
+                (_UPDATE_WORKFLOWS, _changed(self.workflows, self._loaded_workflows)),
+                (_INSERT_SUBSCRIPTIONS, _new(self.subscriptions, self._loaded_subscriptions)),
+                (_UPDATE_SUBSCRIPTIONS, _changed(self.subscriptions, self._loaded_subscriptions)),
+                (_UPDATE_WALLETS, _changed(self.wallets, self._loaded_wallets)),
+                (_INSERT_POSTED, self._new_posted),
+                (_INSERT_EVENTS, self.events),
+            ):
+                if rows:
+                    connection.execute(*write.of(rows))
+            committed = connection.execute("COMMIT")
+        assert committed.statusmessage == "COMMIT"
+
+
+def _new(records: Mapping[Any, Any], loaded: Mapping[Any, Any]) -> list[Any]:
+    return [record for key, record in records.items() if key not in loaded]
+
+
+def _changed(records: Mapping[Any, Any], loaded: Mapping[Any, Any]) -> list[Any]:
+    return [records[key] for key, as_loaded in loaded.items() if records[key] is not as_loaded]
 
 
 # SQL. The fields of a record are the columns of its table, in the same order; arrays go in, one per column.
@@ -366,71 +385,98 @@ def _select(
     return cursor.execute(statement, parameters)
 
 
-def _arrays(keys: set[Any], width: int) -> list[list[str]]:
-    return [list(column) for column in zip(*keys, strict=True)] or [[] for _ in range(width)]
+def _find(connection: Connection, record: type[Any], statement: str, keys: set[Any]) -> Callable[[], Sequence[Any]]:
+    """Look for the records with `keys`, if there are any; what is returned gives them, after the round trip."""
+    if not keys:
+        return tuple
+    return _select(
+        connection, record, statement, [arrays.text(column) for column in zip(*sorted(keys), strict=True)]
+    ).fetchall
 
 
-def _columns(record: type[Any], rows: Sequence[Any]) -> list[list[Any]]:
-    names = [field.name for field in fields(record)]
-    columns = [list(column) for column in zip(*map(attrgetter(*names), rows), strict=True)]
-    for position, name in enumerate(names):
-        if name in _JSON_COLUMNS:
-            columns[position] = [json.dumps(value, ensure_ascii=False) for value in columns[position]]
-    return columns
+class _Write(NamedTuple):
+    """A statement that writes rows, which arrive as one array per column."""
+
+    sql: str
+    encoders: tuple[Callable[[Sequence[Any]], object], ...]
+
+    def of(self, rows: Sequence[Any]) -> tuple[str, list[object]]:
+        """What to execute, to write `rows`."""
+        columns = zip(*sorted(rows), strict=True)  # neighbours in an index cost less, one after the other
+        return self.sql, [encode(column) for encode, column in zip(self.encoders, columns, strict=True)]
 
 
-_JSON_COLUMNS = frozenset({"metadata", "terms"})
-
-
-def _names(record: type[Any], prefix: str = "") -> str:
-    return ", ".join(f"{prefix}{field.name}" for field in fields(record))
-
-
+# What is not named here is rare: psycopg finds out how to send a list.
+_ENCODERS: dict[type, Callable[[Any], object]] = {
+    Text: arrays.text,
+    BigInteger: arrays.bigint,
+    TIMESTAMP: arrays.timestamptz,
+    JSONB: arrays.jsonb,
+}
 _DIALECT: Dialect = postgresql.dialect()
 
 
-def _insert(table: Table, record: type[Any]) -> str:
-    columns = [table.c[field.name] for field in fields(record)]
-    types = ["text" if isinstance(column.type, JSONB) else column.type.compile(_DIALECT) for column in columns]
-    arrays = ", ".join(f"%b::{array_type}[]" for array_type in types)
-    values = ", ".join(f"{column.name}::jsonb" if isinstance(column.type, JSONB) else column.name for column in columns)
+def _names(record: type[Any]) -> str:
+    return ", ".join(record._fields)
+
+
+def _write(table: Table, record: type[Any], statement: str) -> _Write:
+    """`statement` with `{rows}` replaced by the rows of `record` that arrive as arrays."""
+    types = [table.c[name].type for name in record._fields]
+    columns = ", ".join(f"%b::{column_type.compile(_DIALECT)}[]" for column_type in types)
+    rows = f"unnest({columns}) AS new ({_names(record)})"
+    return _Write(statement.format(rows=rows), tuple(_ENCODERS.get(type(column_type), list) for column_type in types))
+
+
+def _insert(table: Table, record: type[Any], on_conflict: str = "") -> _Write:
     names = _names(record)
-    return f"INSERT INTO {table.name} ({names}) SELECT {values} FROM unnest({arrays}) AS new ({names})"
+    return _write(table, record, f"INSERT INTO {table.name} ({names}) SELECT {names} FROM {{rows}} {on_conflict}")
 
 
-def _upsert(table: Table, record: type[Any]) -> str:
-    key = [column.name for column in table.primary_key]
-    changes = ", ".join(f"{field.name} = excluded.{field.name}" for field in fields(record) if field.name not in key)
-    return f"{_insert(table, record)} ON CONFLICT ({', '.join(key)}) DO UPDATE SET {changes}"
+def _update(table: Table, record: type[Any]) -> _Write:
+    same = " AND ".join(f"{table.name}.{key.name} = new.{key.name}" for key in table.primary_key)
+    changes = ", ".join(f"{name} = new.{name}" for name in record._fields if not table.c[name].primary_key)
+    return _write(table, record, f"UPDATE {table.name} SET {changes} FROM {{rows}} WHERE {same}")
 
 
-_CLOCK = "SELECT clock_timestamp()"
+def _by_key(table: Table, record: type[Any]) -> str:
+    keys = [column.name for column in table.primary_key]
+    columns = ", ".join("%b::text[]" for _ in keys)
+    return (
+        f"SELECT {_names(record)} FROM {table.name}"
+        f" JOIN unnest({columns}) AS named ({', '.join(keys)}) USING ({', '.join(keys)})"
+    )
+
+
+# Whatever the server's default: what is read once a lock is held is current.
+_BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
+# The clock is read once the locks are held. From here on rows are looked up by their keys, one after the other; the
+# planner takes that for dearer than it is, and would rather read all of a table of some hundred thousand rows.
+_CLOCK = """
+    SELECT clock_timestamp(), set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true)
+"""
 _LOCK_WALLETS = f"SELECT {_names(Wallet)} FROM wallets WHERE org_id = ANY(%b::text[]) ORDER BY org_id FOR UPDATE"
-_CREATE_WALLETS = f"{_insert(tables.wallets, Wallet)} ON CONFLICT DO NOTHING"
-_WORKFLOWS = (
-    f"SELECT {_names(Workflow)} FROM workflows"
-    " JOIN unnest(%b::text[], %b::text[]) AS named (org_id, workflow_id) USING (org_id, workflow_id)"
-)
-_POSTED = (
-    f"SELECT {_names(PostedMessage)} FROM posted_messages"
-    " JOIN unnest(%b::text[], %b::text[], %b::text[]) AS named (org_id, kind, message_id)"
-    " USING (org_id, kind, message_id)"
-)
-_SUBSCRIPTIONS = (
-    f"SELECT {_names(Subscription)} FROM subscriptions"
-    " JOIN unnest(%b::text[], %b::text[]) AS named (org_id, subscription_id) USING (org_id, subscription_id)"
-)
-_EXPIRED_HOLDS = (
-    f"SELECT {_names(Workflow)} FROM workflows"
-    " JOIN unnest(%b::text[], %b::timestamptz[]) AS due (org_id, now) USING (org_id)"
-    " WHERE state = 'reserved' AND expires_at <= due.now ORDER BY org_id, expires_at, workflow_id"
-)
-_NEXT_HOLD_EXPIRY = (
-    "SELECT org_id, min(expires_at) FROM workflows JOIN unnest(%b::text[], %b::timestamptz[]) AS due (org_id, now)"
-    " USING (org_id) WHERE state = 'reserved' AND expires_at > due.now GROUP BY org_id"
-)
-_WRITE_WALLETS = _upsert(tables.wallets, Wallet)
-_WRITE_WORKFLOWS = _upsert(tables.workflows, Workflow)
-_WRITE_SUBSCRIPTIONS = _upsert(tables.subscriptions, Subscription)
-_WRITE_POSTED = _insert(tables.posted_messages, PostedMessage)
-_WRITE_EVENTS = _insert(tables.credit_events, Event)
+_CREATE_WALLETS = _insert(tables.wallets, Wallet, "ON CONFLICT DO NOTHING")
+_WORKFLOWS = _by_key(tables.workflows, Workflow)
+_POSTED = _by_key(tables.posted_messages, PostedMessage)
+_SUBSCRIPTIONS = _by_key(tables.subscriptions, Subscription)
+# OFFSET 0 keeps this from becoming a join, which would read everybody's open holds.
+_EXPIRED_HOLDS = f"""
+    SELECT expired.* FROM unnest(%b::text[], %b::timestamptz[]) AS due (org_id, now) CROSS JOIN LATERAL (
+        SELECT {_names(Workflow)} FROM workflows
+        WHERE workflows.org_id = due.org_id AND state = 'reserved' AND expires_at <= due.now OFFSET 0
+    ) AS expired ORDER BY expires_at, workflow_id
+"""
+_NEXT_HOLD_EXPIRY = """
+    SELECT org_id, (
+        SELECT min(expires_at) FROM workflows
+        WHERE workflows.org_id = due.org_id AND state = 'reserved' AND expires_at > due.now
+    ) FROM unnest(%b::text[], %b::timestamptz[]) AS due (org_id, now)
+"""
+_UPDATE_WALLETS = _update(tables.wallets, Wallet)
+_INSERT_WORKFLOWS = _insert(tables.workflows, Workflow)
+_UPDATE_WORKFLOWS = _update(tables.workflows, Workflow)
+_INSERT_SUBSCRIPTIONS = _insert(tables.subscriptions, Subscription)
+_UPDATE_SUBSCRIPTIONS = _update(tables.subscriptions, Subscription)
+_INSERT_POSTED = _insert(tables.posted_messages, PostedMessage)
+_INSERT_EVENTS = _insert(tables.credit_events, Event)

@@ -27,7 +27,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.types import TypeEngine
 
-from ledger.messages import ID_PATTERN, MAX_CREDITS
+from ledger.messages import ID_CHARACTERS, MAX_CREDITS, MAX_ID_LENGTH
 from ledger.state import Answer, EventType, OutcomeName, WorkflowState
 
 metadata = MetaData()
@@ -51,7 +51,13 @@ def _optional(name: str, column_type: TypeEngine[Any] | type[TypeEngine[Any]]) -
 
 Instant = TIMESTAMP(timezone=True)
 
-_ID = f"~ '^{ID_PATTERN}$'"
+
+def _ids(*columns: str) -> str:
+    # Not one pattern with a bound: for that PostgreSQL takes 25 times as long, on every row that is written.
+    return " AND ".join(
+        f"length({column}) BETWEEN 1 AND {MAX_ID_LENGTH} AND {column} !~ '[^{ID_CHARACTERS}]'" for column in columns
+    )
+
 
 # What the balances of a wallet satisfy, in the table of wallets and after every event.
 _BALANCE_RULES = {
@@ -80,7 +86,7 @@ wallets = Table(
     _optional("next_hold_expiry", Instant),
     PrimaryKeyConstraint("org_id", name="wallets_pkey"),
     *(_check(f"wallets_{name}", rule.format("")) for name, rule in _BALANCE_RULES.items()),
-    _check("wallets_org_id", f"org_id {_ID}"),
+    _check("wallets_org_id", _ids("org_id")),
     _check("wallets_last_seq", "last_seq >= 0 AND (last_seq = 0) = (last_event_at IS NULL)"),
     _check("wallets_credit_limit", f"credit_limit BETWEEN 0 AND {MAX_CREDITS}"),
     _check("wallets_period_cap", f"period_cap BETWEEN 0 AND {MAX_CREDITS}"),
@@ -113,7 +119,7 @@ workflows = Table(
     _optional("project_id", Text),
     _optional("activity_name", Text),
     PrimaryKeyConstraint("org_id", "workflow_id", name="workflows_pkey"),
-    _check("workflows_ids", f"org_id {_ID} AND workflow_id {_ID} AND project_id {_ID}"),
+    _check("workflows_ids", _ids("org_id", "workflow_id", "project_id")),
     _check("workflows_state", _one_of("state", WorkflowState)),
     _check("workflows_start_credits", f"start_credits BETWEEN 0 AND {MAX_CREDITS}"),
     _check("workflows_finish_credits", f"finish_credits BETWEEN 0 AND {MAX_CREDITS}"),
@@ -142,7 +148,7 @@ subscriptions = Table(
     _optional("period", Integer),
     _column("period_granted", BigInteger),
     PrimaryKeyConstraint("org_id", "subscription_id", name="subscriptions_pkey"),
-    _check("subscriptions_ids", f"org_id {_ID} AND subscription_id {_ID}"),
+    _check("subscriptions_ids", _ids("org_id", "subscription_id")),
     _check("subscriptions_version", f"version BETWEEN 1 AND {MAX_CREDITS}"),
     _check("subscriptions_monthly_credits", f"monthly_credits BETWEEN 0 AND {MAX_CREDITS}"),
     _check("subscriptions_rollover_limit", f"rollover_limit BETWEEN 0 AND {MAX_CREDITS}"),

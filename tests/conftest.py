@@ -11,6 +11,8 @@ from sqlalchemy import Engine, text
 
 from ledger import migrations
 from ledger.database import connect
+from tests import rabbitmq
+from tests.rabbitmq import RabbitMQ
 from worker.embedded import Embedded
 
 TEMPLATE = "holdfast"
@@ -48,6 +50,22 @@ def engine(database_url: str) -> Iterator[Engine]:
     engine = connect(database_url)
     yield engine
     engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_server() -> Iterator[RabbitMQ]:
+    """A RabbitMQ of this session's own; where it is not installed, the test skips."""
+    if not rabbitmq.is_installed():
+        pytest.skip("RabbitMQ (rabbitmq-server) is not installed")
+    with rabbitmq.running() as broker:
+        yield broker
+
+
+@pytest.fixture
+def rabbitmq_url(rabbitmq_server: RabbitMQ) -> str:
+    """The URL of a RabbitMQ in which nothing was ever declared."""
+    rabbitmq_server.clear()
+    return rabbitmq_server.url
 
 
 def _fast_folder() -> str | None:

@@ -12,8 +12,11 @@ from ledger.store import Delivery
 
 Value = TypeVar("Value")
 
+EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+"""The third part of a body, as Celery sends it."""
 
-def eventually(predicate: Callable[[], Value], *, timeout_s: float = 10) -> Value:
+
+def eventually(predicate: Callable[[], Value], *, timeout_s: float = 20) -> Value:
     """Return the first truthy value of `predicate`; fail the test when there is none in time."""
     deadline = time.monotonic() + timeout_s
     while not (value := predicate()):
@@ -25,7 +28,7 @@ def eventually(predicate: Callable[[], Value], *, timeout_s: float = 10) -> Valu
 
 def delivery(task: str, **fields: Any) -> Delivery:
     """The message with these fields, as it arrives from the broker."""
-    return Delivery(task, fields, json.dumps([[fields], {}, {}]).encode())
+    return Delivery(task, fields, json.dumps([[fields], {}, EMBED]).encode())
 
 
 def sql(engine: Engine, statement: str, **parameters: Any) -> list[tuple[Any, ...]]:

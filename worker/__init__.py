@@ -15,7 +15,9 @@ def __getattr__(name: str) -> Any:
     from worker.app import create_app
 
     try:
-        return create_app(Settings.load("database_url", "broker_url"))
+        app = create_app(Settings.load("database_url", "broker_url"))
     except SettingsError as error:
         print(f"holdfast: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    globals()[name] = app  # one app, however often it is asked for
+    return app

@@ -1,14 +1,24 @@
 """The Celery app of the worker and the beat: every option that matters, with its reason."""
 
+import os
+import signal
+from functools import partial
+from threading import Timer
+
 from celery import Celery
-from celery.signals import setup_logging, worker_ready
+from celery.signals import beat_init, setup_logging, worker_ready, worker_shutting_down
+from sqlalchemy import Engine
 
 from ledger import logs
-from ledger.database import connect
+from ledger.database import abandon, connect
 from ledger.settings import Settings
 from worker import metrics
-from worker.broker import QUEUES, create_celery
+from worker.batching import collect_garbage_seldom
+from worker.broker import REDIS_SCHEMES, create_celery, queues
 from worker.tasks import SCHEDULER_TASKS, register
+
+DATABASE_PATIENCE_S, PATIENCE_S = 6.0, 9.0
+"""How long a worker that was told to stop waits for the database, and for everything."""
 
 
 def create_app(settings: Settings) -> Celery:
@@ -17,34 +27,60 @@ def create_app(settings: Settings) -> Celery:
     assert settings.broker_url is not None
     app = create_celery("holdfast", settings.broker_url, settings.result_store_url)
     app.conf.update(
-        task_queues={name: {"exchange": name, "routing_key": name} for name in QUEUES},
-        # A message is acknowledged after its transaction is committed, so a worker that dies loses none.
-        task_acks_late=True,
-        task_reject_on_worker_lost=True,
+        task_queues=queues(settings.broker_url),
+        # Celery's own loses a message when the worker is killed between taking and recording it.
+        broker_transport="worker.transport:Transport" if settings.broker_url.startswith(REDIS_SCHEMES) else None,
         # What Celery would drop becomes a dead letter too.
         worker_consumer="worker.consumer:Consumer",
         # One process is one database connection; more throughput is more workers.
         worker_pool="solo",
         worker_concurrency=1,
-        worker_prefetch_multiplier=100,
+        # Two batches: one in hand, and the next.
+        worker_prefetch_multiplier=1_000,
         # Only a caller that asks has its result stored, and for an hour.
         task_ignore_result=True,
         result_expires=3600,
-        # The broker may be late or go away: the worker waits for it.
+        # Whoever waits for an answer asks again; the ledger does not wait for a place to put it.
+        redis_socket_timeout=1.0,
+        redis_socket_connect_timeout=1.0,
+        # The broker may be late or go away, or close the channel of a worker that has waited too long for the database:
+        # the worker, or the beat, tries again.
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        broker_channel_error_retry=True,
         worker_cancel_long_running_tasks_on_connection_loss=False,
         # Nothing about time is kept between two runs of the beat: whatever is due is found in the database.
         beat_scheduler="celery.beat:Scheduler",
         beat_schedule={name: {"task": name, "schedule": 60.0} for name in SCHEDULER_TASKS},
         timezone="UTC",
     )
+    app.events.dispatcher_cls = "worker.monitoring:Dispatcher"
     app.ledger_engine = connect(settings.database_url)
     register(app, app.ledger_engine)
+    worker_shutting_down.connect(lambda **_: _end_in_time(app.ledger_engine), weak=False)
+    worker_ready.connect(lambda **_: collect_garbage_seldom(), weak=False)
+    beat_init.connect(_end_when_told, weak=False)
     if not logs.are_for_a_person():
         setup_logging.connect(logs.set_up)
-    if (port := settings.metrics_port) is not None:
-        worker_ready.connect(lambda **_: metrics.serve(port), weak=False)
+    if (address := settings.metrics_address) is not None:
+        worker_ready.connect(lambda **_: metrics.serve(address), weak=False)
     # Loads its modules now: a signal during a later import would leave half a module, and an error at the end.
     assert app.backend is not None
     return app
+
+
+def _end_in_time(engine: Engine) -> None:
+    """End within ten seconds, whatever is stuck. What is not given back by then, the broker takes back itself."""
+    for after_s, act in ((DATABASE_PATIENCE_S, partial(abandon, engine)), (PATIENCE_S, partial(os._exit, 0))):
+        timer = Timer(after_s, act)
+        timer.daemon = True
+        timer.start()
+
+
+def _end_when_told(**_: object) -> None:
+    """Have the beat end at once when it is told to; it keeps nothing, and what is half sent the broker drops.
+
+    Celery's handler closes the connection under whoever reads from it, so that its SystemExit may get lost.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(0))

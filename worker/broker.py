@@ -1,19 +1,55 @@
-"""How Holdfast talks to the broker, the same for who sends and for who consumes."""
+"""How Holdfast talks to the broker, the same for who sends and for who consumes.
 
+On RabbitMQ, `credits` is a quorum queue: replicated, and on disk before a message is confirmed. A message that was
+delivered DELIVERY_LIMIT times and never acknowledged, as it ended every worker that took it, moves to `credits.dead`;
+it leaves the one queue only when the other one has it. `celery` stays what Celery makes of it, a classic queue, so that
+an engine needs no settings.
+"""
+
+import logging
 from typing import Any
 
+from amqp.exceptions import PreconditionFailed
 from celery import Celery
+from kombu.connection import Connection
+from kombu.entity import Exchange, Queue
+
+logger = logging.getLogger(__name__)
 
 QUEUE = "credits"
 """Where messages wait."""
 
 QUEUES = (QUEUE, "celery")
-"""Every queue that is worked on: an engine that knows only the tasks' names sends to Celery's own default."""
+"""Every queue that engines send to: one that knows only the tasks' names sends to Celery's own default."""
+
+DEAD_QUEUE = "credits.dead"
+"""Where RabbitMQ puts what was delivered too often. The worker consumes it too."""
+
+DELIVERY_LIMIT = 20
+"""How often RabbitMQ delivers a message again. Each worker that dies counts against all that it held, guilty or not."""
 
 REDIS_SCHEMES = ("redis://", "rediss://")
+AMQP_SCHEMES = ("amqp://", "amqps://")
 
 VISIBILITY_TIMEOUT_S = 60
 """After this, Redis delivers again what a worker took and never acknowledged."""
+
+_NO_LIMIT = 2**31 - 1
+
+_RABBITMQ_ARGUMENTS: dict[str, dict[str, Any] | None] = {
+    QUEUE: {
+        "x-queue-type": "quorum",
+        "x-delivery-limit": DELIVERY_LIMIT,
+        "x-dead-letter-exchange": "",
+        "x-dead-letter-routing-key": DEAD_QUEUE,
+        "x-dead-letter-strategy": "at-least-once",
+        "x-overflow": "reject-publish",  # without a length limit it changes nothing, but at-least-once wants it
+    },
+    "celery": None,
+    # RabbitMQ 4 has a limit of its own, beyond which a message would be gone.
+    DEAD_QUEUE: {"x-queue-type": "quorum", "x-delivery-limit": _NO_LIMIT},
+}
+"""Whatever stands here stays as it is: RabbitMQ does not change a queue that exists."""
 
 
 def create_celery(name: str, broker_url: str, result_url: str | None) -> Celery:
@@ -24,18 +60,58 @@ def create_celery(name: str, broker_url: str, result_url: str | None) -> Celery:
         result_serializer="json",
         accept_content=["json"],  # nothing that could run code, such as pickle
         task_default_queue=QUEUE,
-        broker_transport_options=_redis_options() if broker_url.startswith(REDIS_SCHEMES) else {},
+        broker_transport_options=_redis_options() if broker_url.startswith(REDIS_SCHEMES) else _rabbitmq_options(),
     )
     return app
+
+
+def queues(broker_url: str) -> list[Queue]:
+    """What a worker consumes. On RabbitMQ it must have called `declare_queues` before."""
+    if broker_url.startswith(AMQP_SCHEMES):
+        return _rabbitmq_queues(no_declare=True)
+    return [Queue(name, Exchange(name), routing_key=name) for name in QUEUES]
+
+
+def declare_queues(connection: Connection) -> None:
+    """Make all queues on RabbitMQ that are not there yet. One that is there stays and is used, whatever its arguments.
+
+    Does nothing on Redis, where a queue is made by its first message.
+    """
+    if connection.transport.driver_type != "amqp":
+        return
+    for queue in _rabbitmq_queues(no_declare=False):
+        with connection.channel() as channel:  # which RabbitMQ closes after a refusal
+            try:
+                queue(channel).declare()
+            except PreconditionFailed as error:
+                logger.warning("The queue %s is not as it should be, and is used as it is: %s", queue.name, error)
+
+
+def _rabbitmq_queues(*, no_declare: bool) -> list[Queue]:
+    return [
+        Queue(
+            name,
+            Exchange(name),
+            routing_key=name,
+            queue_arguments=arguments,
+            # In ms: while the database is away, a worker may hold messages for longer than RabbitMQ's 30 minutes.
+            consumer_arguments={"x-consumer-timeout": _NO_LIMIT},
+            no_declare=no_declare,
+        )
+        for name, arguments in _RABBITMQ_ARGUMENTS.items()
+    ]
 
 
 def _redis_options() -> dict[str, Any]:
     return {
         "visibility_timeout": VISIBILITY_TIMEOUT_S,
-        # Look every second, not every hundred, for messages to deliver again.
-        "unacked_restore_interval": 1,
-        "unacked_restore_throttle": 1,
+        "unacked_restore_interval": 1,  # look every second, not every ten, for messages to deliver again
         "priority_steps": [0],  # one list per queue: messages have no priorities
         "socket_connect_timeout": 5,
+        "socket_timeout": 5,  # nobody waits for ever for a broker that is stuck
         "socket_keepalive": True,
     }
+
+
+def _rabbitmq_options() -> dict[str, Any]:
+    return {"confirm_publish": True}  # what RabbitMQ did not take raises, instead of being lost

@@ -21,6 +21,7 @@ from ledger import audit, history, migrations
 from ledger.database import connect, describe
 from ledger.dead_letters import described
 from ledger.history import EventFilter, Page, WalletView
+from ledger.readable import escaped
 from ledger.settings import Settings, SettingsError
 from ledger.state import EventType, Result
 from worker import demo as story
@@ -35,11 +36,11 @@ from worker.terminal import (
     Organization,
     console,
     fail,
-    moment,
     open_ledger,
     print_json,
     properties,
     table,
+    when,
 )
 
 app = typer.Typer(
@@ -79,7 +80,7 @@ def up(
         typer.Option(help="Where everything is kept. Default: HOLDFAST_DATA_DIR, or .holdfast in the current folder."),
     ] = None,
 ) -> None:
-    """Start PostgreSQL, a broker, the worker and the beat, until Ctrl-C. Needs nothing installed."""
+    """Start PostgreSQL, a broker, the worker, the beat and the API, until Ctrl-C. Needs nothing installed."""
     folder = data_dir or Settings.load().data_dir or default_data_dir(Path.cwd())
     _stop_on_signals()
     try:
@@ -93,6 +94,7 @@ def up(
                 f'  export HOLDFAST_BROKER_URL="{system.embedded.broker_url}"\n'
                 f'  export HOLDFAST_JWT_SECRET="{system.jwt_secret}"\n'
                 f'  export API_URL="{system.url}"\n\n'
+                f"Figures for Prometheus: {' and '.join(system.metrics_urls)}\n"
                 f"Data and logs are in {system.embedded.data_dir}",
                 soft_wrap=True,
             )
@@ -173,19 +175,28 @@ def wallet(org_id: Organization, as_json: AsJson = False) -> None:
         console.print(_wallet_table(view))
 
 
+def _project(text: str | None) -> str | None:
+    try:
+        return None if text is None else history.project(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 @app.command("history", epilog="Example: holdfast history acme --type usage --type refund --from 2026-01-01")
 def show_history(
     org_id: Organization,
-    created_from: Annotated[
+    first: Annotated[
         str | None, typer.Option("--from", metavar="TIME", help="First day, or first moment (ISO 8601, UTC).")
     ] = None,
-    created_to: Annotated[
+    last: Annotated[
         str | None, typer.Option("--to", metavar="TIME", help="Last day, or the moment before which (ISO 8601, UTC).")
     ] = None,
     event_type: Annotated[
         list[str] | None, typer.Option("--type", metavar="TYPE", help=f"Repeatable: {', '.join(get_args(EventType))}.")
     ] = None,
-    project_id: Annotated[str | None, typer.Option("--project", metavar="ID", help="Only this project.")] = None,
+    project_id: Annotated[
+        str | None, typer.Option("--project", metavar="ID", help="Only this project.", callback=_project)
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, max=history.MAX_PAGE, help="How many events.")] = history.MAX_PAGE,
     offset: Annotated[int, typer.Option(min=0, max=2**62, help="How many newer events to leave out.")] = 0,
     as_json: AsJson = False,
@@ -193,10 +204,15 @@ def show_history(
     """Show an organization's credit history, newest first."""
     for name in event_type or ():
         if name not in get_args(EventType):
-            raise typer.BadParameter(f"{name} is none of {', '.join(get_args(EventType))}", param_hint="--type")
+            known = ", ".join(get_args(EventType))
+            raise typer.BadParameter(f"{escaped(name)} is none of {known}", param_hint="--type")
+    try:
+        created_from, created_before = history.time_range(when(first, "--from"), when(last, "--to"))
+    except ValueError:
+        raise typer.BadParameter("must not be before --from", param_hint="--to") from None
     matching = EventFilter(
-        created_from=moment(created_from, "--from"),
-        created_before=moment(created_to, "--to", ends_range=True),
+        created_from=created_from,
+        created_before=created_before,
         event_types=event_type or (),  # type: ignore[arg-type] # checked above
         project_id=project_id,
     )
@@ -275,8 +291,8 @@ _HISTORY_COLUMNS = (
     Column("project_id", needs_width=90),
     Column("activity_name", needs_width=110),
     Column("credits", is_amount=True),
-    Column("prepaid_balance_after", is_amount=True),
-    Column("period_usage_after", is_amount=True),
+    Column("prepaid_balance_after", needs_width=40, is_amount=True),
+    Column("period_usage_after", needs_width=50, is_amount=True),
     Column("metadata", needs_width=160),
 )
 

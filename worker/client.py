@@ -3,20 +3,27 @@
     client = Client("redis://broker:6379/0")
     decision = client.start(org_id="acme", workflow_id="run-1", credits=50, wait_s=5)
 
-A message is checked before it is sent. When a call returns, the broker has the message; when it raises NotSentError,
-the broker may or may not have it. Sending the same message again is always safe: it is applied once.
+    with client.batch() as batch:  # thousands at once, in a few round trips
+        for run in runs:
+            batch.finish(org_id="acme", workflow_id=run.id, credits=run.credits)
+
+A message is checked before it is sent. When a call returns, or a batch's block ends, the broker has it for good. When
+that raises NotSentError, the broker may or may not have it. **Sending the same message again is always safe**, from
+anywhere and at any time: it is applied once.
 """
 
 import json
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Self, TypedDict, Unpack, overload
 
 from celery.utils import uuid
-from kombu.connection import Connection, ConnectionPool
-from kombu.exceptions import KombuError
-from kombu.pools import ProducerPool
+from kombu.connection import Connection
+from kombu.exceptions import EncodeError
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.client import PubSub
@@ -26,14 +33,7 @@ from redis.retry import Retry
 from ledger.messages import InvalidMessage, parse
 from ledger.state import Result
 from worker.broker import QUEUES, REDIS_SCHEMES, create_celery
-
-POOL_LIMIT = 10
-"""The most connections of one client; further threads wait for one."""
-
-TIMEOUT_S = 5.0
-"""How long the broker may take to answer."""
-
-_RETRY_POLICY = {"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1.0}
+from worker.publishing import BROKER_ERRORS, TIMEOUT_S, Encoded, Publisher
 
 
 class InvalidMessageError(ValueError):
@@ -41,7 +41,10 @@ class InvalidMessageError(ValueError):
 
 
 class NotSentError(Exception):
-    """The message could not be handed to the broker. Sending it again is safe."""
+    """The message, or all of a batch, could not be handed to the broker for certain. Sending it again is safe.
+
+    Of a batch, the broker may have none, some or all messages: send all again.
+    """
 
 
 class NoAnswerError(Exception):
@@ -72,44 +75,20 @@ class Options(TypedDict, total=False):
     metadata: dict[str, Any]
 
 
-class Client:
-    """Sends messages to the ledger. One client may be used by many threads.
+class Messages(ABC):
+    """A method for every message of the ledger. Each raises InvalidMessageError if its message is not valid."""
 
-    Every method takes `wait_s`: how many seconds to wait for the answer. Without it the method returns None as soon as
-    the broker has the message; with it, the Result. Raises InvalidMessageError, NotSentError and, with `wait_s`,
-    NoAnswerError and DeadLetteredError.
-    """
+    @abstractmethod
+    def _take(self, task: str, message: dict[str, Any], wait_s: float | None) -> Result | None:
+        """Do with a valid message what is to be done with it."""
 
-    def __init__(self, broker_url: str, *, result_url: str | None = None) -> None:
-        """`result_url`: where answers are kept, `redis://`; default: the broker, if that is Redis."""
-        if result_url is None and broker_url.startswith(REDIS_SCHEMES):
-            result_url = broker_url
-        self._celery = create_celery("holdfast-client", broker_url, None)
-        if broker_url.startswith(REDIS_SCHEMES):
-            self._celery.conf.broker_transport_options["socket_timeout"] = TIMEOUT_S
-        # Pools of our own, which `close` can close: those of Celery and kombu are shared by the whole process.
-        self._connections = ConnectionPool(self._celery.connection_for_write(), limit=POOL_LIMIT)
-        self._producers = ProducerPool(self._connections, limit=POOL_LIMIT)
-        self._results = None if result_url is None else _redis(result_url)
-
-    @property
-    def keeps_answers(self) -> bool:
-        """Whether there is a place where answers are kept, so that `wait_s` may be given."""
-        return self._results is not None
-
-    def close(self) -> None:
-        """Close all connections."""
-        self._producers.force_close_all()
-        self._connections.force_close_all()
-        self._celery.close()
-        if self._results is not None:
-            self._results.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def _send(self, task: str, wait_s: float | None, options: Options, **fields: object) -> Result | None:
+        given = {name: value for name, value in {**fields, **options}.items() if value is not None}
+        payload = {name: value.isoformat() if isinstance(value, datetime) else value for name, value in given.items()}
+        message = parse(task, payload)
+        if isinstance(message, InvalidMessage):
+            raise InvalidMessageError(message.error)
+        return self._take(task, payload, wait_s)
 
     @overload
     def start(
@@ -359,22 +338,95 @@ class Client:
             period_cap=period_cap,
         )
 
+
+class Batch(Messages):
+    """Messages that are sent together, when the block of `Client.batch` ends. Used by one thread; waits for no answers.
+
+    Its methods raise InvalidMessageError, and ValueError when they are given `wait_s` or called after the block.
+    """
+
+    def __init__(self, publisher: Publisher) -> None:
+        self._publisher = publisher
+        self._messages: list[Encoded] | None = []
+
+    def __len__(self) -> int:
+        """How many messages it has gathered."""
+        return len(self._messages or ())
+
+    def close(self) -> list[Encoded]:
+        """All messages, in the order of the calls; it takes no more."""
+        messages, self._messages = self._messages or [], None
+        return messages
+
+    def _take(self, task: str, message: dict[str, Any], wait_s: float | None) -> None:
+        if wait_s is not None:
+            raise ValueError("a batch waits for no answers: send with the client what needs one")
+        if self._messages is None:
+            raise ValueError("this batch has ended: begin another one")
+        self._messages.append(_encoded(self._publisher, task, [message], {}))
+
+
+class Client(Messages):
+    """Sends messages to the ledger. One client may be used by many threads.
+
+    Every method takes `wait_s`: how many seconds to wait for the answer. Without it the method returns None as soon as
+    the broker has the message; with it, the Result. Raises InvalidMessageError, NotSentError and, with `wait_s`,
+    NoAnswerError and DeadLetteredError. A broker that is gone is tried again for some seconds before NotSentError.
+    """
+
+    def __init__(self, broker_url: str, *, result_url: str | None = None) -> None:
+        """`result_url`: where answers are kept, `redis://`; default: the broker, if that is Redis."""
+        if result_url is None and broker_url.startswith(REDIS_SCHEMES):
+            result_url = broker_url
+        self._celery = create_celery("holdfast-client", broker_url, None)
+        self._publisher = Publisher(self._celery)
+        self._results = None if result_url is None else _redis(result_url)
+
+    @property
+    def keeps_answers(self) -> bool:
+        """Whether there is a place where answers are kept, so that `wait_s` may be given."""
+        return self._results is not None
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._publisher.close()
+        self._celery.close()
+        if self._results is not None:
+            self._results.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @contextmanager
+    def batch(self) -> Iterator[Batch]:
+        """Gather messages, and send all of them when the block ends: a round trip for every thousand.
+
+        If the block raises, none is sent. When it has ended without an error, the broker has every message for good,
+        in this order. NotSentError at its end means that the broker has none, some or all of them; sending all again
+        is safe. They are kept in memory until then, about 2 KiB each.
+        """
+        batch = Batch(self._publisher)
+        try:
+            yield batch
+        finally:
+            messages = batch.close()
+        if messages:
+            self._publish(f"a batch of {len(messages):,} messages, of which some may have arrived,", messages)
+
     def waiting(self) -> dict[str, Waiting]:
         """What waits in each queue of the ledger. Raises BrokerUnavailableError."""
         try:
-            with self._connections.acquire(block=True) as connection:
+            with self._publisher.connections.acquire(block=True) as connection:
                 connection.ensure_connection(max_retries=0, timeout=TIMEOUT_S)
                 return {queue: _waiting(connection, queue) for queue in QUEUES}
-        except (KombuError, RedisError, OSError) as error:
+        except BROKER_ERRORS as error:
             raise BrokerUnavailableError(str(error)) from error
 
-    def _send(self, task: str, wait_s: float | None, options: Options, **fields: object) -> Result | None:
-        given = {name: value for name, value in {**fields, **options}.items() if value is not None}
-        payload = {name: value.isoformat() if isinstance(value, datetime) else value for name, value in given.items()}
-        message = parse(task, payload)
-        if isinstance(message, InvalidMessage):
-            raise InvalidMessageError(message.error)
-        return self.send_as_is(task, [payload], {}, wait_s=wait_s)
+    def _take(self, task: str, message: dict[str, Any], wait_s: float | None) -> Result | None:
+        return self.send_as_is(task, [message], {}, wait_s=wait_s)
 
     def send_as_is(
         self, task: str, args: list[Any], kwargs: dict[str, Any], *, wait_s: float | None = None
@@ -384,11 +436,12 @@ class Client:
         A run of the scheduler, which is a task too, has no Result: the answer is None.
         """
         if wait_s is None:
-            self._publish(task, args, kwargs, task_id=None)
+            self._publish(task, [_encoded(self._publisher, task, args, kwargs)])
             return None
         if self._results is None:
             raise ValueError("wait_s needs a result_url: this broker keeps no answers")
         task_id = uuid()
+        message = _encoded(self._publisher, task, args, kwargs, task_id)
         key = f"celery-task-meta-{task_id}"  # where Celery stores an answer, and the channel that it is announced on
         with self._results.pubsub() as announced:
             try:
@@ -396,7 +449,7 @@ class Client:
                 announced.get_message(timeout=TIMEOUT_S)  # subscribed: from here on, no answer is missed
             except RedisError as error:
                 raise NotSentError(f"{task} was not sent, as its answer could not be waited for: {error}") from error
-            self._publish(task, args, kwargs, task_id=task_id)
+            self._publish(task, [message])
             try:
                 answer = _next_message(announced, wait_s)
                 self._results.delete(key)
@@ -409,24 +462,22 @@ class Client:
             raise DeadLetteredError(" ".join(map(str, result["exc_message"])))
         return Result(**{**result, "event_seqs": tuple(result["event_seqs"])}) if isinstance(result, dict) else None
 
-    def _publish(self, task: str, args: list[Any], kwargs: dict[str, Any], *, task_id: str | None) -> None:
+    def _publish(self, what: str, messages: Sequence[Encoded]) -> None:
         try:
-            with self._producers.acquire(block=True) as producer:
-                self._celery.send_task(
-                    task,
-                    args=args,
-                    kwargs=kwargs,
-                    task_id=task_id,
-                    ignore_result=task_id is None,
-                    producer=producer,
-                    retry=True,
-                    retry_policy=_RETRY_POLICY,
-                )
-        except (KombuError, RedisError, OSError) as error:
-            broker = self._celery.connection_for_write().as_uri()  # without the password
+            self._publisher.publish(messages)
+        except BROKER_ERRORS as error:
             raise NotSentError(
-                f"{task} could not be handed to the broker at {broker}, and may be sent again: {error}"
+                f"{what} could not be handed to the broker at {self._publisher.broker}, and may be sent again: {error}"
             ) from error
+
+
+def _encoded(
+    publisher: Publisher, task: str, args: list[Any], kwargs: dict[str, Any], task_id: str | None = None
+) -> Encoded:
+    try:
+        return publisher.encode(task, args, kwargs, task_id=task_id)
+    except EncodeError as error:
+        raise InvalidMessageError(f"{task} was not sent, as it cannot be encoded: {error}") from error
 
 
 def _redis(url: str) -> Redis:
@@ -446,11 +497,11 @@ def _next_message(announced: PubSub, wait_s: float) -> dict[str, Any] | None:
 
 
 def _waiting(connection: Connection, queue: str) -> Waiting:
-    channel: Any = connection.default_channel
-    try:
-        count = int(channel.queue_declare(queue, passive=True).message_count)
-    except connection.channel_errors:  # nothing was ever sent to it
-        return Waiting(0, None)
-    # kombu keeps a queue as a list and takes from its right end; what is there is compared, never read.
-    is_redis = connection.transport.driver_type == "redis"
-    return Waiting(count, channel.client.lindex(queue, -1) if is_redis else None)
+    with connection.channel() as channel:  # of its own, as RabbitMQ closes it if there is no such queue
+        try:
+            count = int(channel.queue_declare(queue, passive=True).message_count)
+        except connection.channel_errors:  # nothing was ever sent to it
+            return Waiting(0, None)
+        # kombu keeps a queue as a list and takes from its right end; what is there is compared, never read.
+        is_redis = connection.transport.driver_type == "redis"
+        return Waiting(count, channel.client.lindex(queue, -1) if is_redis else None)

@@ -1,95 +1,188 @@
 """The Celery consumer that keeps what Celery would drop or die of.
 
-Guarantee: a message that reaches this worker and names no task that it knows, or whose body is not a task's, becomes a
-dead letter with its raw bytes before it is acknowledged. Everything else takes Celery's own way, without the headers
-that would make Celery hold it back, drop it, or die of it.
+Guarantee: whatever arrives goes into the batch, and no content of it ends the worker. What is no task's message (its
+task unknown, its body undecodable or not [args, kwargs, embed], a header that Celery needs unreadable) becomes a dead
+letter with its raw bytes. An ETA, an expiry or a revocation does not hold a message back: lateness means nothing to a
+ledger.
 """
 
+import logging
+import time
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from celery.exceptions import Reject
+from celery.exceptions import CPendingDeprecationWarning, WorkerShutdown
+from celery.utils.time import maybe_iso8601
 from celery.worker.consumer import Consumer as CeleryConsumer
-from kombu.message import Message as Arrived
+from celery.worker.state import maybe_shutdown
+from kombu.connection import Connection
+from kombu.message import Message
+from kombu.utils.url import sanitize_url
+from redis.exceptions import ResponseError
 
 from ledger.messages import InvalidMessage
 from ledger.store import Delivery
-from worker.delivery import apply_patiently
+from worker.batching import Arrival, Batch, raw_body
+from worker.broker import DEAD_QUEUE, declare_queues
+from worker.tasks import TASKS
+from worker.transport import NOT_A_MESSAGE, Channel, UnsupportedServerError, read_json
 
-_IGNORED_HEADERS = ("eta", "expires", "timelimit", "stamped_headers", "stamps")
-"""What would make Celery drop a message, hold it back, or die of it. Lateness means nothing to a ledger."""
+logger = logging.getLogger(__name__)
+
+EXIT_UNSUPPORTED = 2
 
 
 class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
-    """As set by `worker_consumer`. The app's `ledger_engine` is where dead letters go."""
+    """As set by `worker_consumer`."""
 
     class Blueprint(CeleryConsumer.Blueprint):  # type: ignore[misc]
-        """Without what workers tell one another: ours need not know of each other."""
+        """Without waiting for an ETA."""
 
         default_steps: ClassVar[list[str]] = [
-            step for step in CeleryConsumer.Blueprint.default_steps if not step.endswith((":Mingle", ":Gossip"))
+            step for step in CeleryConsumer.Blueprint.default_steps if not step.endswith(":DelayedDelivery")
         ]
 
-    def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Arrived], None]:
-        """Celery's handler for one message, behind our check."""
-        celerys_own = super().create_task_handler(*args, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # What workers tell one another ours need not know.
+        super().__init__(*args, without_mingle=True, without_gossip=True, **kwargs)
+        self.batch = Batch(self)
+        self._is_refused = False
 
-        def handle(message: Arrived) -> None:
-            problem = self._problem(message)
-            if problem is None:
-                for header in _IGNORED_HEADERS:
-                    message.headers.pop(header, None)
-                celerys_own(message)
-            else:
-                self._bury(message, problem)
+    def connect(self) -> Connection:
+        """A new connection. The hub forgets what watched the one before."""
+        if self.hub is not None:
+            self.hub.on_tick.clear()
+        connection: Connection = super().connect()
+        return connection
 
-        return handle
+    def on_connection_error_before_connected(self, exc: Exception) -> None:
+        """The broker is there, but refuses what a consumer needs. It is tried again in a second."""
+        if not self._is_refused:
+            logger.warning("Cannot consume from %s, trying again: %s", sanitize_url(self.app.conf.broker_url), exc)
+        self._is_refused = True
+        time.sleep(1)
 
-    def on_unknown_message(self, _body: object, message: Arrived) -> None:
-        """Celery found no task in it."""
-        self._bury(message, InvalidMessage("undecodable_message", "the message names no task", None))
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        """The connection is lost; or there is one, and the broker refuses what a consumer needs."""
+        if isinstance(exc, ResponseError):
+            self.on_connection_error_before_connected(exc)
+            return
+        # Celery warns each time that some day it may cancel tasks then; worker/app.py has told it not to.
+        with warnings.catch_warnings(action="ignore", category=CPendingDeprecationWarning):
+            super().on_connection_error_after_connected(exc)
 
-    def on_unknown_task(self, _body: object, message: Arrived, exc: Exception) -> None:
-        """Celery does not know its task."""
-        self._bury(message, InvalidMessage("unknown_task", f"there is no task named {exc}", None))
+    def register_with_event_loop(self, hub: Any) -> None:
+        """The event loop begins."""
+        super().register_with_event_loop(hub)
+        hub.on_tick.add(self.batch.flush)
 
-    def on_invalid_task(self, _body: object, message: Arrived, exc: Exception) -> None:
-        """Celery could not read its headers."""
-        self._bury(message, InvalidMessage("undecodable_message", f"the message's headers are invalid: {exc}", None))
+    def create_task_handler(self, *_: Any, **__: Any) -> Callable[[Message], None]:
+        """What is called with every message; asked for at the beginning of each connection."""
+        if self._is_refused:
+            logger.warning("Consuming from %s again", sanitize_url(self.app.conf.broker_url))
+        self._is_refused = False
+        self.batch.reconnected()
+        return self._receive
 
-    def on_decode_error(self, message: Arrived, exc: Exception) -> None:
-        """Celery could not decode its body."""
-        self._bury(message, InvalidMessage("undecodable_message", f"the body cannot be decoded: {exc}", None))
+    def on_decode_error(self, message: Message, exc: Exception) -> None:
+        """Kombu could not decompress its body."""
+        self._keep(message, "undecodable_message", f"the body cannot be decoded: {exc}")
 
-    def _problem(self, message: Arrived) -> InvalidMessage | None:
-        task = _task(message)
-        if task is not None and task not in self.strategies:
-            return InvalidMessage("unknown_task", f"there is no task named {task[:200]!a}", None)
-        if task is not None and not isinstance(message.headers.get("id"), str):
-            return InvalidMessage("undecodable_message", "the message's header id must be a string", None)
+    def ensure_connected(self, conn: Connection) -> Connection:
+        """Connect to the broker, whenever it is there. Ends the worker if it can never be the broker."""
+        broker = sanitize_url(self.app.conf.broker_url)
+        is_told = False
+
+        def tell(error: Exception, _: float) -> None:
+            nonlocal is_told
+            if not is_told:
+                logger.warning("Cannot connect to %s, trying again: %s", broker, error)
+                is_told = True
+
+        conn.ensure_connection(tell, interval_start=0.1, interval_step=0.3, interval_max=2.0, callback=maybe_shutdown)
+        if is_told:
+            logger.warning("Connected to %s", broker)
+        declare_queues(conn)
+        if isinstance(channel := conn.default_channel, Channel):
+            try:
+                channel.check_server()
+            except UnsupportedServerError as error:
+                logger.critical("%s", error)
+                raise WorkerShutdown(EXIT_UNSUPPORTED) from None
+        return conn
+
+    def _receive(self, message: Message) -> None:
+        if message.content_type == NOT_A_MESSAGE:
+            self._keep(message, "undecodable_message", "this was in the queue and is no message of Celery's")
+            return
+        if isinstance(message.delivery_info, dict) and message.delivery_info.get("routing_key") == DEAD_QUEUE:
+            self._keep(message, "delivery_limit", "it was delivered too often and never acknowledged")
+            return
         try:
-            body = message.payload
-        except Exception as error:  # noqa: BLE001 - a body decides what is raised, from ValueError to RecursionError
-            return InvalidMessage("undecodable_message", f"the body cannot be decoded: {error}", None)
-        match body:
-            case [list(), dict(), dict() | None]:
-                return None
-            case {"task": str(), "args": list()} if task is None:
-                return None  # the first version of Celery's protocol
-            case _:
-                expected = "the body must be [args, kwargs, embed], as Celery sends it"
-                return InvalidMessage("undecodable_message", expected, None)
+            task, body = _task_and_body(message)
+        except Exception as error:  # noqa: BLE001 - what is in the message decides; every worker that takes it would end
+            self._keep(message, "undecodable_message", str(error))
+            return
+        if task not in TASKS:
+            self._keep(message, "unknown_task", f"there is no task named {task[:200]!a}")
+            return
+        self.strategies[task](message, body)
 
-    def _bury(self, message: Arrived, problem: InvalidMessage) -> None:
-        raw = message.body if isinstance(message.body, bytes) else str(message.body).encode("utf-8", "surrogateescape")
+    def _keep(self, message: Message, code: str, why: str) -> None:
+        """Have the batch make a dead letter of it."""
+        task = message.headers.get("task") if isinstance(message.headers, dict) else None
+        problem = InvalidMessage(code, why, None)
+        self.batch.add(
+            Arrival(message, Delivery(task if isinstance(task, str) else "", problem, raw_body(message)), None, None)
+        )
+
+
+def _task_and_body(message: Message) -> tuple[str, list[Any]]:
+    """The task that a message names, and its [args, kwargs, embed]. Raises ValueError, which says what is wrong."""
+    headers = message.headers
+    if not isinstance(headers, dict):
+        raise ValueError("the message's headers must be an object")
+    if message.content_type != "application/json":
+        raise ValueError(f"the body must be application/json, not {str(message.content_type)[:100]!a}")
+    try:
+        body = read_json(raw_body(message))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the body cannot be decoded: {error}") from None
+    if "task" not in headers:
+        return _first_protocol(message, body)
+    if not isinstance(headers["task"], str):
+        raise ValueError("the message's header task must be a string")
+    if not (isinstance(headers.get("id"), str) and _is_text(headers["id"])):
+        raise ValueError("the message's header id must be a string")
+    for name in ("eta", "expires"):
+        if headers.get(name) is None:
+            continue
         try:
-            apply_patiently(self.app.ledger_engine, [Delivery(_task(message) or "", problem, raw)])
-        except Reject:
-            message.requeue()
-        else:
-            message.ack()
+            maybe_iso8601(headers[name])
+        except (AttributeError, ValueError, TypeError, OverflowError):
+            raise ValueError(f"the message's header {name} is not a time") from None
+    match body:
+        case [list(), dict(), dict() | None]:
+            return headers["task"], body
+        case _:
+            raise ValueError("the body must be [args, kwargs, embed], as Celery sends it")
 
 
-def _task(message: Arrived) -> str | None:
-    task = message.headers.get("task") if isinstance(message.headers, dict) else None
-    return task if isinstance(task, str) else None
+def _first_protocol(message: Message, body: object) -> tuple[str, list[Any]]:
+    match body:
+        case {"task": str(task), "id": str(task_id), "args": list(args), **rest} if isinstance(
+            kwargs := rest.get("kwargs", {}), dict
+        ) and _is_text(task_id):
+            message.headers["id"] = task_id
+            return task, [args, kwargs, {}]
+        case _:
+            raise ValueError("the message names no task")
+
+
+def _is_text(string: str) -> bool:
+    try:
+        string.encode()
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
+    return True

@@ -33,7 +33,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from worker.process import Account, Process, ServiceError, die_with_us, end_family, run_as
+from worker.process import Account, Process, ServiceError, die_with_us, end_family, run_as, signals_postponed
 
 POSTGRES_MAJOR = "18"
 PORT_ATTEMPTS = 5
@@ -103,15 +103,16 @@ class Postgres(Process):
             # Built in: the same order of text on every system, whatever locales it has.
             *("--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"),
         ]
-        process = subprocess.Popen(
-            initdb,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-            preexec_fn=die_with_us(signal.SIGTERM),
-            **self._options,
-        )
+        with signals_postponed():
+            process = subprocess.Popen(
+                initdb,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+                preexec_fn=die_with_us(signal.SIGTERM),
+                **self._options,
+            )
         with process:
             try:
                 output, _ = process.communicate()

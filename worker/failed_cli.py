@@ -3,14 +3,15 @@
 import base64
 import sys
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from enum import StrEnum
 from functools import partial
 from typing import Annotated, Any
 
 import typer
-from kombu.exceptions import EncodeError
 from sqlalchemy import Engine
 
 from ledger import dead_letters
@@ -22,17 +23,16 @@ from ledger.dead_letters import (
     StillFailsError,
     UnknownLetterError,
 )
+from ledger.readable import escaped
 from ledger.state import Result
-from worker.client import Client, DeadLetteredError, NoAnswerError, NotSentError
+from worker.client import Client, DeadLetteredError, InvalidMessageError, NoAnswerError
 from worker.terminal import (
     AsJson,
     By,
     Column,
     WaitS,
     Why,
-    as_json,
     console,
-    escaped,
     fail,
     moment,
     one_line,
@@ -90,10 +90,10 @@ _COLUMNS = (
 )
 
 
-@app.command("list", epilog="Example: holdfast failed list --code conflict --since 2026-01-31")
+@app.command("list", epilog="Example: holdfast failed list --error conflict --since 2026-01-31")
 def list_letters(
     code: Annotated[
-        str | None, typer.Option("--code", metavar="CODE", help=f"Only this error: {_CODES}", callback=one_line)
+        str | None, typer.Option("--error", metavar="CODE", help=f"Only this error: {_CODES}", callback=one_line)
     ] = None,
     task: Task = None,
     org_id: Org = None,
@@ -131,7 +131,7 @@ def show(letter_id: LetterId, as_json: AsJson = False) -> None:
     names = [name for name in asdict(letter) if name not in ("id", "body", "traceback")]
     rows = [(name, getattr(letter, name)) for name in names if getattr(letter, name) is not None]
     console.print(properties(f"Dead letter {letter.id}", rows, amounts=False))
-    _show_text("Message", _readable(letter.body))
+    _show_text("Message", dead_letters.readable(letter.body))
     if letter.traceback is not None:
         _show_text("Traceback", escaped(letter.traceback, keep="\n"))
 
@@ -153,6 +153,7 @@ def replay(
     yes: Annotated[bool, typer.Option("--yes", help="With --all, do not ask.")] = False,
     by: By = this_person(),  # noqa: B008 # who started the program stays the same
     wait_s: WaitS = 10,
+    as_json: AsJson = False,
 ) -> None:
     """Send messages again, as they were, once the reason why they failed is mended.
 
@@ -163,22 +164,28 @@ def replay(
         raise typer.BadParameter("name dead letters or give --all, one of the two", param_hint="ID")
     if letter_ids and matching != LetterFilter("open"):
         raise typer.BadParameter("--error, --task, --org and --since choose among --all", param_hint="ID")
-    with open_ledger() as engine:
-        chosen = letter_ids or _all_matching(engine, matching)
+    tell = (lambda _line: None) if as_json else say
+    done: list[Done] = []
+    with open_ledger() as engine, _printed(done, as_json=as_json):
+        chosen = letter_ids or _all_matching(engine, matching, tell)
         if not chosen:
-            say("No open dead letter matches.")
+            tell("No open dead letter matches.")
             return
         if dry_run:
-            say(f"Would replay {_counted(chosen)}. Nothing was sent.")
-            return
-        if all_matching and not yes:
-            _ask(f"Replay {_counted(chosen)}?")
-        with open_client() as client:
-            sender = _Sender(client, wait_s)
-            failed = [letter_id for letter_id in chosen if not _replay_one(engine, letter_id, by, sender)]
-    if len(chosen) > 1:
-        say(f"{len(chosen) - len(failed):,} of {_counted(chosen)} replayed.")
-    raise typer.Exit(1 if failed else 0)
+            done += [_would_replay(engine, letter_id) for letter_id in chosen]
+            tell(f"Would replay {_counted(_well(done))}. Nothing was sent.")
+        else:
+            if all_matching and not yes:
+                _ask(f"Replay {_counted(len(chosen))}?")
+            with open_client() as client:
+                sender = _Sender(client, wait_s)
+                for letter_id in chosen:
+                    done.append(_replay_one(engine, letter_id, by, sender))
+                    if done[-1].error is None:
+                        tell(f"Dead letter {letter_id}: {done[-1].outcome}.")
+            if len(chosen) > 1:
+                tell(f"{_well(done):,} of {_counted(len(chosen))} replayed.")
+    raise typer.Exit(0 if _well(done) == len(chosen) else 1)
 
 
 @app.command(epilog='Example: holdfast failed discard 7 8 --why "sent twice by mistake, see ticket 42"')
@@ -188,18 +195,51 @@ def discard(
     ],
     why: Why,
     by: By = this_person(),  # noqa: B008 # who started the program stays the same
+    as_json: AsJson = False,
 ) -> None:
     """Mark open dead letters as not to be applied, and why. They are kept, but cannot be replayed any more."""
-    refused = 0
-    with open_ledger() as engine:
+    done: list[Done] = []
+    with open_ledger() as engine, _printed(done, as_json=as_json):
         for letter_id in letter_ids:
             try:
                 dead_letters.discard(engine, letter_id, by=by, why=why)
-                say(f"Dead letter {letter_id} is discarded.")
+                done.append(Done(letter_id, "discarded"))
+                if not as_json:
+                    say(f"Dead letter {letter_id} is discarded.")
             except (UnknownLetterError, NotOpenError) as error:
-                warn(str(error))
-                refused += 1
-    raise typer.Exit(1 if refused else 0)
+                done.append(_refused(letter_id, str(error)))
+    raise typer.Exit(0 if _well(done) == len(letter_ids) else 1)
+
+
+# What is done, one letter after the other
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What came of one letter: the outcome, or the error."""
+
+    id: int
+    outcome: str | None = None
+    error: str | None = None
+
+
+@contextmanager
+def _printed(done: list[Done], *, as_json: bool) -> Iterator[None]:
+    """Print at the end, as JSON if that was asked for, what was done until then, also if the rest cannot be."""
+    try:
+        yield
+    finally:
+        if as_json:
+            print_json({"items": [asdict(one) for one in done]})
+
+
+def _refused(letter_id: int, error: str) -> Done:
+    warn(error)
+    return Done(letter_id, error=error)
+
+
+def _well(done: list[Done]) -> int:
+    return sum(one.error is None for one in done)
 
 
 # Replaying
@@ -218,10 +258,8 @@ class _Sender:
             answer = self._client.send_as_is(task, args, kwargs, wait_s=self._wait_s)
         except DeadLetteredError as error:
             raise StillFailsError(str(error)) from error
-        except NotSentError as error:
-            if isinstance(error.__cause__, EncodeError):  # the broker is well: the others can be sent
-                raise NotReplayableError(f"dead letter {letter_id} is nested too deep to be sent again") from error
-            raise
+        except InvalidMessageError as error:
+            raise NotReplayableError(f"dead letter {letter_id} is nested too deep to be sent again") from error
         except NoAnswerError as error:
             self._wait_s, self._unanswered = None, "not waited for, as the worker did not answer the one before"
             return str(error)
@@ -230,23 +268,29 @@ class _Sender:
         return self._unanswered if self._wait_s is None else "it has run"
 
 
-def _replay_one(engine: Engine, letter_id: int, by: str, sender: _Sender) -> bool:
+def _replay_one(engine: Engine, letter_id: int, by: str, sender: _Sender) -> Done:
     try:
-        outcome = dead_letters.replay(engine, letter_id, by=by, send=partial(sender.send, letter_id))
+        return Done(letter_id, dead_letters.replay(engine, letter_id, by=by, send=partial(sender.send, letter_id)))
     except (UnknownLetterError, NotReplayableError) as error:
-        warn(str(error))
+        return _refused(letter_id, str(error))
     except StillFailsError as error:
         with engine.connect() as connection:
             letter = dead_letters.letter(connection, letter_id)
-        warn(f"dead letter {letter_id} failed again and is {letter.status}, attempts: {letter.attempts}: {error}")
-    else:
-        say(f"Dead letter {letter_id}: {outcome}.")
-        return True
-    return False
+        state = f"{letter.status}, attempts: {letter.attempts}"
+        return _refused(letter_id, f"dead letter {letter_id} failed again and is {state}: {error}")
 
 
-def _all_matching(engine: Engine, matching: LetterFilter) -> list[int]:
-    """The numbers of all that match, oldest first, as they came; says how many there are of each kind."""
+def _would_replay(engine: Engine, letter_id: int) -> Done:
+    try:
+        with engine.connect() as connection:
+            dead_letters.sent_with(dead_letters.letter(connection, letter_id))
+    except (UnknownLetterError, NotReplayableError) as error:
+        return _refused(letter_id, str(error))
+    return Done(letter_id, "would be replayed")
+
+
+def _all_matching(engine: Engine, matching: LetterFilter, tell: Callable[[str], None]) -> list[int]:
+    """The numbers of all that match, oldest first, as they came; tells how many there are of each kind."""
     ids: list[int] = []
     kinds: Counter[tuple[str, str]] = Counter()
     with engine.connect() as connection:
@@ -254,7 +298,7 @@ def _all_matching(engine: Engine, matching: LetterFilter) -> list[int]:
             ids += [letter.id for letter in page]
             kinds.update((letter.error_code, letter.task) for letter in page)
     for (code, task), count in sorted(kinds.items()):
-        say(f"{count:>7,} × {code}, {task}")
+        tell(f"{count:>7,} × {code}, {task}")
     return ids[::-1]
 
 
@@ -265,8 +309,8 @@ def _ask(question: str) -> None:
         fail("nothing was sent", code=1)
 
 
-def _counted(letter_ids: list[int]) -> str:
-    return "1 dead letter" if len(letter_ids) == 1 else f"{len(letter_ids):,} dead letters"
+def _counted(count: int) -> str:
+    return "1 dead letter" if count == 1 else f"{count:,} dead letters"
 
 
 # Showing
@@ -279,16 +323,6 @@ def _item(letter: KeptLetter) -> dict[str, Any]:
     args, kwargs = dead_letters.arguments(body) or (None, None)
     times = {name: value.isoformat() for name, value in values.items() if isinstance(value, datetime)}
     return {**values, **times, "args": args, "kwargs": kwargs, "body_base64": base64.b64encode(body).decode()}
-
-
-def _readable(body: bytes) -> str:
-    match dead_letters.arguments(body):
-        case None:
-            return escaped(body.decode("utf-8", "backslashreplace"), keep="\n")
-        case [message], {}:
-            return as_json(message)
-        case args, kwargs:
-            return as_json({"args": args, "kwargs": kwargs})
 
 
 def _show_text(title: str, text: str) -> None:

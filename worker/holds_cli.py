@@ -10,6 +10,7 @@ import typer
 
 from ledger import history
 from ledger.dead_letters import described
+from ledger.readable import escaped, span
 from worker.terminal import (
     AsJson,
     Column,
@@ -49,7 +50,7 @@ _COLUMNS = (
 def _duration(text: str) -> timedelta:
     found = re.fullmatch(r"([0-9]{1,6})([smhd])", text)
     if found is None:
-        raise typer.BadParameter(f"{text} is not a time such as 90s, 15m, 2h or 3d")
+        raise typer.BadParameter(f"{escaped(text)} is not a time such as 90s, 15m, 2h or 3d")
     return timedelta(**{_UNITS[found[2]]: int(found[1])})
 
 
@@ -86,6 +87,7 @@ def release(
     workflow_id: Annotated[str, typer.Argument(metavar="WORKFLOW", help="The workflow's id.", callback=one_line)],
     why: Why,
     wait_s: WaitS = 10,
+    as_json: AsJson = False,
 ) -> None:
     """Release the reservation of a workflow that never ended, by cancelling the workflow.
 
@@ -106,21 +108,17 @@ def release(
             source=SOURCE,
             wait_s=wait_s if client.keeps_answers else None,
         )
-    if answer is None:
-        say(f"Asked to cancel {workflow_id} of {org_id}; this broker keeps no answers, so look at `holdfast holds`.")
-    elif answer.outcome != "released":
+    if answer is not None and answer.outcome != "released":
         fail(f"workflow {workflow_id} of {org_id} ended meanwhile: {described(answer)}", code=1)
+    if as_json:
+        outcome, available = ("sent", None) if answer is None else (answer.outcome, answer.available)
+        released = {"outcome": outcome, "credits": workflow.reserved_credits, "available": available}
+        print_json({"org_id": org_id, "workflow_id": workflow_id, **released})
+    elif answer is None:
+        say(f"Asked to cancel {workflow_id} of {org_id}; this broker keeps no answers, so look at `holdfast holds`.")
     else:
         say(f"Released {workflow.reserved_credits:,} credits of {org_id}; {answer.available:,} are available.")
 
 
 def _row(reservation: Mapping[str, Any], now: datetime) -> dict[str, Any]:
-    return {**reservation, "age": _age(now - reservation["reserved_at"])}
-
-
-def _age(age: timedelta) -> str:
-    """The two largest units, as 2d 5h: enough to see which ones are stuck."""
-    minutes = max(0, int(age.total_seconds())) // 60
-    if minutes >= 24 * 60:
-        return f"{minutes // (24 * 60)}d {minutes // 60 % 24}h"
-    return f"{minutes // 60}h {minutes % 60}m"
+    return {**reservation, "age": span(now - reservation["reserved_at"])}

@@ -10,9 +10,10 @@ import pwd
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -79,15 +80,16 @@ class Process:
         if self.is_running:
             return
         self._end_survivor()
-        self.log_file.touch(mode=0o600)
-        with self.log_file.open("ab") as log:
-            self._log_start = log.tell()
-            self._child = self._spawn(log)
-        with suppress(psutil.Error):  # it ended already, so it cannot survive us
-            self.pid_file.write_text(f"{self.pid} {psutil.Process(self.pid).create_time()}")
-        assert self._child.stdin is not None
-        with suppress(BrokenPipeError), self._child.stdin:  # broken if it ended already
-            self._child.stdin.write(self.stdin.encode())
+        with signals_postponed():
+            self.log_file.touch(mode=0o600)
+            with self.log_file.open("ab") as log:
+                self._log_start = log.tell()
+                self._child = self._spawn(log)
+            with suppress(psutil.Error):  # it ended already, so it cannot survive us
+                self.pid_file.write_text(f"{self.pid} {psutil.Process(self.pid).create_time()}")
+            assert self._child.stdin is not None
+            with suppress(BrokenPipeError), self._child.stdin:  # broken if it ended already
+                self._child.stdin.write(self.stdin.encode())
 
     def wait_until(self, is_ready: Callable[[], bool], *, timeout_s: float = START_TIMEOUT_S) -> None:
         """Wait until `is_ready`; raise ServiceError, with its last words, if it ends or takes longer."""
@@ -140,6 +142,30 @@ class Process:
             if abs(psutil.Process(int(pid)).create_time() - float(created_s)) < 2:
                 end_family(int(pid), self.stop_signal, self.stop_timeout_s)
         self.pid_file.unlink(missing_ok=True)
+
+
+@contextmanager
+def signals_postponed() -> Iterator[None]:
+    """Postpone what the handlers of Ctrl-C, SIGTERM and SIGHUP do to the end of the block.
+
+    A handler that raises inside Popen would leave a child that nobody knows; inside a hook of `fork`, where Python
+    drops the exception, it would leave logging's lock taken for ever.
+    """
+    if threading.current_thread() is not threading.main_thread():  # no handler runs here
+        yield
+        return
+    handlers: dict[signal.Signals, Any] = {}
+    caught: list[int] = []
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if callable(signal.getsignal(number)):
+                handlers[number] = signal.signal(number, lambda received, _frame: caught.append(received))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for received in caught:
+            signal.raise_signal(received)
 
 
 def run_as(account: Account | None) -> dict[str, Any]:

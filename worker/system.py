@@ -41,6 +41,7 @@ class System:
         self._progress = progress
         self._processes: list[Process] = []
         self._port = free_port()
+        self._metrics_address = f"{HOST}:{free_port()}"
         self.jwt_secret = secrets.token_urlsafe(32)
         self._cleanup = ExitStack()
 
@@ -52,8 +53,10 @@ class System:
             migrations.upgrade(engine)
             engine.dispose()
             self._progress("Starting the worker, the beat and the API …")
-            worker = self._process("worker", "celery", "-A", "worker", "worker")
-            beat = self._process("beat", "celery", "-A", "worker", "beat")
+            worker = self._process(
+                "worker", "celery", "--quiet", "-A", "worker", "worker", METRICS_ADDRESS=self._metrics_address
+            )
+            beat = self._process("beat", "celery", "--quiet", "-A", "worker", "beat")
             api = self._process("api", "uvicorn", "api_stub.app:app", "--host", HOST, "--port", str(self._port))
             self._processes = [worker, beat, api]
             for process in self._processes:
@@ -67,6 +70,11 @@ class System:
     def stop(self) -> None:
         """Stop everything; a second call does nothing."""
         self._cleanup.close()
+
+    @property
+    def metrics_urls(self) -> tuple[str, str]:
+        """Where the figures for Prometheus are: those of the system, and those of its worker."""
+        return f"{self.url}/metrics", f"http://{self._metrics_address}/metrics"
 
     @property
     def url(self) -> str:
@@ -94,8 +102,9 @@ class System:
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
-    def _process(self, name: str, module: str, *arguments: str) -> Process:
+    def _process(self, name: str, module: str, *arguments: str, **settings: str) -> Process:
         own = {
+            **settings,
             "DATABASE_URL": self.embedded.database_url,
             "BROKER_URL": self.embedded.broker_url,
             "JWT_SECRET": self.jwt_secret,

@@ -8,7 +8,6 @@ import json
 import os
 import socket
 import sys
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -24,11 +24,21 @@ from sqlalchemy import Engine
 
 from ledger import history
 from ledger.database import connect
+from ledger.messages import MAX_REASON_LENGTH
+from ledger.readable import escaped, escaped_json
 from ledger.settings import Settings
 from worker.client import Client
 
+
+class _Console(Console):
+    """Never cuts off the end of a line: one that is too long, the terminal itself continues below."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*objects, **{"crop": False, **options})
+
+
 # A pipe has no width of its own: there, lines are as long as they need to be.
-console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
+console = _Console(width=None if sys.stdout.isatty() else 180, highlight=False)
 
 LONGEST_WAIT_S = 3600
 
@@ -37,6 +47,14 @@ def one_line(value: str | None) -> str | None:
     """What is typed has to be something that can be printed, stored and sent. Raises typer.BadParameter."""
     if value is not None and (not value.strip() or escaped(value) != value):
         raise typer.BadParameter("must be one line of printable text")
+    return value
+
+
+def reason(value: str) -> str:
+    """One line that is no longer than a reason may be. Raises typer.BadParameter."""
+    one_line(value)
+    if len(value) > MAX_REASON_LENGTH:
+        raise typer.BadParameter(f"must not be longer than {MAX_REASON_LENGTH} characters")
     return value
 
 
@@ -52,20 +70,27 @@ def this_person() -> str:
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Organization = Annotated[str, typer.Argument(metavar="ORG", help="The organization's id.", callback=one_line)]
 By = Annotated[str, typer.Option("--by", metavar="NAME", help="Who you are.", callback=one_line)]
-Why = Annotated[str, typer.Option("--why", metavar="TEXT", help="The reason, in a sentence.", callback=one_line)]
+Why = Annotated[str, typer.Option("--why", metavar="TEXT", help="The reason, in a sentence.", callback=reason)]
 WaitS = Annotated[
     float, typer.Option("--wait-s", min=0.1, max=LONGEST_WAIT_S, help="How many seconds to wait for an answer.")
 ]
 
 
-def moment(text: str | None, option: str, *, ends_range: bool = False) -> datetime | None:
+def when(text: str | None, option: str) -> history.When | None:
     """The date or time that was given as `option`. Raises typer.BadParameter."""
     if text is None:
         return None
     try:
-        return history.moment(text, ends_range=ends_range)
+        return history.when(text)
     except ValueError as error:
-        raise typer.BadParameter(f"{text} {str(error).replace('must be', 'is not', 1)}", param_hint=option) from None
+        problem = str(error).replace("must be", "is not", 1)
+        raise typer.BadParameter(f"{escaped(text)} {problem}", param_hint=option) from None
+
+
+def moment(text: str | None, option: str) -> datetime | None:
+    """The moment, or the first one of the day, that was given as `option`. Raises typer.BadParameter."""
+    given = when(text, option)
+    return None if given is None else given.begin
 
 
 @contextmanager
@@ -89,44 +114,99 @@ def open_client() -> Iterator[Client]:
         yield client
 
 
+NARROWEST = 10
+"""To how many characters a column of text may shrink, if it has more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     """A column of a table; `name` is its heading, and the key of its value in a row."""
 
     name: str
     needs_width: int = 0
-    """How many columns of characters the terminal needs for this one to be shown too."""
+    """How many columns of characters the terminal needs for this one to be shown too; 0: it is always shown."""
     is_amount: bool = False
     keeps_line: bool = False
-    """Its values are never broken into lines."""
+    """Its values are broken into lines only where there is no room, and only between words."""
+
+    def widths(self, cells: Iterable[Text]) -> tuple[int, int]:
+        """How many characters it needs at least, and how many are enough. An amount is whole, or it is another one."""
+        shown = [Text(self.heading), *cells]
+        enough = max(line.cell_len for cell in shown for line in cell.split())
+        if self.is_amount or self.keeps_line:
+            return max(cell_len(word) for cell in shown for word in cell.plain.split() or [""]), enough
+        return min(enough, NARROWEST), enough
+
+    @property
+    def heading(self) -> str:
+        return self.name.replace("_", "\n") if self.is_amount else self.name
 
 
 def table(title: str, columns: Sequence[Column], rows: Iterable[Mapping[Any, Any]]) -> Table:
-    """A table of `rows`, without the columns for which the terminal is too narrow; it says which those are."""
+    """A table of `rows`, without the columns for which the terminal is too narrow; it says which those are.
+
+    Those that are always shown and need more than there is make it wider than the terminal: no amount is ever cut.
+    """
+    lines = [{column: _cell(row[column.name], is_amount=column.is_amount) for column in columns} for row in rows]
+    widths = {column: column.widths(line[column] for line in lines) for column in columns}
     shown = [column for column in columns if console.width >= column.needs_width]
-    drawn = Table(title=Text(escaped(title)), title_justify="left", box=box.SIMPLE_HEAD)
+
+    def room() -> int:
+        """What is left if each has its least width, with 3 characters between two columns and 1 at both edges."""
+        return console.width - sum(widths[column][0] + 3 for column in shown) + 1
+
+    while room() < 0 and (optional := [column for column in shown if column.needs_width]):
+        shown.remove(max(optional, key=lambda column: column.needs_width))
+    given = _shared(max(0, room()), {column: widths[column] for column in shown})
+    drawn = Table(
+        title=Text(escaped(title)),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        width=sum(width + 3 for width in given.values()) - 1,
+    )
     if left_out := [column.name for column in columns if column not in shown]:
         drawn.caption = f"Not shown, as the terminal is narrow: {', '.join(left_out)}. Use --json to see everything."
         drawn.caption_justify = "left"
     for column in shown:
         drawn.add_column(
-            column.name.replace("_", "\n") if column.is_amount else column.name,
-            justify="right" if column.is_amount else "left",
-            no_wrap=column.is_amount or column.keeps_line,
-            overflow="fold",
+            column.heading, justify="right" if column.is_amount else "left", width=given[column], overflow="fold"
         )
-    for row in rows:
-        drawn.add_row(*(_cell(row[column.name], is_amount=column.is_amount) for column in shown))
+    for line in lines:
+        drawn.add_row(*(line[column] for column in shown))
     return drawn
 
 
+def _shared(room: int, widths: Mapping[Column, tuple[int, int]]) -> dict[Column, int]:
+    """The width of each column: at least the least. Of the `room` that is left, those that keep their lines take what
+    is enough, if it is there, and the others an equal share.
+    """
+    given = {column: least for column, (least, _) in widths.items()}
+    missing = {column: enough - least for column, (least, enough) in widths.items()}
+    for column in widths:
+        if column.keeps_line and missing[column] <= room:
+            given[column] += missing[column]
+            room -= missing[column]
+    texts = sorted((column for column in widths if not column.keeps_line), key=lambda column: missing[column])
+    for place, column in enumerate(texts):
+        share = min(missing[column], room // (len(texts) - place))
+        given[column] += share
+        room -= share
+    return given
+
+
 def properties(title: str, rows: Iterable[tuple[str, Any]], *, amounts: bool) -> Table:
-    """A table of names and their values, which are `amounts` or texts."""
+    """A table of names and their values, which are `amounts` or texts. Neither a name nor an amount is ever cut."""
+    cells = [(name, _cell(value, is_amount=amounts), isinstance(value, int)) for name, value in rows]
     drawn = Table(title=Text(escaped(title)), title_justify="left", show_header=False)
-    drawn.add_column(style="bold", no_wrap=True)
-    drawn.add_column(justify="right" if amounts else "left", overflow="fold")
-    for name, value in rows:
-        drawn.add_row(name, _cell(value, is_amount=amounts))
+    drawn.add_column(style="bold", min_width=max(len(name) for name, _, _ in cells), no_wrap=True)
+    drawn.add_column(
+        justify="right" if amounts else "left",
+        min_width=max((value.cell_len for _, value, is_number in cells if is_number), default=None),
+        overflow="fold",
+    )
+    for name, value, _ in cells:
+        drawn.add_row(name, value)
     return drawn
 
 
@@ -144,38 +224,17 @@ def _cell(value: Any, *, is_amount: bool) -> Text:
             return Text(escaped(str(value)))
 
 
-def escaped(text: str, *, keep: str = "") -> str:
-    """`text` with every control character, except those of `keep`, written as an escape such as \\x1b."""
-    return "".join(
-        character.encode("unicode_escape").decode() if _is_control(character) and character not in keep else character
-        for character in text
-    )
-
-
-def _is_control(character: str) -> bool:
-    # Formats such as the right-to-left override and halves of surrogate pairs among them; and the two line separators.
-    category = unicodedata.category(character)
-    return category.startswith("C") or category in ("Zl", "Zp")
-
-
-def as_json(value: object) -> str:
-    """`value` as JSON for people and programs: indented, in which every control character is escaped."""
-    try:
-        text = json.dumps(value, indent=2, ensure_ascii=False, default=_json_value)
-    except RecursionError:  # nested so deep that no one could read it indented either
-        text = json.dumps(value, ensure_ascii=False, default=_json_value)
-    return "".join(
-        json.dumps(character)[1:-1] if _is_control(character) and character != "\n" else character for character in text
-    )
-
-
 def _json_value(value: object) -> str:
     return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
 def print_json(value: object) -> None:
-    """Print `value` as JSON."""
-    print(as_json(value))
+    """Print `value` as JSON for people and programs: indented, in which every control character is escaped."""
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, default=_json_value)
+    except RecursionError:  # nested so deep that no one could read it indented either
+        text = json.dumps(value, ensure_ascii=False, default=_json_value)
+    print(escaped_json(text))
 
 
 def say(line: str) -> None:

@@ -1,9 +1,12 @@
 """`holdfast token`: a signed token for trying the HTTP interface. Production has an identity provider for that."""
 
+import re
 from typing import Annotated, get_args
 
 import typer
 
+from ledger.messages import ID_PATTERN
+from ledger.readable import escaped
 from ledger.settings import Settings
 from worker.terminal import fail, one_line, this_person
 
@@ -32,9 +35,12 @@ def token(
 
     for scope in scopes:
         if scope not in get_args(Scope):
-            raise typer.BadParameter(f"{scope} is none of {', '.join(get_args(Scope))}", param_hint="--scope")
-    if bool(org_ids) == all_orgs:
+            raise typer.BadParameter(f"{escaped(scope)} is none of {', '.join(get_args(Scope))}", param_hint="--scope")
+    if (org_ids and all_orgs) or not (org_ids or all_orgs or set(scopes) == {"operator"}):
         raise typer.BadParameter("name organizations or give --all-orgs, one of the two", param_hint="--org")
+    for org_id in org_ids or []:
+        if not re.fullmatch(ID_PATTERN, org_id):
+            raise typer.BadParameter(f"{escaped(org_id)} cannot be the id of an organization", param_hint="--org")
     settings = Settings.load("jwt_secret")
     assert settings.jwt_secret is not None
     if settings.jwt_public_key is not None:
@@ -46,5 +52,7 @@ def token(
             scopes=scopes,
             subject=subject,
             expires_in_s=expires_in_s,
+            audience=settings.jwt_audience,
+            issuer=settings.jwt_issuer,
         )
     )

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -27,6 +28,36 @@ MIGRATED, EMPTY = "holdfast", "template1"
 HOLDFAST = str(Path(sys.executable).with_name("holdfast"))
 QUEUES = "credits", "celery"
 ANSWER_TIMEOUT_S = 20.0
+
+# A process that has sent forks in both ways of Python; then it and its children send at the same time.
+FORKING = """
+import multiprocessing, os, sys
+from worker.client import Client
+connects = []
+sys.addaudithook(lambda event, _: connects.append(os.getpid()) if event == "socket.connect" else None)
+client = Client(sys.argv[1])
+def send(who):
+    for number in range(20):
+        client.grant(org_id="acme", grant_id=f"{who}-{number}", credits=1)
+send("before")
+child = os.fork()
+if child == 0:
+    send("fork")
+    os._exit(0)
+idle = os.fork()
+if idle == 0:
+    client.close()
+    os._exit(0)
+other = multiprocessing.get_context("fork").Process(target=send, args=("multiprocessing",))
+other.start()
+send("parent")
+other.join()
+codes = [os.waitpid(child, 0)[1], os.waitpid(idle, 0)[1], other.exitcode]
+send("after")
+client.close()
+sys.exit(f"{codes}, {connects}" if any(codes) or connects != [os.getpid()] else 0)
+"""
+SENT_BY_FORKS = {f"{who}-{n}" for who in ("before", "fork", "multiprocessing", "parent", "after") for n in range(20)}
 
 _numbers = count(1)
 
@@ -89,6 +120,11 @@ class Producer:
         self.celery.backend.result_consumer.stop()
         self.celery.backend.client.close()
         self.celery.close()
+
+
+def send_from_forks(broker_url: str) -> None:
+    """Have `SENT_BY_FORKS` sent by one `Client`."""
+    subprocess.run([sys.executable, "-c", FORKING, broker_url], check=True, timeout=60)
 
 
 def celery(command: str) -> list[str]:

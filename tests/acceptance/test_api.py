@@ -1,30 +1,50 @@
 """The HTTP API, served for real, on a real ledger: what customers and engines get, and what they get told."""
 
-import threading
-from collections.abc import Iterator
+import io
+import logging
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from http import HTTPStatus
 from typing import Any
 
 import httpx
 import jwt
 import pytest
-import uvicorn
-from sqlalchemy import Engine
+from fastapi import FastAPI
+from sqlalchemy import Connection, Engine, text
 
-from api_stub.app import create_app
-from ledger.settings import Settings
+from api_stub.app import OTHERS_SOURCES
+from ledger import history as ledger_history
+from ledger.database import CONNECT_TIMEOUT_S, POOL_TIMEOUT_S, connect
+from ledger.messages import MESSAGES
+from ledger.rules import SCHEDULER
 from ledger.store import apply_batch
+from tests.acceptance import website
+from tests.acceptance.installation import installed
+from tests.acceptance.website import FUTURE, HISTORY, SECRET, served, serving, token
 from tests.support import delivery, eventually, sql
 from worker.embedded import Embedded
+from worker.holds_cli import SOURCE as OPERATOR
 
-SECRET = "a secret for tests, of at least 32 characters"
-FUTURE = 4_102_444_800
 EVENTS = "/api/organizations/acme/credit-events"
 CREDITS = "/api/organizations/acme/credits"
 PAST = {"created_at", "metadata"}
-
-
-def token(**claims: Any) -> str:
-    return jwt.encode({"sub": "ann", "orgs": ["acme"], "scope": "credits:read", "exp": FUTURE} | claims, SECRET)
+DISGUISES = (
+    "Admin",
+    " billing\n",
+    "admin\u200b",
+    "\ufeffoperator",
+    "ａｄｍｉｎ",
+    "sched\u00aduler",
+    "bill ing",
+    "admin\ufe0f",
+)
+IS_NO_ID = "must have 1 to 128 characters, and only letters, digits and _ . : - among them"
+MOMENT = r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{6})?\+00:00"
 
 
 class Api(httpx.Client):
@@ -40,19 +60,14 @@ class Api(httpx.Client):
 
 
 @pytest.fixture
-def api(database_url: str, services: Embedded, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
-    settings = Settings(database_url=database_url, broker_url=services.broker_url, jwt_secret=SECRET)
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), port=0, log_level="error", ws="none"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    eventually(lambda: server.started)
-    [listener] = server.servers
-    port = listener.sockets[0].getsockname()[1]
-    with Api(base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {token()}"}) as client:
+def app(database_url: str, services: Embedded) -> FastAPI:
+    return website.app(database_url, services.broker_url)
+
+
+@pytest.fixture
+def api(app: FastAPI) -> Iterator[Api]:
+    with serving(app) as address, Api(base_url=address, headers={"Authorization": f"Bearer {token()}"}) as client:
         yield client
-    server.should_exit = True
-    thread.join(timeout=10)
-    assert not thread.is_alive()
 
 
 @pytest.fixture
@@ -117,7 +132,8 @@ def test_the_history_has_the_columns_of_the_contract_newest_first(api: Api, hist
         ("project_id=web", [5, 4, 3]),
         ("project_id=unknown", []),
         ("limit=2&offset=1", [5, 4]),
-        ("date_from=2000-01-01&date_to=2999-12-31", [6, 5, 4, 3, 2, 1]),
+        ("date_from=2000-01-01&date_to=9999-12-31", [6, 5, 4, 3, 2, 1]),
+        ("date_from=2000-01-01T10:00:00+00:00&date_to=2999-12-31T10:00:00+02:00", [6, 5, 4, 3, 2, 1]),
         ("date_to=2000-01-01", []),
         ("date_from=2999-01-01T00:00:00Z", []),
         ("cursor=3", [2, 1]),
@@ -143,14 +159,18 @@ def test_a_cursor_neither_skips_nor_repeats_while_events_are_added(api: Api, his
     [
         ("limit=0", "limit must be greater than or equal to 1"),
         ("limit=101", "limit must be less than or equal to 100"),
-        ("limit=ten", "limit must be a valid integer, unable to parse string as an integer"),
+        ("limit=ten", "limit must be an integer"),
         ("offset=-1", "offset must be greater than or equal to 0"),
         (f"offset={10**30}", "offset must be less than or equal to 9007199254740991"),
         ("date_from=yesterday", "date_from must be a date or time such as 2026-01-31 or 2026-01-31T09:00:00Z"),
         ("date_to=2026-02-30", "date_to must be a date or time such as 2026-01-31 or 2026-01-31T09:00:00Z"),
-        ("cursor=x", "cursor must be a valid integer, unable to parse string as an integer"),
+        ("limit=1.5", "limit must be an integer"),
+        (f"limit={'9' * 5_000}", "limit must be an integer"),
+        ("date_from=2026-02-01&date_to=2026-01-01", "date_to must not be before date_from"),
+        ("date_from=2026-11-23&date_to=2026-11-22", "date_to must not be before date_from"),
+        ("cursor=x", "cursor must be an integer"),
         ("cursor=3&offset=1", "cursor cannot be combined with offset"),
-        ("project_id=%00", "project_id must not contain control characters"),
+        *((f"project_id={typed}", f"project_id {IS_NO_ID}") for typed in ("", "%00", "a%20b", "x" * 129)),
     ],
 )
 def test_a_bad_parameter_is_named_in_a_sentence(api: Api, query: str, detail: str) -> None:
@@ -195,6 +215,27 @@ def test_the_wallet_as_of_a_time(api: Api, history: None, engine: Engine) -> Non
     before = api.get(CREDITS, params={"at": "2000-01-01"}).json()
     assert (before["available"], before["prepaid_balance"]) == (0, 0)
     assert api.problem(f"{CREDITS}?at=noon")[0] == 422
+
+
+def test_a_workflow_is_told_with_its_refunds(api: Api, history: None, engine: Engine) -> None:
+    fields = {"org_id": "acme", "refund_id": "r1", "credits": 30, "workflow_id": "w1"}
+    apply_batch(engine, [delivery("wallet.refund", **fields)])
+    body = api.get("/api/organizations/acme/workflows/w1").json()
+    assert (body["refunded_credits"], body["events"][-1]["event_type"], body["events"][-1]["credits"]) == (
+        30,
+        "refund",
+        30,
+    )
+
+
+def test_every_time_is_written_in_one_form(api: Api, history: None) -> None:
+    wallet = api.get(CREDITS).json()
+    workflow = api.get("/api/organizations/acme/workflows/w2").json()
+    events = api.get(EVENTS).json()["items"]
+    then = [api.get(CREDITS, params={"at": at}).json()["at"] for at in ("2026-01-31", "2026-01-31T02:00:00+02:00")]
+    assert then == ["2026-01-31T00:00:00+00:00"] * 2
+    times = [*wallet["current_period"].values(), workflow["expires_at"], *(event["created_at"] for event in events)]
+    assert [time for time in times if not re.fullmatch(MOMENT, time)] == []
 
 
 def test_a_workflow_and_its_events(api: Api, history: None) -> None:
@@ -249,7 +290,72 @@ def test_who_may_not_read_is_told_why(api: Api, header: str | None, status: int,
 
 def test_a_token_without_expiry_is_refused(api: Api) -> None:
     endless = jwt.encode({"sub": "ann", "orgs": ["acme"], "scope": "credits:read"}, SECRET)
-    assert api.problem(EVENTS, headers={"Authorization": f"Bearer {endless}"}) == (401, "The token is not valid.")
+    assert api.problem(EVENTS, headers={"Authorization": f"Bearer {endless}"}) == (401, 'The token has no "exp".')
+
+
+OURS, ISSUER = "https://credits.example", "https://login.example/"
+
+
+@pytest.fixture(scope="module")
+def particular(services: Embedded) -> Iterator[str]:
+    """The address of an API that takes only tokens that are for it and from one issuer."""
+    with installed(services) as own:
+        settings = {"jwt_audience": OURS, "jwt_issuer": ISSUER}
+        with served(own.database_url, own.broker_url, **settings) as address:
+            yield address
+
+
+@pytest.mark.parametrize(
+    ("claims", "refusal"),
+    [
+        ({"aud": OURS, "iss": ISSUER}, None),
+        ({"aud": ["https://mail.example", OURS], "iss": ISSUER}, None),
+        ({"iss": ISSUER}, 'The token has no "aud".'),
+        ({"aud": OURS}, 'The token has no "iss".'),
+        ({"aud": "", "iss": ISSUER}, 'The token has no "aud".'),
+        (
+            {"aud": "https://mail.example", "iss": ISSUER},
+            'The token is for another service: its "aud" is not what is expected here.',
+        ),
+        ({"aud": [], "iss": ISSUER}, 'The token has no "aud".'),
+        (
+            {"aud": 5, "iss": ISSUER},
+            'The token is for another service: its "aud" is not what is expected here.',
+        ),
+        (
+            {"aud": OURS, "iss": "https://login.example"},
+            'The token is from elsewhere: its "iss" is not what is expected here.',
+        ),
+    ],
+)
+def test_a_token_has_to_be_for_this_service_and_from_its_issuer_where_that_is_set(
+    particular: str, claims: dict[str, Any], refusal: str | None
+) -> None:
+    with Api(base_url=particular, headers={"Authorization": f"Bearer {token(**claims)}"}) as api:
+        if refusal is None:
+            assert api.get(CREDITS).status_code == 200
+        else:
+            assert api.problem(CREDITS) == (401, refusal)
+
+
+@pytest.mark.parametrize("claims", [{"aud": "https://credits.example"}, {"aud": ["a", "b"]}, {"iss": "anybody"}])
+def test_whom_a_token_is_for_does_not_matter_where_nothing_is_set(api: Api, claims: dict[str, Any]) -> None:
+    assert api.get(CREDITS, headers={"Authorization": f"Bearer {token(**claims)}"}).status_code == 200
+
+
+UNWRITABLE = ["a\x00b", "a\nb", "a\x7fb", "a\x85b", "\ud800", "\udfff"]
+
+
+@pytest.mark.parametrize("name", UNWRITABLE, ids=ascii)
+def test_a_token_whose_names_cannot_be_written_is_refused(api: Api, name: str) -> None:
+    for path in (CREDITS, EVENTS):
+        header = {"Authorization": f"Bearer {token(sub=name)}"}
+        assert api.problem(path, headers=header) == (401, 'The token\'s "sub" must not contain control characters.')
+        header = {"Authorization": f"Bearer {token(orgs=['acme', name])}"}
+        assert api.problem(path, headers=header) == (401, 'The token\'s "orgs" must not contain control characters.')
+    assert api.get(HISTORY, headers=header).status_code == 401
+    named = token(sub="山田\u3000太郎 <ann@acme.example>", orgs=["acme"])
+    assert api.get(HISTORY, headers={"Authorization": f"Bearer {named}"}).status_code == 200
 
 
 def test_a_cookie_opens_no_api(api: Api) -> None:
@@ -293,6 +399,9 @@ def test_the_metrics_tell_how_long_the_oldest_message_has_waited(api: Api) -> No
         ("w1/start", b'{"credits": "5"}', 422, "workflow.start: credits must be an integer, got '5'"),
         ("w1/start", b"not json", 400, "The body is not JSON."),
         ("w1/start", b"[]", 422, "The body must be a JSON object."),
+        ("w1/start", b'{"credits": 5, "org_id": "other"}', 422, "org_id is in the path, not in the body."),
+        ("w1/start", b'{"credits": 5, "org_id": "acme"}', 422, "org_id is in the path, not in the body."),
+        ("w1/cancel", b'{"workflow_id": null}', 422, "workflow_id is in the path, not in the body."),
         ("w1/start", b"[" * 100_000, 413, "The body is larger than 65,536 bytes."),
         ("w1/start", b"[" * 60_000, 400, "The body is not JSON."),
         (
@@ -309,6 +418,29 @@ def test_a_bad_report_is_refused_in_a_sentence(api: Api, path: str, content: byt
     assert (response.status_code, response.json()["detail"]) == (status, detail)
 
 
+@pytest.mark.parametrize("source", [*OTHERS_SOURCES, *DISGUISES], ids=ascii)
+@pytest.mark.parametrize("step", ["start", "cancel"])
+def test_an_engine_cannot_pass_for_somebody_else(api: Api, step: str, source: str) -> None:
+    write = {"Authorization": f"Bearer {token(scope='workflows:write')}"}
+    before = _waiting(api)
+    body = {"source": source} | ({"credits": 5} if step == "start" else {})
+    response = api.post(f"/api/organizations/acme/workflows/w1/{step}", json=body, headers=write)
+    assert (response.status_code, response.json()["detail"]) == (
+        422,
+        f"workflow.{step}: source must not be admin, billing, operator or scheduler: their messages come in other ways",
+    )
+    assert _waiting(api) == before
+    own = api.post(f"/api/organizations/acme/workflows/w1/{step}", json={**body, "source": "crm"}, headers=write)
+    assert own.status_code == 202
+
+
+def test_nobody_else_than_those_has_a_source_of_their_own() -> None:
+    others = {
+        model.model_fields["source"].default for task, model in MESSAGES.items() if not task.startswith("workflow.")
+    }
+    assert {*others, SCHEDULER, OPERATOR} == set(OTHERS_SOURCES)
+
+
 def test_reading_does_not_allow_reporting(api: Api) -> None:
     response = api.post("/api/organizations/acme/workflows/w1/start", json={"credits": 5})
     assert (response.status_code, response.json()["detail"]) == (403, "The token lacks the scope workflows:write.")
@@ -317,6 +449,9 @@ def test_reading_does_not_allow_reporting(api: Api) -> None:
 def test_health_and_metrics_need_no_token(api: Api, history: None) -> None:
     nobody = {"Authorization": ""}
     assert api.get("/healthz", headers=nobody).json() == {"status": "ok"}
+    for path in ("/healthz", "/readyz"):
+        head = api.head(path, headers=nobody)
+        assert (head.status_code, head.content, head.headers["content-type"]) == (200, b"", "application/json")
     ready = api.get("/readyz", headers=nobody)
     assert (ready.status_code, ready.json()) == (200, {"database": "ok", "broker": "ok"})
     metrics = api.get("/metrics", headers=nobody).text
@@ -328,8 +463,6 @@ def test_health_and_metrics_need_no_token(api: Api, history: None) -> None:
 
 
 def test_without_its_database_the_api_says_so(api: Api, engine: Engine, services: Embedded) -> None:
-    from ledger.database import connect
-
     [(name,)] = sql(engine, "SELECT current_database()")
     engine.dispose()
     admin = connect(services.admin_url).execution_options(isolation_level="AUTOCOMMIT")
@@ -345,6 +478,185 @@ def test_without_its_database_the_api_says_so(api: Api, engine: Engine, services
     admin.dispose()
 
 
+@pytest.fixture
+def exhausted(app: FastAPI) -> Iterator[None]:
+    """All database connections of the app are in use, and nobody waits long for one."""
+    engine = app.state.services.engine
+    assert engine.pool.timeout() == POOL_TIMEOUT_S == 5
+    engine.pool._timeout = 0.05
+    with ExitStack() as held:
+        for _ in range(engine.pool.size() + engine.pool._max_overflow):
+            held.enter_context(engine.connect())
+        yield
+
+
+def test_while_all_connections_are_in_use_the_answer_is_to_try_again(api: Api, exhausted: None) -> None:
+    assert api.problem(EVENTS) == (503, "The ledger is busy at the moment; try again.")
+    assert api.get(EVENTS).headers["retry-after"] == "5"
+    # The database itself is well, and figures are wanted most when there is much to do.
+    ready = api.get("/readyz")
+    assert (ready.status_code, ready.json()) == (200, {"database": "ok", "broker": "ok"})
+    assert "holdfast_database_up 1.0" in api.get("/metrics").text
+    for path in (HISTORY, f"{HISTORY}.csv"):
+        page = api.get(path)
+        assert (page.status_code, page.headers["retry-after"]) == (503, "5")
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+        assert "<p>The ledger is busy at the moment; try again.</p>" in page.text
+
+
+@pytest.fixture
+def frozen(app: FastAPI, engine: Engine, services: Embedded) -> Iterator[None]:
+    """The database hangs: it takes connections, two idle ones are open, and nothing is answered any more."""
+    own = app.state.services.engine
+    with own.connect() as one, own.connect() as other:
+        assert (one.scalar(text("SELECT 1")), other.scalar(text("SELECT 1"))) == (1, 1)
+    backends = sql(engine, "SELECT pid FROM pg_stat_activity WHERE datname = current_database()")
+    engine.dispose()
+    assert services.postgres.pid is not None
+    with ExitStack() as thawed:
+        for pid in (services.postgres.pid, *(pid for (pid,) in backends)):
+            with suppress(ProcessLookupError):  # that of the engine, which has just gone
+                os.kill(pid, signal.SIGSTOP)
+                thawed.callback(os.kill, pid, signal.SIGCONT)
+        yield
+
+
+def test_a_database_that_hangs_is_down(api: Api, frozen: None) -> None:
+    with ThreadPoolExecutor(82) as many:
+        _assert_is_down(api, many)
+        # More requests than there are threads, all of which wait for the database.
+        waiting = [many.submit(_give_up, api) for _ in range(80)]
+        _assert_is_down(api, many)
+    assert {answer.result() for answer in waiting} <= {503, None}
+
+
+def _assert_is_down(api: Api, many: ThreadPoolExecutor) -> None:
+    answers = [many.submit(api.get, path, timeout=CONNECT_TIMEOUT_S + 4) for path in ("/readyz", "/metrics")]
+    ready, metrics = (answer.result() for answer in answers)
+    assert (ready.status_code, ready.json()) == (503, {"database": "unavailable", "broker": "ok"})
+    assert "holdfast_database_up 0.0" in metrics.text
+    assert "holdfast_broker_up 1.0" in metrics.text
+
+
+def _give_up(api: Api) -> int | None:
+    """Ask for the credits; None: there was no answer in a second."""
+    try:
+        return api.get(CREDITS, timeout=1).status_code
+    except httpx.TimeoutException:
+        return None
+
+
+def test_many_requests_at_once_do_not_wait_for_one_another(api: Api, history: None) -> None:
+    # More than there are threads and connections together: a request that held one while it waits for the other
+    # would stop them all until the pool's timeout.
+    with ThreadPoolExecutor(80) as many:
+        answers = list(many.map(lambda _: api.get(CREDITS, timeout=25), range(400)))
+    assert {answer.status_code for answer in answers} == {200}
+
+
+def _defect(*_: object, **__: object) -> None:
+    raise LookupError("a private detail")
+
+
+def _wrong_statement(ledger: Connection, *_: object, **__: object) -> None:
+    ledger.exec_driver_sql("SELECT 1 / (length('a private detail') - 16)")
+
+
+@pytest.fixture
+def log(api: Api) -> Iterator[io.StringIO]:
+    """What the server logs, from now on."""
+    server, written = logging.getLogger("uvicorn.error"), io.StringIO()
+    handler = logging.StreamHandler(written)
+    server.addHandler(handler)
+    yield written
+    server.removeHandler(handler)
+
+
+@pytest.mark.parametrize(
+    ("path", "function", "fault"),
+    [
+        (CREDITS, "wallet", _defect),
+        (CREDITS, "wallet", _wrong_statement),
+        (EVENTS, "events", _defect),
+        (EVENTS, "events", _wrong_statement),
+        ("/metrics", "system_figures", _defect),
+        (HISTORY, "open_reservations", _defect),
+        (HISTORY, "open_reservations", _wrong_statement),
+    ],
+)
+def test_what_nobody_expected_is_a_sentence_and_the_log_has_the_rest(
+    api: Api,
+    log: io.StringIO,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    function: str,
+    fault: Callable[..., None],
+) -> None:
+    monkeypatch.setattr(ledger_history, function, fault)
+    failed = api.get(path)
+    assert (failed.status_code, failed.headers["connection"]) == (500, "close")
+    assert "private detail" not in failed.text
+    sentence = "Something went wrong on the server; its log tells what."
+    if path == HISTORY:
+        assert failed.headers["content-type"] == "text/html; charset=utf-8"
+        assert "default-src 'none'" in failed.headers["content-security-policy"]
+        assert f"<p>{sentence}</p>" in failed.text
+    else:
+        assert failed.headers["content-type"] == "application/problem+json"
+        assert failed.json() == {
+            "type": "about:blank",
+            "title": "Internal Server Error",
+            "status": 500,
+            "detail": sentence,
+        }
+    logged = eventually(log.getvalue)  # the server writes it when it has answered
+    assert "Traceback (most recent call last):" in logged
+    assert "private detail" in logged
+    monkeypatch.undo()
+    assert api.get(path).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "sentence"),
+    [
+        ("GET", "/api", 404, "There is nothing at this address."),
+        ("GET", "/api/nothing", 404, "There is nothing at this address."),
+        ("GET", f"{CREDITS}/", 404, "There is nothing at this address."),
+        ("GET", "/api/%0A", 404, "There is nothing at this address."),
+        ("POST", CREDITS, 405, "This address takes GET, not POST."),
+        ("DELETE", "/api/organizations/acme/workflows/w1/start", 405, "This address takes POST, not DELETE."),
+        ("PATCH", "/metrics", 405, "This address takes GET, not PATCH."),
+        ("POST", "/healthz", 405, "This address takes GET, not POST."),
+        ("GET", "/nothing", 404, "There is nothing at this address."),
+        ("GET", "/apinothing", 404, "There is nothing at this address."),
+        ("GET", "/static/nothing.css", 404, "There is nothing at this address."),
+        ("GET", "/static", 404, "There is nothing at this address."),
+        ("GET", "/operators", 404, "There is nothing at this address."),
+        ("GET", "/organizations/acme/nothing", 404, "There is no such page."),
+        ("POST", HISTORY, 405, "This address takes GET, not POST."),
+        ("GET", "/signout", 405, "This address takes POST, not GET."),
+    ],
+)
+def test_what_leads_nowhere_says_so_to_programs_and_to_people(
+    api: Api, method: str, path: str, status: int, sentence: str
+) -> None:
+    answer = api.request(method, path)
+    assert answer.status_code == status
+    assert status != 405 or answer.headers["allow"] in sentence
+    if path.startswith(("/api/", "/healthz", "/metrics")) or path == "/api":
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert answer.json() == {
+            "type": "about:blank",
+            "title": HTTPStatus(status).phrase,
+            "status": status,
+            "detail": sentence,
+        }
+    else:
+        assert answer.headers["content-type"] == "text/html; charset=utf-8"
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert f"<p>{sentence}</p>" in answer.text
+
+
 def test_the_openapi_document_describes_it(api: Api) -> None:
     paths = api.get("/openapi.json").json()["paths"]
     assert set(paths) >= {
@@ -356,3 +668,78 @@ def test_the_openapi_document_describes_it(api: Api) -> None:
         "/readyz",
         "/metrics",
     }
+    report = paths["/api/organizations/{orgId}/workflows/{workflowId}/{step}"]["post"]
+    assert "`admin`, `billing`, `operator` or `scheduler`, is refused" in report["description"]
+    start, *_, fail = report["requestBody"]["content"]["application/json"]["schema"]["anyOf"]
+    assert start["required"] == ["credits"]
+    assert set(fail["properties"]) == {"source", "occurred_at", "metadata", "reason"}
+    assert start["properties"]["source"]["not"] == {"enum": ["admin", "billing", "operator", "scheduler"]}
+    for path, methods in paths.items():
+        for described in methods.values():
+            assert set(described["responses"]["default"]["content"]) == {"application/problem+json"}, path
+            assert "422" not in described["responses"]
+
+
+def test_every_answer_is_as_the_openapi_document_says(api: Api, history: None) -> None:
+    document = api.get("/openapi.json").json()
+    write = {"Authorization": f"Bearer {token(scope='workflows:write')}"}
+    one = "/api/organizations/{orgId}/workflows/{workflowId}"
+    answers = [
+        (EVENTS.replace("acme", "{orgId}"), api.get(EVENTS)),
+        (EVENTS.replace("acme", "{orgId}"), api.get(EVENTS, params={"limit": 1})),
+        (CREDITS.replace("acme", "{orgId}"), api.get(CREDITS)),
+        (CREDITS.replace("acme", "{orgId}"), api.get("/api/organizations/other/credits", headers=_reader("other"))),
+        (CREDITS.replace("acme", "{orgId}"), api.get(CREDITS, params={"at": "2026-01-01"})),
+        *((one, api.get(f"/api/organizations/acme/workflows/{workflow_id}")) for workflow_id in ("w1", "w2")),
+        (f"{one}/{{step}}", api.post("/api/organizations/acme/workflows/w1/cancel", json={}, headers=write)),
+        ("/healthz", api.get("/healthz")),
+        ("/readyz", api.get("/readyz")),
+    ]
+    for path, answer in answers:
+        assert answer.is_success, answer.text
+        [described] = document["paths"][path].values()
+        schema = described["responses"][str(answer.status_code)]["content"]["application/json"]["schema"]
+        assert _fits(answer.json(), schema, document["components"]["schemas"]), (path, answer.json())
+
+
+def test_the_openapi_document_says_where_a_token_is_needed(api: Api) -> None:
+    document = api.get("/openapi.json").json()
+    [(name, scheme)] = document["components"]["securitySchemes"].items()
+    assert (scheme["type"], scheme["scheme"], scheme["bearerFormat"]) == ("http", "bearer", "JWT")
+    for path, methods in document["paths"].items():
+        for described in methods.values():
+            assert described.get("security") == ([{name: []}] if path.startswith("/api/") else None), path
+
+
+def _reader(org_id: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token(orgs=[org_id])}"}
+
+
+TYPES = {"integer": int, "string": str, "null": type(None), "object": dict}
+
+
+def _fits(value: Any, schema: dict[str, Any], schemas: dict[str, Any]) -> bool:
+    """Whether `value` is what the schema says; an object has exactly the fields that it names, all of them required."""
+    match schema:
+        case {"$ref": name}:
+            return _fits(value, schemas[name.rpartition("/")[2]], schemas)
+        case {"anyOf": several}:
+            return any(_fits(value, each, schemas) for each in several)
+        case {"enum": values}:
+            return value in values
+        case {"const": only}:
+            return bool(value == only)
+        case {"properties": fields, "required": required}:
+            return (
+                isinstance(value, dict)
+                and set(value) == set(fields) == set(required)
+                and all(_fits(value[name], each, schemas) for name, each in fields.items())
+            )
+        case {"type": "array", "items": each}:
+            return bool(value) and all(_fits(item, each, schemas) for item in value)
+        case {"format": "date-time"}:
+            return isinstance(value, str) and re.fullmatch(MOMENT, value) is not None
+        case {"type": name}:
+            return type(value) is TYPES[name]
+        case _:
+            pytest.fail(f"says nothing: {schema}")

@@ -6,6 +6,7 @@ README is written there.
 
 import base64
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,6 +74,34 @@ CONTRAST = """
         if (ratio < worst[0]) worst = [ratio, texts.currentNode.textContent.trim()];
     }
     return worst;
+"""
+
+
+# How much reaches over the right edge of the screen.
+STICKING_OUT = """
+    return [...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).length
+"""
+
+# What a table holds that can be seen only after scrolling to the side.
+HIDDEN = """
+    return [...document.querySelectorAll('.scroll')]
+        .filter(each => getComputedStyle(each).overflowX === 'auto' && each.scrollWidth > each.clientWidth)
+        .map(each => each.getAttribute('aria-labelledby') + ' ' + (each.scrollWidth - each.clientWidth));
+"""
+
+# The numbers, except those of metadata, that begin on one line and end on another.
+BROKEN = """
+    const broken = [], number = document.createRange();
+    const texts = document.createTreeWalker(document.querySelector('main'), NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) {
+        if (texts.currentNode.parentElement.closest('.metadata')) continue;
+        for (const found of texts.currentNode.data.matchAll(/\\d[\\d,]*/g)) {
+            number.setStart(texts.currentNode, found.index);
+            number.setEnd(texts.currentNode, found.index + found[0].length);
+            if (number.getClientRects().length > 1) broken.push(found[0]);
+        }
+    }
+    return broken;
 """
 
 
@@ -356,9 +385,80 @@ def test_nothing_sticks_out_of_a_phone(customer: Person, query: str) -> None:
     customer.open(HISTORY + query)
     customer.driver.execute_script("document.querySelectorAll('details').forEach(each => each.open = true)")
     assert customer.width_needed() == 360
-    wide = "return [...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > 361).length"
-    assert customer.driver.execute_script(wide) == 0
+    assert customer.driver.execute_script(STICKING_OUT) == 0
     assert all("422 (Unprocessable Entity)" in complaint for complaint in customer.complaints())
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_longest_names_stick_out_of_nothing(running: Installation, person: Person, width: int) -> None:
+    org_id = "W" * 128
+    fields = {"workflow_id": "M" * 128, "project_id": "W" * 128, "activity_name": "M" * 128, "source": "W" * 64}
+    messages = [
+        ("wallet.purchase", {"purchase_id": "W" * 128, "credits": 2_000_000}),
+        ("workflow.start", {**fields, "credits": 1_000_000, "metadata": {"M" * 50: 1}}),
+        ("wallet.bill", {"billing_id": "W" * 128, "credits": 1, "invoice_id": "M" * 128}),
+        ("wallet.refund", {"refund_id": "M" * 128, "credits": 2**53 - 1, "workflow_id": "W" * 128}),
+        ("W" * 128, {}),
+    ]
+    apply_batch(running.engine, [delivery(task, org_id=org_id, **fields) for task, fields in messages])
+    letters = sql(running.engine, "SELECT id FROM dead_letters WHERE org_id = :org_id", org_id=org_id)
+    both = token(orgs=[org_id], scope="credits:read operator", sub="ann@" + "w" * 128)
+    person.hold_phone(width)
+    person.sign_in(both, HISTORY.replace("acme", org_id))
+    assert person.texts("[aria-labelledby=reservations] tbody th") == ["M" * 128]
+    assert len(letters) >= 2
+    for path in (HISTORY.replace("acme", org_id), LETTERS, *(f"{LETTERS}/{number}" for (number,) in letters), "/"):
+        person.open(path)
+        person.driver.execute_script("document.querySelectorAll('details').forEach(each => each.open = true)")
+        assert person.width_needed() == width, path
+        assert person.driver.execute_script(STICKING_OUT) == 0, path
+        assert person.driver.execute_script(HIDDEN) == [], path
+
+
+@pytest.mark.parametrize("credits", [45, 1_246_567_890, 9_007_198_020_172_106])
+def test_no_number_is_broken_on_any_screen(running: Installation, person: Person, credits: int) -> None:
+    org_id = f"has-{credits}"
+    workflow = {"workflow_id": "run", "credits": credits // 3}
+    messages = [
+        ("wallet.configure", {"version": 1, "credit_limit": credits, "period_cap": credits}),
+        ("wallet.subscribe", {"subscription_id": "s", "version": 1, "plan": "Team", "monthly_credits": credits}),
+        ("wallet.purchase", {"purchase_id": "p", "credits": credits}),
+        ("workflow.finish", workflow),
+        ("workflow.start", {**workflow, "workflow_id": "next"}),
+    ]
+    apply_batch(running.engine, [delivery(task, org_id=org_id, **fields) for task, fields in messages])
+    person.sign_in(token(orgs=[org_id]), HISTORY.replace("acme", org_id))
+    used = f"{credits // 3:,}"
+    assert person.texts(".figures strong")[2:] == [f"{credits - credits // 3:,}", used, used]
+    for width in (360, 500, 620, 1280):
+        person.hold_phone(width)
+        assert (width, person.driver.execute_script(BROKEN), person.width_needed()) == (width, [], width)
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_ends_of_a_short_chart_differ_on_any_screen(customer: Person, width: int) -> None:
+    customer.hold_phone(width)
+    begins, *_, ends = (text for text in customer.texts(".chart .times > span") if text)
+    for text in (begins, ends):
+        assert re.fullmatch(r"\d+ \w{3} \d{4}\s\d\d:\d\d:\d\d", text)
+
+
+@pytest.mark.parametrize(
+    ("path", "heading", "sentence"),
+    [
+        ("/none", "Not Found", "There is nothing at this address."),
+        ("/signout", "Method Not Allowed", "This address takes POST, not GET."),
+        ("/organizations/other/credit-history", "Not Found", "There is no such organization."),
+    ],
+)
+def test_what_goes_wrong_is_a_page_that_leads_on(customer: Person, path: str, heading: str, sentence: str) -> None:
+    customer.hold_phone()
+    customer.open(path)
+    assert (customer.find("h1").text, customer.find("h1 + p").text) == (heading, sentence)
+    assert customer.width_needed() == 360
+    customer.click("Go to the start page")
+    customer.wait_for(HISTORY)
+    assert all("Failed to load resource" in complaint for complaint in customer.complaints())
 
 
 def test_on_a_phone_the_table_is_still_a_table_for_who_listens(customer: Person) -> None:
@@ -380,7 +480,8 @@ def test_a_wide_table_scrolls_within_its_own_region(customer: Person, width: int
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_stands_out_from_its_ground(customer: Person, scheme: str) -> None:
     customer.prefer(scheme)
-    for path in (HISTORY, f"{HISTORY}?event_type=usage&project_id=crm", f"{HISTORY}?limit=0", "/organizations/none"):
+    paths = HISTORY, f"{HISTORY}?event_type=usage&project_id=crm", f"{HISTORY}?limit=0", "/organizations/none", "/none"
+    for path in paths:
         customer.open(path)
         ratio, text = customer.driver.execute_script(CONTRAST)
         assert ratio >= 4.5, (path, text, ratio)

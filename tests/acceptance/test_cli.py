@@ -19,6 +19,7 @@ from sqlalchemy import Engine
 
 from ledger.store import DeadLettered, apply_batch
 from tests.acceptance.installation import HOLDFAST, Installation, environment, installed, open_folder
+from tests.acceptance.test_operators import drawn
 from tests.support import delivery, eventually, sql
 from worker.client import Client
 from worker.embedded import Embedded
@@ -195,6 +196,7 @@ def test_a_history_is_filtered(books: Installation, holdfast: Any) -> None:
         ("--to", grant_at.isoformat()): [5, 4, 3, 2, 1],
         ("--from", f"{day}", "--to", f"{day}", "--limit", "2", "--offset", "3"): [3, 2],
         ("--from", "2100-01-01"): [],
+        ("--from", f"{day}", "--to", "9999-12-31", "--type", "grant"): [6],
     }
 
     def ids(arguments: tuple[str, ...]) -> list[int]:
@@ -217,8 +219,15 @@ def test_a_history_without_events_says_so(holdfast: Any, org_id: str) -> None:
         (("--limit", "0"), "'--limit': Input should be greater than or equal to 1"),
         (("--limit", "101"), "'--limit': Input should be less than or equal to 100"),
         (("--from", "2026-02-30"), "--from: 2026-02-30 is not a date or time such as 2026-01-31"),
-        (("--to", "9999-12-31"), "--to: 9999-12-31"),
+        (("--to", "9999-12-32"), "--to: 9999-12-32 is not a date or time such as 2026-01-31"),
+        (("--from", "2026-11-23", "--to", "2026-11-22"), "--to: must not be before --from"),
+        (("--from", "\x1b[2J"), r"--from: \x1b[2J is not a date or time"),
         (("--type", "[bold]x[/]"), "--type: [bold]x[/] is none of usage, prepaid_purchase, "),
+        (("--type", "\udcff"), r"--type: \udcff is none of usage, prepaid_purchase, "),
+        *(
+            (("--project", typed), "'--project': must have 1 to 128 characters, and only letters, digits and _ . : -")
+            for typed in ("\udcff", "bad id", "")
+        ),
     ],
 )
 def test_a_wrong_option_is_named_and_exit_code_2(holdfast: Any, arguments: tuple[str, ...], problem: str) -> None:
@@ -226,6 +235,44 @@ def test_a_wrong_option_is_named_and_exit_code_2(holdfast: Any, arguments: tuple
     assert (ended.returncode, ended.stdout) == (2, "")
     assert problem in " ".join(ended.stderr.replace("│", " ").split())
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("command", [("failed", "discard", "1"), ("release", "acme", "run-2")])
+def test_a_reason_is_as_short_as_in_a_message(holdfast: Any, command: tuple[str, ...]) -> None:
+    ended = holdfast(*command, "--why", "x" * 501)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "'--why': must not be longer than 500 characters" in ended.stderr
+
+
+def test_a_terminal_may_be_narrow_but_no_figure_is_ever_cut_off(installation: Installation) -> None:
+    engine, most = installation.engine, 2**53 - 1
+    apply(engine, "wallet.purchase", org_id="acme", purchase_id="p-1", credits=most)
+    apply(engine, "workflow.finish", org_id="acme", workflow_id="run-1", credits=most)
+    apply(engine, "wallet.purchase", org_id="acme", purchase_id="p-2", credits=most)
+    apply(engine, "workflow.start", org_id="acme", workflow_id="run-2", credits=most)
+    apply(engine, "workflow.cancel", org_id="acme", workflow_id="run-2")
+    apply(engine, "workflow.start", org_id="acme", workflow_id="x" * 128, credits=most)
+    sql(engine, "SELECT setval(pg_get_serial_sequence('dead_letters', 'id'), :id)", id=most - 1)
+    apply_batch(engine, [delivery("wallet.purchase", org_id="acme", purchase_id="p-3", credits=0)])
+
+    amount, time_of_day = "9,007,199,254,740,991", r"\b\d\d:\d\d:\d\d\b"
+    types = ["reservation", "reservation_released", "reservation", "prepaid_purchase", "usage", "prepaid_purchase"]
+    # How often a pattern is found on the screen.
+    expected = {
+        ("history", "acme"): {time_of_day: 6} | {rf"\d +{name} ": types.count(name) for name in types},
+        ("wallet", "acme"): {rf" {amount} ": 3},
+        ("holds",): {rf" {amount} ": 1, time_of_day: 1},
+        ("failed", "list"): {str(most): 1},
+    }
+    cases = [(command, width) for command in expected for width in (40, 70, 80)]
+    with ThreadPoolExecutor(2) as two:
+        screens = two.map(lambda case: drawn(installation, *case[0], width=case[1]), cases)
+        for (command, width), lines in zip(cases, screens, strict=True):
+            screen = "\n".join(lines)
+            assert set(re.findall(r"9,[\d,]*", screen)) <= {amount}, screen
+            found = {pattern: len(re.findall(pattern, screen)) for pattern in expected[command]}
+            assert found == expected[command], screen
+            assert width < 80 or max(map(len, lines)) <= width, screen
 
 
 def test_verify_on_sound_books_is_exit_code_0(holdfast: Any) -> None:
@@ -262,8 +309,8 @@ def test_verify_on_broken_books_names_the_offenders_and_is_exit_code_1(installat
 
 def test_migrate_twice_does_nothing_the_second_time(empty_database_url: str) -> None:
     first, second = (run("migrate", HOLDFAST_DATABASE_URL=empty_database_url) for _ in range(2))
-    assert (first.returncode, first.stdout, first.stderr) == (0, "The database is at 0001 now.\n", "")
-    assert (second.returncode, second.stdout, second.stderr) == (0, "The database was at 0001 already.\n", "")
+    assert (first.returncode, first.stdout, first.stderr) == (0, "The database is at 0002 now.\n", "")
+    assert (second.returncode, second.stdout, second.stderr) == (0, "The database was at 0002 already.\n", "")
 
 
 # What cannot be carried out

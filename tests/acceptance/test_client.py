@@ -1,17 +1,23 @@
 """The producer for engines in Python, against a running worker and against everything that may be missing."""
 
+import base64
+import json
+import re
 import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from ledger.state import Result
-from tests.acceptance.installation import Installation
+from tests.acceptance.installation import SENT_BY_FORKS, Installation, Producer, send_from_forks
 from tests.acceptance.story import STORY
+from tests.cut import cut_way_to
 from tests.support import eventually, sql
 from worker.client import Client, DeadLetteredError, InvalidMessageError, NoAnswerError, NotSentError
 
@@ -111,6 +117,11 @@ def test_eight_threads_share_one_client(running: Installation, client: Client) -
     assert events(running, "shared") == 101
 
 
+def test_a_process_and_its_forks_share_one_client(installation: Installation) -> None:
+    send_from_forks(installation.broker_url)
+    assert sorted(waiting_grants(installation)) == sorted(SENT_BY_FORKS)
+
+
 def test_a_closed_client_leaves_no_connection(installation: Installation) -> None:
     def connections() -> int:
         number = installation.broker_url.rsplit("/", 1)[1]
@@ -121,10 +132,111 @@ def test_a_closed_client_leaves_no_connection(installation: Installation) -> Non
         client.grant(org_id="acme", grant_id="gift", credits=1)
         with pytest.raises(NoAnswerError):
             client.grant(org_id="acme", grant_id="gift", credits=1, wait_s=0.1)
-    eventually(lambda: connections() == before, timeout_s=2)
+    eventually(lambda: connections() == before)
+
+
+# Batches, and what is on the wire
+
+
+def test_a_batch_is_applied_in_the_order_of_its_calls(running: Installation, client: Client) -> None:
+    with client.batch() as batch:
+        batch.purchase(org_id="together", purchase_id="order", credits=100)
+        for number in range(50):
+            batch.start(org_id="together", workflow_id=f"run-{number}", credits=2)
+            batch.finish(org_id="together", workflow_id=f"run-{number}", credits=1)
+    eventually(lambda: events(running, "together") == 151)
+    kept = sql(running.engine, "SELECT workflow_id, credits FROM credit_events WHERE org_id = 'together' ORDER BY seq")
+    runs = [(f"run-{number}", effect) for number in range(50) for effect in (-2, 2, -1)]
+    assert kept == [(None, 100), *runs]
+
+
+def test_a_batch_takes_one_command_for_every_thousand_messages(installation: Installation) -> None:
+    def pushes() -> int:
+        return int(installation.broker.info("commandstats").get("cmdstat_lpush", {"calls": 0})["calls"])
+
+    with Client(installation.broker_url) as client:
+        before = pushes()
+        with client.batch() as batch:
+            for number in range(2500):
+                batch.grant(org_id="acme", grant_id=f"gift-{number}", credits=1)
+        assert pushes() - before == 3
+    assert waiting_grants(installation) == [f"gift-{number}" for number in range(2500)]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"workflow_id": "run", "credits": 5},
+        {"workflow_id": "run", "credits": 5, "metadata": {"note": 'é "quoted" \\', "deep": {"er": [1, {}]}}},
+        {
+            "workflow_id": "run",
+            "credits": 5,
+            "activity_name": "x" * 256,
+            "source": "it's",
+            "metadata": {"y": "z" * 2000},
+        },
+    ],
+    ids=["plain", "nested", "long"],
+)
+def test_a_message_is_byte_for_byte_what_celery_sends(
+    installation: Installation, producer: Producer, message: dict[str, Any]
+) -> None:
+    message = {"org_id": "acme", **message}
+    with Client(installation.broker_url) as client:
+        client.finish(**message)
+        with client.batch() as batch:
+            batch.finish(**message)
+    producer.celery.send_task("workflow.finish", args=[message], queue="credits", ignore_result=True)
+    sent = [without_ids(envelope) for envelope in installation.broker.lrange("credits", 0, -1)]
+    assert len(sent) == 3
+    assert len(set(sent)) == 1
+
+
+def waiting_grants(installation: Installation) -> list[str]:
+    """The ids of all grants that wait, in the order in which they are taken."""
+    envelopes = [json.loads(envelope) for envelope in reversed(installation.broker.lrange("credits", 0, -1))]
+    return [json.loads(base64.b64decode(envelope["body"]))[0][0]["grant_id"] for envelope in envelopes]
+
+
+def without_ids(envelope: bytes) -> bytes:
+    return re.sub(rb"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", b"UUID", envelope)
 
 
 # What goes wrong
+
+
+def test_a_connection_that_breaks_meanwhile_raises_and_sending_again_is_safe(
+    running: Installation, client: Client
+) -> None:
+    def grant_all(sender: Client) -> None:
+        with sender.batch() as batch:
+            for number in range(100):
+                batch.grant(org_id="unlucky", grant_id=f"gift-{number}", credits=1)
+
+    address = urlsplit(running.broker_url)
+    assert address.port is not None
+    with (
+        cut_way_to(address.port, after_bytes=50_000) as port,
+        Client(address._replace(netloc=address.netloc.replace(str(address.port), str(port))).geturl()) as unlucky,
+        pytest.raises(NotSentError, match=r"^a batch of 100 messages, of which some may have arrived, could not be"),
+    ):
+        grant_all(unlucky)
+    eventually(lambda: events(running, "unlucky") == 100)  # as it was only the answer that got lost
+    grant_all(client)
+    eventually(running.is_drained)
+    assert events(running, "unlucky") == 100
+
+
+def test_what_the_broker_refuses_raises(installation: Installation) -> None:
+    installation.broker.set("credits", "is no list")
+    with Client(installation.broker_url) as client:
+        with pytest.raises(
+            NotSentError, match=r"^wallet.grant could not be handed to the broker at redis://.*WRONGTYPE"
+        ):
+            client.grant(org_id="acme", grant_id="gift", credits=1)
+        installation.broker.delete("credits")
+        client.grant(org_id="acme", grant_id="gift", credits=1)
+    assert waiting_grants(installation) == ["gift"]
 
 
 def test_an_invalid_message_is_refused_in_a_sentence_and_not_sent(installation: Installation) -> None:
@@ -206,8 +318,8 @@ def test_an_unreachable_result_store_is_an_error_of_the_clients_own(
 
 
 @pytest.mark.timeout(10)  # waiting for ever, it would never get to say so itself
-@pytest.mark.parametrize("wait_s", [None, 1.0])
-def test_a_broker_that_never_answers_is_given_up(silent_port: int, wait_s: float | None) -> None:
-    with Client(f"redis://127.0.0.1:{silent_port}/0") as client, within(15), pytest.raises(NotSentError) as failed:
+@pytest.mark.parametrize(("scheme", "wait_s"), [("redis", None), ("redis", 1.0), ("amqp", None)])
+def test_a_broker_that_never_answers_is_given_up(silent_port: int, scheme: str, wait_s: float | None) -> None:
+    with Client(f"{scheme}://127.0.0.1:{silent_port}/0") as client, within(7), pytest.raises(NotSentError) as failed:
         client.start(org_id="acme", workflow_id="run", credits=1, wait_s=wait_s)
     assert str(failed.value) != ""

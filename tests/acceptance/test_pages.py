@@ -1,5 +1,6 @@
 """The web pages, served for real, on a real ledger: who sees what, what is on them, and what they refuse."""
 
+import asyncio
 import csv
 import io
 import json
@@ -8,7 +9,8 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from contextlib import ExitStack
+from datetime import UTC, date, datetime, timedelta
 from html import unescape
 from itertools import count
 from typing import Any
@@ -18,19 +20,25 @@ import pytest
 from sqlalchemy import Engine
 
 from api_stub import exports, operators
-from api_stub.rendering import pairs, readable_json, span
+from api_stub.auth import LEEWAY_S
+from api_stub.pages import PLACES
+from api_stub.rendering import pairs
+from ledger import history
+from ledger.readable import readable_json, span
 from ledger.store import apply_batch
 from tests.acceptance.installation import Installation, installed
 from tests.acceptance.website import (
     HISTORY,
     LETTERS,
     Visitor,
+    app,
     form_token,
     operator_token,
     served,
+    serving,
     token,
 )
-from tests.support import delivery, sql
+from tests.support import delivery, eventually, sql
 from worker.embedded import Embedded
 
 SESSION = "holdfast_session"
@@ -143,14 +151,65 @@ def test_the_cookie_is_kept_from_scripts_and_other_sites_and_ends_with_the_token
     [cookie] = [line for line in answer.headers.get_list("set-cookie") if line.startswith(SESSION)]
     attributes = cookie.split("; ")[1:]
     [age] = [int(name.removeprefix("Max-Age=")) for name in attributes if name.startswith("Max-Age=")]
-    assert 590 <= age <= 600
+    assert 590 <= age - LEEWAY_S <= 600
     assert sorted(name for name in attributes if "Max-Age" not in name) == ["HttpOnly", "Path=/", "SameSite=lax"]
 
 
-def test_over_https_the_cookie_is_sent_over_nothing_else(address: str) -> None:
-    with Visitor(base_url=address, headers={"X-Forwarded-Proto": "https"}) as visitor:
-        answer = visitor.get("/signin", params={"token": token()})
-        assert "Secure" in answer.headers["set-cookie"].split("; ")
+@pytest.mark.parametrize(
+    ("said", "is_secure"),
+    [
+        ("https", True),
+        ("HTTPS", True),
+        ("https, http", True),
+        ("http, https", False),
+        ("http", False),
+        ("", False),
+        ("https:", False),
+    ],
+)
+def test_behind_a_proxy_with_a_certificate_cookies_are_for_encrypted_connections(
+    address: str, said: str, is_secure: bool
+) -> None:
+    with Visitor(base_url=address, headers={"X-Forwarded-Proto": said}) as visitor:
+        for answer in (visitor.get("/signin", params={"token": token()}), visitor.get("/signin")):
+            assert ("Secure" in answer.headers["set-cookie"].split("; ")) == is_secure
+
+
+def test_over_https_itself_cookies_are_for_encrypted_connections(ledger: Installation) -> None:
+    transport = httpx.ASGITransport(app(ledger.database_url, ledger.broker_url))
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=transport, base_url="https://credits.example") as client:
+            return await client.get("/signin", params={"token": token()})
+
+    assert "Secure" in asyncio.run(ask()).headers["set-cookie"].split("; ")
+
+
+def test_behind_a_proxy_a_person_signs_in_does_things_and_signs_out(address: str, letter: str) -> None:
+    # What nginx sends on: the name of the site, the browser's own headers, and how the browser is connected.
+    headers = {
+        "Host": "credits.example",
+        "X-Forwarded-Proto": "https",
+        "Origin": "https://credits.example",
+        "Sec-Fetch-Site": "same-origin",
+    }
+    with Visitor(base_url=address, headers=headers) as visitor:
+        asked = visitor.get(letter)
+        form = visitor.get(asked.headers["location"])
+        secret = re.search("holdfast_signin=([^;]+)", form.headers["set-cookie"])
+        assert secret is not None
+        # As a browser has it, for which all this is https.
+        visitor.headers["Cookie"] = f"holdfast_signin={secret[1]}"
+        fields = {"form": form_token(form), "next": letter, "token": operator_token()}
+        signed_in = visitor.post("/signin", data=fields)
+        assert (signed_in.status_code, signed_in.headers["location"]) == (303, letter)
+        visitor.headers["Cookie"] = signed_in.headers["set-cookie"].partition(";")[0]
+        form = {"form": form_token(visitor.get(letter))}
+        done = visitor.post(f"{letter}/discard", data={**form, "reason": "a test"})
+        assert (done.status_code, done.headers["location"]) == (303, letter)
+        signed_out = visitor.post("/signout", data=form)
+        assert signed_out.headers["location"] == "/signin"
+        assert {"Secure", "Max-Age=0"} <= set(signed_out.headers["set-cookie"].split("; "))
 
 
 @pytest.mark.parametrize(
@@ -242,6 +301,10 @@ def test_a_script_may_send_the_token_as_it_does_to_the_api(visitor: Visitor) -> 
     assert (refused.status_code, refused.headers["www-authenticate"]) == (401, 'Bearer error="invalid_token"')
 
 
+def test_what_a_proxy_in_front_of_us_wants_is_not_for_us(customer: Visitor, org_id: str) -> None:
+    assert customer.get(history_of(org_id), headers={"Authorization": "Basic YW5uOnNlY3JldA=="}).status_code == 200
+
+
 def test_the_start_page_leads_on(visitor: Visitor) -> None:
     assert visitor.get("/").headers["location"] == "/signin?next=%2F"
     visitor.sign_in(token())
@@ -252,7 +315,16 @@ def test_the_start_page_leads_on(visitor: Visitor) -> None:
     assert visitor.get("/", params={"organization": "acme"}).headers["location"] == HISTORY
     assert visitor.get("/", params={"organization": "<b>"}).status_code == 404
     visitor.sign_in(operator_token())
+    assert visitor.get("/").headers["location"] == LETTERS
+    visitor.sign_in(token(scope="credits:read operator"))
     assert link(visitor.get("/"), "Dead letters") == LETTERS
+    visitor.sign_in(token(orgs=["b", "a"], scope="workflows:write operator"))
+    assert visitor.get("/").headers["location"] == LETTERS
+    for orgs in (["a"], ["b", "a"], "*"):
+        visitor.sign_in(token(orgs=orgs, scope="workflows:write"))
+        refused = visitor.get("/")
+        assert (refused.status_code, "The token lacks the scope credits:read." in refused.text) == (403, True)
+        assert "/organizations/" not in refused.text
 
 
 # Who sees what
@@ -325,7 +397,7 @@ def test_without_its_database_a_page_asks_to_try_again(services: Embedded) -> No
             for path in (HISTORY, f"{HISTORY}.csv"):
                 failed = visitor.get(path)
                 assert (failed.status_code, failed.headers["retry-after"]) == (503, "5")
-                assert "The ledger does not answer at the moment. Please try again." in failed.text
+                assert "The ledger does not answer at the moment; try again." in failed.text
                 assert "sekrit" not in failed.text
 
 
@@ -360,7 +432,7 @@ def test_the_page_shows_the_wallet(ledger: Installation, customer: Visitor, org_
         "used": "1,234",
     }
     assert "of 1,000 included" in page.text
-    assert "plan Team &amp; Co" in page.text
+    assert 'plan <span class="plan">Team &amp; Co</span>' in page.text
     assert f"{anchor.day} {anchor:%b %Y} – " in page.text
     assert "holding 300 credits" in page.text
     assert re.search(r'scope="row" class="mono">w2</th>.*?>web<.*?>Crawl<.*?>300<.*?>\d s ago<', page.text, re.DOTALL)
@@ -430,6 +502,7 @@ def test_events_can_be_filtered_by_type_project_and_day(ledger: Installation, cu
     assert found(project_id="crm", event_type="usage", date_from="", date_to="") == []
     assert found(date_from=today - timedelta(days=1), date_to=today) == [5, 4, 3, 2, 1]
     assert found(date_to=today - timedelta(days=2)) == []
+    assert found(date_from=today - timedelta(days=1), date_to="9999-12-31") == [5, 4, 3, 2, 1]
     page = customer.get(history_of(org_id), params={"project_id": "nobody", "event_type": "refund"})
     assert "No event matches the filter." in page.text
     assert 'value="nobody"' in page.text
@@ -440,7 +513,8 @@ def test_events_can_be_filtered_by_type_project_and_day(ledger: Installation, cu
     ("query", "sentence"),
     [
         ("date_from=31.01.2026", "date_from must be a date or time such as 2026-01-31 or 2026-01-31T09:00:00Z."),
-        ("date_to=9999-12-31", "date_to must be before the year 9999."),
+        ("date_from=2026-02-31", "date_from must be a date or time such as 2026-01-31 or 2026-01-31T09:00:00Z."),
+        ("date_from=2026-11-23&date_to=2026-11-22", "date_to must not be before date_from."),
         ("date_from=2026-02-01&date_to=2026-01-01", "date_to must not be before date_from."),
         ("event_type=usage&event_type=gift", "event_type must be one of usage, prepaid_purchase, "),
         (
@@ -449,6 +523,7 @@ def test_events_can_be_filtered_by_type_project_and_day(ledger: Installation, cu
         ),
         ("limit=101", "limit must be a number from 1 to 100."),
         ("limit=٣", "limit must be a number from 1 to 100."),
+        ("reservations_after=-1", "reservations_after must be a number from 1 to 9,007,199,254,740,991."),
         ("before=0", "before must be a number from 1 to 9,007,199,254,740,991."),
     ],
 )
@@ -459,7 +534,8 @@ def test_a_filter_that_makes_no_sense_is_explained_beside_what_was_typed(
     assert (page.status_code, sentence in page.text) == (422, True)
     typed = httpx.QueryParams(query).multi_items()
     for name, value in typed:
-        assert name == "before" or f'value="{value}"' in page.text
+        assert name in PLACES or f'value="{value}"' in page.text
+        assert not re.search(rf'type="date" value="{re.escape(value)}"', page.text) or date.fromisoformat(value)
     assert '<section class="card" aria-labelledby="events">' not in page.text
     file = customer.get(f"{history_of(org_id)}.csv?{query}")
     assert (file.status_code, sentence in file.text) == (422, True)
@@ -527,6 +603,75 @@ def test_the_chart_shows_the_balance_in_the_range_and_says_it_in_words(
     assert "From 250 to 250 credits; lowest 250, highest 250." in later.text
     earlier = customer.get(history_of(org_id), params={"date_to": "2020-01-01"})
     assert "<figure" not in earlier.text
+    last = customer.get(history_of(org_id), params={"date_from": moment.isoformat()})
+    assert "From 1,000 to 250 credits; lowest 250, highest 1,000." in last.text
+
+
+def test_the_chart_is_told_truly_however_many_events_there_are(
+    ledger: Installation, customer: Visitor, org_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [
+        (f"workflow.{step}", {"workflow_id": f"w{number}"} | ({"credits": number} if step == "start" else {}))
+        for number in range(600)
+        for step in ("start", "cancel")
+    ]
+    purchase = ("wallet.purchase", {"purchase_id": "p", "credits": 1_000})
+    write(ledger.engine, org_id, ("wallet.grant", {"grant_id": "g", "credits": 7}), purchase, *runs)
+    page = customer.get(history_of(org_id))
+    assert "From 7 to 1,007 credits; lowest 7, highest 1,007." in page.text
+    assert re.search(r"From 7 credits on [^<]* to 1,007 on [^<]*, between 7 and 1,007\.</desc>", page.text)
+    write(ledger.engine, org_id, ("wallet.grant", {"grant_id": "h", "credits": 1}))
+    monkeypatch.setattr(history, "MAX_COMPARED", 1_202)
+    page = customer.get(history_of(org_id))
+    assert "From 7 to 1,008 credits. Of so many events, the line shows some; a shorter time shows more." in page.text
+    assert re.search(r"From 7 credits on [^<,]* to 1,008 on [^<,]*\.</desc>", page.text)
+    assert "lowest" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("number", "words", "pages"),
+    [
+        (0, None, []),
+        (1, "1, holding 3 credits", []),
+        (100, "100, holding 300 credits", []),
+        (101, "the 100 oldest of 101, which hold 303 credits in all", [1]),
+        (250, "the 100 oldest of 250, which hold 750 credits in all", [100, 50]),
+    ],
+)
+def test_all_open_reservations_can_be_reached(
+    ledger: Installation, customer: Visitor, org_id: str, number: int, words: str | None, pages: list[int]
+) -> None:
+    names = [f"run-{each:03}" for each in range(number)]
+    starts = [("workflow.start", {"workflow_id": name, "credits": 3}) for name in names]
+    write(ledger.engine, org_id, ("wallet.purchase", {"purchase_id": "p", "credits": 1_000}), *starts)
+    page = customer.get(history_of(org_id), params={"event_type": "reservation", "limit": 1})
+    assert said_of_reservations(page) == words
+    seen = held_by(page)
+    for size in pages:
+        page = customer.get(str(link(page, "More →")))
+        assert (len(held_by(page)), len(shown(page)), said_of_reservations(page)) == (
+            size,
+            1,
+            f"{len(seen) + 1}–{len(seen) + size} of {number}, oldest first, which hold {3 * number} credits in all",
+        )
+        seen += held_by(page)
+    assert seen == names
+    assert link(page, "More →") is None
+    if pages:
+        assert held_by(customer.get(str(link(page, "Oldest")))) == names[:100]
+        beyond = customer.get(history_of(org_id), params={"reservations_after": number})
+        assert "There are no newer reservations." in beyond.text
+        assert said_of_reservations(beyond) == f"0 of {number}, which hold {3 * number} credits in all"
+
+
+def said_of_reservations(page: httpx.Response) -> str | None:
+    found = re.search(r'Open reservations</h2>\s*<p class="note">(.*?)</p>', page.text, re.DOTALL)
+    return None if found is None else text_of(found[1])
+
+
+def held_by(page: httpx.Response) -> list[str]:
+    """The workflows whose reservations the page shows."""
+    return re.findall(r'<th role="rowheader" scope="row" class="mono">([^<]*)</th>', page.text)
 
 
 # The file
@@ -575,6 +720,27 @@ def test_no_text_of_the_file_is_a_formula(ledger: Installation, customer: Visito
     cells = dict(zip(exports.COLUMNS, line, strict=True))
     assert (cells["source"], cells["activity_name"]) == (f"'{text}", f"'{text}")
     assert (cells["project_id"], cells["workflow_id"], cells["credits"]) == ("'-p", "'-w", "-7")
+
+
+def test_a_download_that_nobody_reads_holds_no_connection_to_the_database(ledger: Installation, org_id: str) -> None:
+    long = {"note": "x" * 8_000}
+    write(
+        ledger.engine,
+        org_id,
+        *(("wallet.grant", {"grant_id": f"g{number}", "credits": 1, "metadata": long}) for number in range(3_000)),
+    )
+    serving_app = app(ledger.database_url, ledger.broker_url)
+    in_use = serving_app.state.services.engine.pool.checkedout
+    header = {"Authorization": f"Bearer {token(orgs=[org_id])}"}
+    with serving(serving_app) as address, Visitor(base_url=address, headers=header) as visitor, ExitStack() as stack:
+        downloads = [stack.enter_context(visitor.stream("GET", f"{history_of(org_id)}.csv")) for _ in range(20)]
+        assert {download.status_code for download in downloads} == {200}
+        # 24 MB each are more than what lies between the server and who does not read.
+        eventually(lambda: in_use() == 0)
+        assert visitor.get(history_of(org_id)).status_code == 200
+        write(ledger.engine, org_id, ("wallet.grant", {"grant_id": "late", "credits": 1}))
+        _, *lines = csv.reader(downloads[7].iter_lines())
+        assert [int(line[9]) for line in lines] == list(range(3_000, 0, -1))
 
 
 # Size
@@ -636,6 +802,10 @@ def test_dead_letters_can_be_filtered_and_paged(ledger: Installation, operator: 
     assert link(second, "Newest") == f"{LETTERS}?status=all&code=unknown_task&task={org_id}.task"
     none = operator.get(LETTERS, params={"task": f"{org_id}.task", "code": "conflict"})
     assert "No dead letters match the filter." in none.text
+    past = operator.get(LETTERS, params={"task": f"{org_id}.task", "before_id": "1"})
+    assert "There are no older dead letters." in past.text
+    assert "No dead letters" not in past.text
+    assert link(past, "Back to the newest") == f"{LETTERS}?status=open&task={org_id}.task"
     for name, value in (("status", "gone"), ("before_id", "x"), ("task", "a\0b")):
         refused = operator.get(LETTERS, params={name: value})
         assert (refused.status_code, f"<li>{name} must " in refused.text) == (422, True)
@@ -695,15 +865,19 @@ def test_what_is_no_message_is_shown_as_it_arrived_and_cannot_be_replayed(
         ledger.engine,
         """
         INSERT INTO dead_letters (task, body, body_sha256, org_id, error_code, error, traceback, attempts)
-        VALUES ('no.task', :body, :body, :org_id, 'undecodable', 'it is no JSON', 'Traceback …', 1) RETURNING id
+        VALUES ('', :body, :body, :org_id, 'undecodable', E'no JSON: \x7f', E'Traceback …\n\x1b[0m', 1) RETURNING id
         """,
-        body=b"\xff<b>\x00" + b"x" * 100_000,
+        body=b"\xff<b>\x00\n" + b"x" * 100_000,
         org_id=org_id,
     )
     page = operator.get(f"{LETTERS}/{number}")
-    assert "\\xff&lt;b&gt;" in page.text
-    assert "… and 34,472 characters more" in page.text
-    assert "Traceback …" in page.text
+    assert "\\xff&lt;b&gt;\\x00\nxxx" in page.text
+    assert "… and 34,476 characters more" in page.text
+    assert "no JSON: \\x7f" in page.text
+    assert "Traceback …\n\\x1b[0m" in page.text
+    assert re.search(r"<dt>Task</dt><dd[^>]*>unknown</dd>", page.text)
+    assert f"Dead letter {number} holds no message that could be sent again." in page.text
+    assert "Replay the message" not in page.text
     refused = operator.post(f"{LETTERS}/{number}/replay", data={"form": form_token(page)})
     assert refused.status_code == 409
     assert f"Dead letter {number} holds no message that could be sent again." in refused.text

@@ -15,7 +15,7 @@ def test_a_worker_counts_what_it_answered(installation: Installation) -> None:
     port = free_port()
     figures = httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False)
     with ExitStack() as cleanup, closing(Producer(installation.broker_url)) as producer, figures:
-        told_to_serve = installation.environment | {"HOLDFAST_METRICS_PORT": str(port)}
+        told_to_serve = installation.environment | {"HOLDFAST_METRICS_ADDRESS": f"127.0.0.1:{port}"}
         worker = Process("worker", celery("worker"), installation.folder, env=told_to_serve)
         cleanup.callback(worker.kill)
         worker.start()

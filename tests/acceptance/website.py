@@ -1,4 +1,4 @@
-"""The web pages as they are served: the app in a real server, on a free port of this machine."""
+"""The API and the pages as they are served: the app in a real server, on a free port of this machine."""
 
 import re
 import threading
@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import jwt
 import uvicorn
+from fastapi import FastAPI
 
 from api_stub.app import create_app
 from ledger.settings import Settings
@@ -28,11 +29,14 @@ def operator_token() -> str:
     return token(sub="olga", orgs=[], scope="operator")
 
 
+def app(database_url: str, broker_url: str, **settings: str) -> FastAPI:
+    return create_app(Settings(database_url=database_url, broker_url=broker_url, jwt_secret=SECRET, **settings))
+
+
 @contextmanager
-def served(database_url: str, broker_url: str) -> Iterator[str]:
-    """The address of the app."""
-    settings = Settings(database_url=database_url, broker_url=broker_url, jwt_secret=SECRET)
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), port=0, log_level="error", ws="none"))
+def serving(app: FastAPI) -> Iterator[str]:
+    """The address of the app. Its server trusts no proxy, not even on this machine: in a container it would not."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none", proxy_headers=False))
     thread = threading.Thread(target=server.run)
     thread.start()
     eventually(lambda: server.started)
@@ -44,6 +48,13 @@ def served(database_url: str, broker_url: str) -> Iterator[str]:
         server.should_exit = True
         thread.join(timeout=10)
         assert not thread.is_alive()
+
+
+@contextmanager
+def served(database_url: str, broker_url: str, **settings: str) -> Iterator[str]:
+    """The address of an app with these settings."""
+    with serving(app(database_url, broker_url, **settings)) as address:
+        yield address
 
 
 class Visitor(httpx.Client):

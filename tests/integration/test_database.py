@@ -1,13 +1,17 @@
 """Connecting to PostgreSQL, and telling the faults that pass from the errors that stay, by real errors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
 
 import psycopg
 import pytest
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
+from ledger import arrays
+from ledger.arrays import Array
 from ledger.database import DatabaseURLError, connect, describe, is_transient
 from tests.support import eventually, sql
 
@@ -57,6 +61,50 @@ def test_a_session_cannot_wait_forever_and_speaks_utc(engine: Engine) -> None:
         "plan_cache_mode": "force_custom_plan",
         "application_name": "holdfast",
     }
+
+
+@pytest.mark.parametrize(
+    ("encode", "array_type", "values"),
+    [
+        (arrays.text, "text", []),
+        (arrays.text, "text", ["", None, "a", "a", "žluťoučký 📄", "x" * 100_000, "NULL", '{"\\,}']),
+        (arrays.text, "text", [None, None]),
+        (arrays.bigint, "bigint", []),
+        (arrays.bigint, "bigint", [0, 1, -1, 2**53 - 1, -(2**53) + 1, 2**63 - 1, -(2**63)]),
+        (arrays.bigint, "bigint", [None, 5, None]),
+        (
+            arrays.timestamptz,
+            "timestamptz",
+            [
+                datetime(2026, 1, 31, 9, 0, 0, 123_456, UTC),
+                None,
+                datetime(1970, 1, 1, tzinfo=UTC),
+                datetime(1999, 12, 31, 23, 59, 59, 999_999, UTC),
+                datetime(2999, 12, 31, tzinfo=timezone(timedelta(hours=-5, minutes=-30))),
+            ],
+        ),
+        (arrays.jsonb, "jsonb", []),
+        (
+            arrays.jsonb,
+            "jsonb",
+            [{}, {"a": [1.5, None, True, {"ž\u2028\x7f": '"\\'}]}, {"n": 2**1023, "e": 1e-300, "t": 0.1}],
+        ),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_column_of_values_arrives_as_it_was(
+    engine: Engine, encode: Callable[[Sequence[Any]], Array], array_type: str, values: list[Any]
+) -> None:
+    with engine.connect() as connection:
+        driver = connection.connection.driver_connection
+        assert isinstance(driver, psycopg.Connection)
+        rows = driver.execute(
+            f"SELECT value, pg_typeof(value)::text, ordinality"
+            f" FROM unnest(%b::{array_type}[]) WITH ORDINALITY AS sent (value, ordinality)",
+            [encode(values)],
+        ).fetchall()
+    typename = "timestamp with time zone" if array_type == "timestamptz" else array_type
+    assert rows == [(value, typename, number) for number, value in enumerate(values, 1)]
 
 
 # Each provokes one error on a connection of its own; `engine` is another one.

@@ -41,7 +41,7 @@ def test_a_message_that_cannot_be_applied_is_kept_as_it_arrived(engine: Engine) 
         "status": "open",
         "task": "wallet.purchase",
         "org_id": "acme",
-        "body": b'[[{"org_id": "acme", "purchase_id": "p1", "credits": 0}], {}, {}]',
+        "body": delivery("wallet.purchase", org_id="acme", purchase_id="p1", credits=0).body,
         "error_code": "invalid_message",
         "error": "wallet.purchase: credits must be greater than 0, got 0",
         "traceback": None,
@@ -182,6 +182,26 @@ def test_large_and_empty_bodies_are_kept_whole(engine: Engine) -> None:
     bodies = [b"", b"\x00", bytes(range(256)) * 20_000]
     apply_batch(engine, [Delivery("no.such", None, body) for body in bodies])
     assert sorted(body for (body,) in sql(engine, "SELECT body FROM dead_letters")) == sorted(bodies)
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (b'[[{"a": [1]}], {}, {}]', '{\n  "a": [\n    1\n  ]\n}'),
+        (b'[[1], {"b": 2}, {}]', '{\n  "args": [\n    1\n  ],\n  "kwargs": {\n    "b": 2\n  }\n}'),
+        (b'[["\\u0000\xc2\x9b\xe2\x80\xae\\ud800<b>"], {}, {}]', r'"\u0000\u009b\u202e\ud800<b>"'),
+        (b"\xff\x00garbage\n\xe2\x80\xae<script>", "\\xff\\x00garbage\n\\u202e<script>"),
+        (b"", ""),
+    ],
+)
+def test_a_message_is_readable_and_none_of_its_characters_is_hidden(body: bytes, text: str) -> None:
+    assert dead_letters.readable(body) == text
+
+
+@pytest.mark.parametrize("depth", [100, 900, 2_000, 100_000])
+def test_a_message_of_any_depth_is_readable(depth: int) -> None:
+    body = b"[[" + b"[" * depth + b"]" * depth + b"], {}, {}]"
+    assert "[" * depth in dead_letters.readable(body)
 
 
 def test_open_letters_are_the_newest_that_nobody_dealt_with(engine: Engine) -> None:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import psycopg
@@ -230,6 +231,25 @@ def test_a_process_that_ignores_its_signal_is_killed_with_its_children(data_dir:
     stubborn.stop()
     assert not stubborn.is_running
     assert eventually(lambda: is_gone(child))
+
+
+def test_ctrl_c_within_a_start_waits_until_the_child_is_known(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def popen(*args: Any, _popen: Any = subprocess.Popen, **options: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return _popen(*args, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    sleeper = Process("sleeper", ["sleep", "60"], data_dir)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sleeper.start()
+        assert sleeper.is_running
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+        sleeper.stop()
+    assert not sleeper.is_running
 
 
 def test_a_failed_start_names_the_log_and_quotes_it(data_dir: Path) -> None:

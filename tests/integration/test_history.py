@@ -1,10 +1,13 @@
 """Reading the ledger: the wallet as it was written last, and the pages of its credit history."""
 
+import random
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from itertools import accumulate, chain
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine, text
 
 from ledger import history
 from ledger.history import EventFilter, Page, WalletView
@@ -340,3 +343,248 @@ def test_projects_of_odd_but_legal_ids_are_found(engine: Engine, project_id: str
     )
     page = events(engine, EventFilter(project_id=project_id))
     assert [event["workflow_id"] for event in page.events] == ["-.:_"]
+
+
+# Long histories.
+
+
+def write_grants(engine: Engine, org_id: str, times: list[datetime]) -> None:
+    """One event at each of `times`, of which every third is a refund and every fifth of the project red."""
+    sql(
+        engine,
+        """
+        INSERT INTO credit_events
+        SELECT :org_id, seq, at, CASE WHEN seq % 3 = 0 THEN 'refund' ELSE 'grant' END, 'admin', NULL,
+               CASE WHEN seq % 5 = 0 THEN 'red' END, NULL, 1, seq, 0, 0, 0, 'grant:' || seq, '{}'
+        FROM unnest(CAST(:times AS timestamptz[])) WITH ORDINALITY AS event (at, seq)
+        """,
+        org_id=org_id,
+        times=times,
+    )
+
+
+def test_a_range_of_time_is_found_wherever_it_begins_and_ends(engine: Engine) -> None:
+    chance = random.Random(4)
+    begin = datetime(2026, 1, 1, tzinfo=UTC)
+    for length in (0, 1, 2, 3, 7, 40):
+        # Several events of one moment, as a batch writes them, and moments without any.
+        moments = [begin + timedelta(microseconds=n) for n in accumulate(chance.choices([0, 0, 1, 2], k=length))]
+        org_id = f"org-{length}"
+        write_grants(engine, org_id, moments)
+        numbered = list(enumerate(moments, 1))
+        ends = [begin + timedelta(microseconds=n) for n in range(-1, (2 * length) + 2)]
+        with engine.connect() as connection:
+            for created_from, created_before in [(chance.choice(ends), chance.choice(ends)) for _ in range(60)]:
+                matching = EventFilter(created_from, created_before)
+                expected = [seq for seq, at in reversed(numbered) if created_from <= at < created_before]
+                page = history.events(connection, org_id, matching)
+                assert (seqs(page), page.total) == (expected, len(expected))
+                passed = sum(at <= created_from for at in moments)
+                assert history.balances_at(connection, org_id, created_from).prepaid_balance == passed
+                until = history.available_over_time(connection, org_id, matching, points=1_000)
+                assert until == [(moments[seq - 1], seq) for seq in reversed(expected)]
+                extremes = history.lowest_and_highest(connection, org_id, matching)
+                assert extremes == ((expected[-1], expected[0]) if expected else None)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "begins", "ends"),
+    [
+        ("2026-11-22", "2026-11-22", "2026-11-22T00:00:00Z", "2026-11-23T00:00:00Z"),
+        ("2026-11-22T10:00", "2026-11-22", "2026-11-22T10:00:00Z", "2026-11-23T00:00:00Z"),
+        ("2026-11-22T10:00", "2026-11-22 10:00", "2026-11-22T10:00:00Z", "2026-11-22T10:00:00Z"),
+        ("2026-11-23", "2026-11-23T00:00:00Z", "2026-11-23T00:00:00Z", "2026-11-23T00:00:00Z"),
+        ("2026-11-22T10:00:00 02:00", "20261122T100000.5 00:30", "2026-11-22T08:00:00Z", "2026-11-22T09:30:00.5Z"),
+        ("9999-12-31", "9999-12-31", "9999-12-31T00:00:00Z", "9999-12-31T23:59:59.999999Z"),
+        ("0001-01-01", "9999-12-31T23:59:59Z", "0001-01-01T00:00:00Z", "9999-12-31T23:59:59Z"),
+    ],
+)
+def test_a_range_is_what_a_person_means(first: str, last: str, begins: str, ends: str) -> None:
+    meant = history.time_range(history.when(first), history.when(last))
+    assert meant == (datetime.fromisoformat(begins), datetime.fromisoformat(ends))
+
+
+@pytest.mark.parametrize(
+    ("first", "last"),
+    [
+        ("2026-11-23", "2026-11-22"),
+        ("2026-11-24", "2026-11-22"),
+        ("2026-11-23T00:00:00Z", "2026-11-22"),
+        ("2026-11-23", "2026-11-22T23:59:59Z"),
+        ("2026-11-22T10:00:00Z", "2026-11-22T10:00:00+00:01"),
+    ],
+)
+def test_a_range_does_not_end_before_it_begins(first: str, last: str) -> None:
+    with pytest.raises(ValueError, match="ends before it begins"):
+        history.time_range(history.when(first), history.when(last))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "soon", "2026-02-30", "2026-11-22 00:00 00:00 00:00", "2026-11-22  10:00", "10:00"]
+)
+def test_what_is_no_date_or_time_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="must be a date or time such as"):
+        history.moment(text)
+
+
+def test_the_last_representable_moment_is_after_every_event(ledger: Engine) -> None:
+    last = datetime.max.replace(tzinfo=UTC)
+    with ledger.connect() as connection:
+        assert history.balances_at(connection, "acme", last).prepaid_balance == 501
+    assert seqs(events(ledger, EventFilter(created_from=last))) == []
+    assert len(seqs(events(ledger, EventFilter(created_before=last)))) == 8
+
+
+FILTERS = [
+    EVERYTHING,
+    EventFilter(created_from=datetime(2026, 1, 1, 1, tzinfo=UTC)),
+    EventFilter(created_before=datetime(2026, 1, 1, 3, tzinfo=UTC), event_types=["refund"]),
+    EventFilter(project_id="red"),
+]
+
+
+def test_pages_by_offset_and_by_number_are_the_same_slices(engine: Engine) -> None:
+    begin = datetime(2026, 1, 1, tzinfo=UTC)
+    write_grants(engine, "acme", [begin + timedelta(minutes=n) for n in range(250)])
+    for matching in FILTERS:
+        matches = [event["seq"] for event in history.all_events(engine, "acme", matching)]
+        for offset in range(0, len(matches) + 10, 7):
+            page = events(engine, matching, limit=10, offset=offset)
+            assert (seqs(page), page.total) == (matches[offset : offset + 10], len(matches))
+            more = offset + 10 < len(matches)
+            assert page.next_before_seq == (matches[offset + 9] if more else None)
+        with engine.connect() as connection:
+            for before in range(1, 260, 9):
+                page = history.events(connection, "acme", matching, limit=10, before_seq=before)
+                older = [seq for seq in matches if seq < before]
+                assert (seqs(page), page.total) == (older[:10], len(matches))
+                newer = [seq for seq in reversed(matches) if seq >= before]
+                begins = newer[10] if len(newer) > 10 else None
+                assert history.newer(connection, "acme", matching, limit=10, before_seq=before) == (len(newer), begins)
+
+
+READS: dict[str, Callable[[Connection], object]] = {
+    "the newest page": lambda c: history.events(c, "acme"),
+    "a page far back": lambda c: history.events(c, "acme", offset=9_000),
+    "a page of a range": lambda c: history.events(
+        c, "acme", EventFilter(datetime(2026, 1, 2, tzinfo=UTC), datetime(2026, 1, 5, tzinfo=UTC)), offset=2_000
+    ),
+    "what is newer": lambda c: history.newer(c, "acme", EVERYTHING, limit=100, before_seq=500),
+    "balances long ago": lambda c: history.balances_at(c, "acme", datetime(2026, 1, 1, 1, tzinfo=UTC)),
+    "the chart": lambda c: history.available_over_time(c, "acme", EVERYTHING, points=100),
+    "the extremes, where they are too many to look at": lambda c: history.lowest_and_highest(c, "acme", EVERYTHING),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_what_is_read_does_not_grow_with_the_history(
+    engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history, "MAX_COMPARED", 9_999)
+    begin = datetime(2026, 1, 1, tzinfo=UTC)
+    write_grants(engine, "acme", [begin + timedelta(minutes=n) for n in range(10_000)])
+    sql(engine, "ANALYZE credit_events")
+    with engine.connect() as connection:
+        READS[name](connection)
+        read = "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'credit_events'"
+        assert 0 < (connection.scalar(text(read)) or 0) <= 150
+
+
+def test_the_extremes_are_among_all_events_of_the_range(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    purchase = acme("wallet.purchase", purchase_id="p", credits=1_000)
+    starts = [acme("workflow.start", workflow_id=f"w{n}", credits=n) for n in range(100, 600)]
+    ends = [acme("workflow.cancel", workflow_id=f"w{n}") for n in range(100, 600)]
+    apply_batch(engine, [purchase, *chain.from_iterable(zip(starts, ends, strict=True))])
+    with engine.connect() as connection:
+        assert history.lowest_and_highest(connection, "acme", EVERYTHING) == (401, 1_000)
+        for points in (2, 3, 240):
+            steps = history.available_over_time(connection, "acme", EVERYTHING, points=points)
+            assert (len(steps), steps[0][1], steps[-1][1]) == (points, 1_000, 1_000)
+        for most, known in ((1_001, True), (1_000, False)):
+            monkeypatch.setattr(history, "MAX_COMPARED", most)
+            assert (history.lowest_and_highest(connection, "acme", EVERYTHING) is not None) == known
+
+
+# Workflows and reservations.
+
+
+def test_the_events_of_a_workflow_are_its_own_and_those_of_its_refunds(engine: Engine) -> None:
+    apply_batch(
+        engine,
+        [
+            acme("wallet.purchase", purchase_id="p1", credits=500),
+            acme("workflow.start", workflow_id="w1", credits=75),
+            acme("workflow.finish", workflow_id="w1", credits=80),
+            acme("workflow.finish", workflow_id="w2", credits=80),
+            acme("wallet.refund", refund_id="r1", credits=30, workflow_id="w1", metadata={"workflow_id": "w2"}),
+            acme("wallet.refund", refund_id="r2", credits=5, metadata={"workflow_id": "w1"}),
+            acme("wallet.refund", refund_id="r3", credits=999, workflow_id="w1"),  # more than it used
+            acme("wallet.refund", refund_id="r4", credits=50, workflow_id="w1"),
+            acme("wallet.grant", grant_id="r1", credits=1),
+            delivery("workflow.finish", org_id="globex", workflow_id="w1", credits=9),
+            delivery("wallet.refund", org_id="globex", refund_id="r1", credits=9, workflow_id="w1"),
+        ],
+    )
+    found = {}
+    with engine.connect() as connection:
+        for workflow_id in ("w1", "w2"):
+            workflow = history.workflow(connection, "acme", workflow_id)
+            assert workflow is not None
+            found[workflow_id] = [(event["event_type"], event["credits"]) for event in workflow.events]
+    assert found == {
+        "w1": [("reservation", -75), ("reservation_released", 75), ("usage", -80), ("refund", 30), ("refund", 50)],
+        "w2": [("usage", -80)],
+    }
+
+
+def test_open_reservations_are_read_page_by_page_and_counted(engine: Engine) -> None:
+    apply_batch(
+        engine,
+        [
+            acme("wallet.purchase", purchase_id="p1", credits=500),
+            *(acme("workflow.start", workflow_id=f"w{n}", credits=n) for n in range(1, 6)),
+            acme("workflow.cancel", workflow_id="w2"),
+            delivery("wallet.purchase", org_id="globex", purchase_id="p1", credits=5),
+            delivery("workflow.start", org_id="globex", workflow_id="w1", credits=5),
+        ],
+    )
+    with engine.connect() as connection:
+        pages = [history.open_reservations(connection, org_id="acme", limit=3, offset=offset) for offset in (0, 3, 6)]
+        assert [[hold.workflow_id for hold in page] for page in pages] == [["w1", "w3", "w4"], ["w5"], []]
+        assert history.reservations_held(connection, "acme") == (4, 13)
+        assert history.reservations_held(connection, "initech") == (0, 0)
+
+
+# Exports.
+
+
+@pytest.mark.parametrize("matching", FILTERS, ids=["everything", "since", "until, by type", "by project"])
+def test_an_export_is_the_history_at_its_beginning_and_holds_no_connection(
+    engine: Engine, matching: EventFilter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history, "EXPORT_STEP", 20)
+    begin = datetime(2026, 1, 1, tzinfo=UTC)
+    write_grants(engine, "acme", [begin + timedelta(minutes=n) for n in range(250)])
+    write_grants(engine, "globex", [begin])
+    expected = [seq for page in range(3) for seq in seqs(events(engine, matching, offset=100 * page))]
+    exported = []
+    for event in history.all_events(engine, "acme", matching):
+        assert engine.pool.checkedout() == 0
+        exported.append(event["seq"])
+        if len(exported) % 10 == 1:
+            added = 251 + len(exported) // 10
+            sql(
+                engine,
+                """
+                INSERT INTO credit_events
+                VALUES ('acme', :seq, :at, 'refund', 'admin', NULL, 'red', NULL, 1, 1, 0, 0, 0, 'new:' || :seq, '{}')
+                """,
+                seq=added,
+                at=begin + timedelta(minutes=added),
+            )
+    assert exported == expected
+    assert expected[0] == max(expected)
+
+
+def test_an_export_of_nothing_is_empty(engine: Engine) -> None:
+    assert list(history.all_events(engine, "acme", EVERYTHING)) == []

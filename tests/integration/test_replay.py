@@ -16,10 +16,10 @@ from ledger.dead_letters import (
     StillFailsError,
     UnknownLetterError,
 )
-from ledger.messages import only_argument
+from ledger.messages import InvalidMessage, only_argument
 from ledger.state import Result
 from ledger.store import DeadLettered, Delivery, apply_batch
-from tests.support import delivery, sql
+from tests.support import EMBED, delivery, sql
 from worker.client import Client
 from worker.failed_cli import _Sender
 
@@ -31,7 +31,7 @@ def worker(engine: Engine) -> Any:
     """Applies what is sent at once, and answers."""
 
     def send(task: str, args: list[Any], kwargs: dict[str, Any]) -> Result:
-        body = json.dumps([args, kwargs, {}]).encode()
+        body = json.dumps([args, kwargs, EMBED]).encode()
         [answer] = apply_batch(engine, [Delivery(task, only_argument(task, args, kwargs), body)])
         if isinstance(answer, DeadLettered):
             raise StillFailsError(answer.error)
@@ -148,9 +148,11 @@ def test_an_outcome_that_is_known_later_replaces_sent(engine: Engine) -> None:
     assert events(engine) == APPLIED_ONCE
 
 
-def test_a_broker_that_keeps_no_answers_is_not_asked_for_one() -> None:
-    with Client("memory://") as client:
-        assert _Sender(client, 10).send(7, "wallet.grant", [{}], {}) == "this broker keeps no answers"
+def test_a_message_of_the_first_version_of_celerys_protocol_is_replayed(engine: Engine) -> None:
+    fields = {"org_id": "acme", "grant_id": "gift", "credits": 5}
+    body = json.dumps({"task": "wallet.grant", "id": "1", "args": [fields], "kwargs": {}}).encode()
+    apply_batch(engine, [Delivery("wallet.grant", InvalidMessage("unexpected_error", "mended since", None), body)])
+    assert replay(engine, 1, worker(engine)) == "posted"
 
 
 # What cannot be replayed or discarded
@@ -161,7 +163,7 @@ def test_what_cannot_be_encoded_does_not_stop_the_others() -> None:
     for _ in range(100_000):
         nested = [nested]
     with (
-        Client("memory://") as client,
+        Client("redis://127.0.0.1:1/0") as client,
         pytest.raises(NotReplayableError, match="dead letter 7 is nested too deep to be sent again"),
     ):
         _Sender(client, 10).send(7, "wallet.grant", [nested], {})

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -13,12 +12,13 @@ import psycopg
 import pytest
 from sqlalchemy import Connection, Engine, text
 
-from ledger import audit, rules
+from ledger import audit, rules, store
 from ledger.database import connect, is_transient
 from ledger.messages import Message
 from ledger.state import Decision, Result
 from ledger.store import DeadLettered, Delivery, apply_batch
 from tests.support import delivery, eventually, sql
+from worker.embedded import Embedded
 
 EVENTS = """
     SELECT seq, event_type, credits, prepaid_balance_after, subscription_balance_after, reserved_after,
@@ -33,7 +33,7 @@ def posted(*seqs: int, available: int, org_id: str = "acme") -> Result:
 
 def repeated(result: Result, *, available: int) -> Result:
     """What the repetition of a message that was answered with `result` is answered with."""
-    return replace(result, duplicate=True, event_seqs=(), available=available)
+    return result._replace(duplicate=True, event_seqs=(), available=available)
 
 
 def event_types(engine: Engine, org_id: str = "acme") -> list[str]:
@@ -396,7 +396,7 @@ def counting_statements(engine: Engine) -> Iterator[Counter[str]]:
         yield sent
         connection.pgconn.untrace()
         trace.seek(0)
-        sent.update(line.split("\t")[2] for line in trace if line.startswith("F"))
+        sent.update(line.rstrip("\n").split("\t")[2] for line in trace if line.startswith("F"))
 
 
 def mixed(count: int) -> list[Delivery]:
@@ -414,17 +414,19 @@ def mixed(count: int) -> list[Delivery]:
 @pytest.mark.parametrize(
     ("count", "messages", "statements"),
     [
-        # BEGIN, wallets, clock, workflows, posted messages; wallets, workflows, events, COMMIT
+        # BEGIN, wallets, clock, workflows; workflows, wallets, events, COMMIT
         (1, [finish(f"org-{n % 10}", f"w{n}", 1) for n in range(1)], 8),
         (10, [finish(f"org-{n % 10}", f"w{n}", 1) for n in range(10)], 8),
         (1_000, [finish(f"org-{n % 10}", f"w{n}", 1) for n in range(1_000)], 8),
-        # and posted messages again
-        (10, mixed(10), 9),
-        (1_000, mixed(1_000), 9),
+        # BEGIN, wallets, clock, posted messages; wallets, posted messages, events, COMMIT
+        (10, [purchase(f"org-{n % 10}", 1, f"p{n}") for n in range(10)], 8),
+        # both
+        (10, mixed(10), 10),
+        (1_000, mixed(1_000), 10),
     ],
-    ids=["1 finish", "10 finishes", "1000 finishes", "10 mixed", "1000 mixed"],
+    ids=["1 finish", "10 finishes", "1000 finishes", "10 purchases", "10 mixed", "1000 mixed"],
 )
-def test_the_number_of_statements_does_not_depend_on_the_number_of_messages(
+def test_a_batch_of_any_size_is_the_same_statements_in_two_round_trips(
     engine: Engine, count: int, messages: list[Delivery], statements: int
 ) -> None:
     apply_batch(engine, [purchase(f"org-{n}", 10_000, "first") for n in range(10)])
@@ -432,7 +434,60 @@ def test_the_number_of_statements_does_not_depend_on_the_number_of_messages(
         answers = apply_batch(engine, messages)
     assert [type(answer) for answer in answers] == [Result] * count
     assert sent["Bind"] == sent["Execute"] == statements
-    assert sent["Query"] == 1  # COMMIT; nothing else went another way
+    assert sent["Sync"] == 2  # each is waited for
+    assert sent["Query"] == 0  # nothing went another way
+
+
+READ = """
+    SELECT COALESCE(sum(seq_tup_read + idx_tup_fetch), 0)::bigint, COALESCE(sum(seq_tup_read), 0)::bigint
+    FROM pg_stat_user_tables WHERE relname <> 'alembic_version'
+"""
+
+
+def rows_read(engine: Engine) -> tuple[int, int]:
+    """How many rows the database has read for the pooled connection: all of them, and those of whole tables."""
+    sql(engine, "SELECT pg_stat_force_next_flush()")
+    [(every, of_whole_tables)] = sql(engine, READ)
+    return every, of_whole_tables
+
+
+def test_a_batch_reads_the_rows_that_it_names_however_large_the_tables_are(engine: Engine) -> None:
+    # Filled at once, so that the planner knows nothing of them yet.
+    sql(
+        engine,
+        """
+        INSERT INTO wallets
+        SELECT 'org-' || n, 1, now(), 1000, 0, 10, 0, 0, NULL, 0, NULL, NULL, now() + interval '1 day'
+        FROM generate_series(1, 20000) AS n
+        """,
+    )
+    sql(
+        engine,
+        """
+        INSERT INTO workflows (org_id, workflow_id, state, start_credits, start_answer, expires_at, refunded)
+        SELECT org_id, 'w1', 'reserved', 10, 'reserved', next_hold_expiry, 0 FROM wallets
+        """,
+    )
+    apply_batch(engine, [start(f"org-{n}", "w2", 5) for n in range(1, 101)])
+    due = "WHERE substr(org_id, 5)::int <= 100"
+    sql(engine, f"UPDATE workflows SET expires_at = expires_at - interval '2 days' {due} AND workflow_id = 'w1'")
+    sql(engine, f"UPDATE wallets SET next_hold_expiry = now() - interval '1 day' {due}")
+    messages = [
+        message
+        for n in range(1, 101)
+        for message in (finish(f"org-{n}", "w1", 5), start(f"org-{n}", "w3", 5), purchase(f"org-{n}", 5))
+    ]
+    before = rows_read(engine)
+    answers = apply_batch(engine, messages)
+    after = rows_read(engine)
+    assert Counter(answer.outcome for answer in answers if isinstance(answer, Result)) == {
+        "settled": 100,
+        "reserved": 100,
+        "posted": 100,
+    }
+    assert sql(engine, "SELECT count(*) FROM credit_events WHERE metadata ->> 'reason' = 'expired'") == [(100,)]
+    assert after[1] - before[1] == 0
+    assert after[0] - before[0] < 10 * len(messages)
 
 
 # One bad message never harms its neighbours.
@@ -562,9 +617,13 @@ def test_a_lock_timeout_is_raised_and_again_works(engine: Engine, database_url: 
     assert_nothing_happened_and_again_works(engine)
 
 
-def test_a_deadlock_is_raised_and_again_works(engine: Engine, database_url: str) -> None:
+def test_a_deadlock_is_raised_and_again_works(engine: Engine, database_url: str, services: Embedded) -> None:
+    admin = connect(services.admin_url)
+    sql(admin, "GRANT SET ON PARAMETER deadlock_timeout TO holdfast")
+    admin.dispose()
     with applying_while_locked(engine, database_url) as (applying, _, holder):
-        # The batch holds acme and began to wait first, so it finds the deadlock first and gives way.
+        # The batch holds acme. It is the only one that looks for a deadlock, so it is the one that gives way.
+        holder.execute(text("SET LOCAL deadlock_timeout = '1min'"))
         holder.execute(text("SELECT * FROM wallets WHERE org_id = 'acme' FOR UPDATE"))
         assert isinstance(applying.exception(timeout=10), psycopg.errors.DeadlockDetected)
     assert_nothing_happened_and_again_works(engine)
@@ -707,15 +766,55 @@ def test_created_at_is_the_clock_of_the_database(engine: Engine) -> None:
     assert before < created_at < after
 
 
+@pytest.mark.timeout(30)  # what is not sent completely is never answered
 def test_a_thousand_messages_of_the_largest_size_are_one_batch(engine: Engine) -> None:
-    purchases = [
-        delivery(
-            "wallet.purchase", org_id=f"big-{n % 50}", purchase_id=f"p{n}", credits=1, metadata={"note": "x" * 8_000}
-        )
-        for n in range(1_000)
+    largest: dict[str, Any] = {
+        "credits": 1,
+        "activity_name": "📄" * 256,
+        "project_id": "p" * 128,
+        "metadata": {"note": "x" * 8_000},
+    }
+    organizations = [f"{n % 50:0128}" for n in range(1_000)]
+    workflows = [f"{n:0128}" for n in range(1_000)]
+    apply_batch(engine, [purchase(org_id, 1_000) for org_id in organizations[:50]])
+    for task, outcome in (("workflow.start", "reserved"), ("workflow.finish", "settled")):
+        messages = [
+            delivery(task, org_id=org_id, workflow_id=workflow_id, **largest)
+            for org_id, workflow_id in zip(organizations, workflows, strict=True)
+        ]
+        answers = apply_batch(engine, messages)
+        assert Counter(answer.outcome for answer in answers if isinstance(answer, Result)) == {outcome: 1_000}
+        assert sql(engine, "SELECT state, count(*) FROM workflows GROUP BY state") == [
+            ("reserved" if outcome == "reserved" else "settled", 1_000)
+        ]
+    assert sql(engine, "SELECT count(*), min(length(metadata ->> 'note')) FROM credit_events WHERE seq > 1") == [
+        (3_000, 8_000)
     ]
-    assert len(apply_batch(engine, purchases)) == 1_000
-    assert sql(engine, "SELECT count(*) FROM credit_events") == [(1_000,)]
+    assert audit.verify(engine).is_clean
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("fails_after_s", [0, 0.05])
+def test_the_error_that_counts_is_the_first_one_however_much_is_on_its_way_behind_it(
+    engine: Engine, fails_after_s: float
+) -> None:
+    """What the statements behind it say, that they were not executed, would be a fault that passes."""
+    sql(
+        engine,
+        f"""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN PERFORM pg_sleep({fails_after_s}); RAISE EXCEPTION 'never'; END $$;
+        CREATE TRIGGER refuse BEFORE INSERT ON credit_events FOR EACH STATEMENT EXECUTE FUNCTION refuse()
+        """,
+    )
+    messages = [start("acme", f"{n:0128}", 0, activity_name="📄" * 256) for n in range(1_000)]
+    with engine.connect() as pooled:
+        connection = pooled.connection.driver_connection
+        assert isinstance(connection, psycopg.Connection)
+        connection.autocommit = True
+        with pytest.raises(psycopg.errors.RaiseException, match="never"):
+            store._apply(connection, messages)
+        pooled.invalidate()
 
 
 def test_a_task_name_of_any_length_is_kept_as_a_dead_letter(engine: Engine) -> None:

@@ -1,6 +1,5 @@
 """A ledger of one organization in memory: the pure rules, applied as the store applies them."""
 
-from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -64,7 +63,7 @@ class MemoryLedger:
                 self.workflows[workflow.workflow_id] = expired
                 self.events.append(event)
         open_until = [workflow.expires_at for workflow in held if workflow.expires_at > self.now]
-        self.wallet = replace(self.wallet, next_hold_expiry=min(open_until, default=None))
+        self.wallet = self.wallet._replace(next_hold_expiry=min(open_until, default=None))
         return self.events[before:]
 
     def send(self, task: str, **fields: Any) -> Decision:

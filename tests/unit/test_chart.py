@@ -20,7 +20,14 @@ def test_a_balance_holds_until_the_next() -> None:
     assert chart.values == ["100", "50", "0"]
     assert chart.grid == [0, 50, 100]
     assert chart.times == [at(0), at(5), at(10)]
-    assert (chart.first, chart.last, chart.lowest, chart.highest) == (100, 50, 50, 100)
+    assert (chart.first, chart.last, chart.extremes) == (100, 50, None)
+
+
+def test_what_the_points_leave_out_has_its_place_in_the_chart() -> None:
+    chart = step_chart([(at(0), 100), (at(5), 50)], ends=at(10), extremes=(-100, 300))
+    assert chart.values == ["300", "200", "100", "0", "−100"]
+    assert chart.line == "M0 50.00H500.0V62.50H1000"
+    assert chart.extremes == (-100, 300)
 
 
 def test_zero_is_within_the_chart_when_the_balance_is_below_it() -> None:

@@ -4,16 +4,24 @@ No port listens at these brokers' address, so whatever is sent nevertheless fail
 """
 
 import inspect
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from celery.utils.saferepr import saferepr
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ledger.messages import MESSAGES
+from worker import publishing
 from worker.client import Client, InvalidMessageError
+from worker.publishing import CHUNK_BYTES, CHUNK_MESSAGES, Encoded
 
 NOWHERE = "redis://127.0.0.1:1/0"
+
+Sent = list[tuple[str, dict[str, Any], bool]]
 
 
 @pytest.fixture
@@ -23,19 +31,18 @@ def client() -> Iterator[Client]:
 
 
 @pytest.fixture
-def sent(client: Client, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any], bool]]:
-    """What the client hands to Celery: task, message, and whether nobody waits for the answer."""
-    kept: list[tuple[str, dict[str, Any], bool]] = []
+def sent(client: Client, monkeypatch: pytest.MonkeyPatch) -> Sent:
+    """What the client hands to the broker: task, message, and whether nobody waits for the answer."""
+    kept: Sent = []
 
-    def keep(task: str, *, args: list[dict[str, Any]], ignore_result: bool, **_: object) -> None:
-        [message] = args
-        kept.append((task, message, ignore_result))
+    def keep(messages: Sequence[Encoded]) -> None:
+        for message in messages:
+            [[argument], kwargs, _] = json.loads(message.body)
+            assert kwargs == {}
+            kept.append((message.headers["task"], argument, message.headers["ignore_result"]))
 
-    monkeypatch.setattr(client._celery, "send_task", keep)
+    monkeypatch.setattr(client._publisher, "publish", keep)
     return kept
-
-
-Sent = list[tuple[str, dict[str, Any], bool]]
 
 
 def test_there_is_a_method_for_every_message_with_its_fields() -> None:
@@ -97,11 +104,102 @@ def test_an_invalid_message_is_refused_in_a_sentence(
 
 
 def test_who_cannot_be_answered_is_told_before_anything_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent = []
+    published: list[Encoded] = []
     with Client("amqp://127.0.0.1:1//") as client:
-        monkeypatch.setattr(client._celery, "send_task", lambda *args, **_: sent.append(args))
+        monkeypatch.setattr(client._publisher, "publish", published.extend)
         with pytest.raises(ValueError, match="wait_s needs a result_url: this broker keeps no answers"):
             client.start(org_id="acme", workflow_id="run", credits=1, wait_s=1)
-        assert sent == []
+        assert published == []
         client.start(org_id="acme", workflow_id="run", credits=1)
-        assert len(sent) == 1
+        assert len(published) == 1
+
+
+def test_what_cannot_be_encoded_is_not_sent(client: Client, sent: Sent) -> None:
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(InvalidMessageError, match=r"^wallet.grant was not sent, as it cannot be encoded"):
+        client.send_as_is("wallet.grant", [nested], {})
+    assert sent == []
+
+
+# Batches
+
+
+def test_a_batch_is_sent_at_its_end_in_the_order_of_its_calls(client: Client, sent: Sent) -> None:
+    with client.batch() as batch:
+        batch.start(org_id="acme", workflow_id="run", credits=5)
+        batch.finish(org_id="acme", workflow_id="run", credits=3, source="crm")
+        assert len(batch) == 2
+        assert sent == []
+    assert sent == [
+        ("workflow.start", {"org_id": "acme", "workflow_id": "run", "credits": 5}, True),
+        ("workflow.finish", {"org_id": "acme", "workflow_id": "run", "credits": 3, "source": "crm"}, True),
+    ]
+
+
+def test_of_a_batch_that_raises_nothing_is_sent(client: Client, sent: Sent) -> None:
+    def send_two() -> None:
+        with client.batch() as batch:
+            batch.start(org_id="acme", workflow_id="run-1", credits=5)
+            batch.start(org_id="acme", workflow_id="run-2", credits=-5)
+
+    with pytest.raises(InvalidMessageError, match=r"^workflow.start: credits must be greater than or equal to 0"):
+        send_two()
+    assert sent == []
+
+
+def test_an_invalid_message_that_is_caught_leaves_the_batch_as_it_was(client: Client, sent: Sent) -> None:
+    with client.batch() as batch:
+        batch.cancel(org_id="acme", workflow_id="run-1")
+        with pytest.raises(InvalidMessageError):
+            batch.cancel(org_id="a b", workflow_id="run-2")
+    assert sent == [("workflow.cancel", {"org_id": "acme", "workflow_id": "run-1"}, True)]
+
+
+def test_a_batch_waits_for_no_answer_and_takes_nothing_after_its_end(client: Client, sent: Sent) -> None:
+    with client.batch() as batch, pytest.raises(ValueError, match="a batch waits for no answers"):
+        batch.cancel(org_id="acme", workflow_id="run", wait_s=1)
+    with pytest.raises(ValueError, match="this batch has ended"):
+        batch.cancel(org_id="acme", workflow_id="run")
+    assert sent == []
+
+
+def test_an_empty_batch_needs_no_broker(client: Client) -> None:
+    with client.batch():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([], []),
+        ([1] * CHUNK_MESSAGES, [CHUNK_MESSAGES]),
+        ([1] * (CHUNK_MESSAGES + 1), [CHUNK_MESSAGES, 1]),
+        ([CHUNK_BYTES, 1], [1, 1]),
+        ([CHUNK_BYTES // 2] * 3, [2, 1]),
+        ([1, 2 * CHUNK_BYTES, 1], [1, 1, 1]),
+    ],
+)
+def test_a_round_trip_carries_so_many_messages_and_bytes(sizes: list[int], expected: list[int]) -> None:
+    messages = [Encoded("x" * size, "application/json", "utf-8", {}, {}) for size in sizes]
+    chunks = list(publishing._chunks(messages))
+    assert [len(chunk) for chunk in chunks] == expected
+    assert [message for chunk in chunks for message in chunk] == messages
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=5,
+)
+
+
+@given(st.dictionaries(st.text(), st.integers() | st.text() | JSON) | st.just({"reason": "x" * 1100}))
+def test_arguments_are_described_as_celery_does_or_left_to_it(message: dict[str, Any]) -> None:
+    described = publishing._plain_repr([message])
+    assert described in (None, saferepr([message], 1024))
+
+
+def test_plain_arguments_are_described_without_celery() -> None:
+    assert publishing._plain_repr([{"org_id": "acme", "credits": 1}]) == "[{'org_id': 'acme', 'credits': 1}]"

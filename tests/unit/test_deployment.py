@@ -58,12 +58,13 @@ SECRETS = {
     "BROKER_PASSWORD": "33" * 32,
     "HOLDFAST_JWT_SECRET": "44" * 32,
 }
+OPTIONAL = ["HOLDFAST_JWT_PUBLIC_KEY", "HOLDFAST_JWT_AUDIENCE", "HOLDFAST_JWT_ISSUER"]
 VARIABLE = re.compile(r"(?<!\$)\$\{(\w+)([^}]*)\}")
 
 
 def interpolated(value: str) -> str:
-    """As Compose passes it on, with SECRETS as its environment."""
-    return VARIABLE.sub(lambda found: SECRETS[found[1]], value).replace("$$", "$")
+    """As Compose passes it on, with SECRETS as its environment, in which nothing OPTIONAL is set."""
+    return VARIABLE.sub(lambda found: "" if found[1] in OPTIONAL else SECRETS[found[1]], value).replace("$$", "$")
 
 
 def environment(service: str) -> dict[str, str]:
@@ -133,10 +134,11 @@ def test_there_are_these_services() -> None:
 # Secrets
 
 
-def test_every_variable_is_required_and_none_has_a_default() -> None:
+def test_every_secret_is_required_and_none_has_a_default() -> None:
     variables = VARIABLE.findall(COMPOSE_TEXT)
-    assert {name for name, _ in variables} == set(SECRETS)
-    assert {rest for _, rest in variables} == {':?see "Deploying" in README.md'}
+    assert {name for name, _ in variables} == {*SECRETS, *OPTIONAL}
+    assert {rest for name, rest in variables if name in SECRETS} == {':?see "Deploying" in README.md'}
+    assert {rest for name, rest in variables if name in OPTIONAL} == {":-"}
 
 
 def test_no_secret_is_written_in_the_file() -> None:
@@ -149,7 +151,7 @@ def test_no_secret_is_written_in_the_file() -> None:
 
 
 def test_the_readme_tells_every_variable_and_how_to_make_them() -> None:
-    for name in SECRETS:
+    for name in (*SECRETS, *OPTIONAL):
         assert f"`{name}`" in DEPLOYING
     [names] = re.findall(r"^for name in (.*); do$", DEPLOYING, re.MULTILINE)
     assert names.split() == list(SECRETS)
@@ -174,7 +176,7 @@ def test_the_file_of_secrets_reaches_neither_git_nor_the_image() -> None:
     ("service", "names"),
     [
         ("migrate", ["HOLDFAST_DATABASE_URL"]),
-        ("worker", ["HOLDFAST_DATABASE_URL", "HOLDFAST_BROKER_URL"]),
+        ("worker", ["HOLDFAST_DATABASE_URL", "HOLDFAST_BROKER_URL", "HOLDFAST_METRICS_ADDRESS"]),
         ("beat", ["HOLDFAST_DATABASE_URL", "HOLDFAST_BROKER_URL"]),
         ("api", ["HOLDFAST_DATABASE_URL", "HOLDFAST_BROKER_URL", "HOLDFAST_JWT_SECRET"]),
     ],
@@ -182,10 +184,27 @@ def test_the_file_of_secrets_reaches_neither_git_nor_the_image() -> None:
 def test_a_service_is_given_the_settings_it_needs_and_no_secret_more(
     service: str, names: list[str], service_settings: Any
 ) -> None:
-    assert sorted(environment(service)) == sorted(names)
+    assert sorted(environment(service)) == sorted([*names, *(OPTIONAL if service == "api" else [])])
     settings = service_settings(service)
     given = {f"{PREFIX}{field.upper()}" for field in Settings.model_fields if getattr(settings, field) is not None}
     assert given == set(names)
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_the_api_is_given_what_is_optional_where_it_is_set(name: str, service_settings: Any) -> None:
+    assert SERVICES["api"]["environment"][name] == f"${{{name}:-}}"
+    field = name.removeprefix(PREFIX).lower()
+    assert getattr(service_settings("api"), field) is None, "an empty variable is as good as none"
+
+
+def test_every_worker_serves_its_figures_within_the_network_alone(service_settings: Any) -> None:
+    host, port = service_settings("worker").metrics_address.split(":")
+    assert host == "0.0.0.0", "a container's own loopback is nobody else's"
+    assert SERVICES["worker"]["expose"] == [str(port)]
+    assert "ports" not in SERVICES["worker"]
+    operating = (ROOT / "README.md").read_text().split("\n## Operating\n")[1].split("\n## ")[0]
+    assert f"port {port} of every" in operating
+    assert "`holdfast_backend`" in operating
 
 
 def test_the_settings_lead_to_the_services_with_their_passwords(service_settings: Any) -> None:
@@ -208,7 +227,7 @@ def test_the_migration_is_a_command_of_holdfast() -> None:
 
 @pytest.mark.parametrize("service", ["worker", "beat"])
 def test_celery_knows_the_command_and_finds_the_app(service: str, service_settings: Any) -> None:
-    assert SERVICES[service]["command"] == ["celery", "-A", "worker", service]
+    assert SERVICES[service]["command"] == ["celery", "--quiet", "-A", "worker", service]
     assert service in celery_command.commands
     settings = service_settings(service)
     app = find_app("worker")

@@ -31,7 +31,7 @@ RULES: list[Rule] = [
     ),
     ("worker/client.py", PURE, ("ledger",)),
     ("api_stub/**/*.py", ("worker.client",), ("worker",)),
-    *((f"{package}/**/*.py", (), ("tests", "hypothesis", "pytest")) for package in PACKAGES),
+    *((f"{package}/**/*.py", (), ("tests", "bench", "hypothesis", "pytest")) for package in PACKAGES),
 ]
 CLOCKS = ("now", "utcnow", "today")
 

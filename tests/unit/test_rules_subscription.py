@@ -502,6 +502,22 @@ def test_no_two_subscriptions_share_an_idempotency_key() -> None:
     assert len(set(keys(ledger.events))) == len(ledger.events)
 
 
+def test_no_message_says_what_only_the_ledger_says_of_a_subscription_credit() -> None:
+    ledger = MemoryLedger(NOW)
+    own = ("not_granted", "reason", "period_start", "period_end", "plan", "subscription_id")
+    claims = {**dict.fromkeys(own, "mine"), "n": 1}
+    [begun] = subscribe(ledger, 1, 100, metadata=claims).events
+    assert begun.metadata == {
+        "n": 1,
+        "subscription_id": "s1",
+        "plan": "pro",
+        "period_start": "2026-01-31T09:00:00+00:00",
+        "period_end": "2026-02-28T09:00:00+00:00",
+    }
+    [raised] = subscribe(ledger, 2, 150, metadata=claims).events
+    assert raised.metadata == {"n": 1, "subscription_id": "s1", "plan": "pro", "reason": "plan_change"}
+
+
 # Bounds
 
 

@@ -152,6 +152,14 @@ def test_a_url_whose_parts_cannot_be_used_is_refused_in_words_for_a_person(
     assert "int()" not in line
 
 
+def test_what_a_token_must_say_is_not_looked_at_unless_it_is_set(environment: Environment) -> None:
+    environment(JWT_AUDIENCE="", JWT_ISSUER="")
+    assert (Settings.load().jwt_audience, Settings.load().jwt_issuer) == (None, None)
+    environment(JWT_AUDIENCE="https://credits.example", JWT_ISSUER="https://login.example/")
+    settings = Settings.load("jwt_audience", "jwt_issuer")
+    assert (settings.jwt_audience, settings.jwt_issuer) == ("https://credits.example", "https://login.example/")
+
+
 @pytest.mark.parametrize("scheme", ["redis", "rediss", "amqp", "amqps"])
 def test_every_documented_broker_is_accepted(environment: Environment, scheme: str) -> None:
     environment(BROKER_URL=f"{scheme}://user:sekrit@host:1/0")

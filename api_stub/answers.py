@@ -1,0 +1,126 @@
+"""What the JSON API answers with: its description in the OpenAPI document, and what every answer is held to."""
+
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, PlainSerializer, WithJsonSchema
+
+from ledger.state import EventType, WorkflowState
+
+
+def _text(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat()
+
+
+Moment = Annotated[
+    datetime,
+    PlainSerializer(_text, return_type=str),
+    WithJsonSchema({"type": "string", "format": "date-time", "examples": ["2026-01-31T09:00:00.123456+00:00"]}),
+]
+"""A time in UTC, always written as `+00:00`."""
+
+
+class _Answer(
+    BaseModel,
+    extra="forbid",  # what is returned and not described here is a defect
+    json_schema_extra=lambda schema: schema.pop("additionalProperties"),  # clients should take what is added later
+):
+    """An answer; every field is always there."""
+
+
+class Event(_Answer):
+    """One event of the credit history."""
+
+    id: Annotated[int, Field(description="Its number in the organization's history: 1, 2, 3, … without a gap.")]
+    workflow_id: str | None
+    created_at: Moment
+    event_type: EventType
+    source: str
+    project_id: str | None
+    activity_name: str | None
+    credits: Annotated[int, Field(description="Its effect on the available balance.")]
+    prepaid_balance_after: int
+    period_usage_after: int
+    metadata: dict[str, Any]
+
+
+class EventPage(_Answer):
+    """Events, newest first."""
+
+    items: list[Event]
+    total: Annotated[int, Field(description="How many events match in all.")]
+    limit: int
+    offset: int
+    next_cursor: Annotated[int | None, Field(description="The `cursor` that reads on; null: there is no more.")]
+
+
+class Period(_Answer):
+    """A period of the subscription."""
+
+    start: Moment
+    end: Moment
+
+
+class Wallet(_Answer):
+    """The wallet, now."""
+
+    org_id: str
+    balance: int
+    available: Annotated[int, Field(description="The balance without what is reserved.")]
+    prepaid_balance: int
+    subscription_balance: int
+    reserved_credits: int
+    credit_limit: Annotated[int, Field(description="How far below zero reservations may go.")]
+    period_cap: Annotated[int | None, Field(description="The most usage of one period; null: no such limit.")]
+    used_this_period: int
+    included_this_period: int
+    plan: str | None
+    current_period: Period | None
+
+
+class WalletThen(_Answer):
+    """The wallet as it was at a time."""
+
+    org_id: str
+    at: Moment
+    available: int
+    prepaid_balance: int
+    subscription_balance: int
+    reserved_credits: int
+    used_this_period: int
+
+
+class Workflow(_Answer):
+    """What became of a workflow."""
+
+    workflow_id: str
+    state: WorkflowState
+    project_id: str | None
+    activity_name: str | None
+    reserved_credits: Annotated[int | None, Field(description="What was reserved for it; null: nothing.")]
+    expires_at: Annotated[Moment | None, Field(description="When its reservation expires or would have.")]
+    used_credits: Annotated[int | None, Field(description="What it was charged; null: it has not finished.")]
+    refunded_credits: int
+    events: Annotated[list[Event], Field(description="Its events and those of its refunds, oldest first.")]
+
+
+class Accepted(_Answer):
+    """The broker has the message."""
+
+    status: Literal["accepted"]
+    task: str
+    org_id: str
+    workflow_id: str
+
+
+class Health(_Answer):
+    """The process answers."""
+
+    status: Literal["ok"]
+
+
+class Readiness(_Answer):
+    """What requests need."""
+
+    database: Literal["ok", "unavailable"]
+    broker: Literal["ok", "unavailable"]

@@ -1,0 +1,108 @@
+"""Every error as an answer: problem details (RFC 9457) for programs, a page for people, with one clear sentence.
+
+What the database says, and every traceback, is for the log alone.
+"""
+
+import logging
+import re
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from starlette.exceptions import HTTPException
+
+from api_stub.problems import Problem
+from api_stub.rendering import NotSignedInError, error_page, to_sign_in
+from ledger.database import describe, is_transient
+
+MEDIA_TYPE = "application/problem+json"
+RETRY = {"Retry-After": "5"}
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "default": {
+        "description": "Why the request is not answered as asked: problem details (RFC 9457).",
+        "content": {
+            MEDIA_TYPE: {
+                "schema": {
+                    "type": "object",
+                    "required": ["type", "title", "status", "detail"],
+                    "properties": {
+                        "type": {"type": "string"},
+                        "title": {"type": "string", "description": "The name of the status."},
+                        "status": {"type": "integer", "description": "The status of the response."},
+                        "detail": {"type": "string", "description": "What is wrong, in one sentence for a person."},
+                    },
+                }
+            }
+        },
+    }
+}
+"""How the API's description tells this."""
+
+FOR_PROGRAMS = re.compile(r"/(api|healthz|readyz|metrics|openapi\.json)(/.*)?", re.DOTALL)
+"""The paths that programs ask for. All others are for people, also those that lead nowhere."""
+
+log = logging.getLogger("uvicorn.error")  # the server has set up its form and its place
+
+
+def install(app: FastAPI) -> None:
+    """Make `app` answer every error in this way."""
+    app.add_exception_handler(NotSignedInError, to_sign_in)
+    for kind in (Problem, RequestValidationError, HTTPException, DBAPIError, PoolTimeoutError, Exception):
+        app.add_exception_handler(kind, answer)
+
+
+async def answer(request: Request, error: Exception) -> Response:
+    """The response that says what is wrong."""
+    if isinstance(error, DBAPIError | PoolTimeoutError):
+        is_fault = isinstance(error, PoolTimeoutError) or is_transient(error)
+        log.error("The ledger could not be read: %s", describe(error), exc_info=None if is_fault else error)
+    problem = _problem(request, error)
+    if not FOR_PROGRAMS.fullmatch(request.scope["path"]):
+        return error_page(request, problem.status, problem.detail, problem.headers)
+    title, status = problem.status.phrase, problem.status.value
+    body = {"type": "about:blank", "title": title, "status": status, "detail": problem.detail}
+    return JSONResponse(body, status_code=status, media_type=MEDIA_TYPE, headers=problem.headers)
+
+
+def _problem(request: Request, error: Exception) -> Problem:
+    match error:
+        case Problem():
+            return error
+        case RequestValidationError():
+            return Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(map(_sentence, error.errors())))
+        case HTTPException():
+            return _of_the_framework(request, error)
+        case PoolTimeoutError():
+            return Problem(HTTPStatus.SERVICE_UNAVAILABLE, "The ledger is busy at the moment; try again.", RETRY)
+        case DBAPIError() if is_transient(error):
+            detail = "The ledger does not answer at the moment; try again."
+            return Problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, RETRY)
+        case _:
+            detail = "Something went wrong on the server; its log tells what."
+            # The server is about to close the connection: who is told does not send the next request into it.
+            return Problem(HTTPStatus.INTERNAL_SERVER_ERROR, detail, {"Connection": "close"})
+
+
+def _of_the_framework(request: Request, error: HTTPException) -> Problem:
+    headers = dict(error.headers or {})
+    match error.status_code:
+        case HTTPStatus.NOT_FOUND:
+            detail = "There is nothing at this address."
+        case HTTPStatus.METHOD_NOT_ALLOWED:
+            detail = f"This address takes {headers.get('Allow', 'another method')}, not {request.method}."
+        case _:
+            detail = error.detail
+    return Problem(HTTPStatus(error.status_code), detail, headers)
+
+
+def _sentence(error: dict[str, Any]) -> str:
+    name = next((part for part in reversed(error["loc"]) if isinstance(part, str)), "the request")
+    if error["type"] in ("int_parsing", "int_parsing_size"):
+        return f"{name} must be an integer"
+    problem = error["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("should ", "must ", 1)
+    return f"{name} {problem[0].lower()}{problem[1:]}"

@@ -1,0 +1,78 @@
+"""`python -m bench`: measure everything on embedded services, print the table that docs/performance.md shows.
+
+Exit codes: 0 every bar is met; 1 one is missed; 2 it could not be measured, or what was measured did not do its work.
+"""
+
+import json
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from redis import RedisError
+from sqlalchemy.exc import DBAPIError
+
+from bench.measures import FULL, QUICK, repetitions
+from bench.report import Report, describe_machine
+from bench.stand import Stand
+from bench.workload import NotAccountedError
+from ledger.database import describe
+from worker.batching import collect_garbage_seldom
+from worker.client import NotSentError
+from worker.embedded import Embedded
+from worker.process import ServiceError
+from worker.terminal import fail
+
+_BEGAN_AT = time.monotonic()
+
+
+def main(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="At most two minutes: less of everything, rough figures.")
+    ] = False,
+    json_file: Annotated[
+        typer.FileTextWrite | None,
+        typer.Option("--json", metavar="FILE", lazy=False, help="Write everything to a file, too."),
+    ] = None,
+) -> None:
+    """Measure Holdfast on this machine. The services and their data are in a temporary folder, on disk."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # everything is stopped in order
+    collect_garbage_seldom()  # as a worker does: for the ledger alone, which is measured in this process
+    folder = Path(tempfile.mkdtemp(prefix="holdfast-bench-"))
+    folder.chmod(0o711)  # as root, PostgreSQL runs as an account that has to pass through
+    sizes = QUICK if quick else FULL
+    try:
+        with Embedded(folder, progress=_progress) as embedded, Stand(embedded) as stand:
+            circumstances = describe_machine(stand) | {
+                "command": f"`python -m bench{' --quick' if quick else ''}`, {sizes.repetitions} repetitions"
+                + (": rough figures, of short runs" if quick else "")
+            }
+            _progress(f"The data is in {folder}: {circumstances['database']}.")
+            report = Report.of(repetitions(stand, sizes, progress=_progress), circumstances)
+    except (ServiceError, NotAccountedError, NotSentError) as error:
+        fail(str(error))
+    except RedisError as error:
+        fail(f"the broker does not answer as it should: {error}")
+    except DBAPIError as error:
+        fail(f"the database does not answer as it should: {describe(error)}")
+    except KeyboardInterrupt:
+        fail("interrupted; everything is stopped")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(report.as_markdown())
+    if json_file is not None:
+        json.dump(report.as_json(), json_file, indent=2)
+    raise typer.Exit(1 if report.missed else 0)
+
+
+def _progress(line: str) -> None:
+    print(f"{time.monotonic() - _BEGAN_AT:5.0f} s  {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

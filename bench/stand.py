@@ -1,0 +1,192 @@
+"""Where it is measured: one PostgreSQL and one broker, as production would set them, and workers that are processes.
+
+Guarantee: every measurement gets a database of its own, made from the same template just after a checkpoint, and an
+empty queue; what it starts ends with it.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from itertools import count
+from typing import Self
+
+from redis import Redis
+from sqlalchemy import Engine, text
+
+from bench.workload import NotAccountedError, Workload
+from ledger import audit, migrations
+from ledger.database import connect
+from ledger.settings import PREFIX
+from worker.broker import QUEUE, create_celery
+from worker.embedded import Embedded
+from worker.process import Process, ServiceError
+
+STAGED = "bench-staged"
+"""Where messages wait before they are all at once in the queue; no worker looks there."""
+
+_WARM_UP = Workload.without_effect(800, organizations=10)
+"""What a worker does before anything is measured, so that no run counts its connections and first plans."""
+
+MIGRATED, EMPTY = "holdfast", "template1"
+POLL_S = 0.005
+STALLED_S = 60.0
+"""A queue that has not become shorter for so long never will."""
+
+
+class Stand:
+    """Databases, queue and workers on `embedded`, which runs; a context manager."""
+
+    def __init__(self, embedded: Embedded) -> None:
+        self.embedded = embedded
+        self._numbers = count(1)
+        self._cleanup = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as cleanup:
+            self._admin = connect(self.embedded.admin_url).execution_options(isolation_level="AUTOCOMMIT")
+            cleanup.callback(self._admin.dispose)
+            self.broker = cleanup.enter_context(closing(Redis.from_url(self.embedded.broker_url)))
+            engine = connect(self.embedded.database_url)
+            migrations.upgrade(engine)
+            engine.dispose()
+            self._cleanup = cleanup.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._cleanup.close()
+
+    def describe_database(self) -> str:
+        """Its version, and whether a commit waits for the disk."""
+        with self._admin.connect() as connection:
+            names = ("server_version", "fsync", "synchronous_commit", "full_page_writes")
+            version, *settings = (connection.scalar(text(f"SHOW {name}")) for name in names)
+        return f"PostgreSQL {version}, " + ", ".join(
+            f"{name} {value}" for name, value in zip(names[1:], settings, strict=True)
+        )
+
+    def template(self, fill: Callable[[Engine], None], *, like: str = MIGRATED) -> str:
+        """A database for others to be made from, filled once. Answers with its name."""
+        name = self._create(like)
+        self._cleanup.callback(self._drop, name)
+        with self.opened(name) as engine:
+            fill(engine)
+            # As autovacuum would do sooner or later: not in the middle of a measurement.
+            with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+                connection.execute(text("VACUUM ANALYZE"))
+        return name
+
+    @contextmanager
+    def database(self, template: str) -> Iterator[Engine]:
+        """A new database, for one measurement."""
+        name = self._create(template)
+        try:
+            with self.opened(name) as engine:
+                yield engine
+        finally:
+            self._drop(name)
+
+    @contextmanager
+    def holdfast(self, engine: Engine, *, workers: int) -> Iterator[None]:
+        """Holdfast's workers on this database, ready."""
+        settings = {f"{PREFIX}DATABASE_URL": _url(engine), f"{PREFIX}BROKER_URL": self.embedded.broker_url}
+        with self._workers("worker", settings, workers):
+            yield
+
+    @contextmanager
+    def naive(self, engine: Engine) -> Iterator[None]:
+        """The naive way's worker on this database, ready."""
+        settings = {"DATABASE_URL": _url(engine), "CELERY_BROKER_URL": self.embedded.broker_url}
+        with self._workers("bench.naive", settings, 1):
+            yield
+
+    def drain_s(self, envelopes: Sequence[bytes]) -> float:
+        """Put all messages into the queue at once; how many seconds until the last is acknowledged.
+
+        That is after the last commit: a message is acknowledged when its transaction is committed.
+        """
+        for first in range(0, len(envelopes), 1_000):
+            self.broker.lpush(STAGED, *envelopes[first : first + 1_000])
+        began_at = moved_at = time.perf_counter()
+        self.broker.rename(STAGED, QUEUE)
+        left = len(envelopes)
+        while (now_left := self._in_broker()) > 0:
+            now = time.perf_counter()
+            if now_left != left:
+                left, moved_at = now_left, now
+            if now - moved_at > STALLED_S:
+                raise NotAccountedError(f"{left:,} messages still wait, and none was taken for {STALLED_S:g} s")
+            time.sleep(POLL_S)
+        return time.perf_counter() - began_at
+
+    def empty_queue(self) -> int:
+        """Throw away what waits; how many messages that were."""
+        waiting = self._in_broker()
+        self.broker.delete(QUEUE)
+        return waiting
+
+    def _in_broker(self) -> int:
+        """How many messages wait, or are taken and not acknowledged."""
+        with self.broker.pipeline() as together:
+            together.llen(QUEUE)
+            together.hlen("unacked")
+            waiting, taken = together.execute()
+        return int(waiting) + int(taken)
+
+    @contextmanager
+    def _workers(self, app: str, settings: dict[str, str], number: int) -> Iterator[None]:
+        self.broker.flushdb()
+        environment = {name: value for name, value in os.environ.items() if not name.startswith((PREFIX, "CELERY_"))}
+        with ExitStack() as running, create_celery("bench", self.embedded.broker_url, None) as celery:
+            processes = [
+                Process(
+                    f"{app}-{position}",
+                    [sys.executable, "-m", "celery", "-A", app, "worker", "--hostname", f"{app}-{position}@bench"],
+                    self.embedded.data_dir,
+                    env={**environment, **settings},
+                )
+                for position in range(number)
+            ]
+            for process in processes:
+                running.callback(process.kill)  # it has nothing in hand any more, and to stop takes seconds
+                process.start()
+            processes[0].wait_until(lambda: len(celery.control.ping(timeout=0.1, limit=number)) == number)
+            self.drain_s(_WARM_UP.envelopes)
+            yield
+            for process in processes:
+                if not process.is_running:
+                    raise ServiceError(f"{process.name} ended: {process.last_words()}")
+
+    def _create(self, template: str) -> str:
+        name = f"bench_{next(self._numbers)}"
+        with self._admin.connect() as connection:
+            connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template} OWNER holdfast STRATEGY FILE_COPY"))
+        return name
+
+    def _drop(self, name: str) -> None:
+        with self._admin.connect() as connection:
+            connection.execute(text(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[Engine]:
+        """The database of this name."""
+        engine = connect(self.embedded.postgres.url("holdfast", name))
+        try:
+            yield engine
+        finally:
+            engine.dispose()
+
+
+def check_ledger(engine: Engine) -> None:
+    """See that every invariant of the ledger holds and nothing is a dead letter. Raises NotAccountedError."""
+    verdict = audit.verify(engine)
+    for finding in verdict.findings:
+        if finding.offenders:
+            raise NotAccountedError(f"the ledger is broken: {finding.check.rule} {' '.join(finding.offenders[0])}")
+    if verdict.open_dead_letters:
+        raise NotAccountedError(f"{verdict.open_dead_letters:,} messages became dead letters")
+
+
+def _url(engine: Engine) -> str:
+    return engine.url.render_as_string(hide_password=False)

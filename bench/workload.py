@@ -1,0 +1,155 @@
+"""The messages that are measured, and what they must leave behind.
+
+A third of the truth: what a workload must leave is computed here from its messages alone, with neither the ledger's
+rules nor those of the naive way, so both are held against the same figures.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from sqlalchemy import Engine, text
+
+from bench.envelopes import Message, envelopes
+from ledger.store import Delivery
+
+FUNDS = 1_000_000_000
+"""The prepaid credits that every organization has before a workload: so many that no start is rejected."""
+
+_OUTCOMES = {"workflow.finish": "settled", "workflow.cancel": "cancelled", "workflow.fail": "failed"}
+
+
+class NotAccountedError(Exception):
+    """What was measured did not do its work; the text says what is wrong. Its figures mean nothing."""
+
+
+def organization(number: int) -> str:
+    return f"org-{number}"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Lifecycle messages, in the order in which they are sent."""
+
+    messages: Sequence[Message]
+
+    @classmethod
+    def lifecycle(cls, count: int, *, organizations: int) -> "Workload":
+        """`count` messages of workflows that start and, while a quarter of all others start, run, then end.
+
+        Of ten workflows eight finish, one is cancelled and one fails; one in a hundred is finished twice, by an
+        engine that was not told in time. Every organization has equally many.
+        """
+        messages: list[Message] = []
+        started = ended = 0
+        while len(messages) < count:
+            if started < count // 2 and started - ended < count // 8:
+                messages.append(_start(started, organizations))
+                started += 1
+            else:
+                messages += [_end(ended, organizations)] * (2 if ended % 100 == 51 else 1)
+                ended += 1
+                if started < count // 2:
+                    messages.append(_start(started, organizations))
+                    started += 1
+        return cls(messages[:count])
+
+    @classmethod
+    def without_effect(cls, count: int, *, organizations: int) -> "Workload":
+        """`count` workflows that finish and used nothing: they change no balance, and no check looks at them."""
+        names = [{"org_id": organization(n % organizations), "workflow_id": f"warm-{n}"} for n in range(count)]
+        return cls([("workflow.finish", {**named, "credits": 0}) for named in names])
+
+    @classmethod
+    def starts(cls, count: int, *, organizations: int) -> "Workload":
+        """`count` workflows that only start."""
+        return cls([_start(number, organizations) for number in range(count)])
+
+    @cached_property
+    def envelopes(self) -> list[bytes]:
+        """The messages as they wait in the queue."""
+        return envelopes(self.messages)
+
+    @cached_property
+    def deliveries(self) -> list[Delivery]:
+        """The messages as a worker hands them to the ledger."""
+        return [Delivery(task, payload, json.dumps([[payload], {}, {}]).encode()) for task, payload in self.messages]
+
+    def check(self, engine: Engine, *, used_before: int = 0) -> None:
+        """See that every message had its effect, once, and the balances are right. Raises NotAccountedError.
+
+        `used_before`: the credits that every organization had used already. For the ledger's tables and for those of
+        the naive way, which have the same names and, as far as is read here, the same columns.
+        """
+        workflows: dict[tuple[str, str], tuple[int | None, str, int]] = {}
+        used = defaultdict[str, int](int)
+        held = defaultdict[str, int](int)
+        for task, payload in self.messages:
+            org_id, key = payload["org_id"], (payload["org_id"], payload["workflow_id"])
+            if task == "workflow.start":
+                workflows[key] = payload["credits"], "reserved", -payload["credits"]
+                held[org_id] += payload["credits"]
+            elif workflows[key][1] == "reserved":
+                start_credits, _, _ = workflows[key]
+                assert start_credits is not None
+                charged = payload.get("credits", 0)
+                workflows[key] = start_credits, _OUTCOMES[task], -charged
+                held[org_id] -= start_credits
+                used[org_id] += charged
+        with engine.connect() as connection:
+            connection.execute(text("ANALYZE"))  # nobody knows yet how much was just written
+            found = {(row[0], row[1]): tuple(row[2:]) for row in connection.execute(_WORKFLOWS)}
+            balances = {row[0]: tuple(row[1:]) for row in connection.execute(_BALANCES, {"orgs": list(held)})}
+        wrong = [key for key in workflows.keys() | found.keys() if workflows.get(key) != found.get(key)]
+        if wrong:
+            key = min(wrong)
+            raise NotAccountedError(
+                f"{len(wrong):,} of {len(workflows):,} workflows are not as their messages say; {' '.join(key)} should"
+                f" be {workflows.get(key)} and is {found.get(key)} (started with, state, effect on what is available)"
+            )
+        for org_id in held:
+            expected = FUNDS - used_before - used[org_id], held[org_id]
+            if balances.get(org_id) != expected:
+                raise NotAccountedError(
+                    f"{org_id} should have a prepaid balance and reservations of {expected} credits,"
+                    f" and has {balances.get(org_id)}"
+                )
+
+
+_WORKFLOWS = text(
+    "SELECT workflows.org_id, workflow_id, start_credits, state, COALESCE(sum(credits), 0)::bigint"
+    " FROM workflows LEFT JOIN credit_events USING (org_id, workflow_id) WHERE workflow_id LIKE 'run-%'"
+    " GROUP BY 1, 2, 3, 4"
+)
+_BALANCES = text("SELECT org_id, prepaid_balance, reserved FROM wallets WHERE org_id = ANY(:orgs)")
+
+
+def _start(number: int, organizations: int) -> Message:
+    return "workflow.start", {
+        **_names(number, organizations),
+        "credits": _estimate(number),
+        "project_id": f"project-{number % 7}",
+        "activity_name": "Weekly report",
+    }
+
+
+def _end(number: int, organizations: int) -> Message:
+    names = _names(number, organizations)
+    match number % 10:
+        case 0:
+            return "workflow.cancel", {**names, "reason": "the user changed their mind"}
+        case 5:
+            return "workflow.fail", {**names, "reason": "the service did not answer"}
+        case _:
+            return "workflow.finish", {**names, "credits": _estimate(number) - 5 + number % 9}
+
+
+def _names(number: int, organizations: int) -> dict[str, str]:
+    # 7,919 is prime: neighbours in the queue are neighbours in no index.
+    return {"org_id": organization(number * 7_919 % organizations), "workflow_id": f"run-{number}"}
+
+
+def _estimate(number: int) -> int:
+    return 10 + number % 90

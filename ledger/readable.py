@@ -1,0 +1,48 @@
+"""What a person reads, on a page as in a terminal: JSON, lengths of time, and text of which no character is hidden."""
+
+import json
+import unicodedata
+from datetime import timedelta
+
+
+def escaped(text: str, *, keep: str = "") -> str:
+    """`text` with every control character, except those of `keep`, written as an escape such as \\x1b."""
+    return "".join(
+        character.encode("unicode_escape").decode() if _is_control(character) and character not in keep else character
+        for character in text
+    )
+
+
+def escaped_json(text: str) -> str:
+    """JSON, over several lines or on one, in which every control character is written as JSON does: \\u001b."""
+    return "".join(
+        json.dumps(character)[1:-1] if _is_control(character) and character != "\n" else character for character in text
+    )
+
+
+def _is_control(character: str) -> bool:
+    # Formats such as the right-to-left override and halves of surrogate pairs among them; and the two line separators.
+    category = unicodedata.category(character)
+    return category.startswith("C") or category in ("Zl", "Zp")
+
+
+def as_json(value: object, *, indent: int | None = None) -> str:
+    """`value` as JSON for a person: readable characters, and nothing that UTF-8 cannot say."""
+    separators = (",", ":") if indent is None else None
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def readable_json(value: object) -> str:
+    """`value` as JSON over several lines, unless deep nesting would make that several times as long."""
+    compact, spread = as_json(value), as_json(value, indent=2)
+    return spread if len(spread) <= 4 * len(compact) else compact
+
+
+def span(length: timedelta) -> str:
+    """A length of time in its two largest units: 3 d 4 h, 12 min, 0 s. Never less than 0 s."""
+    seconds = max(0, int(length.total_seconds()))
+    days, hours, minutes = seconds // 86_400, seconds // 3_600 % 24, seconds // 60 % 60
+    parts = [(days, "d"), (hours, "h"), (minutes, "min")]
+    shown = [f"{number} {unit}" for number, unit in parts if number][:2]
+    return " ".join(shown) or f"{seconds} s"

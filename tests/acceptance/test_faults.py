@@ -1,0 +1,442 @@
+"""Faults of the database and of the broker, on the real worker: nothing acknowledged, nothing lost, and no help needed.
+
+Where a test waits for at most five seconds, that is the promise: so soon after a fault the worker is at work again.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import OperationalError
+
+from ledger import audit, migrations
+from ledger.database import connect
+from tests.acceptance.installation import (
+    EMPTY,
+    HOLDFAST,
+    Installation,
+    Producer,
+    celery,
+    exit_code,
+    installed,
+    installed_on,
+    log_of,
+    open_folder,
+    terminate,
+    wait_for_worker,
+    warnings_in,
+)
+from tests.support import eventually, sql
+from worker.embedded import Broker, Embedded
+from worker.process import Process
+
+WAITS = "The database does not answer, the messages wait: "
+GOES_ON = r"The database answers again after \d+\.\d s"
+HELD_AT_MOST = 1_000
+"""The prefetch limit of a worker."""
+
+
+def grants(producer: Producer, first: int, count: int) -> None:
+    for number in range(first, first + count):
+        producer.send("wallet.grant", {"org_id": f"org-{number % 20}", "grant_id": f"gift-{number}", "credits": 1})
+
+
+def grant(org_id: str, grant_id: str = "gift") -> dict[str, Any]:
+    return {"org_id": org_id, "grant_id": grant_id, "credits": 1}
+
+
+def is_sound(installation: Installation, *, events: int) -> bool:
+    """Every message was applied once, and nothing else was."""
+    assert installation.count("credit_events") == events
+    assert installation.count("dead_letters") == 0
+    return audit.verify(installation.engine).is_clean
+
+
+@pytest.fixture
+def fed(installation: Installation, producer: Producer) -> tuple[Installation, Process, Producer]:
+    """A ledger, its worker, and who feeds it; one grant was applied."""
+    worker = installation.start_worker()
+    producer.answer("wallet.grant", grant("before"))
+    return installation, worker, producer
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Embedded]:
+    """Servers that may be killed."""
+    with open_folder() as folder, Embedded(folder, durable=False) as own:
+        engine = connect(own.database_url)
+        migrations.upgrade(engine)
+        engine.dispose()
+        yield own
+
+
+@pytest.fixture
+def fragile(machine: Embedded) -> Iterator[Installation]:
+    """A ledger on servers that may be killed; they run again afterwards."""
+    with installed(machine) as own:
+        yield own
+        machine.postgres.start()
+
+
+def test_a_database_that_goes_away_costs_no_message(machine: Embedded, fragile: Installation) -> None:
+    worker = fragile.start_worker()
+    with closing(Producer(fragile.broker_url)) as producer:
+        producer.answer("wallet.grant", {"org_id": "before", "grant_id": "gift", "credits": 1})
+        machine.postgres.kill()
+        fragile.engine.dispose()
+        down_since = time.monotonic()
+        grants(producer, 0, 100)
+        eventually(lambda: warnings_in(worker))
+        eventually(lambda: time.monotonic() > down_since + 2)  # long enough for half a dozen tries
+        assert len(warnings_in(worker)) == 1
+        machine.postgres.start()
+        eventually(lambda: fragile.count("credit_events") == 101, timeout_s=5)
+        assert eventually(fragile.is_drained)
+    waits, goes_on = warnings_in(worker)
+    assert waits.startswith("The database does not answer, the messages wait: ")
+    assert re.fullmatch(r"The database answers again after \d+\.\d s", goes_on)
+    assert "Traceback" not in log_of(worker)
+    assert fragile.count("dead_letters") == 0
+    assert audit.verify(fragile.engine).is_clean
+
+
+def test_a_worker_told_to_stop_while_the_database_is_away_gives_its_messages_back(
+    machine: Embedded, fragile: Installation
+) -> None:
+    worker = fragile.start_worker("worker-1")
+    with closing(Producer(fragile.broker_url)) as producer:
+        producer.answer("wallet.grant", {"org_id": "before", "grant_id": "gift", "credits": 1})
+        machine.postgres.kill()
+        fragile.engine.dispose()
+        grants(producer, 0, 10)
+        eventually(lambda: warnings_in(worker))
+        terminate(worker)
+        assert exit_code(worker) == 0, worker.last_words()
+        assert fragile.waiting() == {"credits": 0, "celery": 10, "unacked": 0}
+        machine.postgres.start()
+        fragile.start_worker("worker-2")
+        eventually(lambda: fragile.count("credit_events") == 11)
+    assert fragile.count("dead_letters") == 0
+
+
+def test_a_worker_waits_for_the_database_to_be_migrated(services: Embedded) -> None:
+    with installed(services, template=EMPTY) as installation, closing(Producer(installation.broker_url)) as producer:
+        worker = installation.start_worker()
+        asked = producer.ask("wallet.grant", {"org_id": "early", "grant_id": "gift", "credits": 1})
+        eventually(lambda: warnings_in(worker))
+        assert warnings_in(worker) == [
+            "The database does not answer, the messages wait: the database is not migrated yet; run `holdfast migrate`"
+        ]
+        assert not asked.ready()
+        migrated = subprocess.run([HOLDFAST, "migrate"], env=installation.environment, capture_output=True, timeout=30)
+        assert migrated.returncode == 0
+        assert asked.get(timeout=5)["available"] == 1
+        assert installation.count("dead_letters") == 0
+
+
+def test_a_database_that_dies_in_the_middle_of_a_batch_costs_and_repeats_nothing(
+    machine: Embedded, fragile: Installation
+) -> None:
+    worker = fragile.start_worker()
+    with closing(Producer(fragile.broker_url)) as producer:
+        producer.answer("wallet.grant", grant("before"))
+        with suppress(OperationalError), locked(fragile, "before"):
+            producer.send("wallet.grant", grant("before", "second"))
+            grants(producer, 0, 100)
+            eventually(lambda: is_waiting_for_a_lock(machine, fragile))
+            machine.postgres.stop("immediate")
+        fragile.engine.dispose()
+        eventually(lambda: len(warnings_in(worker)) == 1)
+        machine.postgres.start()
+        eventually(lambda: fragile.count("credit_events") == 102, timeout_s=5)
+        assert eventually(fragile.is_drained)
+    assert is_sound(fragile, events=102)
+    assert "Traceback" not in log_of(worker)
+
+
+def test_while_the_database_is_away_a_worker_holds_no_more_than_its_prefetch_and_answers_its_operators(
+    machine: Embedded, fragile: Installation
+) -> None:
+    fragile.start_worker()
+    with closing(Producer(fragile.broker_url)) as producer:
+        wait_for_worker(producer)
+        machine.postgres.kill()
+        fragile.engine.dispose()
+        grants(producer, 0, HELD_AT_MOST + 500)
+        eventually(lambda: fragile.waiting()["unacked"] == HELD_AT_MOST)
+        assert producer.celery.control.ping(timeout=2), "it does not answer while it waits"
+        assert fragile.waiting() == {"credits": 0, "celery": 500, "unacked": HELD_AT_MOST}
+        machine.postgres.start()
+        eventually(lambda: fragile.count("credit_events") == HELD_AT_MOST + 500, timeout_s=5)
+    assert eventually(fragile.is_drained)
+    assert is_sound(fragile, events=HELD_AT_MOST + 500)
+
+
+def test_a_database_that_only_reads_is_waited_for(
+    services: Embedded, installation: Installation, producer: Producer
+) -> None:
+    fail_over(services, installation, read_only=True)
+    worker = installation.start_worker()
+    producer.send("wallet.grant", grant("later"))
+    eventually(lambda: warnings_in(worker))
+    assert warnings_in(worker) == [f"{WAITS}cannot execute SELECT FOR UPDATE in a read-only transaction"]
+    assert installation.waiting()["unacked"] == 1
+    fail_over(services, installation, read_only=False)
+    eventually(lambda: installation.count("credit_events") == 1, timeout_s=5)
+    assert eventually(installation.is_drained)
+    assert is_sound(installation, events=1)
+    assert re.fullmatch(GOES_ON, warnings_in(worker)[-1])
+
+
+def fail_over(services: Embedded, installation: Installation, *, read_only: bool) -> None:
+    """Every connection is lost, and new ones are to a server that only reads, or to one that writes again."""
+    name = installation.engine.url.database
+    installation.engine.dispose()
+    with as_admin(services) as admin:
+        admin.execute(text(f"ALTER DATABASE {name} SET default_transaction_read_only = {read_only}"))
+        admin.execute(text(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"))
+
+
+@contextmanager
+def as_admin(services: Embedded) -> Iterator[Connection]:
+    engine = connect(services.admin_url).execution_options(isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        yield connection
+    engine.dispose()
+
+
+def test_a_lock_that_somebody_holds_too_long_is_waited_for(fed: Any) -> None:
+    installation, worker, producer = fed
+    with locked(installation, "before"):
+        producer.send("wallet.grant", grant("before", "second"))
+        eventually(lambda: warnings_in(worker))  # the lock timeout
+        assert warnings_in(worker) == [f"{WAITS}canceling statement due to lock timeout"]
+        assert installation.waiting()["unacked"] == 1
+    eventually(lambda: installation.count("credit_events") == 2, timeout_s=5)
+    assert eventually(installation.is_drained)
+    assert is_sound(installation, events=2)
+
+
+@contextmanager
+def locked(installation: Installation, org_id: str) -> Iterator[Connection]:
+    with installation.engine.connect() as connection, connection.begin() as transaction:
+        connection.execute(text("SELECT 1 FROM wallets WHERE org_id = :org_id FOR UPDATE"), {"org_id": org_id})
+        yield connection
+        transaction.rollback()
+
+
+def test_a_deadlock_is_waited_out(services: Embedded, fed: Any) -> None:
+    """Nobody else locks wallets in another order; if somebody does, PostgreSQL ends one of the two."""
+    installation, worker, producer = fed
+    producer.answer("wallet.grant", grant("a"))
+    lock = "SELECT 1 FROM wallets WHERE org_id = '{}' FOR UPDATE"
+    conninfo = services.admin_url.replace("postgresql+psycopg", "postgresql").replace(
+        "/postgres?", f"/{installation.engine.url.database}?"
+    )
+    with psycopg.connect(conninfo) as rival:
+        rival.execute("SET deadlock_timeout = '60s'")  # so that the worker is the one that is ended
+        rival.execute(lock.format("before"))
+        for org_id in ("a", "before"):
+            producer.celery.send_task("wallet.grant", args=[grant(org_id, "second")], queue="staging")
+        installation.broker.rename("staging", "credits")  # both at once: one batch
+        eventually(lambda: is_waiting_for_a_lock(services, installation))
+        rival.execute(lock.format("a"))
+        eventually(lambda: warnings_in(worker))
+        assert warnings_in(worker)[0] == f"{WAITS}deadlock detected"
+        rival.rollback()
+    eventually(lambda: installation.count("credit_events") == 4, timeout_s=5)
+    assert eventually(installation.is_drained)
+    assert is_sound(installation, events=4)
+    assert worker.is_running
+
+
+def is_waiting_for_a_lock(services: Embedded, installation: Installation) -> bool:
+    name = installation.engine.url.database
+    waiting = f"SELECT 1 FROM pg_stat_activity WHERE datname = '{name}' AND wait_event_type = 'Lock'"
+    with as_admin(services) as admin:
+        return admin.execute(text(waiting)).first() is not None
+
+
+def backend_of(installation: Installation) -> int:
+    """The server's process for the worker's connection."""
+    [(pid,)] = sql(
+        installation.engine,
+        "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()",
+    )
+    return int(pid)
+
+
+def test_a_worker_told_to_stop_while_the_database_is_stuck_gives_its_messages_back_in_time(fed: Any) -> None:
+    installation, worker, producer = fed
+    stuck = backend_of(installation)
+    os.kill(stuck, signal.SIGSTOP)
+    try:
+        producer.send("wallet.grant", grant("later"))
+        eventually(lambda: installation.waiting()["unacked"] == 1)
+        terminate(worker)
+        assert exit_code(worker) == 0, worker.last_words()
+        assert installation.waiting() == {"credits": 0, "celery": 1, "unacked": 0}
+    finally:
+        os.kill(stuck, signal.SIGCONT)
+    installation.start_worker("worker-2")
+    eventually(lambda: installation.count("credit_events") == 2)
+    assert is_sound(installation, events=2)
+
+
+def test_a_place_for_answers_that_is_silent_does_not_hold_the_ledger_up(
+    installation: Installation, producer: Producer
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        program = [*celery("worker")]
+        place = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
+        environment = {**installation.environment, "HOLDFAST_RESULT_URL": place}
+        worker = Process("worker", program, installation.folder, env=environment, cwd=installation.folder)
+        with killed_at_the_end(worker):
+            for number in range(5):
+                producer.ask("wallet.grant", grant("acme", str(number)))
+                eventually(lambda number=number: installation.count("credit_events") == number + 1)
+            assert eventually(installation.is_drained)
+            terminate(worker)
+            assert exit_code(worker) == 0
+        [warning] = warnings_in(worker)
+        assert warning.startswith("Answers cannot be stored, none is for 10 s: ")
+
+
+@contextmanager
+def killed_at_the_end(process: Process) -> Iterator[None]:
+    process.start()
+    try:
+        yield
+    finally:
+        process.kill()
+
+
+def test_a_worker_told_to_stop_while_its_broker_is_stuck_ends_in_time(engine: Engine, database_url: str) -> None:
+    with open_folder() as folder, closing_broker(folder) as broker:
+        broker.start()
+        with installed_on(database_url, broker.url) as installation, closing(Producer(broker.url)) as producer:
+            worker = installation.start_worker()
+            producer.answer("wallet.grant", grant("before"))
+            os.kill(broker.pid, signal.SIGSTOP)
+            try:
+                terminate(worker)
+                assert exit_code(worker) == 0, worker.last_words()
+            finally:
+                os.kill(broker.pid, signal.SIGCONT)
+
+
+def test_a_broker_that_goes_away_while_a_batch_is_applied_is_noticed_and_a_stop_too(
+    engine: Engine, database_url: str
+) -> None:
+    with open_folder() as folder, closing_broker(folder) as broker:
+        broker.start()
+        with installed_on(database_url, broker.url) as installation, closing(Producer(broker.url)) as producer:
+            worker = installation.start_worker()
+            producer.answer("wallet.grant", grant("before"))
+            os.kill(worker.pid, signal.SIGSTOP)  # as long as a batch that takes its time
+            broker.kill()
+            stopped_at = time.monotonic()
+            eventually(lambda: time.monotonic() > stopped_at + 3)  # Celery's heartbeat is due
+            os.kill(worker.pid, signal.SIGCONT)
+            eventually(lambda: any("Connection to broker lost" in line for line in warnings_in(worker)))
+            terminate(worker)
+            assert exit_code(worker) == 0, worker.last_words()
+
+
+def test_what_a_worker_held_when_its_broker_restarted_does_not_wait_for_a_timeout(
+    machine: Embedded, fragile: Installation
+) -> None:
+    with open_folder() as folder, closing_broker(folder) as broker:
+        broker.start()
+        with installed_on(fragile.database_url, broker.url) as installation:
+            worker = installation.start_worker()
+            with closing(Producer(broker.url)) as producer:
+                producer.answer("wallet.grant", grant("before"))
+                machine.postgres.kill()
+                installation.engine.dispose()
+                grants(producer, 0, 50)
+                eventually(lambda: installation.waiting()["unacked"] == 50)
+            time_of_two_writes_of_the_append_only_file(installation)
+            broker.kill()
+            eventually(lambda: any("Connection to broker lost" in line for line in warnings_in(worker)))
+            broker.start()
+            machine.postgres.start()
+            eventually(lambda: installation.count("credit_events") == 51, timeout_s=5)
+            assert eventually(installation.is_drained)
+            assert is_sound(installation, events=51)
+            assert "Traceback" not in log_of(worker)
+
+
+def time_of_two_writes_of_the_append_only_file(installation: Installation) -> None:
+    """Valkey writes its file every second: what it was told before is kept, also if it is killed now."""
+    known_since = time.monotonic()
+    eventually(lambda: time.monotonic() > known_since + 2)
+    assert installation.broker.info("persistence")["aof_pending_bio_fsync"] == 0
+
+
+def test_a_worker_waits_for_its_broker_and_outlives_its_end(engine: Engine, database_url: str) -> None:
+    with open_folder() as folder, closing_broker(folder) as broker, installed_on(database_url, broker.url) as late:
+        worker = late.start_worker()
+        eventually(lambda: "Cannot connect to redis://" in log_of(worker))
+        assert broker.url not in log_of(worker)  # the password is in it
+        broker.start()
+        with closing(Producer(broker.url)) as producer:
+            assert producer.answer("wallet.grant", {"org_id": "late", "grant_id": "1", "credits": 1})["available"] == 1
+            with engine.begin() as connection:  # the worker has to wait for this transaction
+                connection.execute(text("SELECT 1 FROM wallets WHERE org_id = 'late' FOR UPDATE"))
+                producer.send("wallet.grant", {"org_id": "late", "grant_id": "2", "credits": 1})
+                eventually(lambda: late.waiting()["unacked"] == 1)
+                broker.kill()
+        broker.start()
+        with closing(Producer(broker.url)) as producer:
+            assert producer.answer("wallet.grant", {"org_id": "late", "grant_id": "3", "credits": 1})["available"] == 3
+        assert worker.is_running
+        terminate(worker)
+        assert exit_code(worker) == 0
+        assert "AttributeError" not in log_of(worker)
+
+
+def test_a_broker_that_refuses_writes_for_a_while_is_told_of_twice(engine: Engine, database_url: str) -> None:
+    with open_folder() as folder, closing_broker(folder) as broker:
+        broker.start()
+        with installed_on(database_url, broker.url) as installation, closing(Producer(broker.url)) as producer:
+            worker = installation.start_worker()
+            producer.answer("wallet.grant", {"org_id": "refused", "grant_id": "1", "credits": 1})
+            with engine.begin() as connection:  # the worker has to wait for this transaction
+                connection.execute(text("SELECT 1 FROM wallets WHERE org_id = 'refused' FOR UPDATE"))
+                producer.send("wallet.grant", {"org_id": "refused", "grant_id": "2", "credits": 1})
+                eventually(lambda: installation.waiting()["unacked"] == 1)
+                installation.broker.config_set("min-replicas-to-write", 1)
+            eventually(lambda: warnings_in(worker))
+            refused_at = time.monotonic()
+            eventually(lambda: time.monotonic() > refused_at + 3)  # it tries every second
+            installation.broker.config_set("min-replicas-to-write", 0)
+            eventually(installation.is_drained)
+            eventually(lambda: len(warnings_in(worker)) == 2)
+            refused, again = warnings_in(worker)
+            assert refused.startswith("Cannot consume from redis://:**@127.0.0.1")
+            assert "NOREPLICAS" in refused
+            assert again.startswith("Consuming from redis://:**@127.0.0.1")
+            assert (
+                producer.answer("wallet.grant", {"org_id": "refused", "grant_id": "3", "credits": 1})["available"] == 3
+            )
+
+
+@contextmanager
+def closing_broker(folder: Path) -> Iterator[Broker]:
+    """A broker that has its address but does not run yet; stopped at the end."""
+    broker = Broker(folder)
+    try:
+        yield broker
+    finally:
+        broker.stop()

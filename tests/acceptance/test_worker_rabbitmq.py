@@ -1,0 +1,196 @@
+"""The same worker on RabbitMQ: the same ledger, the same promises."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import pytest
+from celery import Celery
+from kombu import Connection, Queue
+
+from ledger import audit
+from tests import rabbitmq
+from tests.acceptance.installation import (
+    Installation,
+    celery,
+    exit_code,
+    installed,
+    log_of,
+    terminate,
+    warnings_in,
+)
+from tests.support import eventually, sql
+from worker.broker import DEAD_QUEUE, DELIVERY_LIMIT, QUEUE, declare_queues
+from worker.client import Client
+from worker.embedded import Embedded
+from worker.process import Process
+
+
+@pytest.fixture
+def ledger(services: Embedded, rabbitmq_url: str) -> Iterator[Installation]:
+    """A ledger whose broker is RabbitMQ; answers are kept in Redis beside it."""
+    with installed(services) as own:
+        yield own
+
+
+def start_worker(ledger: Installation, rabbitmq_url: str, name: str = "worker", *flags: str) -> Process:
+    answers = ledger.broker_url
+    process = Process(
+        name,
+        [*celery("worker"), *flags],
+        ledger.folder,
+        env={**ledger.environment, "HOLDFAST_BROKER_URL": rabbitmq_url, "HOLDFAST_RESULT_URL": answers},
+        cwd=ledger.folder,
+    )
+    ledger._cleanup.callback(process.kill)
+    process.start()
+    return process
+
+
+@pytest.fixture
+def client(ledger: Installation, rabbitmq_url: str) -> Iterator[Client]:
+    with Client(rabbitmq_url, result_url=ledger.broker_url) as own:
+        yield own
+
+
+def grant_many(client: Client, first: int, count: int) -> None:
+    with client.batch() as batch:
+        for number in range(first, first + count):
+            batch.grant(org_id=f"org-{number % 20}", grant_id=f"gift-{number}", credits=1)
+
+
+def waiting(rabbitmq_url: str) -> dict[str, int]:
+    """How many messages are in each queue and with nobody."""
+    with Connection(rabbitmq_url) as connection, connection.channel() as channel:
+        return {name: channel.queue_declare(name, passive=True).message_count for name in (QUEUE, "celery", DEAD_QUEUE)}
+
+
+def is_drained(rabbitmq_url: str) -> bool:
+    return not any(waiting(rabbitmq_url).values())
+
+
+def is_sound(ledger: Installation, *, events: int) -> bool:
+    assert ledger.count("credit_events") == events
+    assert ledger.count("dead_letters") == 0
+    return audit.verify(ledger.engine).is_clean
+
+
+def test_messages_are_applied_in_batches_and_answered(ledger: Installation, rabbitmq_url: str, client: Client) -> None:
+    grant_many(client, 0, 5_000)
+    start_worker(ledger, rabbitmq_url)
+    eventually(lambda: ledger.count("credit_events") == 5_000, timeout_s=30)
+    [(transactions,)] = sql(ledger.engine, "SELECT count(DISTINCT xmin::text) FROM credit_events")
+    assert transactions < 500, "less than ten messages in a batch"
+    answer = client.start(org_id="org-1", workflow_id="run", credits=5, wait_s=20)
+    assert (answer.outcome, answer.available) == ("reserved", 245)
+    eventually(lambda: is_drained(rabbitmq_url))
+    assert is_sound(ledger, events=5_001)
+
+
+def test_a_stock_producer_needs_no_settings(ledger: Installation, rabbitmq_url: str) -> None:
+    with closing(Celery(broker=rabbitmq_url, set_as_current=False)) as engine:
+        for number in range(10):
+            engine.send_task("wallet.grant", args=[{"org_id": "acme", "grant_id": str(number), "credits": 1}])
+    start_worker(ledger, rabbitmq_url)
+    eventually(lambda: ledger.count("credit_events") == 10)
+    assert is_sound(ledger, events=10)
+
+
+def test_what_killed_and_stopped_workers_held_is_applied_once(
+    ledger: Installation, rabbitmq_url: str, client: Client
+) -> None:
+    grant_many(client, 0, 4_000)
+    for number in range(4):
+        worker = start_worker(ledger, rabbitmq_url, f"worker-{number}")
+        before = ledger.count("credit_events")
+        eventually(lambda before=before: ledger.count("credit_events") > before)
+        if number % 2:
+            terminate(worker)
+            assert exit_code(worker) == 0, worker.last_words()
+        else:
+            os.kill(worker.pid, signal.SIGKILL)
+        grant_many(client, 4_000 + 1_000 * number, 1_000)
+    start_worker(ledger, rabbitmq_url)
+    eventually(lambda: ledger.count("credit_events") == 8_000, timeout_s=30)
+    eventually(lambda: is_drained(rabbitmq_url))
+    assert is_sound(ledger, events=8_000)
+
+
+def test_what_is_no_message_is_a_dead_letter_with_its_bytes(ledger: Installation, rabbitmq_url: str) -> None:
+    headers = {"task": "wallet.grant", "id": "1"}
+    odd: list[tuple[bytes, dict[str, Any]]] = [
+        (b"\xff\x00", {"content_type": "application/octet-stream"}),
+        (b"{{{", {"content_type": "application/json", "headers": headers}),
+        (b'{"a": 1}', {"content_type": "application/json", "headers": headers}),
+        (b"[[], {}, {}]", {"content_type": "application/json", "headers": {**headers, "task": "wallet.nothing"}}),
+        (b"[1]", {"content_type": "application/json"}),
+        (b"", {}),
+    ]
+    with Connection(rabbitmq_url) as connection, connection.channel() as channel:
+        declare_queues(connection)
+        for body, properties in odd:
+            channel.basic_publish(channel.prepare_message(body, **properties), exchange="", routing_key=QUEUE)
+    worker = start_worker(ledger, rabbitmq_url)
+    eventually(lambda: ledger.count("dead_letters") == len(odd))
+    letters = {bytes(body): code for body, code in sql(ledger.engine, "SELECT body, error_code FROM dead_letters")}
+    codes = ["undecodable_message"] * 3 + ["unknown_task"] + ["undecodable_message"] * 2
+    assert letters == dict(zip([body for body, _ in odd], codes, strict=True))
+    eventually(lambda: is_drained(rabbitmq_url))
+    assert worker.is_running
+
+
+def test_what_was_delivered_too_often_is_a_dead_letter_that_can_be_replayed(
+    ledger: Installation, rabbitmq_url: str, client: Client
+) -> None:
+    client.grant(org_id="acme", grant_id="gift", credits=5)
+    with Connection(rabbitmq_url) as connection, connection.channel() as channel:
+        for _ in range(DELIVERY_LIMIT + 1):
+            message = eventually(lambda: channel.basic_get(QUEUE))
+            channel.basic_reject(message.delivery_tag, requeue=True)
+    eventually(lambda: waiting(rabbitmq_url)[DEAD_QUEUE] == 1)
+    start_worker(ledger, rabbitmq_url)
+    eventually(lambda: ledger.count("dead_letters") == 1)
+    [(code, task, body)] = sql(ledger.engine, "SELECT error_code, task, body FROM dead_letters")
+    assert (code, task) == ("delivery_limit", "wallet.grant")
+    [args, kwargs, _] = json.loads(bytes(body))
+    eventually(lambda: is_drained(rabbitmq_url))
+    assert client.send_as_is(task, args, kwargs, wait_s=20).available == 5
+
+
+def test_neither_the_end_of_the_broker_nor_that_of_the_database_costs_a_message(
+    services: Embedded, ledger: Installation
+) -> None:
+    with rabbitmq.running() as broker, Client(broker.url, result_url=ledger.broker_url) as client:
+        worker = start_worker(ledger, broker.url)
+        client.grant(org_id="acme", grant_id="gift", credits=5, wait_s=20)
+        with ledger.engine.connect() as rival, rival.begin():
+            rival.exec_driver_sql("SELECT 1 FROM wallets WHERE org_id = 'acme' FOR UPDATE")
+            client.grant(org_id="acme", grant_id="second", credits=5)
+            grant_many(client, 0, 100)
+            broker.restart()
+        eventually(lambda: ledger.count("credit_events") == 102, timeout_s=30)
+        assert client.grant(org_id="acme", grant_id="third", credits=5, wait_s=20).available == 15
+        eventually(lambda: is_drained(broker.url))
+        assert worker.is_running
+        assert "Traceback" not in log_of(worker)
+        assert any("Connection to broker lost" in line for line in warnings_in(worker))
+        terminate(worker)
+        assert exit_code(worker) == 0
+    assert is_sound(ledger, events=103)
+
+
+def test_a_queue_of_the_ledger_may_be_named_by_a_stock_producer(
+    ledger: Installation, rabbitmq_url: str, client: Client
+) -> None:
+    start_worker(ledger, rabbitmq_url)
+    client.grant(org_id="acme", grant_id="first", credits=1, wait_s=20)
+    with closing(Celery(broker=rabbitmq_url, set_as_current=False)) as engine:
+        engine.send_task(
+            "wallet.grant",
+            args=[{"org_id": "acme", "grant_id": "second", "credits": 1}],
+            queue=Queue(QUEUE, no_declare=True),
+        )
+        eventually(lambda: ledger.count("credit_events") == 2)

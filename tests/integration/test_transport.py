@@ -1,0 +1,674 @@
+"""The Redis transport against a real server, between stock Celery producers and stock kombu workers.
+
+What it leans on in kombu 5.7 is used here as the worker uses it, in kombu's own event loop, so that a kombu that
+changes it fails these tests. A worker that is killed is a connection that is forgotten: nothing of it is closed.
+"""
+
+import asyncio
+import json
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
+from itertools import count
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import kombu
+import pytest
+import redis
+from celery import Celery
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from kombu.asynchronous import Hub, get_event_loop, set_event_loop
+
+from tests.acceptance.installation import environment, open_folder
+from tests.support import eventually
+from worker.broker import create_celery
+from worker.embedded import Broker, Embedded, free_port
+from worker.transport import MOST_TAKEN, NOT_A_MESSAGE, QUARANTINE, UnsupportedServerError, server_problem
+
+OURS = "worker.transport:Transport"
+QUEUE = "credits"
+CLUSTER = {"cluster-enabled": "yes"}
+_databases = count(1)
+
+
+class Worker:
+    """What a Celery worker does with its transport: one channel, one consumer, kombu's event loop."""
+
+    def __init__(self, url: str, *, transport: str | None = OURS, prefetch: int = 1_000, **options: Any) -> None:
+        self.received: list[kombu.Message] = []
+        self._previous_loop = get_event_loop()
+        self.hub = Hub()
+        set_event_loop(self.hub)
+        defaults = {"unacked_restore_interval": 1, "unacked_restore_throttle": 1, "unacked_mutex_expire": 1}
+        self.connection = kombu.Connection(
+            url, transport=transport, transport_options={**defaults, "visibility_timeout": 60, **options}
+        )
+        self.connection.connect()
+        self.connection.transport.register_with_event_loop(self.connection.connection, self.hub)
+        self.channel = self.connection.default_channel
+        self.channel.basic_qos(0, prefetch, False)
+        queues = [kombu.Queue(name, kombu.Exchange(name), routing_key=name) for name in (QUEUE, "celery")]
+        self.consumer = kombu.Consumer(
+            self.channel, queues, on_message=self.received.append, accept=["json"], auto_declare=True
+        )
+        self.consumer.consume()
+
+    def run(self, until: Any, *, timeout_s: float = 10) -> None:
+        """Run the event loop until something is true."""
+        deadline = time.monotonic() + timeout_s
+        while not until():
+            assert time.monotonic() < deadline, f"not true within {timeout_s} s"
+            self.hub.run_once()
+
+    def receive(self, number: int) -> list[kombu.Message]:
+        self.run(lambda: len(self.received) >= number)
+        assert len(self.received) == number
+        return self.received
+
+    def acknowledge(self) -> None:
+        self.channel.qos.acknowledge([message.delivery_tag for message in self.received])
+        self.received.clear()
+
+    def close(self) -> None:
+        self.connection.close()
+        self.hub.close()
+        set_event_loop(self._previous_loop)
+
+    def is_killed(self) -> None:
+        """Forget everything without a word to the server."""
+        self.channel.qos._on_collect.cancel()
+        self.channel._disconnect_pools()
+        self.hub.close()
+        set_event_loop(self._previous_loop)
+
+
+@contextmanager
+def working(url: str, **options: Any) -> Iterator[Worker]:
+    worker = Worker(url, **options)
+    try:
+        yield worker
+    finally:
+        worker.close()
+
+
+@pytest.fixture
+def url(services: Embedded) -> str:
+    """An empty database of the broker."""
+    url = services.broker_url.removesuffix("0") + str(1 + next(_databases) % 15)
+    with redis.Redis.from_url(url) as client:
+        client.flushdb()
+    return url
+
+
+@pytest.fixture
+def broker(url: str) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(url) as client:
+        yield client
+
+
+@pytest.fixture
+def producer(url: str) -> Iterator[Celery]:
+    """Stock Celery, as in another company."""
+    with Celery(broker=url, set_as_current=False) as app:
+        yield app
+
+
+def send(producer: Celery, *numbers: int, **options: Any) -> None:
+    for number in numbers:
+        producer.send_task("workflow.start", args=[number], queue=QUEUE, **options)
+
+
+def numbers(messages: list[kombu.Message]) -> list[int]:
+    return [json.loads(message.body)[0][0] for message in messages]
+
+
+def held(broker: redis.Redis) -> int:
+    assert broker.hlen("unacked") == broker.zcard("unacked_index")
+    return int(broker.hlen("unacked"))  # type: ignore[arg-type]
+
+
+def time_out(broker: redis.Redis) -> None:
+    """Have everything that is held look as if it was taken long ago."""
+    broker.zadd("unacked_index", dict.fromkeys(broker.zrange("unacked_index", 0, -1), 0))  # type: ignore[arg-type]
+
+
+# Taking and acknowledging
+
+
+def test_what_a_stock_producer_sends_arrives_in_order_and_is_gone_once_acknowledged(
+    url: str, broker: redis.Redis, producer: Celery
+) -> None:
+    send(producer, *range(50))
+    with working(url) as worker:
+        assert numbers(worker.receive(50)) == list(range(50))
+        assert {message.headers["task"] for message in worker.received} == {"workflow.start"}
+        assert (broker.llen(QUEUE), held(broker)) == (0, 50)
+        worker.acknowledge()
+        assert broker.keys() == broker.keys("_kombu.binding*")
+        send(producer, 50)
+        assert numbers(worker.receive(1)) == [50]
+
+
+def test_one_step_takes_no_more_than_the_limit_and_no_more_than_the_prefetch(
+    url: str, broker: redis.Redis, producer: Celery
+) -> None:
+    item = lay_down(producer, broker)
+    broker.lpush(QUEUE, *[item] * (2 * MOST_TAKEN))
+    with working(url, prefetch=MOST_TAKEN + 7) as worker:
+        worker.run(lambda: worker.received)
+        assert len(worker.received) == MOST_TAKEN
+        worker.receive(MOST_TAKEN + 7)
+        idle_until = time.monotonic() + 1.5
+        worker.run(lambda: time.monotonic() > idle_until)
+        assert (len(worker.received), held(broker)) == (MOST_TAKEN + 7, MOST_TAKEN + 7)
+        worker.acknowledge()
+        worker.receive(MOST_TAKEN - 7)
+
+
+def test_a_batch_is_taken_in_one_command_and_acknowledged_in_two(
+    url: str, broker: redis.Redis, producer: Celery
+) -> None:
+    send(producer, *range(100))
+    with working(url) as worker:
+        broker.config_resetstat()
+        worker.receive(100)
+        worker.acknowledge()
+        stats = broker.info("commandstats")
+        assert stats["cmdstat_zrem"]["calls"] == stats["cmdstat_hdel"]["calls"] == 1
+        assert stats["cmdstat_hset"]["calls"] == stats["cmdstat_zadd"]["calls"] == 1
+
+
+def test_an_idle_worker_waits_and_does_not_poll(url: str, broker: redis.Redis) -> None:
+    with working(url) as worker:
+        broker.config_resetstat()
+        idle_until = time.monotonic() + 2.5
+        worker.run(lambda: time.monotonic() > idle_until)
+        waits = broker.info("commandstats")["cmdstat_blmove"]["calls"]
+        assert 2 <= waits <= 2 * 4  # two queues, a wait of a second each
+
+
+def test_a_waiting_worker_is_woken_by_the_message(url: str, producer: Celery) -> None:
+    with working(url) as worker:
+        worker.run(lambda: set(worker.channel._asked_at) == {QUEUE, "celery"})
+        for number, queue in enumerate((QUEUE, "celery", QUEUE)):
+            producer.send_task("workflow.start", args=[number], queue=queue)
+            sent_at = time.monotonic()
+            assert numbers(worker.receive(1)) == [number]
+            assert time.monotonic() - sent_at < 0.9, "it came with the end of the wait"
+            worker.acknowledge()
+
+
+def test_a_message_with_a_priority_is_taken_too(url: str, broker: redis.Redis, producer: Celery) -> None:
+    send(producer, 1, priority=9)
+    send(producer, 2, priority=3)
+    with working(url) as worker:
+        assert sorted(numbers(worker.receive(2))) == [1, 2]
+        worker.acknowledge()
+    assert held(broker) == 0
+
+
+def test_every_key_has_the_prefix(url: str, broker: redis.Redis) -> None:
+    options = {"global_keyprefix": "ledger:"}
+    with Celery(broker=url, set_as_current=False) as producer:
+        producer.conf.broker_transport_options = options
+        send(producer, 1)
+    with working(url, **options) as worker:
+        broker.lpush(f"ledger:{QUEUE}", "no message")
+        worker.receive(2)
+        assert {key.split(b":")[0] for key in broker.scan_iter()} == {b"ledger"}
+        assert broker.hlen("ledger:unacked") == 1
+        worker.acknowledge()
+        assert broker.keys() == broker.keys("ledger:_kombu.binding*")
+
+
+# Whatever is killed
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(OURS, OURS), (OURS, None), (None, OURS)], ids=["ours", "ours to stock", "stock to ours"]
+)
+def test_what_a_killed_worker_held_is_delivered_again(
+    url: str, broker: redis.Redis, producer: Celery, first: str | None, second: str | None
+) -> None:
+    send(producer, *range(20))
+    killed = Worker(url, transport=first)
+    killed.receive(20)
+    killed.is_killed()
+    eventually(lambda: held(broker) == 20)
+    time_out(broker)
+    with working(url, transport=second) as worker:
+        assert sorted(numbers(worker.receive(20))) == list(range(20))
+        for message in worker.received:
+            message.ack()
+    assert (broker.llen(QUEUE), held(broker)) == (0, 0)
+
+
+def test_it_is_delivered_again_within_two_seconds_of_the_timeout(
+    url: str, broker: redis.Redis, producer: Celery
+) -> None:
+    send(producer, *range(50))
+    killed = Worker(url)
+    killed.receive(50)
+    killed.is_killed()
+    killed_at = time.monotonic()
+    with working(url, visibility_timeout=2) as worker:
+        worker.receive(50)
+        assert 1 < time.monotonic() - killed_at < 2 + 2
+        worker.acknowledge()
+
+
+def test_a_stock_worker_killed_while_it_restores_does_not_keep_ours_from_it(
+    url: str, broker: redis.Redis, producer: Celery
+) -> None:
+    send(producer, 1)
+    killed = Worker(url)
+    killed.receive(1)
+    assert killed.channel.client.lock("unacked_mutex", timeout=300).acquire()
+    killed.is_killed()
+    time_out(broker)
+    with working(url) as worker:
+        worker.receive(1)
+        worker.acknowledge()
+
+
+def test_thousands_are_restored_in_a_few_round_trips_and_in_order(
+    url: str, broker: redis.Redis, producer: Celery
+) -> None:
+    item = lay_down(producer, broker)
+    broker.lpush(QUEUE, *[changed(item, headers={"number": number}) for number in range(1_200)])
+    killed = Worker(url, prefetch=1_200)
+    killed.receive(1_200)
+    killed.is_killed()
+    time_out(broker)
+    calls = broker.info("commandstats")["cmdstat_evalsha"]["calls"]
+    with working(url, prefetch=2_000) as worker:
+        order = [message.headers["number"] for message in worker.receive(1_200)]
+        assert sorted(order) == list(range(1_200))
+        worker.channel.qos.restore_unacked()
+        assert (broker.llen(QUEUE), held(broker)) == (1_200, 0)
+        assert broker.info("commandstats")["cmdstat_evalsha"]["calls"] - calls < 20
+        worker.received.clear()
+        assert [message.headers["number"] for message in worker.receive(1_200)] == order
+        worker.acknowledge()
+
+
+def test_the_servers_clock_decides_when_it_is_delivered_again(
+    url: str, broker: redis.Redis, producer: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send(producer, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", lambda: 4e9)
+        killed = Worker(url)
+        killed.receive(1)
+        killed.is_killed()
+    [(_, taken_at)] = broker.zrange("unacked_index", 0, -1, withscores=True)
+    assert abs(taken_at - broker.time()[0]) < 60
+
+
+def test_a_worker_that_stops_gives_back_what_it_holds(url: str, broker: redis.Redis, producer: Celery) -> None:
+    send(producer, *range(30))
+    with working(url) as worker:
+        worker.receive(30)
+    assert (broker.llen(QUEUE), held(broker)) == (30, 0)
+
+
+def test_a_worker_that_holds_messages_survives_the_end_of_its_broker() -> None:
+    with open_folder() as folder, closing_broker(folder) as broker:
+        broker.start()
+        with Celery(broker=broker.url, set_as_current=False) as producer:
+            send(producer, *range(10))
+        worker = Worker(broker.url)
+        worker.receive(10)
+        broker.kill()
+        with pytest.raises(worker.connection.connection_errors):
+            worker.acknowledge()
+        worker.connection.collect()
+        with pytest.raises(worker.connection.connection_errors):
+            worker.channel.qos.acknowledge(["1"])
+        worker.hub.close()
+        broker.start()
+        with redis.Redis.from_url(broker.url) as client:
+            time_out(client)
+        with working(broker.url) as next_worker:
+            assert sorted(numbers(next_worker.receive(10))) == list(range(10))
+
+
+@contextmanager
+def closing_broker(folder: Path, **settings: str) -> Iterator[Broker]:
+    with closing(ConfiguredBroker(folder, settings)) as broker:
+        yield broker
+
+
+class ConfiguredBroker(Broker):
+    """The broker of the wheels, with settings of the test's own."""
+
+    def __init__(self, folder: Path, settings: dict[str, str]) -> None:
+        super().__init__(folder)
+        self._settings = settings
+
+    def _config(self) -> str:
+        return super()._config() + "".join(f"{name} {value}\n" for name, value in self._settings.items())
+
+    def close(self) -> None:
+        self.stop()
+
+
+def test_whatever_it_holds_is_given_back_and_restored(url: str, broker: redis.Redis, producer: Celery) -> None:
+    """Kombu marks what it puts back as redelivered; an envelope that it cannot mark it would drop."""
+    item = lay_down(producer, broker)
+    properties = json.loads(item)["properties"]
+    odd = [
+        changed(item, headers=None),
+        changed(item, headers=[]),
+        changed(item, properties={**properties, "delivery_info": None}),
+        changed(item, properties={**properties, "delivery_info": [1]}),
+        json.dumps({name: value for name, value in json.loads(item).items() if name != "headers"}).encode(),
+    ]
+    broker.lpush(QUEUE, *odd)
+    with working(url) as worker:
+        worker.receive(len(odd))
+    assert (broker.llen(QUEUE), held(broker)) == (len(odd), 0)
+    killed = Worker(url)
+    killed.receive(len(odd))
+    killed.is_killed()
+    time_out(broker)
+    with working(url) as worker:
+        worker.receive(len(odd))
+        worker.acknowledge()
+    assert (broker.llen(QUEUE), broker.llen(QUARANTINE), held(broker)) == (0, 0, 0)
+
+
+def test_nothing_is_taken_where_not_everything_can_be(url: str, broker: redis.Redis, producer: Celery) -> None:
+    send(producer, 1, 2, 3)
+    with working(url) as worker:
+        broker.set(f"{QUEUE}\x06\x163", "no list")
+        with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
+            worker.channel._take_from(QUEUE)
+        assert broker.llen(QUEUE) == 3
+        broker.delete(f"{QUEUE}\x06\x163")
+        worker.receive(3)
+        worker.acknowledge()
+
+
+@contextmanager
+def a_broker_of_its_own() -> Iterator[tuple[Celery, redis.Redis, Worker]]:
+    """A producer, a client and a worker of a broker whose settings may be changed."""
+    with open_folder() as folder, closing_broker(folder) as broker:
+        broker.start()
+        with (
+            Celery(broker=broker.url, set_as_current=False) as producer,
+            redis.Redis.from_url(broker.url) as client,
+            working(broker.url) as worker,
+        ):
+            yield producer, client, worker
+
+
+def test_a_full_broker_can_be_drained() -> None:
+    with a_broker_of_its_own() as (producer, client, worker):
+        send(producer, *range(100))
+        client.config_set("maxmemory", 1)
+        with pytest.raises(redis.exceptions.OutOfMemoryError):
+            client.set("more", "data")
+        assert numbers(worker.receive(100)) == list(range(100))
+        worker.acknowledge()
+        assert held(client) == 0
+
+
+def test_a_broker_that_refuses_is_asked_again_and_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    with a_broker_of_its_own() as (producer, client, worker):
+        send(producer, 1)
+        client.config_set("min-replicas-to-write", 1)
+        refused_until = time.monotonic() + 2.5
+        worker.run(lambda: time.monotonic() > refused_until)
+        assert worker.received == []
+        client.config_set("min-replicas-to-write", 0)
+        worker.receive(1)
+        worker.acknowledge()
+    assert [record.getMessage() for record in caplog.records] == [
+        "The broker lets nothing be taken, it is asked every second: NOREPLICAS Not enough good replicas to write.",
+        "The broker lets messages be taken again",
+    ]
+
+
+# What is no message
+
+
+def lay_down(producer: Celery, broker: redis.Redis) -> bytes:
+    """An envelope, as a stock producer makes it."""
+    send(producer, 0)
+    item = broker.rpop(QUEUE)
+    assert isinstance(item, bytes)
+    return item
+
+
+def changed(item: bytes, **changes: Any) -> bytes:
+    return json.dumps({**json.loads(item), **changes}).encode()
+
+
+def no_messages(item: bytes) -> dict[str, bytes]:
+    properties = json.loads(item)["properties"]
+    return {
+        "text": b"hello",
+        "nothing": b"",
+        "bytes": bytes(range(256)),
+        "null": b"null",
+        "a list": b"[1, 2, 3]",
+        "an object": b"{}",
+        "no properties": changed(item, properties=None),
+        "properties that are a list": changed(item, properties=[]),
+        "a body that is an object": changed(item, body={"a": 1}),
+        "a body that is not base64": changed(item, body="a"),
+        "an unknown encoding": changed(item, properties={**properties, "body_encoding": "rot13"}),
+        "headers that are a list": changed(item, headers=[1]),
+        "nested too deep": b"[" * 100_000,
+        "not utf-8": item.replace(b"workflow", b"work\xfflow"),
+        "brackets at the end": b'x, "", "other"]',
+    }
+
+
+def test_what_is_no_message_is_set_aside_and_delivered_with_its_bytes(
+    url: str, broker: redis.Redis, producer: Celery
+) -> None:
+    items = no_messages(lay_down(producer, broker))
+    broker.lpush(QUEUE, *items.values())
+    send(producer, 7)
+    with working(url) as worker:
+        worker.receive(len(items) + 1)
+        odd = [message for message in worker.received if message.content_type == NOT_A_MESSAGE]
+        assert numbers([message for message in worker.received if message not in odd]) == [7]
+        assert sorted(message.body for message in odd) == sorted(items.values())
+        assert (broker.llen(QUARANTINE), held(broker)) == (len(items), 1)
+        worker.acknowledge()
+    assert (broker.llen(QUEUE), broker.llen(QUARANTINE), held(broker)) == (0, 0, 0)
+
+
+def test_what_was_set_aside_by_a_killed_worker_is_delivered_by_the_next(
+    url: str, broker: redis.Redis, producer: Celery
+) -> None:
+    items = no_messages(lay_down(producer, broker))
+    broker.lpush(QUEUE, *items.values())
+    killed = Worker(url)
+    killed.receive(len(items))
+    killed.is_killed()
+    with working(url) as worker:
+        worker.receive(len(items))
+        worker.acknowledge()
+        idle_until = time.monotonic() + 1.5
+        worker.run(lambda: time.monotonic() > idle_until)
+        assert worker.received == []
+    assert (broker.llen(QUARANTINE), held(broker)) == (0, 0)
+
+
+def test_what_a_worker_held_when_it_was_killed_and_is_no_message_is_set_aside(url: str, broker: redis.Redis) -> None:
+    """The moment between the script and the look at what it took."""
+    kept = {
+        '[garbage, "", "credits"]': b"garbage",
+        '[{"a": 1}, "no exchange", "x"]': b'[{"a": 1}, "no exchange", "x"]',
+        "[[], [], []]": b"[[], [], []]",
+        "5": b"5",
+    }
+    broker.hset("unacked", mapping={str(number): entry for number, entry in enumerate(kept)})
+    broker.zadd("unacked_index", {str(number): 1 for number in range(len(kept))})
+    with working(url) as worker:
+        worker.receive(len(kept))
+        assert {message.content_type for message in worker.received} == {NOT_A_MESSAGE}
+        assert sorted(message.body for message in worker.received) == sorted(kept.values())
+        worker.acknowledge()
+    assert broker.keys() == broker.keys("_kombu.binding*")
+
+
+def test_two_equal_entries_are_two(url: str, broker: redis.Redis) -> None:
+    broker.lpush(QUEUE, "same", "same")
+    with working(url) as worker:
+        worker.receive(2)
+        worker.channel.qos.acknowledge([worker.received.pop().delivery_tag])
+        assert broker.lrange(QUARANTINE, 0, -1) == [b"same"]
+        worker.acknowledge()
+    assert broker.llen(QUARANTINE) == 0
+
+
+# The server
+
+
+@pytest.mark.parametrize(
+    ("info", "problem"),
+    [
+        ({"redis_version": "6.0.16"}, "the broker is Redis 6.0.16; Holdfast needs 6.2 or newer, or Valkey"),
+        ({"redis_version": "6.2.0", "cluster_enabled": 0}, None),
+        ({"redis_version": "7.2.4"}, None),
+        (
+            {"redis_version": "8.0.1", "cluster_enabled": 1},
+            "the broker is a Redis cluster; Holdfast needs a single server",
+        ),
+    ],
+)
+def test_which_servers_can_be_the_broker(info: dict[str, Any], problem: str | None) -> None:
+    assert server_problem(info) == problem
+
+
+def test_a_worker_ends_with_one_line_at_a_cluster() -> None:
+    with open_folder() as folder, closing_broker(folder, **CLUSTER, **{"cluster-port": str(free_port())}) as broker:
+        broker.start()
+        ended = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "celery", "--quiet", "-A", "worker", "worker"],
+            env=environment(
+                HOLDFAST_DATABASE_URL="postgresql+psycopg://u@127.0.0.1:1/d", HOLDFAST_BROKER_URL=broker.url
+            ),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    [line] = ended.stderr.splitlines()
+    problem = "the broker is a Redis cluster; Holdfast needs a single server"
+    assert (ended.returncode, ended.stdout, json.loads(line)["message"]) == (2, "", problem)
+
+
+def test_a_cluster_is_refused() -> None:
+    with (
+        open_folder() as folder,
+        closing_broker(folder, **CLUSTER, **{"cluster-port": str(free_port())}) as broker,
+    ):
+        broker.start()
+        with kombu.Connection(broker.url, transport=OURS) as connection, pytest.raises(UnsupportedServerError):
+            connection.default_channel.check_server()
+
+
+def test_it_speaks_tls(url: str, broker: redis.Redis) -> None:
+    """The wheel's server does not, so something in front of it does, as a cloud's proxy would."""
+    with open_folder() as folder, tls_in_front_of(url, folder) as (secure_url, certificate):
+        with Celery(broker=secure_url, set_as_current=False) as producer:
+            producer.conf.broker_use_ssl = {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_ca_certs": str(certificate)}
+            send(producer, 1)
+        query = f"?ssl_cert_reqs=required&ssl_ca_certs={certificate}"
+        with working(f"{secure_url}{query}") as worker:
+            assert numbers(worker.receive(1)) == [1]
+            worker.acknowledge()
+        assert held(broker) == 0
+
+
+@contextmanager
+def tls_in_front_of(url: str, folder: Path) -> Iterator[tuple[str, Path]]:
+    """A rediss:// URL for the server at `url`, and the certificate to trust."""
+    server = urlsplit(url)
+    certificate = self_signed(folder)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, folder / "key.pem")
+
+    address: Future[int] = Future()
+    stopped = threading.Event()
+
+    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        upstream_reader, upstream_writer = await asyncio.open_connection(server.hostname, server.port)
+        await asyncio.gather(copy(reader, upstream_writer), copy(upstream_reader, writer))
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        except OSError:
+            pass  # one of the two went away
+        finally:
+            writer.transport.abort()
+
+    async def serve() -> None:
+        proxy = await asyncio.start_server(connect, "127.0.0.1", 0, ssl=context)
+        address.set_result(proxy.sockets[0].getsockname()[1])
+        await asyncio.to_thread(stopped.wait)
+        proxy.close()
+        connections = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for connection in connections:
+            connection.cancel()
+        await asyncio.gather(*connections, return_exceptions=True)
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    try:
+        port = address.result(timeout=10)
+        yield f"rediss://:{server.password}@127.0.0.1:{port}{server.path}", certificate
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def self_signed(folder: Path) -> Path:
+    """A certificate for 127.0.0.1, for an hour."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now)
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    path = folder / "certificate.pem"
+    path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (folder / "key.pem").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return path
+
+
+def test_the_settings_of_the_worker_are_those_that_are_tested_here() -> None:
+    with create_celery("test", "redis://127.0.0.1:1/0", None) as app:
+        options = app.conf.broker_transport_options
+    assert options["unacked_restore_interval"] == 1
+    assert options["priority_steps"] == [0]
+
+
+def test_the_pinned_kombu_is_here() -> None:
+    assert kombu.VERSION[:2] == (5, 7), "read worker/transport.py again, with this kombu's transport/redis.py beside it"

@@ -1,0 +1,90 @@
+"""Whose tokens are accepted: those signed by the key that is configured, with the one algorithm that fits it."""
+
+from contextlib import nullcontext
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from api_stub.auth import LEEWAY_S, Authenticator, InvalidTokenError
+from ledger.settings import Settings, SettingsError
+
+KEYS: dict[str, Any] = {
+    "RS256": rsa.generate_private_key(65537, 2048),
+    "ES256": ec.generate_private_key(ec.SECP256R1()),
+    "EdDSA": ed25519.Ed25519PrivateKey.generate(),
+}
+SECRET = "a secret of at least thirty-two characters"
+
+
+def pem(private_key: Any) -> str:
+    text: bytes = private_key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    return text.decode()
+
+
+def token(key: Any, algorithm: str, **claims: object) -> str:
+    expires_at = datetime.now(UTC) + timedelta(minutes=5)
+    return jwt.encode({"sub": "ann", "orgs": ["acme"], "exp": expires_at, **claims}, key, algorithm=algorithm)
+
+
+def settings(**given: Any) -> Settings:
+    return Settings(**given)
+
+
+@pytest.mark.parametrize("algorithm", KEYS)
+def test_only_who_has_the_private_key_signs(algorithm: str) -> None:
+    public_key = pem(KEYS[algorithm])
+    reader = Authenticator.from_settings(settings(jwt_public_key=public_key))
+    assert reader.read(token(KEYS[algorithm], algorithm)).subject == "ann"
+    others = {name: token(key, name) for name, key in KEYS.items() if name != algorithm}
+    with_the_public_key_as_secret = jwt.api_jws.PyJWS()
+    with_the_public_key_as_secret._algorithms["HS256"].prepare_key = str.encode  # type: ignore[method-assign,assignment]
+    others["HS256"] = with_the_public_key_as_secret.encode(b"{}", public_key, "HS256")  # type: ignore[arg-type]
+    others["none"] = jwt.encode({"sub": "ann"}, None, algorithm="none")
+    head, _, signature = token(KEYS[algorithm], algorithm).split(".")
+    others["changed"] = ".".join([head, token(KEYS[algorithm], algorithm, orgs="*").split(".")[1], signature])
+    others |= {f"{name}, not signed": f"{made.rpartition('.')[0]}." for name, made in others.items()}
+    for made in others.values():
+        with pytest.raises(InvalidTokenError, match="the token is not valid"):
+            reader.read(made)
+
+
+@pytest.mark.parametrize(
+    ("key", "problem"),
+    [
+        ("-----BEGIN PUBLIC KEY-----\ngarbage\n-----END PUBLIC KEY-----", "cannot be read"),
+        (pem(ec.generate_private_key(ec.SECP384R1())), "must be an RSA, a P-256 or an Ed25519 key"),
+    ],
+    ids=["garbage", "P-384"],
+)
+def test_a_key_that_is_no_good_is_refused_at_the_start(key: str, problem: str) -> None:
+    with pytest.raises(SettingsError, match=f"^HOLDFAST_JWT_PUBLIC_KEY {problem}"):
+        Authenticator.from_settings(settings(jwt_public_key=key))
+
+
+def test_the_public_key_goes_before_the_secret() -> None:
+    both = Authenticator.from_settings(settings(jwt_secret=SECRET, jwt_public_key=pem(KEYS["RS256"])))
+    assert both.read(token(KEYS["RS256"], "RS256")).subject == "ann"
+    with pytest.raises(InvalidTokenError):
+        both.read(token(SECRET, "HS256"))
+
+
+@pytest.mark.parametrize(
+    ("claim", "off_s", "problem"),
+    [
+        ("nbf", LEEWAY_S - 10, None),
+        ("iat", LEEWAY_S - 10, None),
+        ("exp", 10 - LEEWAY_S, None),
+        ("nbf", LEEWAY_S + 10, "the token is not valid yet"),
+        ("iat", LEEWAY_S + 10, "the token is not valid yet"),
+        ("exp", -LEEWAY_S - 10, "the token has expired"),
+    ],
+)
+def test_clocks_may_differ_a_little(claim: str, off_s: int, problem: str | None) -> None:
+    reader = Authenticator.from_settings(settings(jwt_secret=SECRET))
+    made = token(SECRET, "HS256", **{claim: datetime.now(UTC) + timedelta(seconds=off_s)})
+    with nullcontext() if problem is None else pytest.raises(InvalidTokenError, match=f"^{problem}$"):
+        reader.read(made)

@@ -1,0 +1,248 @@
+"""How messages are handed to the broker: one or a thousand of them in one round trip.
+
+Guarantee: when `publish` returns, the broker has every message, in this order. Redis answers one LPUSH once it has all
+of them; RabbitMQ confirms each one, and all are awaited together. When it raises, none, some or all have arrived. What
+arrives is what `Celery.send_task` would have sent: the parts are made by Celery and kombu themselves.
+
+Does not: send a message at most once. What is not known to have arrived is sent again, up to three times.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from amqp.exceptions import AMQPError
+from celery import Celery
+from celery.app.amqp import AMQP
+from celery.utils import uuid
+from kombu.connection import Connection, ConnectionPool
+from kombu.exceptions import KombuError
+from kombu.messaging import Producer
+from kombu.pools import ProducerPool
+from kombu.serialization import dumps
+from kombu.utils.json import dumps as to_json
+from redis.exceptions import RedisError
+
+from worker.broker import QUEUE, declare_queues
+
+TIMEOUT_S = 5.0
+"""How long the broker may be silent."""
+
+POOL_LIMIT = 10
+"""The most connections of one client; further threads wait for one."""
+
+CHUNK_MESSAGES = 1_000
+CHUNK_BYTES = 4 * 2**20
+"""The most that goes in one round trip: so much is not felt by others who use the broker."""
+
+_PERSISTENT = 2  # AMQP's delivery mode of what outlives a restart of the broker
+_RETRIES = {"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1.0}
+
+
+class UnconfirmedError(Exception):
+    """RabbitMQ did not confirm a message. The text says why."""
+
+
+BROKER_ERRORS = (KombuError, RedisError, AMQPError, OSError, UnconfirmedError)
+"""What `publish` may raise: the broker is away, silent, full, or lets nobody in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A task as Celery sends it, but for what the connection adds."""
+
+    body: str | bytes
+    content_type: str
+    content_encoding: str
+    headers: dict[str, Any]
+    properties: dict[str, Any]
+
+
+class _Connections(ConnectionPool):
+    """Connections that a fork leaves alone: to close its copies, as kombu would, ends AMQP's for the parent too."""
+
+    close_after_fork = False
+
+
+class Publisher:
+    """Hands messages to the app's broker, over a few connections of its own. May be used by many threads and forks."""
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+        self._open()
+
+    def _open(self) -> None:
+        self._process = os.getpid()
+        # Pools of our own, which `close` can close: those of Celery and kombu are shared by the whole process.
+        self._connections: ConnectionPool = _Connections(_connection(self._app), POOL_LIMIT)  # type: ignore[no-untyped-call]
+        self._producers = ProducerPool(self._connections, limit=POOL_LIMIT)
+        self._confirms: WeakKeyDictionary[Any, _Confirms] = WeakKeyDictionary()
+
+    def _reopen_after_fork(self) -> None:
+        if self._process != os.getpid():  # what is open is the parent's
+            self._open()
+
+    @property
+    def connections(self) -> ConnectionPool:
+        """The connections, of which one may be taken."""
+        self._reopen_after_fork()
+        return self._connections
+
+    @property
+    def broker(self) -> str:
+        """Its URL, without the password."""
+        return str(self._app.connection_for_write().as_uri())
+
+    def encode(self, task: str, args: list[Any], kwargs: dict[str, Any], *, task_id: str | None = None) -> Encoded:
+        """The message for one run of `task`; its result is stored only under a given `task_id`. Raises EncodeError."""
+        headers, properties, body, _ = self._app.amqp.as_task_v2(
+            task_id or uuid(),
+            task,
+            args,
+            kwargs,
+            ignore_result=task_id is None,
+            reply_to=self._app.thread_oid,
+            argsrepr=_plain_repr(args),
+        )
+        content_type, content_encoding, encoded = dumps(body, serializer="json")
+        return Encoded(encoded, content_type, content_encoding, headers, {**properties, "delivery_mode": _PERSISTENT})
+
+    def publish(self, messages: Sequence[Encoded]) -> None:
+        """Hand over all `messages`, in this order. Raises one of BROKER_ERRORS; then any of them may have arrived."""
+        self._reopen_after_fork()
+        with self._producers.acquire(block=True) as producer:
+            hand_over = self._confirmed if producer.connection.transport.driver_type == "amqp" else self._pushed
+            patiently = producer.connection.ensure(producer, hand_over, **_RETRIES)
+            try:
+                for chunk in _chunks(messages):
+                    patiently(producer, chunk)
+            except BROKER_ERRORS:
+                producer.connection.collect()  # to close it in order would be to wait for a broker that may be silent
+                raise
+
+    def close(self) -> None:
+        """Close all connections; in a fork, not those of its parent."""
+        self._reopen_after_fork()
+        self._producers.force_close_all()
+        self._connections.force_close_all()
+
+    def _pushed(self, producer: Producer, chunk: list[Encoded]) -> None:
+        channel = producer.channel
+        channel.client.lpush(QUEUE, *[_envelope(channel, message) for message in chunk])
+
+    def _confirmed(self, producer: Producer, chunk: list[Encoded]) -> None:
+        channel = producer.channel
+        confirms = self._confirms.get(channel)
+        if confirms is None:
+            confirms = self._confirms[channel] = _Confirms(channel)
+        if confirms.publish(channel, chunk) == 0:
+            return
+        declare_queues(producer.connection)  # nobody has, so far
+        if unroutable := confirms.publish(channel, chunk):
+            raise UnconfirmedError(f"there is no queue {QUEUE} for {unroutable} of {len(chunk)} messages")
+
+
+class _Confirms:
+    """What RabbitMQ has to say about the messages published on one channel, which this does not hold."""
+
+    def __init__(self, channel: Any) -> None:
+        self._tag = 0  # RabbitMQ numbers what is published on a channel, from 1
+        self._acknowledged_to = 0
+        self._open: set[int] = set()
+        self._nacked = 0
+        self._returned = 0
+        channel.confirm_select()
+        channel.events["basic_ack"].add(self._on_ack)
+        channel.events["basic_nack"].add(self._on_nack)
+        channel.events["basic_return"].add(self._on_return)
+
+    def publish(self, channel: Any, chunk: list[Encoded]) -> int:
+        """Publish all, then wait for all confirms. Answers with how many found no queue; raises UnconfirmedError."""
+        self._nacked = self._returned = 0
+        for message in chunk:
+            channel.basic_publish(
+                _prepared(channel, message),
+                exchange="",
+                routing_key=QUEUE,
+                mandatory=True,
+                timeout=TIMEOUT_S,
+            )
+            self._tag += 1
+            self._open.add(self._tag)
+        try:
+            while self._open:
+                channel.connection.drain_events(timeout=TIMEOUT_S)
+        except TimeoutError:
+            raise UnconfirmedError(f"it confirmed nothing for {TIMEOUT_S:g} s") from None
+        if self._nacked:
+            raise UnconfirmedError(
+                f"it refused {self._nacked} of {len(chunk)} messages: the queue {QUEUE} is full or ill"
+            )
+        return self._returned
+
+    def _on_ack(self, tag: int, multiple: bool) -> None:
+        self._open.difference_update(range(self._acknowledged_to + 1, tag + 1) if multiple else (tag,))
+        if multiple:
+            self._acknowledged_to = tag
+
+    def _on_nack(self, tag: int, multiple: bool) -> None:
+        before = len(self._open)
+        self._on_ack(tag, multiple)
+        self._nacked += before - len(self._open)
+
+    def _on_return(self, *_: object) -> None:
+        self._returned += 1
+
+
+def _connection(app: Celery) -> Connection:
+    connection: Connection = app.connection_for_write(
+        heartbeat=0,  # nobody is there to send one while the client is idle; a dead connection is found when used
+        connect_timeout=TIMEOUT_S,
+    )
+    is_rabbitmq = connection.transport.driver_type == "amqp"
+    connection.transport_options = {
+        **(connection.transport_options or {}),
+        **_RETRIES,  # kombu reads from here how often it may try to connect; without, it tries for ever
+        # The one would wait for each message, which `_Confirms` does not; the other is Redis's own.
+        **({"confirm_publish": False} if is_rabbitmq else {"socket_timeout": TIMEOUT_S}),
+    }
+    return connection
+
+
+def _chunks(messages: Sequence[Encoded]) -> Iterator[list[Encoded]]:
+    chunk: list[Encoded] = []
+    size = 0
+    for message in messages:
+        if len(chunk) == CHUNK_MESSAGES or (chunk and size + len(message.body) > CHUNK_BYTES):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(message)
+        size += len(message.body)
+    if chunk:
+        yield chunk
+
+
+def _plain_repr(args: list[Any]) -> str | None:
+    """What Celery would say of these arguments, if they are plain; its own way takes a quarter of all time to send."""
+    match args:
+        case [dict() as message] if {type(value) for value in message.values()} <= {str, int, bool}:
+            text = repr(args)
+            is_plain = len(text) < AMQP.argsrepr_maxsize and '"' not in text and "\\" not in text
+            return text if is_plain else None
+        case _:
+            return None
+
+
+def _prepared(channel: Any, message: Encoded) -> Any:
+    return channel.prepare_message(
+        message.body, 0, message.content_type, message.content_encoding, message.headers, dict(message.properties)
+    )
+
+
+def _envelope(channel: Any, message: Encoded) -> str:
+    """What kombu's Redis transport puts on the list."""
+    prepared = _prepared(channel, message)
+    channel._inplace_augment_message(prepared, "", QUEUE)  # noqa: SLF001 # adds the delivery tag, encodes the body
+    return str(to_json(prepared))
