@@ -437,10 +437,19 @@ def test_what_celery_would_drop_or_die_of_is_a_dead_letter_with_its_bytes(
 # Time
 
 
-def subscribe_from(producer: Producer, anchor: datetime, org_ids: list[str]) -> None:
+def subscribe_and_begin(installation: Installation, producer: Producer, org_ids: list[str]) -> None:
+    """A subscription from tomorrow on; here tomorrow is past, as if the day were over."""
+    tomorrow = (datetime.now(UTC) + timedelta(days=1)).isoformat()
     for org_id in org_ids:
         subscription = {"subscription_id": "sub", "version": 1, "plan": "team", "monthly_credits": 100}
-        producer.answer("wallet.subscribe", {"org_id": org_id, **subscription, "anchor": anchor.isoformat()})
+        producer.answer("wallet.subscribe", {"org_id": org_id, **subscription, "anchor": tomorrow})
+    past = "clock_timestamp() - interval '1 second'"
+    sql(
+        installation.engine,
+        f"""WITH began AS (UPDATE subscriptions SET anchor = {past} WHERE org_id = ANY(:ids) RETURNING org_id, anchor)
+            UPDATE wallets SET next_period_at = anchor FROM began WHERE wallets.org_id = began.org_id""",
+        ids=org_ids,
+    )
 
 
 def hold_and_expire(installation: Installation, producer: Producer, org_ids: list[str]) -> None:
@@ -466,11 +475,6 @@ def each(org_ids: list[str], events: list[tuple[Any, ...]]) -> dict[str, list[tu
     return dict.fromkeys(org_ids, events)
 
 
-def is_past(installation: Installation, moment: datetime) -> bool:
-    [(past,)] = sql(installation.engine, "SELECT clock_timestamp() > :moment", moment=moment)
-    return bool(past)
-
-
 PERIOD = ("subscription_credit", "scheduler", 100)
 EXPIRED = [
     ("grant", "admin", 10),
@@ -487,10 +491,8 @@ def test_the_scheduler_catches_up_idle_wallets_once_however_often_it_runs(
     subscribed = [f"subscribed-{number}" for number in range(10)]
     holding = [f"holding-{number}" for number in range(10)]
     eventually(lambda: len(producer.celery.control.ping(timeout=0.5)) == 2, timeout_s=30)
-    begins = datetime.now(UTC) + timedelta(seconds=3)
-    subscribe_from(producer, begins, subscribed)
+    subscribe_and_begin(installation, producer, subscribed)
     hold_and_expire(installation, producer, holding)
-    eventually(lambda: is_past(installation, begins))
     assert installation.count("credit_events") == 20
 
     runs = [producer.ask(task) for _ in range(4) for task in (POST_DUE, RELEASE_EXPIRED)]
@@ -507,7 +509,7 @@ def test_two_beats_begin_each_period_once(installation: Installation, producer: 
     beats = [installation.start(name, sys.executable, "-c", FAST_BEAT) for name in ("beat-1", "beat-2")]
     org_ids = [f"org-{number}" for number in range(10)]
     hold_and_expire(installation, producer, org_ids[:5])
-    subscribe_from(producer, datetime.now(UTC) + timedelta(seconds=1), org_ids[5:])
+    subscribe_and_begin(installation, producer, org_ids[5:])
     eventually(lambda: installation.count("credit_events") == 5 * 3 + 5)
     for beat in beats:
         eventually(lambda beat=beat: log_of(beat).count("Sending due task") >= 8)
