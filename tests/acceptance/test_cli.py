@@ -1,5 +1,6 @@
 """The installed command `holdfast`, run as a person runs it."""
 
+import itertools
 import json
 import os
 import re
@@ -18,8 +19,9 @@ import pytest
 from sqlalchemy import Engine
 
 from ledger.store import DeadLettered, apply_batch
+from tests.acceptance import commands
+from tests.acceptance.commands import Ended, drawn
 from tests.acceptance.installation import HOLDFAST, Installation, environment, installed, open_folder
-from tests.acceptance.test_operators import drawn
 from tests.support import delivery, eventually, sql
 from worker.client import Client
 from worker.embedded import Embedded
@@ -27,13 +29,9 @@ from worker.embedded import Embedded
 COMMANDS = "migrate", "up", "demo", "verify", "wallet", "history"
 TIMEOUT_S = 60
 
-Ended = subprocess.CompletedProcess[str]
-
 
 def run(*arguments: str, **settings: str) -> Ended:
-    return subprocess.run(
-        [HOLDFAST, *arguments], env=environment(**settings), capture_output=True, text=True, timeout=TIMEOUT_S
-    )
+    return commands.run(*arguments, env=environment(**settings))
 
 
 def assert_one_line(ended: Ended, line: str, *, code: int = 2) -> None:
@@ -81,8 +79,7 @@ def holdfast(books: Installation) -> Any:
 
 
 def test_every_help_shows_an_example() -> None:
-    with ThreadPoolExecutor(2) as two:
-        helps = dict(zip(COMMANDS, two.map(lambda command: run(command, "--help"), COMMANDS), strict=True))
+    helps = {command: run(command, "--help") for command in COMMANDS}
     assert {command: shown.returncode for command, shown in helps.items()} == dict.fromkeys(COMMANDS, 0)
     assert [command for command, shown in helps.items() if f"holdfast {command}" not in after_example(shown)] == []
 
@@ -264,15 +261,13 @@ def test_a_terminal_may_be_narrow_but_no_figure_is_ever_cut_off(installation: In
         ("holds",): {rf" {amount} ": 1, time_of_day: 1},
         ("failed", "list"): {str(most): 1},
     }
-    cases = [(command, width) for command in expected for width in (40, 70, 80)]
-    with ThreadPoolExecutor(2) as two:
-        screens = two.map(lambda case: drawn(installation, *case[0], width=case[1]), cases)
-        for (command, width), lines in zip(cases, screens, strict=True):
-            screen = "\n".join(lines)
-            assert set(re.findall(r"9,[\d,]*", screen)) <= {amount}, screen
-            found = {pattern: len(re.findall(pattern, screen)) for pattern in expected[command]}
-            assert found == expected[command], screen
-            assert width < 80 or max(map(len, lines)) <= width, screen
+    for command, width in itertools.product(expected, (40, 70, 80)):
+        lines = drawn(*command, env=installation.environment, width=width)
+        screen = "\n".join(lines)
+        assert set(re.findall(r"9,[\d,]*", screen)) <= {amount}, screen
+        found = {pattern: len(re.findall(pattern, screen)) for pattern in expected[command]}
+        assert found == expected[command], screen
+        assert width < 80 or max(map(len, lines)) <= width, screen
 
 
 def test_verify_on_sound_books_is_exit_code_0(holdfast: Any) -> None:

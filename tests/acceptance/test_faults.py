@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -21,9 +20,9 @@ from sqlalchemy.exc import OperationalError
 
 from ledger import audit, migrations
 from ledger.database import connect
+from tests.acceptance import commands
 from tests.acceptance.installation import (
     EMPTY,
-    HOLDFAST,
     Installation,
     Producer,
     celery,
@@ -138,8 +137,7 @@ def test_a_worker_waits_for_the_database_to_be_migrated(services: Embedded) -> N
             "The database does not answer, the messages wait: the database is not migrated yet; run `holdfast migrate`"
         ]
         assert not asked.ready()
-        migrated = subprocess.run([HOLDFAST, "migrate"], env=installation.environment, capture_output=True, timeout=30)
-        assert migrated.returncode == 0
+        assert commands.run("migrate", env=installation.environment).returncode == 0
         assert asked.get(timeout=5)["available"] == 1
         assert installation.count("dead_letters") == 0
 

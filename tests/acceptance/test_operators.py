@@ -3,9 +3,7 @@
 import base64
 import json
 import os
-import pty
 import re
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,53 +15,18 @@ from typer.testing import CliRunner
 
 from ledger import audit
 from ledger.store import Delivery, apply_batch
-from tests.acceptance.installation import HOLDFAST, Installation, Producer, environment, installed
+from tests.acceptance import commands
+from tests.acceptance.commands import Ended, drawn
+from tests.acceptance.installation import Installation, Producer, environment, installed
 from tests.support import delivery, eventually, sql
 from worker.cli import app
 from worker.embedded import Embedded
 
-TIMEOUT_S = 60
 SECRET = "a secret of at least thirty-two characters"
-
-Ended = subprocess.CompletedProcess[str]
 
 
 def run(installation: Installation, *arguments: str, typed: str | None = None, **settings: str) -> Ended:
-    """Run `holdfast`; with `typed`, at a terminal where that is typed."""
-    terminal, other_end = pty.openpty()
-    try:
-        if typed is not None:
-            os.write(terminal, typed.encode())
-        return subprocess.run(
-            [HOLDFAST, *arguments],
-            env=installation.environment | settings,
-            stdin=subprocess.DEVNULL if typed is None else other_end,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-        )
-    finally:
-        os.close(terminal)
-        os.close(other_end)
-
-
-def drawn(installation: Installation, *arguments: str, width: int) -> list[str]:
-    """The lines of `holdfast`'s output on a terminal of this width, without the colours."""
-    terminal, other_end = pty.openpty()
-    with os.fdopen(terminal, "rb", buffering=0) as screen:
-        settings = {"COLUMNS": str(width), "TERM": "xterm"}
-        process = subprocess.Popen(
-            [HOLDFAST, *arguments], env=installation.environment | settings, stdout=other_end, stdin=subprocess.DEVNULL
-        )
-        os.close(other_end)
-        output = b""
-        try:
-            while piece := screen.read(65_536):
-                output += piece
-        except OSError:  # how Linux says that the other end is closed
-            pass
-        assert process.wait(TIMEOUT_S) == 0
-    return re.sub(r"\x1b\[[0-9;]*m", "", output.decode()).splitlines()
+    return commands.run(*arguments, env=installation.environment | settings, typed=typed)
 
 
 def marks(installation: Installation, org_id: str) -> list[tuple[Any, ...]]:
@@ -164,7 +127,7 @@ def test_a_list_shows_markup_as_it_is_and_control_characters_as_escapes(desk: De
 
 @pytest.mark.parametrize(("width", "left_out"), [(60, 5), (120, 0)])
 def test_a_list_fits_a_narrow_terminal_and_says_what_it_leaves_out(desk: Desk, width: int, left_out: int) -> None:
-    lines = drawn(desk.installation, "failed", "list", width=width)
+    lines = drawn("failed", "list", env=desk.installation.environment, width=width)
     assert max(map(len, lines)) <= width
     said = re.search(r"Not shown, as the terminal is narrow: (.*?)\. Use --json", " ".join(map(str.strip, lines)))
     assert len(said[1].split(", ") if said else []) == left_out
@@ -431,13 +394,7 @@ def test_open_reservations_are_listed_and_released(running: Installation, workfl
 
 
 def printed_token(*arguments: str, **settings: str) -> dict[str, Any]:
-    ended = subprocess.run(
-        [HOLDFAST, "token", *arguments],
-        env=environment(HOLDFAST_JWT_SECRET=SECRET, **settings),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
+    ended = commands.run("token", *arguments, env=environment(HOLDFAST_JWT_SECRET=SECRET, **settings))
     assert (ended.returncode, ended.stderr) == (0, "")
     decoded = jwt.decode(ended.stdout.strip(), SECRET, algorithms=["HS256"], options={"verify_aud": False})
     claims: dict[str, Any] = decoded
