@@ -12,9 +12,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 from kombu.connection import Connection
 
+from tests.support import suspended
 from worker.broker import DEAD_QUEUE, QUEUES
 from worker.embedded import free_port
 from worker.process import Process
@@ -65,12 +65,9 @@ class RabbitMQ:
     @contextmanager
     def silent(self) -> Iterator[None]:
         """It keeps its connections, and does nothing."""
-        process = psutil.Process(self.server.pid)
-        process.suspend()
-        try:
+        assert self.server.pid is not None
+        with suspended(self.server.pid):
             yield
-        finally:
-            process.resume()
 
     def restart(self) -> None:
         self.server.stop()

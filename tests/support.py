@@ -2,9 +2,11 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
+import psutil
 import pytest
 from sqlalchemy import Engine, text
 
@@ -24,6 +26,20 @@ def eventually(predicate: Callable[[], Value], *, timeout_s: float = 20) -> Valu
             pytest.fail(f"not true within {timeout_s:g} s: {predicate}")
         time.sleep(0.01)
     return value
+
+
+@contextmanager
+def suspended(*pids: int) -> Iterator[None]:
+    """These processes do nothing; those that are about to end, neither."""
+    idle = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+    with ExitStack() as resumed:
+        for pid in pids:
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                process.suspend()
+                resumed.callback(process.resume)
+                eventually(lambda process=process: process.status() in idle)
+        yield
 
 
 def delivery(task: str, **fields: Any) -> Delivery:

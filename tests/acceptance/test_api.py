@@ -2,12 +2,10 @@
 
 import io
 import logging
-import os
 import re
-import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from http import HTTPStatus
 from typing import Any
 
@@ -26,7 +24,7 @@ from ledger.store import apply_batch
 from tests.acceptance import website
 from tests.acceptance.installation import installed
 from tests.acceptance.website import FUTURE, HISTORY, SECRET, served, serving, token
-from tests.support import delivery, eventually, sql
+from tests.support import delivery, eventually, sql, suspended
 from worker.embedded import Embedded
 from worker.holds_cli import SOURCE as OPERATOR
 
@@ -513,11 +511,7 @@ def frozen(app: FastAPI, engine: Engine, services: Embedded) -> Iterator[None]:
     backends = sql(engine, "SELECT pid FROM pg_stat_activity WHERE datname = current_database()")
     engine.dispose()
     assert services.postgres.pid is not None
-    with ExitStack() as thawed:
-        for pid in (services.postgres.pid, *(pid for (pid,) in backends)):
-            with suppress(ProcessLookupError):  # that of the engine, which has just gone
-                os.kill(pid, signal.SIGSTOP)
-                thawed.callback(os.kill, pid, signal.SIGCONT)
+    with suspended(services.postgres.pid, *(pid for (pid,) in backends)):
         yield
 
 

@@ -3,9 +3,7 @@
 Where a test waits for at most five seconds, that is the promise: so soon after a fault the worker is at work again.
 """
 
-import os
 import re
-import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -35,7 +33,7 @@ from tests.acceptance.installation import (
     wait_for_worker,
     warnings_in,
 )
-from tests.support import eventually, sql
+from tests.support import eventually, sql, suspended
 from worker.embedded import Broker, Embedded
 from worker.process import Process
 
@@ -276,16 +274,12 @@ def backend_of(installation: Installation) -> int:
 
 def test_a_worker_told_to_stop_while_the_database_is_stuck_gives_its_messages_back_in_time(fed: Any) -> None:
     installation, worker, producer = fed
-    stuck = backend_of(installation)
-    os.kill(stuck, signal.SIGSTOP)
-    try:
+    with suspended(backend_of(installation)):
         producer.send("wallet.grant", grant("later"))
         eventually(lambda: installation.waiting()["unacked"] == 1)
         terminate(worker)
         assert exit_code(worker) == 0, worker.last_words()
         assert installation.waiting() == {"credits": 0, "celery": 1, "unacked": 0}
-    finally:
-        os.kill(stuck, signal.SIGCONT)
     installation.start_worker("worker-2")
     eventually(lambda: installation.count("credit_events") == 2)
     assert is_sound(installation, events=2)
@@ -325,12 +319,10 @@ def test_a_worker_told_to_stop_while_its_broker_is_stuck_ends_in_time(engine: En
         with installed_on(database_url, broker.url) as installation, closing(Producer(broker.url)) as producer:
             worker = installation.start_worker()
             producer.answer("wallet.grant", grant("before"))
-            os.kill(broker.pid, signal.SIGSTOP)
-            try:
+            assert broker.pid is not None
+            with suspended(broker.pid):
                 terminate(worker)
                 assert exit_code(worker) == 0, worker.last_words()
-            finally:
-                os.kill(broker.pid, signal.SIGCONT)
 
 
 def test_a_broker_that_goes_away_while_a_batch_is_applied_is_noticed_and_a_stop_too(
@@ -341,11 +333,11 @@ def test_a_broker_that_goes_away_while_a_batch_is_applied_is_noticed_and_a_stop_
         with installed_on(database_url, broker.url) as installation, closing(Producer(broker.url)) as producer:
             worker = installation.start_worker()
             producer.answer("wallet.grant", grant("before"))
-            os.kill(worker.pid, signal.SIGSTOP)  # as long as a batch that takes its time
-            broker.kill()
-            stopped_at = time.monotonic()
-            eventually(lambda: time.monotonic() > stopped_at + 3)  # Celery's heartbeat is due
-            os.kill(worker.pid, signal.SIGCONT)
+            assert worker.pid is not None
+            with suspended(worker.pid):  # as long as a batch that takes its time
+                broker.kill()
+                stopped_at = time.monotonic()
+                eventually(lambda: time.monotonic() > stopped_at + 3)  # Celery's heartbeat is due
             eventually(lambda: any("Connection to broker lost" in line for line in warnings_in(worker)))
             terminate(worker)
             assert exit_code(worker) == 0, worker.last_words()
