@@ -379,17 +379,18 @@ def test_a_screen_reader_finds_its_way(customer: Person) -> None:
 # On a phone, and at night
 
 
+@pytest.mark.parametrize("width", [320, 360])
 @pytest.mark.parametrize("query", ["", "?event_type=grant", "?date_from=x&event_type=" + "y" * 200, "?project_id=none"])
-def test_nothing_sticks_out_of_a_phone(customer: Person, query: str) -> None:
-    customer.hold_phone()
+def test_nothing_sticks_out_of_a_phone(customer: Person, query: str, width: int) -> None:
+    customer.hold_phone(width)
     customer.open(HISTORY + query)
     customer.driver.execute_script("document.querySelectorAll('details').forEach(each => each.open = true)")
-    assert customer.width_needed() == 360
+    assert customer.width_needed() == width
     assert customer.driver.execute_script(STICKING_OUT) == 0
     assert all("422 (Unprocessable Entity)" in complaint for complaint in customer.complaints())
 
 
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("width", [320, 360, 1280])
 def test_the_longest_names_stick_out_of_nothing(running: Installation, person: Person, width: int) -> None:
     org_id = "W" * 128
     fields = {"workflow_id": "M" * 128, "project_id": "W" * 128, "activity_name": "M" * 128, "source": "W" * 64}
