@@ -277,9 +277,10 @@ def events(
     page = found if before_seq is None else found.before(before_seq)
     columns = credit_events.c
     if page.sieve:
-        # Passing over the newer events, and perhaps sorting them, by their numbers alone: rows can be long.
+        # Passing over the newer events, and perhaps sorting them, by their numbers alone: rows can be long. A query of
+        # its own, as within one the planner may do it again for every row.
         numbers = page.select().with_only_columns(columns.seq).offset(offset).limit(limit + 1)
-        query = page.select().where(columns.seq.in_(numbers))
+        query = page.select().where(columns.seq.in_(connection.scalars(numbers).all()))
     else:
         query = page.before(page.end - offset).select()
     rows = list(connection.execute(query.limit(limit + 1)).mappings())  # one more tells whether there is more

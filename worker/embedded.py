@@ -36,6 +36,8 @@ from redis.retry import Retry
 from worker.process import Account, Process, ServiceError, die_with_us, end_family, run_as, signals_postponed
 
 POSTGRES_MAJOR = "18"
+# Built in: the same order of text on every system, whatever locales it has. The encoding is else guessed from LANG.
+INITDB_OPTIONS = ("--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8")
 PORT_ATTEMPTS = 5
 SOCKET_PATH_BYTES = 103  # the shortest limit (macOS); Linux has 107
 
@@ -100,8 +102,7 @@ class Postgres(Process):
         _give(new, self._account)
         initdb = [
             *(str(self._bin / "initdb"), "--pgdata", str(new), "--username=postgres", "--auth=trust"),
-            # Built in: the same order of text on every system, whatever locales it has.
-            *("--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"),
+            *INITDB_OPTIONS,
         ]
         with signals_postponed():
             process = subprocess.Popen(

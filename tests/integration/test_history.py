@@ -490,6 +490,16 @@ def test_what_is_read_does_not_grow_with_the_history(
         assert 0 < (connection.scalar(text(read)) or 0) <= 150
 
 
+def test_a_page_far_back_is_found_by_passing_over_the_newer_ones_once(engine: Engine) -> None:
+    begin = datetime(2026, 1, 1, tzinfo=UTC)
+    write_grants(engine, "acme", [begin + timedelta(minutes=n) for n in range(3_000)])
+    matching, found = EventFilter(event_types=("grant",)), [n for n in range(3_000, 0, -1) if n % 3]
+    with engine.connect() as connection:  # without statistics, so that the planner guesses wrong
+        assert seqs(history.events(connection, "acme", matching, offset=1_500)) == found[1_500:1_600]
+        read = "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'credit_events'"
+        assert (connection.scalar(text(read)) or 0) <= 3 * 3_000
+
+
 def test_the_extremes_are_among_all_events_of_the_range(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     purchase = acme("wallet.purchase", purchase_id="p", credits=1_000)
     starts = [acme("workflow.start", workflow_id=f"w{n}", credits=n) for n in range(100, 600)]

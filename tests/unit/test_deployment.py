@@ -31,7 +31,7 @@ from uvicorn.importer import import_from_string
 
 from ledger.settings import PREFIX, Settings
 from worker import cli
-from worker.embedded import POSTGRES_MAJOR
+from worker.embedded import INITDB_OPTIONS, POSTGRES_MAJOR
 
 ROOT = Path(__file__).parents[2]
 COMPOSE_TEXT = (ROOT / "docker-compose.yml").read_text()
@@ -264,6 +264,10 @@ def test_every_long_running_service_has_a_health_check_that_ends_before_the_next
     assert seconds(check["timeout"]) <= seconds(check["interval"])
     assert check["retries"] >= 2
     assert "start_period" in check
+
+
+def test_postgres_is_initialized_as_the_one_that_every_test_runs_on() -> None:
+    assert environment("postgres")["POSTGRES_INITDB_ARGS"].split() == list(INITDB_OPTIONS)
 
 
 def test_postgres_is_asked_for_holdfasts_database_and_not_while_it_initializes() -> None:
