@@ -54,10 +54,10 @@ _RECORD = """
 def record(connection: psycopg.Connection[Any], letters: Sequence[DeadLetter]) -> list[int]:
     """Keep `letters` in the transaction of `connection`; answers with the id of each, in order.
 
-    The same message twice is one letter with two attempts.
+    The same message twice is one letter with two attempts, whichever way its sender writes JSON.
     """
     distinct: dict[tuple[str, bytes], tuple[DeadLetter, int]] = {}
-    keys = [(letter.task, hashlib.sha256(letter.body).digest()) for letter in letters]
+    keys = [(letter.task, _digest(letter.body)) for letter in letters]
     for key, letter in zip(keys, letters, strict=True):
         _, attempts = distinct.get(key, (letter, 0))
         distinct[key] = (letter, attempts + 1)
@@ -174,6 +174,14 @@ def arguments(body: bytes) -> tuple[list[Any], dict[str, Any]] | None:
             return args, kwargs
         case _:
             return None
+
+
+def _digest(body: bytes) -> bytes:
+    found = arguments(body)
+    if found is not None:
+        with suppress(RecursionError):  # nested so deep that it could just be read, but not be written
+            body = json.dumps(found).encode()
+    return hashlib.sha256(body).digest()
 
 
 def readable(body: bytes) -> str:

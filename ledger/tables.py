@@ -225,7 +225,7 @@ dead_letters = Table(
     _column("task", Text),
     _optional("org_id", Text),
     _column("body", LargeBinary),
-    _column("body_sha256", LargeBinary),
+    _column("body_sha256", LargeBinary),  # of the arguments in it, if it has any: see `dead_letters.record`
     _column("error_code", Text),
     _column("error", Text),
     _optional("traceback", Text),

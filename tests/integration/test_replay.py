@@ -97,6 +97,21 @@ def test_a_message_that_fails_again_stays_open_with_one_attempt_more(engine: Eng
     assert marks(engine) == [(1, "open", 2, None, None)]
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        '[[{}],{{}},{{"callbacks":null,"errbacks":null,"chain":null,"chord":null}}]',
+        '{{"args": [{}], "kwargs": {{}}, "id": "1", "task": "wallet.refund"}}',
+    ],
+)
+def test_a_message_that_was_written_in_another_way_is_the_same_message(engine: Engine, body: str) -> None:
+    written = body.format(json.dumps(REFUND.payload, separators=(",", ":"))).encode()
+    apply_batch(engine, [REFUND._replace(body=written)])
+    with pytest.raises(StillFailsError):
+        replay(engine, 1, worker(engine))
+    assert marks(engine) == [(1, "open", 2, None, None)]
+
+
 def test_a_rejected_start_is_an_outcome_not_a_failure(engine: Engine) -> None:
     body = b'[[{"org_id": "acme", "workflow_id": "run", "credits": 5}], {}, {}]'
     sql(
