@@ -101,6 +101,8 @@ class Authenticator:
         except jwt.InvalidTokenError:
             raise InvalidTokenError("the token is not valid") from None
         subject = str(claims.get("sub", "unknown"))
+        if not subject.strip():
+            raise InvalidTokenError('the token\'s "sub" must say who signs in')
         if _UNWRITABLE.search(subject):
             raise InvalidTokenError('the token\'s "sub" must not contain control characters')
         orgs = claims.get("orgs", [])

@@ -88,3 +88,10 @@ def test_clocks_may_differ_a_little(claim: str, off_s: int, problem: str | None)
     made = token(SECRET, "HS256", **{claim: datetime.now(UTC) + timedelta(seconds=off_s)})
     with nullcontext() if problem is None else pytest.raises(InvalidTokenError, match=f"^{problem}$"):
         reader.read(made)
+
+
+@pytest.mark.parametrize("nobody", ["", " "])
+def test_what_is_done_is_done_by_somebody(nobody: str) -> None:
+    authenticator = Authenticator.from_settings(settings(jwt_secret=SECRET))
+    with pytest.raises(InvalidTokenError, match="must say who signs in"):
+        authenticator.read(token(SECRET, "HS256", sub=nobody))

@@ -153,7 +153,7 @@ def test_no_secret_is_written_in_the_file() -> None:
 def test_the_readme_tells_every_variable_and_how_to_make_them() -> None:
     for name in (*SECRETS, *OPTIONAL):
         assert f"`{name}`" in DEPLOYING
-    [names] = re.findall(r"^for name in (.*); do$", DEPLOYING, re.MULTILINE)
+    [names] = re.findall(r"^ *for name in (.*); do$", DEPLOYING, re.MULTILINE)
     assert names.split() == list(SECRETS)
 
 
