@@ -9,19 +9,24 @@ import re
 import sys
 import unicodedata
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime
 from http import HTTPStatus
 from importlib.metadata import version
 from typing import Annotated, Any, Literal, get_args
 
+from anyio import CancelScope
 from fastapi import Depends, FastAPI, Path, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from pydantic import AfterValidator, PlainValidator, WithJsonSchema
+from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api_stub import answers, errors, metrics, operators, pages
 from api_stub.problems import Problem
+from api_stub.rendering import FOR_ALL
 from api_stub.services import Services, Using, organization
 from ledger import history, logs
 from ledger.history import EventFilter, WalletView
@@ -85,6 +90,7 @@ def create_app(settings: Settings) -> FastAPI:
         responses=errors.RESPONSES,
     )
     app.state.services = Services(settings)
+    app.add_middleware(_around_every_answer)
     errors.install(app)
     _add_credits(app)
     _add_workflows(app)
@@ -92,6 +98,33 @@ def create_app(settings: Settings) -> FastAPI:
     pages.add(app)
     operators.add(app)
     return app
+
+
+def _around_every_answer(app: ASGIApp) -> ASGIApp:
+    """HEAD is answered as GET, every answer has the headers `FOR_ALL`, and who hangs up is no error."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        is_head = scope["method"] == "HEAD"
+
+        async def pass_on(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in FOR_ALL.items():
+                    headers.setdefault(name, value)
+            elif is_head:
+                return
+            await send(message)
+            if is_head:
+                await send({"type": "http.response.body"})
+                rest.cancel()  # so that nobody reads a whole history to throw it away
+
+        with suppress(ClientDisconnect), CancelScope() as rest:
+            await app({**scope, "method": "GET"} if is_head else scope, receive, pass_on)
+
+    return answer
 
 
 def _add_credits(app: FastAPI) -> None:
@@ -121,7 +154,10 @@ def _add_credits(app: FastAPI) -> None:
     def credits_of(
         org_id: ReadableOrg,
         using: Using,
-        at: Annotated[Moment | None, Query(description="The wallet as of this time (ISO 8601).")] = None,
+        at: Annotated[
+            Moment | None,
+            Query(description="The wallet as of this time (ISO 8601). A date alone is the beginning of that UTC day."),
+        ] = None,
     ) -> dict[str, Any]:
         """The wallet, now or as of a time."""
         with using.reading() as ledger:
@@ -220,12 +256,31 @@ async def _json_object(request: Request) -> dict[str, Any]:
         if len(body) > MAX_BODY_BYTES:
             raise Problem(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The body is larger than {MAX_BODY_BYTES:,} bytes.")
     try:
-        value = json.loads(body or b"{}")
+        value = json.loads(body or b"{}", object_pairs_hook=_object, parse_int=_integer)
     except (ValueError, RecursionError):
         raise Problem(HTTPStatus.BAD_REQUEST, "The body is not JSON.") from None
     if not isinstance(value, dict):
         raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "The body must be a JSON object.")
     return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a name that comes again is refused, as nobody can know which of its values was meant."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            shown = ascii(name)[1:-1][:64]
+            raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, f"{shown} is given more than once in the same object.")
+        found[name] = value
+    return found
+
+
+def _integer(digits: str) -> int:
+    try:
+        return int(digits)
+    except ValueError:  # Python reads no more than 4,300 digits
+        detail = f"The body must not contain an integer of {len(digits.lstrip('-')):,} digits."
+        raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, detail) from None
 
 
 def __getattr__(name: str) -> FastAPI:

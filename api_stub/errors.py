@@ -5,7 +5,7 @@ What the database says, and every traceback, is for the log alone.
 
 import logging
 import re
-from http import HTTPStatus
+from http import HTTPMethod, HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -14,9 +14,10 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Mount
 
 from api_stub.problems import Problem
-from api_stub.rendering import NotSignedInError, error_page, to_sign_in
+from api_stub.rendering import FOR_ALL, NotSignedInError, error_page, to_sign_in
 from ledger.database import describe, is_transient
 
 MEDIA_TYPE = "application/problem+json"
@@ -66,7 +67,7 @@ async def answer(request: Request, error: Exception) -> Response:
         return error_page(request, problem.status, problem.detail, problem.headers)
     title, status = problem.status.phrase, problem.status.value
     body = {"type": "about:blank", "title": title, "status": status, "detail": problem.detail}
-    return JSONResponse(body, status_code=status, media_type=MEDIA_TYPE, headers=problem.headers)
+    return JSONResponse(body, status_code=status, media_type=MEDIA_TYPE, headers=FOR_ALL | problem.headers)
 
 
 def _problem(request: Request, error: Exception) -> Problem:
@@ -94,10 +95,26 @@ def _of_the_framework(request: Request, error: HTTPException) -> Problem:
         case HTTPStatus.NOT_FOUND:
             detail = "There is nothing at this address."
         case HTTPStatus.METHOD_NOT_ALLOWED:
-            detail = f"This address takes {headers.get('Allow', 'another method')}, not {request.method}."
+            allowed = _allowed(request, headers["Allow"])
+            headers["Allow"] = ", ".join(allowed)
+            detail = f"This address takes {' or '.join(allowed)}, not {request.method}."
         case _:
             detail = error.detail
     return Problem(HTTPStatus(error.status_code), detail, headers)
+
+
+def _allowed(request: Request, by_one_route: str) -> list[str]:
+    """The methods of all routes to the address, where the framework names those `by_one_route`."""
+    allowed = set(by_one_route.split(", "))
+    routes = [route for route in request.app.routes if not isinstance(route, Mount)]  # it matches whatever the method
+    for method in HTTPMethod:
+        # Not the request's own scope, which routing has changed.
+        scope = {"type": "http", "path": request.scope["path"], "method": method.value}
+        if any(route.matches(scope)[0] is Match.FULL for route in routes):
+            allowed.add(method.value)
+    if "GET" in allowed:
+        allowed.add("HEAD")
+    return sorted(allowed)
 
 
 def _sentence(error: dict[str, Any]) -> str:

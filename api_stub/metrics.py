@@ -50,9 +50,6 @@ def add(app: FastAPI) -> None:
         text = await to_thread.run_sync(generate_latest, registry, limiter=threads)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
-    app.head("/healthz", include_in_schema=False)(healthz)
-    app.head("/readyz", include_in_schema=False)(readyz)
-
 
 def _checks(using: Services) -> dict[str, bool]:
     return {"database": _database_is_ready(using), "broker": _broker_is_ready(using)}

@@ -121,9 +121,10 @@ def start(request: Request, session: SignedIn, organization: str = "") -> Respon
         if ID.fullmatch(organization) and principal.may_see(organization):
             return see_other(f"/organizations/{organization}/credit-history")
         return page(request, "start.html", HTTPStatus.NOT_FOUND, org_ids=_org_ids(session), typed=organization)
-    if len(principal.orgs) == 1 and principal.orgs != "*" and not is_operator:
-        return see_other(f"/organizations/{next(iter(principal.orgs))}/credit-history")
-    return page(request, "start.html", org_ids=_org_ids(session), typed="")
+    org_ids = _org_ids(session)
+    if org_ids is not None and len(org_ids) == 1 and not is_operator:
+        return see_other(f"/organizations/{org_ids[0]}/credit-history")
+    return page(request, "start.html", org_ids=org_ids, typed="")
 
 
 @router.get("/organizations/{orgId}/credit-history")
@@ -264,9 +265,9 @@ def _chart(ledger: Connection, org_id: str, matching: EventFilter, now: datetime
 
 
 def _org_ids(session: SignedIn) -> list[str] | None:
-    """The organizations of whoever is signed in; None: all."""
+    """The organizations of whoever is signed in, as far as their ids are possible ones; None: all."""
     orgs = session.principal.orgs
-    return None if orgs == "*" else sorted(orgs)
+    return None if orgs == "*" else sorted(filter(ID.fullmatch, orgs))
 
 
 def _understood(

@@ -27,15 +27,16 @@ _STATIC = _HERE / "static"
 MAX_FORM_BYTES = 64 * 1024
 """The largest form that is read."""
 
-HEADERS = {
+FOR_ALL = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+"""What every answer is sent with, unless it says otherwise."""
+
+HEADERS = FOR_ALL | {
     # No script-src, font-src, connect-src …: what is not named is what default-src says, nothing.
     "Content-Security-Policy": (
         "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; "
         "frame-ancestors 'none'"
     ),
-    "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
 }
 """What every page, download and redirection is sent with."""
 
@@ -78,7 +79,6 @@ class _Assets(StaticFiles):
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         response = super().file_response(*args, **kwargs)
         response.headers["Cache-Control"] = "public, max-age=31536000, immutable"
-        response.headers["X-Content-Type-Options"] = "nosniff"
         return response
 
 

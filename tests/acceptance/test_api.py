@@ -1,5 +1,6 @@
 """The HTTP API, served for real, on a real ledger: what customers and engines get, and what they get told."""
 
+import asyncio
 import io
 import logging
 import re
@@ -13,7 +14,8 @@ import httpx
 import jwt
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine, event, text
+from starlette.types import Message
 
 from api_stub.app import OTHERS_SOURCES
 from ledger import history as ledger_history
@@ -23,8 +25,8 @@ from ledger.rules import SCHEDULER
 from ledger.store import apply_batch
 from tests.acceptance import website
 from tests.acceptance.installation import installed
-from tests.acceptance.website import FUTURE, HISTORY, SECRET, served, serving, token
-from tests.support import delivery, eventually, sql, suspended
+from tests.acceptance.website import FUTURE, HISTORY, SECRET, Patient, served, serving, token
+from tests.support import PATIENCE_S, delivery, eventually, sql, suspended
 from worker.embedded import Embedded
 from worker.holds_cli import SOURCE as OPERATOR
 
@@ -45,7 +47,7 @@ IS_NO_ID = "must have 1 to 128 characters, and only letters, digits and _ . : - 
 MOMENT = r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{6})?\+00:00"
 
 
-class Api(httpx.Client):
+class Api(Patient):
     """The API at its address, asked by somebody who may read the credits of acme."""
 
     def problem(self, path: str, **params: Any) -> tuple[int, str]:
@@ -403,6 +405,19 @@ def test_the_metrics_tell_how_long_the_oldest_message_has_waited(api: Api) -> No
         ("w1/start", b"[" * 100_000, 413, "The body is larger than 65,536 bytes."),
         ("w1/start", b"[" * 60_000, 400, "The body is not JSON."),
         (
+            "w1/start",
+            b'{"credits": -' + b"9" * 5_000 + b"}",
+            422,
+            "The body must not contain an integer of 5,000 digits.",
+        ),
+        ("w1/start", b'{"credits": 5, "credits": 6}', 422, "credits is given more than once in the same object."),
+        (
+            "w1/cancel",
+            b'{"metadata": {"a": [{"\\ud800": 1, "\\ud800": 1}]}}',
+            422,
+            "\\ud800 is given more than once in the same object.",
+        ),
+        (
             "w%20/cancel",
             b"{}",
             422,
@@ -414,6 +429,27 @@ def test_a_bad_report_is_refused_in_a_sentence(api: Api, path: str, content: byt
     write = {"Authorization": f"Bearer {token(scope='workflows:write')}"}
     response = api.post(f"/api/organizations/acme/workflows/{path}", content=content, headers=write)
     assert (response.status_code, response.json()["detail"]) == (status, detail)
+
+
+def test_who_hangs_up_in_the_middle_of_a_report_is_no_error(app: FastAPI) -> None:
+    came: list[Message] = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return came.pop(0)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/api/organizations/acme/workflows/w1/start",
+        "query_string": b"",
+        "headers": [(b"authorization", f"Bearer {token(scope='workflows:write')}".encode())],
+    }
+    asyncio.run(app(scope, receive, send))
+    assert (came, sent) == ([], [])
 
 
 @pytest.mark.parametrize("source", [*OTHERS_SOURCES, *DISGUISES], ids=ascii)
@@ -504,10 +540,15 @@ def test_while_all_connections_are_in_use_the_answer_is_to_try_again(api: Api, e
 
 @pytest.fixture
 def frozen(app: FastAPI, engine: Engine, services: Embedded) -> Iterator[None]:
-    """The database hangs: it takes connections, two idle ones are open, and nothing is answered any more."""
+    """The database hangs: it takes connections, two idle ones are open, and nothing is answered any more.
+
+    What a request waits for has no end here, so that who waits for a request waits too long on any machine.
+    """
     own = app.state.services.engine
     with own.connect() as one, own.connect() as other:
         assert (one.scalar(text("SELECT 1")), other.scalar(text("SELECT 1"))) == (1, 1)
+    own.pool._timeout = 2 * PATIENCE_S
+    event.listen(own, "do_connect", lambda *args: args[-1].update(connect_timeout=int(2 * PATIENCE_S)))
     backends = sql(engine, "SELECT pid FROM pg_stat_activity WHERE datname = current_database()")
     engine.dispose()
     assert services.postgres.pid is not None
@@ -525,7 +566,7 @@ def test_a_database_that_hangs_is_down(api: Api, frozen: None) -> None:
 
 
 def _assert_is_down(api: Api, many: ThreadPoolExecutor) -> None:
-    answers = [many.submit(api.get, path, timeout=CONNECT_TIMEOUT_S + 4) for path in ("/readyz", "/metrics")]
+    answers = [many.submit(api.get, path, timeout=6 * CONNECT_TIMEOUT_S) for path in ("/readyz", "/metrics")]
     ready, metrics = (answer.result() for answer in answers)
     assert (ready.status_code, ready.json()) == (503, {"database": "unavailable", "broker": "ok"})
     assert "holdfast_database_up 0.0" in metrics.text
@@ -540,11 +581,12 @@ def _give_up(api: Api) -> int | None:
         return None
 
 
-def test_many_requests_at_once_do_not_wait_for_one_another(api: Api, history: None) -> None:
+def test_many_requests_at_once_do_not_wait_for_one_another(app: FastAPI, api: Api, history: None) -> None:
     # More than there are threads and connections together: a request that held one while it waits for the other
     # would stop them all until the pool's timeout.
+    app.state.services.engine.pool._timeout = 2 * PATIENCE_S
     with ThreadPoolExecutor(80) as many:
-        answers = list(many.map(lambda _: api.get(CREDITS, timeout=25), range(400)))
+        answers = list(many.map(lambda _: api.get(CREDITS, timeout=PATIENCE_S), range(400)))
     assert {answer.status_code for answer in answers} == {200}
 
 
@@ -589,6 +631,7 @@ def test_what_nobody_expected_is_a_sentence_and_the_log_has_the_rest(
     monkeypatch.setattr(ledger_history, function, fault)
     failed = api.get(path)
     assert (failed.status_code, failed.headers["connection"]) == (500, "close")
+    assert (failed.headers["cache-control"], failed.headers["x-content-type-options"]) == ("no-store", "nosniff")
     assert "private detail" not in failed.text
     sentence = "Something went wrong on the server; its log tells what."
     if path == HISTORY:
@@ -617,17 +660,19 @@ def test_what_nobody_expected_is_a_sentence_and_the_log_has_the_rest(
         ("GET", "/api/nothing", 404, "There is nothing at this address."),
         ("GET", f"{CREDITS}/", 404, "There is nothing at this address."),
         ("GET", "/api/%0A", 404, "There is nothing at this address."),
-        ("POST", CREDITS, 405, "This address takes GET, not POST."),
+        ("POST", CREDITS, 405, "This address takes GET or HEAD, not POST."),
         ("DELETE", "/api/organizations/acme/workflows/w1/start", 405, "This address takes POST, not DELETE."),
-        ("PATCH", "/metrics", 405, "This address takes GET, not PATCH."),
-        ("POST", "/healthz", 405, "This address takes GET, not POST."),
+        ("PATCH", "/metrics", 405, "This address takes GET or HEAD, not PATCH."),
+        ("POST", "/healthz", 405, "This address takes GET or HEAD, not POST."),
         ("GET", "/nothing", 404, "There is nothing at this address."),
         ("GET", "/apinothing", 404, "There is nothing at this address."),
         ("GET", "/static/nothing.css", 404, "There is nothing at this address."),
         ("GET", "/static", 404, "There is nothing at this address."),
         ("GET", "/operators", 404, "There is nothing at this address."),
         ("GET", "/organizations/acme/nothing", 404, "There is no such page."),
-        ("POST", HISTORY, 405, "This address takes GET, not POST."),
+        ("POST", HISTORY, 405, "This address takes GET or HEAD, not POST."),
+        ("PUT", "/signin", 405, "This address takes GET or HEAD or POST, not PUT."),
+        ("POST", "/static/signin", 405, "This address takes GET or HEAD, not POST."),
         ("GET", "/signout", 405, "This address takes POST, not GET."),
     ],
 )
@@ -636,7 +681,7 @@ def test_what_leads_nowhere_says_so_to_programs_and_to_people(
 ) -> None:
     answer = api.request(method, path)
     assert answer.status_code == status
-    assert status != 405 or answer.headers["allow"] in sentence
+    assert status != 405 or f"takes {answer.headers['allow'].replace(', ', ' or ')}, not" in sentence
     if path.startswith(("/api/", "/healthz", "/metrics")) or path == "/api":
         assert answer.headers["content-type"] == "application/problem+json"
         assert answer.json() == {
@@ -651,6 +696,26 @@ def test_what_leads_nowhere_says_so_to_programs_and_to_people(
         assert f"<p>{sentence}</p>" in answer.text
 
 
+@pytest.mark.parametrize(
+    "path", ["/", "/signin", HISTORY, f"{HISTORY}.csv", EVENTS, CREDITS, "/metrics", "/openapi.json", "/api/nothing"]
+)
+def test_head_is_answered_as_get_without_what_is_asked_for(api: Api, path: str) -> None:
+    varying = {"date", "set-cookie", "content-length", "transfer-encoding"}
+    head, whole = (api.request(method, path) for method in ("HEAD", "GET"))
+    assert (head.status_code, head.content) == (whole.status_code, b"")
+    assert {name: value for name, value in head.headers.items() if name not in varying} == {
+        name: value for name, value in whole.headers.items() if name not in varying
+    }
+
+
+@pytest.mark.parametrize(
+    "path", [CREDITS, f"{CREDITS}?at=noon", "/api/nothing", "/metrics", "/readyz", "/openapi.json"]
+)
+def test_every_answer_to_programs_is_kept_by_nobody_and_taken_as_what_it_is(api: Api, path: str) -> None:
+    headers = api.get(path).headers
+    assert (headers["cache-control"], headers["x-content-type-options"]) == ("no-store", "nosniff")
+
+
 def test_the_openapi_document_describes_it(api: Api) -> None:
     paths = api.get("/openapi.json").json()["paths"]
     assert set(paths) >= {
@@ -662,6 +727,8 @@ def test_the_openapi_document_describes_it(api: Api) -> None:
         "/readyz",
         "/metrics",
     }
+    [at] = [it for it in paths["/api/organizations/{orgId}/credits"]["get"]["parameters"] if it["name"] == "at"]
+    assert "A date alone is the beginning of that UTC day." in at["description"]
     report = paths["/api/organizations/{orgId}/workflows/{workflowId}/{step}"]["post"]
     assert "`admin`, `billing`, `operator` or `scheduler`, is refused" in report["description"]
     start, *_, fail = report["requestBody"]["content"]["application/json"]["schema"]["anyOf"]
