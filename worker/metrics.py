@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from prometheus_client import Counter, Gauge, Histogram, start_http_server
 
+from ledger.settings import SettingsError
 from ledger.state import Result
 from ledger.store import DeadLettered, Delivery
 from worker.tasks import TASKS
@@ -19,9 +20,12 @@ waiting_for_database = Gauge("holdfast_waiting_for_database", "1 while the datab
 
 
 def serve(address: str) -> None:
-    """Serve this process's figures at /metrics on `address`, `host:port`."""
+    """Serve this process's figures at /metrics on `address`, `host:port`. Raises SettingsError if that cannot be."""
     host, _, port = address.rpartition(":")
-    start_http_server(int(port), addr=host)
+    try:
+        start_http_server(int(port), addr=host)
+    except OSError as error:
+        raise SettingsError(f"HOLDFAST_METRICS_ADDRESS: cannot listen on {address}: {error.strerror}") from error
 
 
 def count(deliveries: Sequence[Delivery], answers: Sequence[Result | DeadLettered | int], *, took_s: float) -> None:

@@ -1,19 +1,21 @@
 """What a worker tells about itself: figures for Prometheus, and a log of one JSON object a line."""
 
 import json
+import socket
+import subprocess
 from contextlib import ExitStack, closing
 
 import httpx
 
 from tests.acceptance.installation import Installation, Producer, celery, log_of
-from tests.support import eventually
+from tests.support import PATIENCE_S, eventually
 from worker.embedded import free_port
 from worker.process import Process
 
 
 def test_a_worker_counts_what_it_answered(installation: Installation) -> None:
     port = free_port()
-    figures = httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False)
+    figures = httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=PATIENCE_S)
     with ExitStack() as cleanup, closing(Producer(installation.broker_url)) as producer, figures:
         told_to_serve = installation.environment | {"HOLDFAST_METRICS_ADDRESS": f"127.0.0.1:{port}"}
         worker = Process("worker", celery("worker"), installation.folder, env=told_to_serve)
@@ -22,7 +24,7 @@ def test_a_worker_counts_what_it_answered(installation: Installation) -> None:
         grant = {"org_id": "acme", "grant_id": "gift", "credits": 5}
         producer.answer("wallet.grant", grant)
         producer.answer("wallet.grant", grant)
-        producer.ask("wallet.grant", {**grant, "credits": 6}).get(timeout=20, propagate=False)
+        producer.ask("wallet.grant", {**grant, "credits": 6}).get(timeout=PATIENCE_S, propagate=False)
         told = eventually(lambda: figures.get("/metrics").text)
     for line in (
         'holdfast_messages_total{outcome="posted",task="wallet.grant"} 1.0',
@@ -37,3 +39,16 @@ def test_a_worker_counts_what_it_answered(installation: Installation) -> None:
     assert warning["message"] == (
         "Dead letter 1, conflict: wallet.grant: gift was applied with credits 5, so this message contradicts it"
     )
+
+
+def test_a_worker_that_cannot_serve_its_figures_says_so_and_does_not_start(installation: Installation) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for address, reason in (
+            (f"127.0.0.1:{taken.getsockname()[1]}", "Address already in use"),
+            ("nohost.invalid:9464", "Name or service not known"),
+        ):
+            told_to_serve = installation.environment | {"HOLDFAST_METRICS_ADDRESS": address}
+            ended = subprocess.run(celery("worker"), env=told_to_serve, capture_output=True, text=True, timeout=60)
+            assert ended.returncode == 2
+            assert f"holdfast: HOLDFAST_METRICS_ADDRESS: cannot listen on {address}: {reason}\n" in ended.stderr
+            assert "Traceback" not in ended.stderr
