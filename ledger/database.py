@@ -33,9 +33,10 @@ _SESSION_OPTIONS = " ".join(
 )
 
 # Nothing in a message can cause these, and they end when the database is well again: connection (08), read-only (25),
-# rollback and deadlock (40), schema or rights not there yet (42), resources (53), lock not available (55), operator
-# intervention (57), system (58).
-_TRANSIENT_CLASSES = frozenset({"08", "25", "40", "42", "53", "55", "57", "58"})
+# prepared statements (26), rollback and deadlock (40), schema or rights not there yet (42), resources (53), lock not
+# available (55), operator intervention (57), system (58); and files that are damaged (XX001, XX002).
+_TRANSIENT_CLASSES = frozenset({"08", "25", "26", "40", "42", "53", "55", "57", "58"})
+_TRANSIENT_STATES = frozenset({"XX001", "XX002"})
 
 
 _connections: WeakKeyDictionary[Engine, WeakSet[psycopg.Connection[Any]]] = WeakKeyDictionary()
@@ -67,26 +68,29 @@ def connect(url: str, *, keeps_connections: bool = True) -> Engine:
     `CONNECT_TIMEOUT_S`, also where it hangs and an open connection would wait for ever. Raises DatabaseURLError.
     """
     pool: dict[str, Any] = {"pool_timeout": POOL_TIMEOUT_S} if keeps_connections else {"poolclass": NullPool}
+    parsed = parse_url(url)
     engine = create_engine(
-        parse_url(url),
+        parsed,
         **pool,
         pool_pre_ping=False,  # it would cost every batch a round trip; a broken connection is noticed by its first use
         connect_args={
             "connect_timeout": CONNECT_TIMEOUT_S,
-            "options": _SESSION_OPTIONS,
             "application_name": "holdfast",
             # A peer that vanished without a word is noticed within half a minute.
             "keepalives_idle": 10,
             "keepalives_interval": 5,
             "keepalives_count": 3,
             "tcp_user_timeout": 30_000,
+            **parsed.query,
+            "options": f"{parsed.query.get('options', '')} {_SESSION_OPTIONS}",
         },
     )
 
     connections: WeakSet[psycopg.Connection[Any]] = WeakSet()
 
     @event.listens_for(engine, "connect")
-    def send_integers_and_arrays(connection: psycopg.Connection[Any], _: object) -> None:
+    def prepare(connection: psycopg.Connection[Any], _: object) -> None:
+        _refuse_pooler(connection)
         # One parameter type per statement, whatever the size of the numbers in it: one prepared statement, not many.
         connection.adapters.register_dumper(int, Int8BinaryDumper)
         connection.adapters.register_dumper(Array, ArrayDumper)
@@ -94,6 +98,20 @@ def connect(url: str, *, keeps_connections: bool = True) -> Engine:
 
     _connections[engine] = connections
     return engine
+
+
+def _refuse_pooler(connection: psycopg.Connection[Any]) -> None:
+    """Raise OperationalError if something between us and PostgreSQL shares its connections among clients.
+
+    Our prepared statements and settings belong to a session: on a shared one, a name may be another client's statement.
+    """
+    [server] = connection.execute("SELECT pg_backend_pid()").fetchone() or [None]
+    connection.rollback()
+    if server != connection.info.backend_pid:
+        connection.close()
+        raise psycopg.OperationalError(
+            "the database URL leads to a connection pooler, such as PgBouncer; it must lead to PostgreSQL itself"
+        )
 
 
 def abandon(engine: Engine) -> None:
@@ -110,7 +128,7 @@ def is_transient(error: BaseException) -> bool:
     if not isinstance(error, psycopg.Error):
         return False
     if error.sqlstate is not None:
-        return error.sqlstate[:2] in _TRANSIENT_CLASSES
+        return error.sqlstate[:2] in _TRANSIENT_CLASSES or error.sqlstate in _TRANSIENT_STATES
     return isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
 
 

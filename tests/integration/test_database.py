@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from ledger import arrays
 from ledger.arrays import Array
 from ledger.database import DatabaseURLError, connect, describe, is_transient
-from tests.support import eventually, sql
+from tests.support import PATIENCE_S, eventually, sql
 
 PURCHASE = "INSERT INTO posted_messages VALUES ('acme', 'purchase', 'p1', '{}', 'posted', NULL)"
 
@@ -61,6 +61,24 @@ def test_a_session_cannot_wait_forever_and_speaks_utc(engine: Engine) -> None:
         "plan_cache_mode": "force_custom_plan",
         "application_name": "holdfast",
     }
+
+
+def test_the_options_of_the_url_are_kept_beside_ours(engine: Engine, database_url: str) -> None:
+    own = connect(f"{database_url}&options=-csearch_path%3Dother&application_name=mine")
+    shown = {name: sql(own, f"SHOW {name}")[0][0] for name in ("search_path", "application_name", "lock_timeout")}
+    own.dispose()
+    assert shown == {"search_path": "other", "application_name": "mine", "lock_timeout": "10s"}
+
+
+def test_a_connection_pooler_is_refused(engine: Engine, database_url: str) -> None:
+    # As behind one, the process that answers is not the one that the client was told of.
+    sql(engine, "CREATE SCHEMA pooler")
+    sql(engine, "CREATE FUNCTION pooler.pg_backend_pid() RETURNS int LANGUAGE sql RETURN 0")
+    pooled = connect(f"{database_url}&options=-csearch_path%3Dpooler,pg_catalog")
+    with pytest.raises(DBAPIError, match="leads to a connection pooler, such as PgBouncer") as refused:
+        sql(pooled, "SELECT 1")
+    pooled.dispose()
+    assert is_transient(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +174,7 @@ def deadlock(connection: Connection, engine: Engine) -> None:
         first_to_wait = threads.submit(connection.execute, text("LOCK TABLE wallets"))
         eventually(lambda: sql(engine, waiting))
         other.execute(text("LOCK TABLE workflows"))
-        first_to_wait.result(timeout=10)
+        first_to_wait.result(PATIENCE_S)
 
 
 def serialization_failure(connection: Connection, engine: Engine) -> None:
@@ -179,7 +197,7 @@ def read_only(connection: Connection, engine: Engine) -> None:
 
 def terminate(connection: Connection, engine: Engine) -> None:
     pid = connection.scalar(text("SELECT pg_backend_pid()"))
-    sql(engine, f"SELECT pg_terminate_backend({pid}, 5000)")
+    sql(engine, f"SELECT pg_terminate_backend({pid}, 50000)")
 
 
 def admin_shutdown(connection: Connection, engine: Engine) -> None:
@@ -206,6 +224,14 @@ def closed_connection(connection: Connection, engine: Engine) -> None:
 
 def undefined_table(connection: Connection, engine: Engine) -> None:
     connection.execute(text("SELECT * FROM no_such_table"))
+
+
+def forgotten_statement(connection: Connection, _: Engine) -> None:
+    connection.execute(text("EXECUTE nobody_prepared_this"))
+
+
+def damaged_file(connection: Connection, _: Engine) -> None:
+    connection.execute(text("DO $$ BEGIN RAISE SQLSTATE 'XX001'; END $$"))
 
 
 def no_rights(connection: Connection, engine: Engine) -> None:
@@ -244,6 +270,8 @@ def unknown_database(connection: Connection, engine: Engine) -> None:
         (closed_connection, True, None),
         (undefined_table, True, "42P01"),
         (no_rights, True, "42501"),
+        (forgotten_statement, True, "26000"),
+        (damaged_file, True, "XX001"),
         (connection_refused, True, None),
         (no_socket, True, None),
         (unknown_database, True, None),
