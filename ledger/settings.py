@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 from typing import Self
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -14,6 +14,7 @@ from ledger.database import parse_url
 
 PREFIX = "HOLDFAST_"
 BROKER_SCHEMES = ("redis", "rediss", "amqp", "amqps")
+CERTIFICATE_CHECKS = ("required", "optional", "none")
 RESULT_SCHEMES = ("redis", "rediss")
 MIN_SECRET_LENGTH = 32
 _ADDRESS = re.compile(r"[^\s:]+:[0-9]{1,5}")
@@ -136,4 +137,9 @@ def _with_scheme(url: str | None, schemes: tuple[str, ...]) -> str | None:
         raise ValueError(f"must begin with {' or '.join(f'{scheme}://' for scheme in schemes)} and name a host")
     if parts.scheme in RESULT_SCHEMES and not re.fullmatch(r"/?|/\d+", parts.path):
         raise ValueError("must end with the number of a Redis database, such as /0")
+    options = dict(parse_qsl(parts.query))
+    if unknown := sorted(name for name in options if not name.startswith("ssl_")):
+        raise ValueError(f"has an option that is not known here: {unknown[0]}")
+    if options.get("ssl_cert_reqs", "required") not in CERTIFICATE_CHECKS:
+        raise ValueError(f"must have as ssl_cert_reqs one of {', '.join(CERTIFICATE_CHECKS)}")
     return url

@@ -6,6 +6,7 @@ mapper, which Erlang would start as a daemon of its own, is a child process too.
 
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,9 +20,12 @@ from worker.broker import DEAD_QUEUE, QUEUES
 from worker.embedded import free_port
 from worker.process import Process
 
-# Debian's command in the path insists on the account rabbitmq and on its folders; this is what it calls.
+# Debian's commands in the path insist on the account rabbitmq and on its folders; this is what they call.
 _SERVER = shutil.which("rabbitmq-server", path="/usr/lib/rabbitmq/bin:" + os.environ["PATH"])
+_CONTROL = shutil.which("rabbitmqctl", path="/usr/lib/rabbitmq/bin:" + os.environ["PATH"])
 _PORT_MAPPER = shutil.which("epmd")
+
+START_TIMEOUT_S = 300.0
 
 CONFIGURATION = """\
 listeners.tcp.1 = 127.0.0.1:{port}
@@ -42,6 +46,7 @@ class RabbitMQ:
 
     port: int
     server: Process
+    environment: dict[str, str]
 
     @property
     def url(self) -> str:
@@ -49,7 +54,7 @@ class RabbitMQ:
 
     def answers(self) -> bool:
         try:
-            with Connection(self.url, connect_timeout=1) as connection:
+            with Connection(self.url, connect_timeout=5) as connection:
                 connection.connect()
         except OSError:
             return False
@@ -69,10 +74,15 @@ class RabbitMQ:
         with suspended(self.server.pid):
             yield
 
+    def control(self, *command: str) -> None:
+        """Have `rabbitmqctl` do something."""
+        assert _CONTROL is not None
+        subprocess.run([_CONTROL, *command], env=self.environment, check=True, capture_output=True, timeout=300)
+
     def restart(self) -> None:
         self.server.stop()
         self.server.start()
-        self.server.wait_until(self.answers)
+        self.server.wait_until(self.answers, timeout_s=START_TIMEOUT_S)
 
 
 @contextmanager
@@ -110,6 +120,6 @@ def running() -> Iterator[RabbitMQ]:
         for process in (mapper, server):
             cleanup.callback(process.kill)
             process.start()
-        broker = RabbitMQ(port, server)
-        server.wait_until(broker.answers)
+        broker = RabbitMQ(port, server, environment)
+        server.wait_until(broker.answers, timeout_s=START_TIMEOUT_S)
         yield broker

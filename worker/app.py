@@ -2,16 +2,17 @@
 
 import os
 import signal
+import sys
 from functools import partial
 from threading import Timer
 
 from celery import Celery
-from celery.signals import beat_init, setup_logging, worker_ready, worker_shutting_down
+from celery.signals import beat_init, setup_logging, worker_init, worker_ready, worker_shutting_down
 from sqlalchemy import Engine
 
 from ledger import logs
 from ledger.database import abandon, connect
-from ledger.settings import Settings
+from ledger.settings import Settings, SettingsError
 from worker import metrics
 from worker.batching import collect_garbage_seldom
 from worker.broker import REDIS_SCHEMES, create_celery, queues
@@ -60,13 +61,22 @@ def create_app(settings: Settings) -> Celery:
     worker_shutting_down.connect(lambda **_: _end_in_time(app.ledger_engine), weak=False)
     worker_ready.connect(lambda **_: collect_garbage_seldom(), weak=False)
     beat_init.connect(_end_when_told, weak=False)
+    beat_init.connect(lambda **_: _confirm_publishing(app), weak=False)
     if not logs.are_for_a_person():
         setup_logging.connect(logs.set_up)
     if (address := settings.metrics_address) is not None:
-        worker_ready.connect(lambda **_: metrics.serve(address), weak=False)
+        worker_init.connect(lambda **_: _serve_metrics(address), weak=False)
     # Loads its modules now: a signal during a later import would leave half a module, and an error at the end.
     assert app.backend is not None
     return app
+
+
+def _serve_metrics(address: str) -> None:
+    try:
+        metrics.serve(address)
+    except SettingsError as error:
+        print(f"holdfast: {error}", file=sys.stderr)
+        raise SystemExit(2) from None  # an Exception would end only in Celery's log
 
 
 def _end_in_time(engine: Engine) -> None:
@@ -75,6 +85,15 @@ def _end_in_time(engine: Engine) -> None:
         timer = Timer(after_s, act)
         timer.daemon = True
         timer.start()
+
+
+def _confirm_publishing(app: Celery) -> None:
+    """What RabbitMQ did not take raises, instead of being lost.
+
+    In the beat alone: all that a worker publishes may be lost, and it must not wait for a confirmation while RabbitMQ
+    has no room, as it is the worker that makes room.
+    """
+    app.conf.broker_transport_options = {**app.conf.broker_transport_options, "confirm_publish": True}
 
 
 def _end_when_told(**_: object) -> None:

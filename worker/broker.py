@@ -8,6 +8,7 @@ an engine needs no settings.
 
 import logging
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 from amqp.exceptions import PreconditionFailed
 from celery import Celery
@@ -54,7 +55,12 @@ _RABBITMQ_ARGUMENTS: dict[str, dict[str, Any] | None] = {
 
 def create_celery(name: str, broker_url: str, result_url: str | None) -> Celery:
     """A Celery app that speaks only JSON, with `QUEUE` as its default. Connects to nothing yet."""
-    app = Celery(name, broker=broker_url, backend=result_url or "disabled://", set_as_current=False)
+    app = Celery(
+        name,
+        broker=_verified(broker_url),
+        backend="disabled://" if result_url is None else _verified(result_url),
+        set_as_current=False,
+    )
     app.conf.update(
         task_serializer="json",
         result_serializer="json",
@@ -63,6 +69,17 @@ def create_celery(name: str, broker_url: str, result_url: str | None) -> Celery:
         broker_transport_options=_redis_options() if broker_url.startswith(REDIS_SCHEMES) else _rabbitmq_options(),
     )
     return app
+
+
+def _verified(url: str) -> str:
+    """A broker's URL that says whether the server's certificate is checked: it is, unless `url` says otherwise.
+
+    Kombu would not check it for a `rediss://` that says nothing, and Celery would not start.
+    """
+    parts = urlsplit(url)
+    if parts.scheme != "rediss" or "ssl_cert_reqs" in dict(parse_qsl(parts.query)):
+        return url
+    return f"{url}{'&' if parts.query else '?'}ssl_cert_reqs=required"
 
 
 def queues(broker_url: str) -> list[Queue]:
@@ -114,4 +131,4 @@ def _redis_options() -> dict[str, Any]:
 
 
 def _rabbitmq_options() -> dict[str, Any]:
-    return {"confirm_publish": True}  # what RabbitMQ did not take raises, instead of being lost
+    return {"write_timeout": 5}  # nobody waits for ever for a broker that takes nothing

@@ -10,6 +10,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, ClassVar
 
 from celery.exceptions import CPendingDeprecationWarning, WorkerShutdown
@@ -66,6 +67,8 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """The connection is lost; or there is one, and the broker refuses what a consumer needs."""
         if isinstance(exc, ResponseError):
+            with suppress(Exception):
+                self.connection.collect()
             self.on_connection_error_before_connected(exc)
             return
         # Celery warns each time that some day it may cancel tasks then; worker/app.py has told it not to.

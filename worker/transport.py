@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 MOST_TAKEN = 500
 """How many messages one step takes at most."""
 
+MOST_BYTES = 8 * 2**20
+"""After how many bytes one step takes no more; twenty messages may come on top."""
+
 QUARANTINE = "credits.quarantine"
 """The list of what was in a queue and is no message. The worker makes dead letters of it."""
 
@@ -60,10 +63,13 @@ local now = string.format('%d.%06d', clock[1], clock[2])
 redis.call('HLEN', unacked); redis.call('ZCARD', unacked_index)
 for list = 4, #KEYS do redis.call('LLEN', KEYS[list]) end
 local set_aside = redis.call('LRANGE', quarantine, -20, -1)
-local taken, held, index = {}, {}, {}
+local taken, held, index, bytes, most = {}, {}, {}, 0, tonumber(ARGV[5])
 for list = 4, #KEYS do
-  if #taken < limit then
-    for _, item in ipairs(redis.call('RPOP', KEYS[list], limit - #taken) or {}) do
+  while #taken < limit and bytes < most do
+    local items = redis.call('RPOP', KEYS[list], math.min(limit - #taken, 20))
+    if not items then break end
+    for _, item in ipairs(items) do
+      bytes = bytes + #item
       taken[#taken + 1] = item
       held[#held + 1] = tag .. #taken
       held[#held + 1] = '[' .. item .. tail
@@ -81,6 +87,7 @@ return {taken, set_aside}
 
 _RESTORE = """
 local unacked, unacked_index, push = KEYS[1], KEYS[2], ARGV[1]
+redis.call('HDEL', unacked, '')
 for at = 2, #ARGV, 2 do
   local tag, item = ARGV[at], ARGV[at + 1]
   -- The push goes first: what fails there is still held.
@@ -93,6 +100,7 @@ end
 """
 
 _SET_ASIDE = """
+redis.call('HDEL', KEYS[1], '')
 local held = redis.call('HGET', KEYS[1], ARGV[1])
 if held then
   redis.call('LPUSH', KEYS[3], held:match('^%[(.*), "", "[^"]*"%]$') or held)
@@ -100,6 +108,9 @@ if held then
   redis.call('ZREM', KEYS[2], ARGV[1])
 end
 """
+
+# A script that has written may go on when the memory is full. Those above, which move what is there already, therefore
+# begin with a write that changes nothing.
 
 Receiver = Callable[[virtual.Message], object]
 
@@ -209,6 +220,10 @@ class Channel(kombu_redis.Channel):
             self._without_ack.add(queue)
         super().basic_consume(queue, no_ack=no_ack, callback=callback, consumer_tag=consumer_tag, **kwargs)
 
+    def _queue_bind(self, *args: Any) -> None:
+        with suppress(OutOfMemoryError):  # what waits in a queue was put there by somebody who has bound it
+            super()._queue_bind(*args)
+
     def basic_get(self, *_: Any, **__: Any) -> None:
         """Not offered: it would take without recording."""
         raise NotImplementedError("this transport delivers messages to consumers only")
@@ -277,7 +292,7 @@ class Channel(kombu_redis.Channel):
         tail = f', "", {json.dumps(queue)}]'  # the exchange and the routing key that lead back to the queue
         keep = 0 if queue in self._without_ack else 1
         items, quarantined = self._take(
-            keys=[*self._kept_keys(), *map(self._key, lists)], args=[limit, tag, tail, keep]
+            keys=[*self._kept_keys(), *map(self._key, lists)], args=[limit, tag, tail, keep, MOST_BYTES]
         )
         for number, item in enumerate(items, start=1):
             self._deliver(queue, f"{tag}{number}", item)

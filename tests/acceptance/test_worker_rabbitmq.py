@@ -22,11 +22,14 @@ from tests.acceptance.installation import (
     terminate,
     warnings_in,
 )
-from tests.support import eventually, sql
+from tests.rabbitmq import RabbitMQ
+from tests.support import PATIENCE_S, eventually, sql
 from worker.broker import DEAD_QUEUE, DELIVERY_LIMIT, QUEUE, declare_queues
 from worker.client import Client
 from worker.embedded import Embedded
 from worker.process import Process
+
+pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
 
 
 @pytest.fixture
@@ -81,10 +84,10 @@ def is_sound(ledger: Installation, *, events: int) -> bool:
 def test_messages_are_applied_in_batches_and_answered(ledger: Installation, rabbitmq_url: str, client: Client) -> None:
     grant_many(client, 0, 5_000)
     start_worker(ledger, rabbitmq_url)
-    eventually(lambda: ledger.count("credit_events") == 5_000, timeout_s=30)
+    eventually(lambda: ledger.count("credit_events") == 5_000)
     [(transactions,)] = sql(ledger.engine, "SELECT count(DISTINCT xmin::text) FROM credit_events")
     assert transactions < 500, "less than ten messages in a batch"
-    answer = client.start(org_id="org-1", workflow_id="run", credits=5, wait_s=20)
+    answer = client.start(org_id="org-1", workflow_id="run", credits=5, wait_s=PATIENCE_S)
     assert (answer.outcome, answer.available) == ("reserved", 245)
     eventually(lambda: is_drained(rabbitmq_url))
     assert is_sound(ledger, events=5_001)
@@ -104,8 +107,8 @@ def test_what_killed_and_stopped_workers_held_is_applied_once(
 ) -> None:
     grant_many(client, 0, 4_000)
     for number in range(4):
-        worker = start_worker(ledger, rabbitmq_url, f"worker-{number}")
         before = ledger.count("credit_events")
+        worker = start_worker(ledger, rabbitmq_url, f"worker-{number}")
         eventually(lambda before=before: ledger.count("credit_events") > before)
         if number % 2:
             terminate(worker)
@@ -114,7 +117,7 @@ def test_what_killed_and_stopped_workers_held_is_applied_once(
             os.kill(worker.pid, signal.SIGKILL)
         grant_many(client, 4_000 + 1_000 * number, 1_000)
     start_worker(ledger, rabbitmq_url)
-    eventually(lambda: ledger.count("credit_events") == 8_000, timeout_s=30)
+    eventually(lambda: ledger.count("credit_events") == 8_000)
     eventually(lambda: is_drained(rabbitmq_url))
     assert is_sound(ledger, events=8_000)
 
@@ -157,7 +160,7 @@ def test_what_was_delivered_too_often_is_a_dead_letter_that_can_be_replayed(
     assert (code, task) == ("delivery_limit", "wallet.grant")
     [args, kwargs, _] = json.loads(bytes(body))
     eventually(lambda: is_drained(rabbitmq_url))
-    assert client.send_as_is(task, args, kwargs, wait_s=20).available == 5
+    assert client.send_as_is(task, args, kwargs, wait_s=PATIENCE_S).available == 5
 
 
 def test_neither_the_end_of_the_broker_nor_that_of_the_database_costs_a_message(
@@ -165,14 +168,15 @@ def test_neither_the_end_of_the_broker_nor_that_of_the_database_costs_a_message(
 ) -> None:
     with rabbitmq.running() as broker, Client(broker.url, result_url=ledger.broker_url) as client:
         worker = start_worker(ledger, broker.url)
-        client.grant(org_id="acme", grant_id="gift", credits=5, wait_s=20)
+        client.grant(org_id="acme", grant_id="gift", credits=5, wait_s=PATIENCE_S)
         with ledger.engine.connect() as rival, rival.begin():
+            rival.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")  # a broker may take its time
             rival.exec_driver_sql("SELECT 1 FROM wallets WHERE org_id = 'acme' FOR UPDATE")
             client.grant(org_id="acme", grant_id="second", credits=5)
             grant_many(client, 0, 100)
             broker.restart()
-        eventually(lambda: ledger.count("credit_events") == 102, timeout_s=30)
-        assert client.grant(org_id="acme", grant_id="third", credits=5, wait_s=20).available == 15
+        eventually(lambda: ledger.count("credit_events") == 102)
+        assert client.grant(org_id="acme", grant_id="third", credits=5, wait_s=PATIENCE_S).available == 15
         eventually(lambda: is_drained(broker.url))
         assert worker.is_running
         assert "Traceback" not in log_of(worker)
@@ -182,11 +186,27 @@ def test_neither_the_end_of_the_broker_nor_that_of_the_database_costs_a_message(
     assert is_sound(ledger, events=103)
 
 
+def test_a_broker_without_room_is_drained(
+    ledger: Installation, rabbitmq_server: RabbitMQ, rabbitmq_url: str, client: Client
+) -> None:
+    grant_many(client, 0, 1_000)
+    rabbitmq_server.control("set_vm_memory_high_watermark", "0.0001")
+    try:
+        worker = start_worker(ledger, rabbitmq_url, "worker", "-E")
+        eventually(lambda: is_drained(rabbitmq_url))
+        assert worker.is_running
+    finally:
+        rabbitmq_server.control("set_vm_memory_high_watermark", "0.6")
+    terminate(worker)
+    assert exit_code(worker) == 0, worker.last_words()
+    assert is_sound(ledger, events=1_000)
+
+
 def test_a_queue_of_the_ledger_may_be_named_by_a_stock_producer(
     ledger: Installation, rabbitmq_url: str, client: Client
 ) -> None:
     start_worker(ledger, rabbitmq_url)
-    client.grant(org_id="acme", grant_id="first", credits=1, wait_s=20)
+    client.grant(org_id="acme", grant_id="first", credits=1, wait_s=PATIENCE_S)
     with closing(Celery(broker=rabbitmq_url, set_as_current=False)) as engine:
         engine.send_task(
             "wallet.grant",

@@ -32,10 +32,10 @@ from cryptography.x509.oid import NameOID
 from kombu.asynchronous import Hub, get_event_loop, set_event_loop
 
 from tests.acceptance.installation import environment, open_folder
-from tests.support import eventually
+from tests.support import PATIENCE_S, eventually
 from worker.broker import create_celery
 from worker.embedded import Broker, Embedded, free_port
-from worker.transport import MOST_TAKEN, NOT_A_MESSAGE, QUARANTINE, UnsupportedServerError, server_problem
+from worker.transport import MOST_BYTES, MOST_TAKEN, NOT_A_MESSAGE, QUARANTINE, UnsupportedServerError, server_problem
 
 OURS = "worker.transport:Transport"
 QUEUE = "credits"
@@ -65,11 +65,11 @@ class Worker:
         )
         self.consumer.consume()
 
-    def run(self, until: Any, *, timeout_s: float = 10) -> None:
+    def run(self, until: Any) -> None:
         """Run the event loop until something is true."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + PATIENCE_S
         while not until():
-            assert time.monotonic() < deadline, f"not true within {timeout_s} s"
+            assert time.monotonic() < deadline, f"not true within {PATIENCE_S:g} s"
             self.hub.run_once()
 
     def receive(self, number: int) -> list[kombu.Message]:
@@ -193,20 +193,18 @@ def test_a_batch_is_taken_in_one_command_and_acknowledged_in_two(
 def test_an_idle_worker_waits_and_does_not_poll(url: str, broker: redis.Redis) -> None:
     with working(url) as worker:
         broker.config_resetstat()
-        idle_until = time.monotonic() + 2.5
-        worker.run(lambda: time.monotonic() > idle_until)
-        waits = broker.info("commandstats")["cmdstat_blmove"]["calls"]
-        assert 2 <= waits <= 2 * 4  # two queues, a wait of a second each
+        idle_since = time.monotonic()
+        worker.run(lambda: broker.info("commandstats").get("cmdstat_blmove", {"calls": 0})["calls"] >= 6)
+        assert time.monotonic() - idle_since > 1.5  # two queues, a wait of a second each
 
 
-def test_a_waiting_worker_is_woken_by_the_message(url: str, producer: Celery) -> None:
+def test_a_waiting_worker_is_woken_by_the_message(url: str, producer: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.transport.WAIT_S", 10 * PATIENCE_S)  # so that nothing comes with the end of a wait
     with working(url) as worker:
         worker.run(lambda: set(worker.channel._asked_at) == {QUEUE, "celery"})
         for number, queue in enumerate((QUEUE, "celery", QUEUE)):
             producer.send_task("workflow.start", args=[number], queue=queue)
-            sent_at = time.monotonic()
             assert numbers(worker.receive(1)) == [number]
-            assert time.monotonic() - sent_at < 0.9, "it came with the end of the wait"
             worker.acknowledge()
 
 
@@ -255,17 +253,19 @@ def test_what_a_killed_worker_held_is_delivered_again(
     assert (broker.llen(QUEUE), held(broker)) == (0, 0)
 
 
-def test_it_is_delivered_again_within_two_seconds_of_the_timeout(
+def test_it_is_delivered_again_soon_after_the_timeout_and_not_before(
     url: str, broker: redis.Redis, producer: Celery
 ) -> None:
     send(producer, *range(50))
     killed = Worker(url)
+    held_since = time.monotonic()
     killed.receive(50)
     killed.is_killed()
-    killed_at = time.monotonic()
     with working(url, visibility_timeout=2) as worker:
+        looked_since = time.monotonic()
         worker.receive(50)
-        assert 1 < time.monotonic() - killed_at < 2 + 2
+        assert time.monotonic() - held_since > 1
+        assert time.monotonic() - looked_since < 2 + 8, "kombu's own interval of ten seconds"
         worker.acknowledge()
 
 
@@ -298,7 +298,8 @@ def test_thousands_are_restored_in_a_few_round_trips_and_in_order(
         assert sorted(order) == list(range(1_200))
         worker.channel.qos.restore_unacked()
         assert (broker.llen(QUEUE), held(broker)) == (1_200, 0)
-        assert broker.info("commandstats")["cmdstat_evalsha"]["calls"] - calls < 20
+        # Each idle second has a few more.
+        assert broker.info("commandstats")["cmdstat_evalsha"]["calls"] - calls < 1_200 / 10
         worker.received.clear()
         assert [message.headers["number"] for message in worker.receive(1_200)] == order
         worker.acknowledge()
@@ -331,6 +332,8 @@ def test_a_worker_that_holds_messages_survives_the_end_of_its_broker() -> None:
             send(producer, *range(10))
         worker = Worker(broker.url)
         worker.receive(10)
+        with redis.Redis.from_url(broker.url) as client:  # the kernel has all that it was told
+            eventually(lambda: client.info("persistence")["aof_buffer_length"] == 0)
         broker.kill()
         with pytest.raises(worker.connection.connection_errors):
             worker.acknowledge()
@@ -426,10 +429,36 @@ def test_a_full_broker_can_be_drained() -> None:
         assert held(client) == 0
 
 
+def test_on_a_full_broker_a_worker_begins_gives_back_and_sets_aside() -> None:
+    with open_folder() as folder, closing_broker(folder) as broker:
+        broker.start()
+        with Celery(broker=broker.url, set_as_current=False) as producer, redis.Redis.from_url(broker.url) as client:
+            send(producer, *range(10))
+            client.lpush(QUEUE, b"no message")
+            client.config_set("maxmemory", 1)
+            with working(broker.url) as worker:
+                worker.run(lambda: len(worker.received) == 11)
+                assert client.llen(QUARANTINE) == 1
+                worker.channel.restore([message.delivery_tag for message in worker.received[:10]])
+                del worker.received[:10]
+                assert numbers(worker.receive(11)[1:]) == list(range(10))
+
+
+def test_one_step_takes_no_more_bytes_than_it_may(url: str, producer: Celery, broker: redis.Redis) -> None:
+    size = MOST_BYTES // 10
+    for _ in range(100):
+        producer.send_task("wallet.grant", args=["x" * size], ignore_result=True)
+    with working(url) as worker:
+        worker.run(lambda: worker.received)
+        assert 0 < held(broker) <= 10 + 20
+        worker.receive(100)
+
+
 def test_a_broker_that_refuses_is_asked_again_and_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
     with a_broker_of_its_own() as (producer, client, worker):
         send(producer, 1)
         client.config_set("min-replicas-to-write", 1)
+        worker.run(lambda: caplog.records)
         refused_until = time.monotonic() + 2.5
         worker.run(lambda: time.monotonic() > refused_until)
         assert worker.received == []
@@ -568,7 +597,7 @@ def test_a_worker_ends_with_one_line_at_a_cluster() -> None:
             ),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_S,
         )
     [line] = ended.stderr.splitlines()
     problem = "the broker is a Redis cluster; Holdfast needs a single server"
@@ -636,7 +665,7 @@ def tls_in_front_of(url: str, folder: Path) -> Iterator[tuple[str, Path]]:
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
     try:
-        port = address.result(timeout=10)
+        port = address.result(PATIENCE_S)
         yield f"rediss://:{server.password}@127.0.0.1:{port}{server.path}", certificate
     finally:
         stopped.set()

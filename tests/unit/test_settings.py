@@ -123,6 +123,18 @@ def test_a_setting_like_no_other_is_told_all_there_are(environment: Environment)
             {"RESULT_URL": "amqp://user:sekrit@host"},
             "HOLDFAST_RESULT_URL must begin with redis:// or rediss:// and name a host",
         ),
+        (
+            {"BROKER_URL": "rediss://:sekrit@host/0?ssl_cert_reqs=bogus"},
+            "HOLDFAST_BROKER_URL must have as ssl_cert_reqs one of required, optional, none",
+        ),
+        (
+            {"BROKER_URL": "amqp://user:sekrit@host//?heartbeat=x"},
+            "HOLDFAST_BROKER_URL has an option that is not known here: heartbeat",
+        ),
+        (
+            {"RESULT_URL": "redis://host/0?socket_timeout=abc"},
+            "HOLDFAST_RESULT_URL has an option that is not known here: socket_timeout",
+        ),
     ],
 )
 def test_a_malformed_url_is_refused(environment: Environment, settings: dict[str, str], line: str) -> None:
@@ -171,7 +183,7 @@ def test_every_documented_broker_is_accepted(environment: Environment, scheme: s
     [
         ({}, None),
         ({"BROKER_URL": REDIS}, REDIS),
-        ({"BROKER_URL": "rediss://host"}, "rediss://host"),
+        ({"BROKER_URL": "rediss://host?ssl_cert_reqs=none"}, "rediss://host?ssl_cert_reqs=none"),
         ({"BROKER_URL": "amqp://host"}, None),
         ({"BROKER_URL": "amqp://host", "RESULT_URL": "redis://results"}, "redis://results"),
         ({"BROKER_URL": REDIS, "RESULT_URL": "redis://results"}, "redis://results"),
