@@ -1,5 +1,9 @@
-"""Real services for the tests that need them: one PostgreSQL and one broker a session, one database a test."""
+"""Real services for the tests that need them: one PostgreSQL and one broker a session, one database a test.
 
+And how hard Hypothesis tries: `default` on every push, `soak` (HYPOTHESIS_PROFILE=soak) ten times as long.
+"""
+
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -7,6 +11,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from sqlalchemy import Engine, text
 
 from ledger import migrations
@@ -14,6 +19,17 @@ from ledger.database import connect
 from tests import rabbitmq
 from tests.rabbitmq import RabbitMQ
 from worker.embedded import Embedded
+
+EVERY_PUSH = settings(
+    max_examples=100,
+    stateful_step_count=30,
+    deadline=None,  # a busy machine is not a bug
+    suppress_health_check=[HealthCheck.too_slow],  # nor is a slow one
+    derandomize="CI" in os.environ,  # a push is repeatable; elsewhere every run looks somewhere else
+)
+settings.register_profile("default", EVERY_PUSH)
+settings.register_profile("soak", EVERY_PUSH, max_examples=1_000, derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 TEMPLATE = "holdfast"
 _numbers = count(1)

@@ -14,11 +14,14 @@ from ledger.store import Delivery
 
 Value = TypeVar("Value")
 
+PATIENCE_S = 60.0
+"""How long a test waits for what is about to be true: many times what a slow and busy machine needs."""
+
 EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 """The third part of a body, as Celery sends it."""
 
 
-def eventually(predicate: Callable[[], Value], *, timeout_s: float = 20) -> Value:
+def eventually(predicate: Callable[[], Value], *, timeout_s: float = PATIENCE_S) -> Value:
     """Return the first truthy value of `predicate`; fail the test when there is none in time."""
     deadline = time.monotonic() + timeout_s
     while not (value := predicate()):

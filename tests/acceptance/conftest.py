@@ -5,7 +5,7 @@ from contextlib import closing
 
 import pytest
 
-from tests.acceptance.installation import Installation, Producer, installed, wait_for_worker
+from tests.acceptance.installation import Installation, Producer, installed, wait_for_workers
 from worker.embedded import Embedded
 
 
@@ -29,7 +29,7 @@ def running(services: Embedded) -> Iterator[Installation]:
     with installed(services) as own:
         own.start_worker()
         with closing(Producer(own.broker_url)) as plain:
-            wait_for_worker(plain)
+            wait_for_workers(plain)
         yield own
 
 

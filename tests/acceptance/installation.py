@@ -20,14 +20,13 @@ from celery.result import AsyncResult
 from sqlalchemy import Engine, text
 
 from ledger.database import connect
-from tests.support import eventually, sql
+from tests.support import PATIENCE_S, eventually, sql
 from worker.embedded import Embedded
 from worker.process import Process
 
 MIGRATED, EMPTY = "holdfast", "template1"
 HOLDFAST = str(Path(sys.executable).with_name("holdfast"))
 QUEUES = "credits", "celery"
-ANSWER_TIMEOUT_S = 20.0
 
 # A process that has sent forks in both ways of Python; then it and its children send at the same time.
 FORKING = """
@@ -60,6 +59,7 @@ sys.exit(f"{codes}, {connects}" if any(codes) or connects != [os.getpid()] else 
 SENT_BY_FORKS = {f"{who}-{n}" for who in ("before", "fork", "multiprocessing", "parent", "after") for n in range(20)}
 
 _numbers = count(1)
+_broker_databases_in_use: set[int] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class Producer:
 
     def answer(self, task: str, *args: object, **kwargs: object) -> Any:
         """The task's result; raises what it failed with."""
-        return self.ask(task, *args, **kwargs).get(timeout=ANSWER_TIMEOUT_S)
+        return self.ask(task, *args, **kwargs).get(timeout=PATIENCE_S)
 
     def close(self) -> None:
         self.celery.backend.result_consumer.stop()
@@ -124,7 +124,7 @@ class Producer:
 
 def send_from_forks(broker_url: str) -> None:
     """Have `SENT_BY_FORKS` sent by one `Client`."""
-    subprocess.run([sys.executable, "-c", FORKING, broker_url], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", FORKING, broker_url], check=True, timeout=PATIENCE_S)
 
 
 def celery(command: str) -> list[str]:
@@ -151,9 +151,9 @@ def terminate(process: Process) -> None:
     os.kill(process.pid, signal.SIGTERM)
 
 
-def exit_code(process: Process) -> int:
-    """What it ends with; fails the test if that takes more than ten seconds."""
-    eventually(lambda: not process.is_running, timeout_s=10)
+def exit_code(process: Process, *, within_s: float = PATIENCE_S) -> int:
+    """What it ends with; fails the test if it takes longer."""
+    eventually(lambda: not process.is_running, timeout_s=within_s)
     assert process._child is not None
     assert process._child.returncode is not None
     return process._child.returncode
@@ -162,9 +162,11 @@ def exit_code(process: Process) -> int:
 @contextmanager
 def installed(services: Embedded, *, template: str = MIGRATED) -> Iterator[Installation]:
     """A database and a broker that are nobody else's, on the session's servers."""
-    number = next(_numbers)
-    name = f"acceptance_{number}"
+    number = next(number for number in _numbers if 1 + number % 15 not in _broker_databases_in_use)
+    name, broker_database = f"acceptance_{number}", 1 + number % 15
     with ExitStack() as cleanup:
+        _broker_databases_in_use.add(broker_database)
+        cleanup.callback(_broker_databases_in_use.remove, broker_database)
         folder = cleanup.enter_context(open_folder())
         admin = connect(services.admin_url).execution_options(isolation_level="AUTOCOMMIT")
         cleanup.callback(admin.dispose)
@@ -178,7 +180,7 @@ def installed(services: Embedded, *, template: str = MIGRATED) -> Iterator[Insta
 
         cleanup.callback(drop)
         database_url = services.database_url.replace("/holdfast?", f"/{name}?")
-        broker_url = services.broker_url.removesuffix("0") + str(1 + number % 15)
+        broker_url = services.broker_url.removesuffix("0") + str(broker_database)
         installation = cleanup.enter_context(_installation(database_url, broker_url, folder))
         installation.broker.flushdb()
         yield installation
@@ -212,5 +214,7 @@ def open_folder() -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def wait_for_worker(producer: Producer) -> None:
-    eventually(lambda: producer.celery.control.ping(timeout=0.2), timeout_s=30)
+def wait_for_workers(producer: Producer, number: int = 1) -> None:
+    """Wait until so many workers take messages."""
+    # The limit: without it, Celery waits for answers of more workers until the time is over.
+    eventually(lambda: len(producer.celery.control.ping(timeout=1, limit=number)) == number)

@@ -16,6 +16,8 @@ from ledger.store import apply_batch
 from tests.support import delivery, sql
 from worker.embedded import Embedded
 
+pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
+
 TINY = replace(
     QUICK,
     repetitions=1,

@@ -23,14 +23,14 @@ from selenium.webdriver.support.select import Select
 from selenium.webdriver.support.wait import WebDriverWait
 from sqlalchemy import Engine
 
+from api_stub import operators
 from ledger.store import apply_batch
 from tests.acceptance.installation import Installation
 from tests.acceptance.website import HISTORY, LETTERS, operator_token, served, token
-from tests.support import delivery, eventually, sql
+from tests.support import PATIENCE_S, delivery, eventually, sql
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SCREENSHOT = os.environ.get("HOLDFAST_TEST_SCREENSHOT")
-TIMEOUT_S = 10
 FLAGS = (
     "--headless=new",
     "--no-sandbox",
@@ -135,10 +135,14 @@ class Person:
         self.wait_for_page_after(before)
 
     def wait_for_page_after(self, before: WebElement) -> None:
-        WebDriverWait(self.driver, TIMEOUT_S).until(lambda _: self.find("html") != before)
+        WebDriverWait(self.driver, PATIENCE_S).until(lambda _: self.find("html") != before and self.is_loaded())
 
     def wait_for(self, path: str) -> None:
-        WebDriverWait(self.driver, TIMEOUT_S).until(lambda driver: driver.current_url == self.address + path)
+        address = self.address + path
+        WebDriverWait(self.driver, PATIENCE_S).until(lambda driver: driver.current_url == address and self.is_loaded())
+
+    def is_loaded(self) -> bool:
+        return bool(self.driver.execute_script("return document.readyState") == "complete")
 
     def press(self, *keys: str) -> WebElement:
         """Press keys; answers with what has the focus then."""
@@ -193,8 +197,10 @@ def chrome(downloads: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.fixture(scope="module")
 def address(running: Installation) -> Iterator[str]:
     tell_the_story(running.engine)
-    with served(running.database_url, running.broker_url) as address:
-        yield address
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(operators, "ANSWER_TIMEOUT_S", PATIENCE_S)
+        with served(running.database_url, running.broker_url) as address:
+            yield address
 
 
 @pytest.fixture
@@ -258,7 +264,7 @@ def test_a_wrong_token_is_told_and_the_right_one_leads_on(person: Person) -> Non
     assert person.find("#wrong").text == "The token is not valid."
     person.find("#token").send_keys(token(), Keys.ENTER)
     person.wait_for(HISTORY)
-    assert [complaint.endswith("401 (Unauthorized)") for complaint in person.complaints()] == [True]
+    assert [complaint.endswith("401 (Unauthorized)") for complaint in eventually(person.complaints)] == [True]
 
 
 def test_a_customer_filters_the_events(customer: Person) -> None:
@@ -288,7 +294,7 @@ def test_a_customer_downloads_what_is_filtered(customer: Person, downloads: Path
     customer.click("Apply filter")
     customer.find(".download").click()
     file = downloads / "credit-history-acme.csv"
-    eventually(file.exists)
+    eventually(lambda: file.exists() and file.stat().st_size > 0)
     header, *lines = file.read_text(encoding="utf-8").splitlines()
     assert header.startswith("created_at,event_type,source,project_id,activity_name,credits,")
     assert [line.split(",")[1] for line in lines] == ["prepaid_purchase", "prepaid_purchase"]
@@ -431,7 +437,7 @@ def test_no_number_is_broken_on_any_screen(running: Installation, person: Person
     person.sign_in(token(orgs=[org_id]), HISTORY.replace("acme", org_id))
     used = f"{credits // 3:,}"
     assert person.texts(".figures strong")[2:] == [f"{credits - credits // 3:,}", used, used]
-    for width in (360, 500, 620, 1280):
+    for width in (320, 360, 500, 620, 1280):
         person.hold_phone(width)
         assert (width, person.driver.execute_script(BROKEN), person.width_needed()) == (width, [], width)
 
@@ -524,7 +530,7 @@ def test_an_operator_replays_what_can_be_applied_now(
     operator.click("Replay the message")
     assert "The message was sent and failed again: " in operator.find("#failure").text
     assert operator.texts(".title .status") == ["Open"]
-    assert [complaint.endswith("409 (Conflict)") for complaint in operator.complaints()] == [True]
+    assert [complaint.endswith("409 (Conflict)") for complaint in eventually(operator.complaints)] == [True]
     apply_batch(running.engine, [delivery("workflow.finish", org_id=org_id, workflow_id="w", credits=5)])
     operator.click("Replay the message")
     assert operator.texts(".title .status") == ["Replayed"]

@@ -22,12 +22,14 @@ from ledger.store import DeadLettered, apply_batch
 from tests.acceptance import commands
 from tests.acceptance.commands import Ended, drawn
 from tests.acceptance.installation import HOLDFAST, Installation, environment, installed, open_folder
-from tests.support import delivery, eventually, sql
+from tests.support import PATIENCE_S, delivery, eventually, sql
 from worker.client import Client
 from worker.embedded import Embedded
 
 COMMANDS = "migrate", "up", "demo", "verify", "wallet", "history"
-TIMEOUT_S = 60
+TIMEOUT_S = 300
+
+pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
 
 
 def run(*arguments: str, **settings: str) -> Ended:
@@ -447,8 +449,8 @@ def test_two_demos_at_once_tell_their_story_and_leave_nothing_behind(folder: Pat
 @pytest.mark.parametrize("moment", ["Starting PostgreSQL", "What is sent"])
 def test_ctrl_c_ends_a_demo_at_any_moment(folder: Path, moment: str) -> None:
     with started(folder, "demo") as demo:
-        demo.wait_to_say(moment)
         eventually(lambda: len(processes_in(folder)) > 1)
+        demo.wait_to_say(moment)
         demo.interrupt()
         assert demo.exit_code() == 2, demo.said()
     assert demo.said().splitlines()[-1] == "holdfast: interrupted; everything is stopped"
@@ -467,7 +469,7 @@ def test_up_serves_until_ctrl_c_and_keeps_its_data(folder: Path) -> None:
     with started(folder, "up", "--data-dir", str(data_dir)) as first:
         first.wait_to_say("Data and logs are in")
         with Client(exported(first)["HOLDFAST_BROKER_URL"]) as client:
-            assert client.purchase(org_id="acme", purchase_id="p-1", credits=500, wait_s=20).available == 500
+            assert client.purchase(org_id="acme", purchase_id="p-1", credits=500, wait_s=PATIENCE_S).available == 500
         shown = run("wallet", "acme", "--json", HOLDFAST_DATABASE_URL=exported(first)["HOLDFAST_DATABASE_URL"])
         assert json.loads(shown.stdout)["available"] == 500
         assert_one_line(run("up", "--data-dir", str(data_dir)), f"Holdfast already runs on the data folder {data_dir}.")
@@ -476,7 +478,7 @@ def test_up_serves_until_ctrl_c_and_keeps_its_data(folder: Path) -> None:
         os.kill(int(worker), signal.SIGKILL)
         first.wait_to_say("worker ended")
         with Client(exported(first)["HOLDFAST_BROKER_URL"]) as client:
-            assert client.purchase(org_id="acme", purchase_id="p-2", credits=50, wait_s=20).available == 550
+            assert client.purchase(org_id="acme", purchase_id="p-2", credits=50, wait_s=PATIENCE_S).available == 550
         assert (data_dir / "worker.pid").read_text().split()[0] != worker
 
         first.interrupt()
@@ -489,7 +491,7 @@ def test_up_serves_until_ctrl_c_and_keeps_its_data(folder: Path) -> None:
     with started(folder, "up", "--data-dir", str(data_dir)) as second:
         second.wait_to_say("Data and logs are in")
         with Client(exported(second)["HOLDFAST_BROKER_URL"]) as client:
-            again = client.purchase(org_id="acme", purchase_id="p-2", credits=50, wait_s=20)
+            again = client.purchase(org_id="acme", purchase_id="p-2", credits=50, wait_s=PATIENCE_S)
         assert (again.duplicate, again.available) == (True, 550)
         second.process.terminate()  # as a service manager does
         assert second.exit_code() == 0, second.said()

@@ -18,8 +18,9 @@ from ledger.state import Result
 from tests.acceptance.installation import SENT_BY_FORKS, Installation, Producer, send_from_forks
 from tests.acceptance.story import STORY
 from tests.cut import cut_way_to
-from tests.support import eventually, sql
+from tests.support import PATIENCE_S, eventually, sql
 from worker.client import Client, DeadLetteredError, InvalidMessageError, NoAnswerError, NotSentError
+from worker.publishing import TIMEOUT_S
 
 ANSWERS = "celery-task-meta-*"
 
@@ -38,16 +39,16 @@ def events(installation: Installation, org_id: str) -> int:
 def test_every_method_sends_its_message_and_returns_the_answer(client: Client) -> None:
     for task, fields, expected in STORY:
         method = getattr(client, task.split(".")[1])
-        answer = method(org_id="acme", wait_s=20, **fields)
+        answer = method(org_id="acme", wait_s=PATIENCE_S, **fields)
         values = {**expected, "event_seqs": tuple(expected["event_seqs"])}
         assert (task, answer) == (task, Result(org_id="acme", **values))
 
 
 def test_a_start_is_reserved_rejected_or_a_duplicate(client: Client) -> None:
     client.purchase(org_id="engine", purchase_id="order", credits=100)
-    reserved = client.start(org_id="engine", workflow_id="run-1", credits=60, wait_s=20)
-    rejected = client.start(org_id="engine", workflow_id="run-2", credits=60, wait_s=20)
-    again = client.start(org_id="engine", workflow_id="run-1", credits=60, wait_s=20)
+    reserved = client.start(org_id="engine", workflow_id="run-1", credits=60, wait_s=PATIENCE_S)
+    rejected = client.start(org_id="engine", workflow_id="run-2", credits=60, wait_s=PATIENCE_S)
+    again = client.start(org_id="engine", workflow_id="run-1", credits=60, wait_s=PATIENCE_S)
     assert reserved == Result("reserved", None, False, "engine", "run-1", (2,), 40)
     assert rejected == Result("rejected", "insufficient_credits", False, "engine", "run-2", (), 40)
     assert again == Result("reserved", None, True, "engine", "run-1", (), 40)
@@ -63,17 +64,17 @@ def test_without_waiting_a_message_returns_none_and_leaves_no_answer(running: In
 
 def test_an_answer_that_was_read_is_not_kept(running: Installation, client: Client) -> None:
     running.broker.delete("none", *running.broker.keys(ANSWERS))
-    client.grant(org_id="read", grant_id="gift", credits=1, wait_s=20)
+    client.grant(org_id="read", grant_id="gift", credits=1, wait_s=PATIENCE_S)
     with pytest.raises(DeadLetteredError):
-        client.grant(org_id="read", grant_id="gift", credits=2, wait_s=20)
+        client.grant(org_id="read", grant_id="gift", credits=2, wait_s=PATIENCE_S)
     eventually(running.is_drained)
     assert running.broker.keys(ANSWERS) == []
 
 
 def test_a_conflict_is_told_in_a_sentence(client: Client) -> None:
-    client.purchase(org_id="conflict", purchase_id="order", credits=5, wait_s=20)
+    client.purchase(org_id="conflict", purchase_id="order", credits=5, wait_s=PATIENCE_S)
     with pytest.raises(DeadLetteredError) as told:
-        client.purchase(org_id="conflict", purchase_id="order", credits=6, wait_s=20)
+        client.purchase(org_id="conflict", purchase_id="order", credits=6, wait_s=PATIENCE_S)
     assert "wallet.purchase: order was applied with credits 5, so this message contradicts it" in str(told.value)
 
 
@@ -91,7 +92,7 @@ def test_occurred_at_and_the_other_options_are_on_the_event(
 ) -> None:
     org_id = request.node.callspec.id.replace(" ", "-")
     options = {"source": "crm", "metadata": {"note": "été"}}
-    client.grant(org_id=org_id, grant_id="gift", credits=1, occurred_at=occurred_at, wait_s=20, **options)
+    client.grant(org_id=org_id, grant_id="gift", credits=1, occurred_at=occurred_at, wait_s=PATIENCE_S, **options)
     kept = sql(running.engine, "SELECT source, metadata FROM credit_events WHERE org_id = :org_id", org_id=org_id)
     metadata = {"note": "été", "grant_id": "gift", "occurred_at": "2026-01-31T09:00:00+00:00"}
     assert kept == [("crm", metadata)]
@@ -99,19 +100,19 @@ def test_occurred_at_and_the_other_options_are_on_the_event(
 
 def test_an_anchor_may_be_a_datetime(running: Installation, client: Client) -> None:
     plan = {"subscription_id": "sub", "version": 1, "plan": "team", "monthly_credits": 10}
-    client.subscribe(org_id="anchored", anchor=datetime(2026, 1, 31, tzinfo=UTC), wait_s=20, **plan)
+    client.subscribe(org_id="anchored", anchor=datetime(2026, 1, 31, tzinfo=UTC), wait_s=PATIENCE_S, **plan)
     anchors = sql(running.engine, "SELECT anchor FROM subscriptions WHERE org_id = 'anchored'")
     assert anchors == [(datetime(2026, 1, 31, tzinfo=UTC),)]
 
 
 def test_eight_threads_share_one_client(running: Installation, client: Client) -> None:
-    client.purchase(org_id="shared", purchase_id="order", credits=100, wait_s=20)
+    client.purchase(org_id="shared", purchase_id="order", credits=100, wait_s=PATIENCE_S)
 
     def start(number: int) -> Result:
-        return client.start(org_id="shared", workflow_id=f"run-{number}", credits=1, wait_s=20)
+        return client.start(org_id="shared", workflow_id=f"run-{number}", credits=1, wait_s=PATIENCE_S)
 
     with ThreadPoolExecutor(8) as threads:
-        answers = list(threads.map(start, range(200), timeout=60))
+        answers = list(threads.map(start, range(200), timeout=PATIENCE_S))
     assert [answer.workflow_id for answer in answers] == [f"run-{number}" for number in range(200)]
     assert sorted(answer.outcome for answer in answers) == ["rejected"] * 100 + ["reserved"] * 100
     assert events(running, "shared") == 101
@@ -252,11 +253,9 @@ def test_an_invalid_message_is_refused_in_a_sentence_and_not_sent(installation: 
 
 
 def test_without_a_worker_there_is_no_answer_and_the_message_is_kept(installation: Installation) -> None:
-    began = time.monotonic()
-    with Client(installation.broker_url) as client, pytest.raises(NoAnswerError) as missed:
+    with Client(installation.broker_url) as client, told_soon(), pytest.raises(NoAnswerError) as missed:
         client.start(org_id="acme", workflow_id="run", credits=1, wait_s=0.2)
     assert str(missed.value) == "workflow.start was sent, but no answer came within 0.2 s"
-    assert time.monotonic() - began < 3
     assert installation.waiting() == {"credits": 1, "celery": 0, "unacked": 0}
 
 
@@ -276,26 +275,26 @@ def silent_port() -> Iterator[int]:
 
 
 @contextmanager
-def within(seconds: float) -> Iterator[None]:
+def told_soon() -> Iterator[None]:
+    """Much later than on a fast machine, but before four attempts could each have waited for `TIMEOUT_S`."""
     began = time.monotonic()
     yield
-    assert time.monotonic() - began < seconds
+    assert time.monotonic() - began < 3.5 * TIMEOUT_S
 
 
 @pytest.mark.parametrize("scheme", ["redis", "amqp"])
 def test_an_unreachable_broker_is_named_without_its_password(closed_port: int, scheme: str) -> None:
     url = f"{scheme}://user:sekrit@127.0.0.1:{closed_port}/0"
-    with Client(url) as client, within(5), pytest.raises(NotSentError) as failed:
+    with Client(url) as client, told_soon(), pytest.raises(NotSentError) as failed:
         client.start(org_id="acme", workflow_id="run", credits=1)
     assert f"127.0.0.1:{closed_port}" in str(failed.value)
     assert "sekrit" not in str(failed.value)
 
 
-@pytest.mark.timeout(10)
 def test_an_unreachable_broker_is_told_as_soon_to_who_waits_for_an_answer(closed_port: int) -> None:
     with (
         Client(f"redis://user:sekrit@127.0.0.1:{closed_port}/0") as client,
-        within(5),
+        told_soon(),
         pytest.raises(NotSentError) as failed,
     ):
         client.start(org_id="acme", workflow_id="run", credits=1, wait_s=1)
@@ -303,23 +302,21 @@ def test_an_unreachable_broker_is_told_as_soon_to_who_waits_for_an_answer(closed
     assert "sekrit" not in str(failed.value)
 
 
-@pytest.mark.timeout(10)
 def test_an_unreachable_result_store_is_an_error_of_the_clients_own(
     installation: Installation, closed_port: int
 ) -> None:
     result_url = f"redis://user:sekrit@127.0.0.1:{closed_port}/0"
     with (
         Client(installation.broker_url, result_url=result_url) as client,
-        within(5),
+        told_soon(),
         pytest.raises((NotSentError, NoAnswerError)) as failed,
     ):
         client.start(org_id="acme", workflow_id="run", credits=1, wait_s=1)
     assert "sekrit" not in str(failed.value)
 
 
-@pytest.mark.timeout(10)  # waiting for ever, it would never get to say so itself
 @pytest.mark.parametrize(("scheme", "wait_s"), [("redis", None), ("redis", 1.0), ("amqp", None)])
 def test_a_broker_that_never_answers_is_given_up(silent_port: int, scheme: str, wait_s: float | None) -> None:
-    with Client(f"{scheme}://127.0.0.1:{silent_port}/0") as client, within(7), pytest.raises(NotSentError) as failed:
+    with Client(f"{scheme}://127.0.0.1:{silent_port}/0") as client, told_soon(), pytest.raises(NotSentError) as failed:
         client.start(org_id="acme", workflow_id="run", credits=1, wait_s=wait_s)
     assert str(failed.value) != ""

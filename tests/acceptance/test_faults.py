@@ -1,6 +1,6 @@
 """Faults of the database and of the broker, on the real worker: nothing acknowledged, nothing lost, and no help needed.
 
-Where a test waits for at most five seconds, that is the promise: so soon after a fault the worker is at work again.
+Where a test waits for at most `SOON_S`, that is the promise: after a fault the worker is soon at work again.
 """
 
 import re
@@ -30,17 +30,26 @@ from tests.acceptance.installation import (
     log_of,
     open_folder,
     terminate,
-    wait_for_worker,
+    wait_for_workers,
     warnings_in,
 )
 from tests.support import eventually, sql, suspended
+from worker.batching import STORE_PAUSE_S
 from worker.embedded import Broker, Embedded
 from worker.process import Process
+
+pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
 
 WAITS = "The database does not answer, the messages wait: "
 GOES_ON = r"The database answers again after \d+\.\d s"
 HELD_AT_MOST = 1_000
 """The prefetch limit of a worker."""
+
+SOON_S = 20.0
+"""Long enough for a slow machine, as a worker tries every two seconds; not for one that waits for another timeout."""
+
+GRACE_S = 30.0
+"""How long docker-compose.yml lets a worker stop, which takes less than ten seconds of a machine that has time."""
 
 
 def grants(producer: Producer, first: int, count: int) -> None:
@@ -97,7 +106,7 @@ def test_a_database_that_goes_away_costs_no_message(machine: Embedded, fragile: 
         eventually(lambda: time.monotonic() > down_since + 2)  # long enough for half a dozen tries
         assert len(warnings_in(worker)) == 1
         machine.postgres.start()
-        eventually(lambda: fragile.count("credit_events") == 101, timeout_s=5)
+        eventually(lambda: fragile.count("credit_events") == 101, timeout_s=SOON_S)
         assert eventually(fragile.is_drained)
     waits, goes_on = warnings_in(worker)
     assert waits.startswith("The database does not answer, the messages wait: ")
@@ -136,7 +145,7 @@ def test_a_worker_waits_for_the_database_to_be_migrated(services: Embedded) -> N
         ]
         assert not asked.ready()
         assert commands.run("migrate", env=installation.environment).returncode == 0
-        assert asked.get(timeout=5)["available"] == 1
+        assert asked.get(timeout=SOON_S)["available"] == 1
         assert installation.count("dead_letters") == 0
 
 
@@ -154,7 +163,7 @@ def test_a_database_that_dies_in_the_middle_of_a_batch_costs_and_repeats_nothing
         fragile.engine.dispose()
         eventually(lambda: len(warnings_in(worker)) == 1)
         machine.postgres.start()
-        eventually(lambda: fragile.count("credit_events") == 102, timeout_s=5)
+        eventually(lambda: fragile.count("credit_events") == 102, timeout_s=SOON_S)
         assert eventually(fragile.is_drained)
     assert is_sound(fragile, events=102)
     assert "Traceback" not in log_of(worker)
@@ -165,15 +174,15 @@ def test_while_the_database_is_away_a_worker_holds_no_more_than_its_prefetch_and
 ) -> None:
     fragile.start_worker()
     with closing(Producer(fragile.broker_url)) as producer:
-        wait_for_worker(producer)
+        wait_for_workers(producer)
         machine.postgres.kill()
         fragile.engine.dispose()
         grants(producer, 0, HELD_AT_MOST + 500)
         eventually(lambda: fragile.waiting()["unacked"] == HELD_AT_MOST)
-        assert producer.celery.control.ping(timeout=2), "it does not answer while it waits"
+        assert producer.celery.control.ping(timeout=SOON_S, limit=1), "it does not answer while it waits"
         assert fragile.waiting() == {"credits": 0, "celery": 500, "unacked": HELD_AT_MOST}
         machine.postgres.start()
-        eventually(lambda: fragile.count("credit_events") == HELD_AT_MOST + 500, timeout_s=5)
+        eventually(lambda: fragile.count("credit_events") == HELD_AT_MOST + 500, timeout_s=SOON_S)
     assert eventually(fragile.is_drained)
     assert is_sound(fragile, events=HELD_AT_MOST + 500)
 
@@ -188,7 +197,7 @@ def test_a_database_that_only_reads_is_waited_for(
     assert warnings_in(worker) == [f"{WAITS}cannot execute SELECT FOR UPDATE in a read-only transaction"]
     assert installation.waiting()["unacked"] == 1
     fail_over(services, installation, read_only=False)
-    eventually(lambda: installation.count("credit_events") == 1, timeout_s=5)
+    eventually(lambda: installation.count("credit_events") == 1, timeout_s=SOON_S)
     assert eventually(installation.is_drained)
     assert is_sound(installation, events=1)
     assert re.fullmatch(GOES_ON, warnings_in(worker)[-1])
@@ -218,7 +227,7 @@ def test_a_lock_that_somebody_holds_too_long_is_waited_for(fed: Any) -> None:
         eventually(lambda: warnings_in(worker))  # the lock timeout
         assert warnings_in(worker) == [f"{WAITS}canceling statement due to lock timeout"]
         assert installation.waiting()["unacked"] == 1
-    eventually(lambda: installation.count("credit_events") == 2, timeout_s=5)
+    eventually(lambda: installation.count("credit_events") == 2, timeout_s=SOON_S)
     assert eventually(installation.is_drained)
     assert is_sound(installation, events=2)
 
@@ -231,10 +240,13 @@ def locked(installation: Installation, org_id: str) -> Iterator[Connection]:
         transaction.rollback()
 
 
-def test_a_deadlock_is_waited_out(services: Embedded, fed: Any) -> None:
+def test_a_deadlock_is_waited_out(services: Embedded, installation: Installation, producer: Producer) -> None:
     """Nobody else locks wallets in another order; if somebody does, PostgreSQL ends one of the two."""
-    installation, worker, producer = fed
-    producer.answer("wallet.grant", grant("a"))
+    with as_admin(services) as admin:  # a wait is looked at once, after that long: the rival must wait too by then
+        admin.execute(text(f"ALTER DATABASE {installation.engine.url.database} SET deadlock_timeout = '5s'"))
+    worker = installation.start_worker()
+    for org_id in ("a", "before"):
+        producer.answer("wallet.grant", grant(org_id))
     lock = "SELECT 1 FROM wallets WHERE org_id = '{}' FOR UPDATE"
     conninfo = services.admin_url.replace("postgresql+psycopg", "postgresql").replace(
         "/postgres?", f"/{installation.engine.url.database}?"
@@ -250,7 +262,7 @@ def test_a_deadlock_is_waited_out(services: Embedded, fed: Any) -> None:
         eventually(lambda: warnings_in(worker))
         assert warnings_in(worker)[0] == f"{WAITS}deadlock detected"
         rival.rollback()
-    eventually(lambda: installation.count("credit_events") == 4, timeout_s=5)
+    eventually(lambda: installation.count("credit_events") == 4, timeout_s=SOON_S)
     assert eventually(installation.is_drained)
     assert is_sound(installation, events=4)
     assert worker.is_running
@@ -267,7 +279,8 @@ def backend_of(installation: Installation) -> int:
     """The server's process for the worker's connection."""
     [(pid,)] = sql(
         installation.engine,
-        "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()",
+        "SELECT pid FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'",
     )
     return int(pid)
 
@@ -278,7 +291,7 @@ def test_a_worker_told_to_stop_while_the_database_is_stuck_gives_its_messages_ba
         producer.send("wallet.grant", grant("later"))
         eventually(lambda: installation.waiting()["unacked"] == 1)
         terminate(worker)
-        assert exit_code(worker) == 0, worker.last_words()
+        assert exit_code(worker, within_s=GRACE_S) == 0, worker.last_words()
         assert installation.waiting() == {"credits": 0, "celery": 1, "unacked": 0}
     installation.start_worker("worker-2")
     eventually(lambda: installation.count("credit_events") == 2)
@@ -293,6 +306,7 @@ def test_a_place_for_answers_that_is_silent_does_not_hold_the_ledger_up(
         place = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
         environment = {**installation.environment, "HOLDFAST_RESULT_URL": place}
         worker = Process("worker", program, installation.folder, env=environment, cwd=installation.folder)
+        began_at = time.monotonic()
         with killed_at_the_end(worker):
             for number in range(5):
                 producer.ask("wallet.grant", grant("acme", str(number)))
@@ -300,8 +314,10 @@ def test_a_place_for_answers_that_is_silent_does_not_hold_the_ledger_up(
             assert eventually(installation.is_drained)
             terminate(worker)
             assert exit_code(worker) == 0
-        [warning] = warnings_in(worker)
-        assert warning.startswith("Answers cannot be stored, none is for 10 s: ")
+        ended_at = time.monotonic()
+        warnings = warnings_in(worker)
+        assert {warning.partition(": ")[0] for warning in warnings} == {"Answers cannot be stored, none is for 10 s"}
+        assert len(warnings) <= 1 + (ended_at - began_at) / STORE_PAUSE_S
 
 
 @contextmanager
@@ -322,7 +338,7 @@ def test_a_worker_told_to_stop_while_its_broker_is_stuck_ends_in_time(engine: En
             assert broker.pid is not None
             with suspended(broker.pid):
                 terminate(worker)
-                assert exit_code(worker) == 0, worker.last_words()
+                assert exit_code(worker, within_s=GRACE_S) == 0, worker.last_words()
 
 
 def test_a_broker_that_goes_away_while_a_batch_is_applied_is_noticed_and_a_stop_too(
@@ -356,22 +372,20 @@ def test_what_a_worker_held_when_its_broker_restarted_does_not_wait_for_a_timeou
                 installation.engine.dispose()
                 grants(producer, 0, 50)
                 eventually(lambda: installation.waiting()["unacked"] == 50)
-            time_of_two_writes_of_the_append_only_file(installation)
+            eventually(lambda: has_written_all(installation))
             broker.kill()
             eventually(lambda: any("Connection to broker lost" in line for line in warnings_in(worker)))
             broker.start()
             machine.postgres.start()
-            eventually(lambda: installation.count("credit_events") == 51, timeout_s=5)
+            eventually(lambda: installation.count("credit_events") == 51, timeout_s=SOON_S)
             assert eventually(installation.is_drained)
             assert is_sound(installation, events=51)
             assert "Traceback" not in log_of(worker)
 
 
-def time_of_two_writes_of_the_append_only_file(installation: Installation) -> None:
-    """Valkey writes its file every second: what it was told before is kept, also if it is killed now."""
-    known_since = time.monotonic()
-    eventually(lambda: time.monotonic() > known_since + 2)
-    assert installation.broker.info("persistence")["aof_pending_bio_fsync"] == 0
+def has_written_all(installation: Installation) -> bool:
+    """Whether the kernel has all that the broker was told, so that it is kept also if the broker is killed now."""
+    return bool(installation.broker.info("persistence")["aof_buffer_length"] == 0)
 
 
 def test_a_worker_waits_for_its_broker_and_outlives_its_end(engine: Engine, database_url: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ledger.settings import PREFIX, Settings
-from tests.support import eventually
+from tests.support import PATIENCE_S, eventually
 from worker.client import Client, DeadLetteredError
 from worker.process import Process
 from worker.system import System
@@ -22,6 +22,8 @@ from worker.system import System
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
+
+pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
 
 
 def blocks(language: str) -> list[str]:
@@ -50,7 +52,7 @@ def environment() -> Iterator[dict[str, str]]:
 
 def run(command: str, environment: dict[str, str] | None = None) -> str:
     done = subprocess.run(
-        shlex.split(command), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False
+        shlex.split(command), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -107,7 +109,7 @@ def test_make_alone_lists_the_commands_of_the_readme() -> None:
 def test_the_programs_and_then_the_commands_of_the_readme_work(environment: dict[str, str]) -> None:
     client_program, celery_program = blocks("python")
     for program in (client_program, celery_program):
-        subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=60)
+        subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=PATIENCE_S)
     wallet = run("holdfast wallet acme", environment)
     assert "420" in wallet
     assert "run-1" not in wallet
@@ -124,7 +126,7 @@ def read_over_http(environment: dict[str, str]) -> str:
     [script] = [block for block in blocks("sh") if "curl" in block]
     script = script.replace('/credits"', '/credits"; echo').replace('=usage"', '=usage"; echo')
     return subprocess.run(
-        ["bash", "-euc", script], env=environment, capture_output=True, text=True, check=True, timeout=60
+        ["bash", "-euc", script], env=environment, capture_output=True, text=True, check=True, timeout=PATIENCE_S
     ).stdout
 
 
@@ -137,13 +139,13 @@ def without_times(answers: str) -> list[dict[str, object]]:
 
 def test_the_commands_of_operators_do_what_the_readme_says(environment: dict[str, str]) -> None:
     with Client(environment[f"{PREFIX}BROKER_URL"]) as client:
-        client.grant(org_id="acme", grant_id="gift", credits=100, wait_s=20)
+        client.grant(org_id="acme", grant_id="gift", credits=100, wait_s=PATIENCE_S)
         with pytest.raises(DeadLetteredError):
-            client.refund(org_id="acme", refund_id="early", credits=5, workflow_id="run-6", wait_s=20)
+            client.refund(org_id="acme", refund_id="early", credits=5, workflow_id="run-6", wait_s=PATIENCE_S)
         with pytest.raises(DeadLetteredError):
-            client.grant(org_id="acme", grant_id="gift", credits=101, wait_s=20)
-        client.finish(org_id="acme", workflow_id="run-6", credits=20, wait_s=20)
-        client.start(org_id="acme", workflow_id="run-7", credits=30, wait_s=20)
+            client.grant(org_id="acme", grant_id="gift", credits=101, wait_s=PATIENCE_S)
+        client.finish(org_id="acme", workflow_id="run-6", credits=20, wait_s=PATIENCE_S)
+        client.start(org_id="acme", workflow_id="run-7", credits=30, wait_s=PATIENCE_S)
     said = [run(command, environment) for command in COMMANDS[COMMANDS.index("holdfast failed list") :]]
     listed, shown, dry_run, replayed, discarded, held, released = said
     assert "Open dead letters, newest first: 2" in listed

@@ -25,10 +25,10 @@ from tests.acceptance.installation import (
     exit_code,
     log_of,
     terminate,
-    wait_for_worker,
+    wait_for_workers,
 )
 from tests.acceptance.story import STORY
-from tests.support import eventually, sql
+from tests.support import PATIENCE_S, eventually, sql
 from worker.app import create_app
 from worker.process import Process
 
@@ -144,7 +144,7 @@ def test_what_waits_is_one_batch_and_its_answers_are_stored_at_once(
     asked = [producer.ask("wallet.grant", {"org_id": "acme", "grant_id": str(n), "credits": 1}) for n in range(300)]
     installation.broker.config_resetstat()
     installation.start_worker()
-    assert [one.get(timeout=20)["available"] for one in asked] == list(range(1, 301))
+    assert [one.get(timeout=PATIENCE_S)["available"] for one in asked] == list(range(1, 301))
     assert eventually(installation.is_drained)
     calls = {name: stat["calls"] for name, stat in installation.broker.info("commandstats").items()}
     assert (calls["cmdstat_hset"], calls["cmdstat_zrem"], calls["cmdstat_hdel"]) == (1, 1, 1)
@@ -156,7 +156,7 @@ def test_its_log_is_one_line_of_json_for_an_event(installation: Installation, pr
     # Without Celery's banner, and without its warning of being root, which is one of the tests' machine.
     program = [sys.executable, "-W", "ignore", "-m", "celery", "--quiet", "-A", "worker", "worker"]
     worker = installation.start("worker", *program)
-    producer.ask("wallet.grant", {}).get(timeout=20, propagate=False)
+    producer.ask("wallet.grant", {}).get(timeout=PATIENCE_S, propagate=False)
     eventually(lambda: log_of(worker))
     lines = [json.loads(line) for line in log_of(worker).splitlines()]
     assert [line["level"] for line in lines] == ["WARNING"]
@@ -181,7 +181,7 @@ def test_a_conflict_fails_with_a_sentence_and_is_a_dead_letter(
     finish = {"org_id": "conflict", "workflow_id": "run-1"}
     workflow_engine.answer("workflow.finish", {**finish, "credits": 5})
     asked = workflow_engine.ask("workflow.finish", {**finish, "credits": 6})
-    failure = asked.get(timeout=20, propagate=False)
+    failure = asked.get(timeout=PATIENCE_S, propagate=False)
     sentence = "workflow.finish: run-1 was finished with 5 credits, so this message contradicts it"
     assert asked.state == "FAILURE"
     assert sentence in str(failure)
@@ -238,7 +238,7 @@ def test_what_is_no_message_becomes_a_dead_letter_and_the_worker_lives(
     error: str,
 ) -> None:
     sql(running.engine, "DELETE FROM dead_letters WHERE task = 'wallet.grant'")
-    failure = workflow_engine.ask("wallet.grant", *args, **kwargs).get(timeout=20, propagate=False)
+    failure = workflow_engine.ask("wallet.grant", *args, **kwargs).get(timeout=PATIENCE_S, propagate=False)
     assert error in str(failure)
     assert dead_letters(running, "wallet.grant", org_id) == [("invalid_message", error, 1, "open")]
     assert workflow_engine.answer("workflow.cancel", {"org_id": "good", "workflow_id": "run"})["outcome"] == "ignored"
@@ -310,7 +310,7 @@ def test_no_header_makes_celery_drop_a_message_or_die(running: Installation, wor
 def test_a_revoked_message_is_applied_all_the_same(running: Installation, workflow_engine: Producer) -> None:
     task_id = str(uuid4())
     workflow_engine.celery.control.revoke(task_id)
-    wait_for_worker(workflow_engine)
+    wait_for_workers(workflow_engine)
     fields = {"org_id": "revoked", "grant_id": "gift", "credits": 1}
     workflow_engine.celery.send_task("wallet.grant", args=[fields], task_id=task_id)
     eventually(lambda: sql(running.engine, "SELECT 1 FROM credit_events WHERE org_id = 'revoked'"))
@@ -326,7 +326,7 @@ def test_the_first_version_of_celerys_protocol_is_understood(running: Installati
 
 def test_a_value_that_only_celery_knows_as_json_is_not_lost(running: Installation, workflow_engine: Producer) -> None:
     fields = {"org_id": "odd", "grant_id": "dated", "credits": 1, "occurred_at": datetime.now(UTC)}
-    failure = workflow_engine.ask("wallet.grant", fields).get(timeout=20, propagate=False)
+    failure = workflow_engine.ask("wallet.grant", fields).get(timeout=PATIENCE_S, propagate=False)
     assert "occurred_at must be an ISO 8601 string" in str(failure)
 
 
@@ -490,13 +490,13 @@ def test_the_scheduler_catches_up_idle_wallets_once_however_often_it_runs(
     installation.start_worker("worker-2")
     subscribed = [f"subscribed-{number}" for number in range(10)]
     holding = [f"holding-{number}" for number in range(10)]
-    eventually(lambda: len(producer.celery.control.ping(timeout=0.5)) == 2, timeout_s=30)
+    wait_for_workers(producer, 2)
     subscribe_and_begin(installation, producer, subscribed)
     hold_and_expire(installation, producer, holding)
     assert installation.count("credit_events") == 20
 
     runs = [producer.ask(task) for _ in range(4) for task in (POST_DUE, RELEASE_EXPIRED)]
-    assert sum(run.get(timeout=20) for run in runs) == 20
+    assert sum(run.get(timeout=PATIENCE_S) for run in runs) == 20
     assert events_by_wallet(installation, subscribed) == each(subscribed, [PERIOD])
     assert events_by_wallet(installation, holding) == each(holding, EXPIRED)
     assert audit.verify(installation.engine).is_clean
@@ -505,7 +505,7 @@ def test_the_scheduler_catches_up_idle_wallets_once_however_often_it_runs(
 
 def test_two_beats_begin_each_period_once(installation: Installation, producer: Producer) -> None:
     installation.start_worker()
-    wait_for_worker(producer)
+    wait_for_workers(producer)
     beats = [installation.start(name, sys.executable, "-c", FAST_BEAT) for name in ("beat-1", "beat-2")]
     org_ids = [f"org-{number}" for number in range(10)]
     hold_and_expire(installation, producer, org_ids[:5])
@@ -617,5 +617,7 @@ DATABASE, BROKER = "postgresql+psycopg://u:sekrit@127.0.0.1:1/d", "redis://:sekr
     ],
 )
 def test_a_wrong_setting_is_one_line_and_exit_code_2(command: str, settings: dict[str, str], line: str) -> None:
-    ended = subprocess.run(celery(command), env=environment(**settings), capture_output=True, text=True, timeout=30)
+    ended = subprocess.run(
+        celery(command), env=environment(**settings), capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", line)

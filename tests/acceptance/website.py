@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from api_stub.app import create_app
 from ledger.settings import Settings
-from tests.support import eventually
+from tests.support import PATIENCE_S, eventually
 
 SECRET = "a secret for tests, of at least 32 characters"
 FUTURE = 4_102_444_800
@@ -46,7 +46,7 @@ def serving(app: FastAPI) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
-        thread.join(timeout=10)
+        thread.join(PATIENCE_S)
         assert not thread.is_alive()
 
 
@@ -57,7 +57,14 @@ def served(database_url: str, broker_url: str, **settings: str) -> Iterator[str]
         yield address
 
 
-class Visitor(httpx.Client):
+class Patient(httpx.Client):
+    """A client that waits for every answer, however slow the machine is."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(timeout=PATIENCE_S, **options)
+
+
+class Visitor(Patient):
     """A browser without a screen: keeps cookies, sends forms, and does not follow redirections by itself."""
 
     def sign_in(self, token: str, *, next: str = "/") -> httpx.Response:

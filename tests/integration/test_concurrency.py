@@ -13,10 +13,9 @@ from ledger import audit, scheduler
 from ledger.database import connect
 from ledger.state import Result
 from ledger.store import DeadLettered, Delivery, apply_batch
-from tests.support import delivery, sql
+from tests.support import PATIENCE_S, delivery, sql
 
 Answer = TypeVar("Answer")
-TIMEOUT_S = 30
 
 
 @contextmanager
@@ -32,14 +31,14 @@ def writers(database_url: str, count: int) -> Iterator[list[Engine]]:
 
 def at_once(engines: Sequence[Engine], work: Callable[[int, Engine], Answer]) -> list[Answer]:
     """Do `work` on every engine, each in a thread of its own, released together."""
-    barrier = Barrier(len(engines), timeout=TIMEOUT_S)
+    barrier = Barrier(len(engines), timeout=PATIENCE_S)
 
     def run(number: int) -> Answer:
         barrier.wait()
         return work(number, engines[number])
 
     with ThreadPoolExecutor(len(engines)) as threads:
-        return list(threads.map(run, range(len(engines)), timeout=TIMEOUT_S))
+        return list(threads.map(run, range(len(engines)), timeout=PATIENCE_S))
 
 
 def purchase(org_id: str, purchase_id: str, credits: int = 10) -> Delivery:

@@ -12,7 +12,7 @@ from ledger import audit, migrations
 from ledger.database import connect
 from ledger.store import apply_batch
 from ledger.tables import metadata
-from tests.support import delivery, eventually, sql
+from tests.support import PATIENCE_S, delivery, eventually, sql
 
 TABLES = ["credit_events", "dead_letters", "posted_messages", "subscriptions", "wallets", "workflows"]
 
@@ -129,7 +129,7 @@ def test_a_migration_that_fails_leaves_nothing(empty_engine: Engine) -> None:
 
 
 def test_two_migrations_at_once_both_succeed(empty_engine: Engine, empty_database_url: str) -> None:
-    barrier = Barrier(2, timeout=30)
+    barrier = Barrier(2, timeout=PATIENCE_S)
 
     def migrate(_: int) -> str | None:
         own = connect(empty_database_url)
@@ -141,7 +141,7 @@ def test_two_migrations_at_once_both_succeed(empty_engine: Engine, empty_databas
             own.dispose()
 
     with ThreadPoolExecutor(2) as threads:
-        revisions = list(threads.map(migrate, range(2), timeout=30))
+        revisions = list(threads.map(migrate, range(2), timeout=PATIENCE_S))
     assert revisions == [migrations.head_revision()] * 2
     assert tables(empty_engine) == ["alembic_version", *TABLES]
     assert sql(empty_engine, "SELECT count(*) FROM alembic_version") == [(1,)]
@@ -151,9 +151,9 @@ def test_a_migration_waits_for_another_longer_than_any_lock_timeout(
     empty_engine: Engine, empty_database_url: str
 ) -> None:
     own = connect(empty_database_url)
-    sql(own, "SET lock_timeout = '1ms'; SET statement_timeout = '20ms'")  # of its pooled connection
+    sql(own, "SET lock_timeout = '1s'; SET statement_timeout = '1s'")  # of its pooled connection
     waiting = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'advisory'"
-    long_enough = f"{waiting} AND clock_timestamp() - query_start > interval '50 ms'"
+    long_enough = f"{waiting} AND clock_timestamp() - query_start > interval '1500 ms'"
     try:
         with ThreadPoolExecutor(1) as threads, empty_engine.connect() as holder:
             holder.execute(text("SELECT pg_advisory_xact_lock(:id)"), {"id": migrations._LOCK_ID})
@@ -161,7 +161,7 @@ def test_a_migration_waits_for_another_longer_than_any_lock_timeout(
             eventually(lambda: migrating.done() or sql(empty_engine, long_enough))
             assert not migrating.done()
             holder.rollback()
-            migrating.result(timeout=30)
+            migrating.result(PATIENCE_S)
     finally:
         own.dispose()
     assert tables(empty_engine) == ["alembic_version", *TABLES]

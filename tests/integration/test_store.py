@@ -17,7 +17,7 @@ from ledger.database import connect, is_transient
 from ledger.messages import Message
 from ledger.state import Decision, Result
 from ledger.store import DeadLettered, Delivery, apply_batch
-from tests.support import delivery, eventually, sql
+from tests.support import PATIENCE_S, delivery, eventually, sql
 from worker.embedded import Embedded
 
 EVENTS = """
@@ -603,7 +603,7 @@ def assert_nothing_happened_and_again_works(engine: Engine) -> None:
 def test_a_terminated_backend_is_raised_and_again_works(engine: Engine, database_url: str) -> None:
     with applying_while_locked(engine, database_url) as (applying, other, _):
         assert sql(other, f"SELECT pg_terminate_backend(pid) FROM ({WAITING}) AS waiting") == [(True,)]
-        error = applying.exception(timeout=10)
+        error = applying.exception(PATIENCE_S)
         assert error is not None
         assert is_transient(error)
     assert_nothing_happened_and_again_works(engine)
@@ -612,7 +612,7 @@ def test_a_terminated_backend_is_raised_and_again_works(engine: Engine, database
 def test_a_lock_timeout_is_raised_and_again_works(engine: Engine, database_url: str) -> None:
     sql(engine, "SET lock_timeout = '50ms'")  # of the pooled connection
     with applying_while_locked(engine, database_url) as (applying, _, _):
-        error = applying.exception(timeout=10)
+        error = applying.exception(PATIENCE_S)
         assert isinstance(error, psycopg.errors.LockNotAvailable)
     assert_nothing_happened_and_again_works(engine)
 
@@ -621,11 +621,12 @@ def test_a_deadlock_is_raised_and_again_works(engine: Engine, database_url: str,
     admin = connect(services.admin_url)
     sql(admin, "GRANT SET ON PARAMETER deadlock_timeout TO holdfast")
     admin.dispose()
+    sql(engine, "SET deadlock_timeout = '5s'")  # of the pooled connection: it looks once, when the holder waits too
     with applying_while_locked(engine, database_url) as (applying, _, holder):
         # The batch holds acme. It is the only one that looks for a deadlock, so it is the one that gives way.
         holder.execute(text("SET LOCAL deadlock_timeout = '1min'"))
         holder.execute(text("SELECT * FROM wallets WHERE org_id = 'acme' FOR UPDATE"))
-        assert isinstance(applying.exception(timeout=10), psycopg.errors.DeadlockDetected)
+        assert isinstance(applying.exception(PATIENCE_S), psycopg.errors.DeadlockDetected)
     assert_nothing_happened_and_again_works(engine)
 
 
@@ -635,7 +636,7 @@ def test_a_pooled_connection_that_died_is_noticed_by_its_first_use(engine: Engin
     sql(
         other,
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
-        " AND datname = current_database()",
+        " AND datname = current_database() AND backend_type = 'client backend'",
     )
     other.dispose()
     with pytest.raises(psycopg.OperationalError) as raised:
@@ -766,7 +767,6 @@ def test_created_at_is_the_clock_of_the_database(engine: Engine) -> None:
     assert before < created_at < after
 
 
-@pytest.mark.timeout(30)  # what is not sent completely is never answered
 def test_a_thousand_messages_of_the_largest_size_are_one_batch(engine: Engine) -> None:
     largest: dict[str, Any] = {
         "credits": 1,
@@ -793,7 +793,6 @@ def test_a_thousand_messages_of_the_largest_size_are_one_batch(engine: Engine) -
     assert audit.verify(engine).is_clean
 
 
-@pytest.mark.timeout(30)
 @pytest.mark.parametrize("fails_after_s", [0, 0.05])
 def test_the_error_that_counts_is_the_first_one_however_much_is_on_its_way_behind_it(
     engine: Engine, fails_after_s: float

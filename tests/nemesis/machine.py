@@ -63,7 +63,7 @@ POLL_S = 0.0005
 class Machine:
     """The system, from its start to its end, as a context manager."""
 
-    def __init__(self, folder: Path, seed: int, note: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, seed: int, note: Callable[[str], None], *, patience: float) -> None:
         self.kills = 0
         """How often a worker, the broker or PostgreSQL was killed; a beat does not count."""
         self.kills_at_work = 0
@@ -75,6 +75,7 @@ class Machine:
         self._order = Random(seed)
         self._random = Random(seed + 1)
         self._note = note
+        self._busy_within_s = BUSY_WITHIN_S * patience
         self._cleanup = ExitStack()
         self._deck: list[str] = []
         self._decks = 0
@@ -268,8 +269,11 @@ class Machine:
 
     def _wait_until_busy(self, worker: Process) -> None:
         """Wait until it holds some messages, and then a moment more, so that it is hit in every phase of a batch."""
-        at_least, deadline = self._random.choice(HELD), monotonic() + BUSY_WITHIN_S
-        while self.services.broker.is_running and self.held_by(worker.pid) < at_least and monotonic() < deadline:
+        at_least, began_at = self._random.choice(HELD), monotonic()
+        while self.services.broker.is_running and monotonic() < began_at + self._busy_within_s:
+            held = self.held_by(worker.pid)
+            if held >= at_least or (held > 0 and monotonic() > began_at + BUSY_WITHIN_S):
+                break
             self._never.wait(POLL_S)
         self._never.wait(self._random.choice(MOMENTS_S))
 

@@ -37,6 +37,8 @@ class Goal:
     seconds: float
     messages: int
     kills: int
+    patience: float = 1.0
+    """By how much every time limit is longer, for a machine that has other things to do."""
 
 
 @dataclass(slots=True)
@@ -104,14 +106,14 @@ def run(seed: int, goal: Goal, folder: Path, *, say: Callable[[str], None] = lam
         say(report.history[-1])
 
     with ExitStack() as cleanup:
-        machine = cleanup.enter_context(Machine(folder, seed, note))
+        machine = cleanup.enter_context(Machine(folder, seed, note, patience=goal.patience))
         workload = Workload(seed, datetime.now(UTC))
         # Faster than the goal needs, as nothing is sent while the broker is away.
         rate = 1.5 * goal.messages / goal.seconds
         producer = Producer(machine.services.broker_url, workload, seed=seed, messages_per_s=rate)
         cleanup.enter_context(closing(producer))
         try:
-            _open(machine, producer, workload)
+            _open(machine, producer, workload, goal)
             note("everything runs")
             producer.start()
             _strike(machine, producer, goal, report)
@@ -125,11 +127,11 @@ def run(seed: int, goal: Goal, folder: Path, *, say: Callable[[str], None] = lam
     return report
 
 
-def _open(machine: Machine, producer: Producer, workload: Workload) -> None:
+def _open(machine: Machine, producer: Producer, workload: Workload, goal: Goal) -> None:
     """Have applied what the rest builds upon."""
     producer.send(workload.opening())
-    if not _wait(machine.is_drained, READY_WITHIN_S):
-        raise TimeoutError(f"the opening was not applied within {READY_WITHIN_S:g} s: {machine.waiting()}")
+    if not _wait(machine.is_drained, READY_WITHIN_S * goal.patience):
+        raise TimeoutError(f"the opening was not applied in time: {machine.waiting()}")
 
 
 def _strike(machine: Machine, producer: Producer, goal: Goal, report: Report) -> None:
@@ -140,10 +142,12 @@ def _strike(machine: Machine, producer: Producer, goal: Goal, report: Report) ->
             monotonic() > began_at + goal.seconds
             and machine.has_done_all
             and machine.kills >= goal.kills
+            and machine.kills_at_work > 0
+            and machine.stops_at_work > 0
             and len(producer.sent) >= goal.messages
         )
 
-    while not (has_done_enough() or report.findings or monotonic() > began_at + 3 * goal.seconds):
+    while not (has_done_enough() or report.findings or monotonic() > began_at + 3 * goal.seconds * goal.patience):
         if producer.error is not None:
             raise producer.error
         machine.heal()
@@ -161,25 +165,26 @@ def _recover(
 ) -> None:
     """Wait for the end of it all, and look."""
     producer.finish()
-    if _wait(machine.is_drained, machine.well_since + DRAINED_WITHIN_S - monotonic()):
+    patience = report.goal.patience
+    if _wait(machine.is_drained, machine.well_since + DRAINED_WITHIN_S * patience - monotonic()):
         report.drained_after_s = monotonic() - machine.well_since
         note("drained")
     else:
-        what = f"not drained {DRAINED_WITHIN_S:g} s after the last fault: {machine.waiting()}"
+        what = f"not drained {DRAINED_WITHIN_S * patience:g} s after the last fault: {machine.waiting()}"
         report.findings.append(Finding("drain", what))
-        _wait(machine.is_drained, LATE_S)  # what is only late need not look lost
+        _wait(machine.is_drained, LATE_S * patience)  # what is only late need not look lost
     _ask_again(machine, producer, report, note)
     rest_s = max(0.0, (workload.last_anchor - datetime.now(UTC)).total_seconds())
     _wait(lambda: datetime.now(UTC) > workload.last_anchor, rest_s + 1)
     [(due_until,)] = sql(machine.engine, "SELECT clock_timestamp()")
-    if not _wait(machine.is_nothing_due, DUE_WITHIN_S):
-        report.findings.append(Finding("drain", f"what is due is not posted within {DUE_WITHIN_S:g} s"))
+    if not _wait(machine.is_nothing_due, DUE_WITHIN_S * patience):
+        report.findings.append(Finding("drain", f"what is due is not posted within {DUE_WITHIN_S * patience:g} s"))
     if not any(finding.kind == "process" for finding in report.findings):
         report.findings += [Finding("process", f"it ended by itself: {who}") for who in machine.dead_by_themselves()]
     for beat in machine.beats:
         beat.kill()
-    _wait(machine.is_drained, DRAINED_WITHIN_S)
-    report.findings += [finding for worker in machine.workers for finding in _terminate(worker)]
+    _wait(machine.is_drained, DRAINED_WITHIN_S * patience)
+    report.findings += [finding for worker in machine.workers for finding in _terminate(worker, patience)]
     if not machine.is_drained():
         report.findings.append(Finding("drain", f"something was left behind: {machine.waiting()}"))
     seen = checker.observe(machine.engine, machine.broker, due_until)
@@ -192,17 +197,17 @@ def _ask_again(machine: Machine, producer: Producer, report: Report, note: Calla
     unanswered = checker.unanswered(producer.sent.values(), checker.answers(machine.broker))
     producer.send(sent.message for sent in unanswered)
     note(f"asked again for the answers to {len(unanswered)} starts")
-    if not _wait(machine.is_drained, ANSWERED_WITHIN_S):
+    if not _wait(machine.is_drained, ANSWERED_WITHIN_S * report.goal.patience):
         report.findings.append(Finding("drain", f"not drained after asking again: {machine.waiting()}"))
 
 
-def _terminate(worker: Process) -> list[Finding]:
+def _terminate(worker: Process, patience: float) -> list[Finding]:
     """Have a worker stop in order."""
     if not worker.is_running:
         return []
     os.kill(worker.pid, SIGTERM)
-    if not _wait(lambda: not worker.is_running, STOPPED_WITHIN_S):
-        return [Finding("process", f"{worker.name} does not stop within {STOPPED_WITHIN_S:g} s")]
+    if not _wait(lambda: not worker.is_running, STOPPED_WITHIN_S * patience):
+        return [Finding("process", f"{worker.name} does not stop within {STOPPED_WITHIN_S * patience:g} s")]
     assert worker._child is not None
     code = worker._child.returncode
     return [Finding("process", f"{worker.name} stopped with exit code {code}: {worker.last_words()}")] if code else []

@@ -9,13 +9,16 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.acceptance.installation import open_folder
 from tests.nemesis.__main__ import new_folder
 from tests.nemesis.run import Goal, run
-from tests.support import eventually
+from tests.support import PATIENCE_S, eventually
 
-GOAL = Goal(seconds=25, messages=3_000, kills=10)
+GOAL = Goal(seconds=25, messages=3_000, kills=10, patience=4)
+
+pytestmark = pytest.mark.timeout(900)
 
 
 def test_whatever_is_killed_nothing_is_lost_and_nothing_applied_twice() -> None:
@@ -36,11 +39,11 @@ def test_interrupted_it_ends_everything_it_has_started() -> None:
             stderr=subprocess.STDOUT,
         )
         try:
-            eventually(lambda: b"SIGKILL" in (folder / "output").read_bytes(), timeout_s=60)
+            eventually(lambda: b"SIGKILL" in (folder / "output").read_bytes())
             family = psutil.Process(nemesis.pid).children(recursive=True)
             assert len(family) > 5
             nemesis.send_signal(signal.SIGINT)
-            assert nemesis.wait(30) == 130
+            assert nemesis.wait(PATIENCE_S) == 130
         finally:
             nemesis.kill()
             nemesis.wait(10)
