@@ -24,7 +24,7 @@ up: $(VENV)/runtime.stamp ## start everything in one data folder, until Ctrl-C
 test: lint ## every check: lint, types, all tests, every branch of the core
 	$(BIN)/pytest tests/unit --cov --cov-report=
 	$(BIN)/coverage report --include=$(CORE) --fail-under=100
-	$(BIN)/pytest --ignore=tests/unit --numprocesses=4 --dist=loadfile
+	$(BIN)/pytest --ignore=tests/unit --numprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 soak: $(VENV)/dev.stamp ## half an hour of faults: nothing lost, nothing applied twice
 	$(BIN)/python -m tests.nemesis --minutes 30

@@ -31,6 +31,13 @@ settings.register_profile("default", EVERY_PUSH)
 settings.register_profile("soak", EVERY_PUSH, max_examples=1_000, derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest begin first, so that no process works on one while the others have ended."""
+    long = {item.path for item in items if item.get_closest_marker("timeout") is not None}
+    items.sort(key=lambda item: item.path not in long)
+
+
 TEMPLATE = "holdfast"
 _numbers = count(1)
 
