@@ -20,6 +20,17 @@ STATEMENT_TIMEOUT_S = 60
 POOL_TIMEOUT_S = 5
 """How long to wait for a connection while all are in use."""
 
+_CONNECTION = {
+    "connect_timeout": CONNECT_TIMEOUT_S,
+    "application_name": "holdfast",
+    # A peer that vanished without a word is noticed within half a minute.
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
+"""What the URL may set otherwise."""
+
 _SESSION_OPTIONS = " ".join(
     f"-c {option}"
     for option in (
@@ -74,14 +85,7 @@ def connect(url: str, *, keeps_connections: bool = True) -> Engine:
         **pool,
         pool_pre_ping=False,  # it would cost every batch a round trip; a broken connection is noticed by its first use
         connect_args={
-            "connect_timeout": CONNECT_TIMEOUT_S,
-            "application_name": "holdfast",
-            # A peer that vanished without a word is noticed within half a minute.
-            "keepalives_idle": 10,
-            "keepalives_interval": 5,
-            "keepalives_count": 3,
-            "tcp_user_timeout": 30_000,
-            **parsed.query,
+            **{name: value for name, value in _CONNECTION.items() if name not in parsed.query},
             "options": f"{parsed.query.get('options', '')} {_SESSION_OPTIONS}",
         },
     )

@@ -70,6 +70,12 @@ def test_the_options_of_the_url_are_kept_beside_ours(engine: Engine, database_ur
     assert shown == {"search_path": "other", "application_name": "mine", "lock_timeout": "10s"}
 
 
+def test_the_url_may_name_several_servers(engine: Engine, database_url: str) -> None:
+    two = connect(database_url.replace("?host=", "?host=/no/such/folder:5432&host=").replace("&port=5432", ":5432"))
+    assert sql(two, "SHOW application_name") == [("holdfast",)]
+    two.dispose()
+
+
 def test_a_connection_pooler_is_refused(engine: Engine, database_url: str) -> None:
     # As behind one, the process that answers is not the one that the client was told of.
     sql(engine, "CREATE SCHEMA pooler")
