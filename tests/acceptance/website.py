@@ -36,7 +36,10 @@ def app(database_url: str, broker_url: str, **settings: str) -> FastAPI:
 @contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
     """The address of the app. Its server trusts no proxy, not even on this machine: in a container it would not."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none", proxy_headers=False))
+    config = uvicorn.Config(
+        app, port=0, log_level="error", ws="none", proxy_headers=False, timeout_keep_alive=int(PATIENCE_S)
+    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     eventually(lambda: server.started)
@@ -58,10 +61,11 @@ def served(database_url: str, broker_url: str, **settings: str) -> Iterator[str]
 
 
 class Patient(httpx.Client):
-    """A client that waits for every answer, however slow the machine is."""
+    """A client that waits for every answer, however slow the machine is, and may be used by many threads."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(timeout=PATIENCE_S, **options)
+        # One that closed idle connections could close them when another thread has just begun to use them.
+        super().__init__(timeout=PATIENCE_S, limits=httpx.Limits(keepalive_expiry=None), **options)
 
 
 class Visitor(Patient):
