@@ -463,6 +463,12 @@ def test_pages_by_offset_and_by_number_are_the_same_slices(engine: Engine) -> No
                 assert history.newer(connection, "acme", matching, limit=10, before_seq=before) == (len(newer), begins)
 
 
+def events_read(connection: Connection) -> int:
+    """How many events PostgreSQL has read in the transaction of `connection`."""
+    read = "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'credit_events'"
+    return connection.scalar(text(read)) or 0
+
+
 READS: dict[str, Callable[[Connection], object]] = {
     "the newest page": lambda c: history.events(c, "acme"),
     "a page far back": lambda c: history.events(c, "acme", offset=9_000),
@@ -486,8 +492,7 @@ def test_what_is_read_does_not_grow_with_the_history(
     sql(engine, "ANALYZE credit_events")
     with engine.connect() as connection:
         READS[name](connection)
-        read = "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'credit_events'"
-        assert 0 < (connection.scalar(text(read)) or 0) <= 150
+        assert 0 < events_read(connection) <= 150
 
 
 def test_a_page_far_back_is_found_by_passing_over_the_newer_ones_once(engine: Engine) -> None:
@@ -496,8 +501,7 @@ def test_a_page_far_back_is_found_by_passing_over_the_newer_ones_once(engine: En
     matching, found = EventFilter(event_types=("grant",)), [n for n in range(3_000, 0, -1) if n % 3]
     with engine.connect() as connection:  # without statistics, so that the planner guesses wrong
         assert seqs(history.events(connection, "acme", matching, offset=1_500)) == found[1_500:1_600]
-        read = "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'credit_events'"
-        assert (connection.scalar(text(read)) or 0) <= 3 * 3_000
+        assert events_read(connection) <= 3 * 3_000
 
 
 def test_the_extremes_are_among_all_events_of_the_range(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
