@@ -48,6 +48,9 @@ _SESSION_OPTIONS = " ".join(
 # available (55), operator intervention (57), system (58); and files that are damaged (XX001, XX002).
 _TRANSIENT_CLASSES = frozenset({"08", "25", "26", "40", "42", "53", "55", "57", "58"})
 _TRANSIENT_STATES = frozenset({"XX001", "XX002"})
+# Of these, what may be the fault of one organization or one message: rows that somebody has locked, a statement that
+# takes too long, a deadlock, too little memory for what was asked, and a damaged page.
+_LOCAL_STATES = frozenset({"40001", "40P01", "53200", "55P03", "57014", "XX001", "XX002"})
 
 
 _connections: WeakKeyDictionary[Engine, WeakSet[psycopg.Connection[Any]]] = WeakKeyDictionary()
@@ -134,6 +137,18 @@ def is_transient(error: BaseException) -> bool:
     if error.sqlstate is not None:
         return error.sqlstate[:2] in _TRANSIENT_CLASSES or error.sqlstate in _TRANSIENT_STATES
     return isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
+
+
+def may_be_local(error: BaseException) -> bool:
+    """Whether `error`, which is transient, may be the fault of one organization or message, and others can go on."""
+    return is_lost_connection(error) or (isinstance(error, psycopg.Error) and error.sqlstate in _LOCAL_STATES)
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a connection that was there is lost: by what was sent on it, or because the database went away."""
+    if not isinstance(error, psycopg.OperationalError):
+        return False
+    return error.sqlstate is None or error.sqlstate[:2] == "08" or error.sqlstate in ("57P01", "57P02")
 
 
 def describe(error: BaseException) -> str:

@@ -403,13 +403,18 @@ def _unsubscribe(wallet: Wallet, message: Unsubscribe, known: Subscription | Non
 
 
 def begin_due_periods(
-    wallet: Wallet, subscription: Subscription, now: datetime
+    wallet: Wallet, subscription: Subscription, now: datetime, *, most_events: int | None = None
 ) -> tuple[Wallet, Subscription, tuple[Event, ...]]:
-    """Begin every period of the wallet's subscription that is due at `now`, one by one, in order."""
+    """Begin every period of the wallet's subscription that is due at `now`, one by one, in order.
+
+    With `most_events`, ends once there are so many events, or one more: the wallet may be due still.
+    """
     assert wallet.subscription_id == subscription.subscription_id
     assert subscription.anchor is not None
     events: tuple[Event, ...] = ()
     while (due_at := wallet.next_period_at) is not None and due_at <= now:
+        if most_events is not None and len(events) >= most_events:
+            break
         period = 0 if subscription.period is None else subscription.period + 1
         starts_at = period_start(subscription.anchor, period)
         if not subscription.active:

@@ -1,9 +1,10 @@
 """What time alone does, for wallets that nothing else touches: periods begin, reservations expire.
 
 Every message does the same for its own wallet first, so these runs may come late, twice or at once: the ledger ends up
-the same.
+the same. A run is a step after the other, each a transaction or a few, and others can do something in between.
 """
 
+from collections.abc import Iterator
 from datetime import datetime
 
 from sqlalchemy import ColumnElement, Engine, func, select, tuple_
@@ -14,32 +15,44 @@ from ledger.tables import wallets
 CHUNK = 500
 """The most wallets that one transaction catches up."""
 
+POST_DUE, RELEASE_EXPIRED = "subscriptions.post_due", "reservations.release_expired"
+
 
 def post_due(engine: Engine) -> int:
-    """Begin the subscription periods that are due. Answers with the number of events written.
+    """Begin the subscription periods that are due. Returns the number of events written.
 
     Raises a database error that is transient.
     """
-    return _catch_up_due(engine, wallets.c.next_period_at, task="subscriptions.post_due")
+    return sum(steps(engine, POST_DUE))
 
 
 def release_expired(engine: Engine) -> int:
-    """Release the reservations that have expired. Answers with the number of events written.
+    """Release the reservations that have expired. Returns the number of events written.
 
     Raises a database error that is transient.
     """
-    return _catch_up_due(engine, wallets.c.next_hold_expiry, task="reservations.release_expired")
+    return sum(steps(engine, RELEASE_EXPIRED))
 
 
-def _catch_up_due(engine: Engine, due_at: ColumnElement[datetime], *, task: str) -> int:
+def steps(engine: Engine, task: str) -> Iterator[int]:
+    """Do what `task` does, one step after the other. Yields the number of events that each has written.
+
+    Raises a database error that is transient; what was yielded before is committed.
+    """
+    due_at = _DUE_AT[task]
     due = select(due_at, wallets.c.org_id).where(due_at <= func.clock_timestamp()).order_by(due_at, wallets.c.org_id)
     after: tuple[datetime, str] | None = None
-    written = 0
     while True:
         page = due if after is None else due.where(tuple_(due_at, wallets.c.org_id) > tuple_(*after))
         with engine.connect() as connection:
             rows = connection.execute(page.limit(CHUNK)).all()
         if not rows:
-            return written
-        written += catch_up(engine, [org_id for _, org_id in rows], task=task)
+            return
+        yield from catch_up(engine, [org_id for _, org_id in rows], task=task)
         after = tuple(rows[-1])
+
+
+_DUE_AT: dict[str, ColumnElement[datetime]] = {
+    POST_DUE: wallets.c.next_period_at,
+    RELEASE_EXPIRED: wallets.c.next_hold_expiry,
+}

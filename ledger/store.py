@@ -3,30 +3,36 @@
 `apply_batch` locks the wallets concerned in the order of their ids, loads what the messages name, lets `rules` decide
 one message after the other, and writes the result set by set: the number of statements does not depend on the number
 of messages, and they travel in two round trips, one to load and one to write. What cannot be applied becomes a dead
-letter in the same transaction. When a batch fails for a reason of its own making, it is halved until the culprit stands
+letter in the same transaction. When a batch fails for a reason of its own making, it is split until the culprit stands
 alone, so its neighbours are applied all the same.
 
-A fault of the database (see `database.is_transient`) is raised as it is: nothing of the batch, or all of it, has
-happened, and applying it again is safe.
+Nobody waits for somebody else's trouble. What one organization or one message may be the cause of (a locked wallet, a
+statement that takes too long, see `database.may_be_local`) is isolated like any other error, within `LOCK_PATIENCE_S`
+and `PATIENCE_S`. The culprit's messages are kept in `waiting_messages`, and `apply_waiting` applies them, in order,
+once that is possible. So are those of an organization in which more is due than one transaction does.
+
+A fault of the whole database (see `database.is_transient`) is raised as it is: some of the batch, all of it or nothing
+has happened, and applying it again is safe.
 """
 
 import json
 import logging
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
 
 import psycopg
+from psycopg.errors import QueryCanceled
 from psycopg.rows import args_row
 from sqlalchemy import BigInteger, Dialect, Engine, Table, Text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 
-from ledger import arrays, dead_letters, rules, tables
-from ledger.database import is_transient
+from ledger import arrays, dead_letters, rules, tables, waiting
+from ledger.database import describe, is_lost_connection, is_transient, may_be_local
 from ledger.dead_letters import DeadLetter
 from ledger.messages import (
     InvalidMessage,
@@ -36,14 +42,32 @@ from ledger.messages import (
     Unsubscribe,
     WalletMessage,
     WorkflowMessage,
+    only_argument,
     parse,
 )
 from ledger.state import Event, PostedMessage, Refusal, Result, Subscription, Wallet, Workflow
+from ledger.waiting import NumberedMessage, WaitingMessage
 
 logger = logging.getLogger(__name__)
 
 MAX_BATCH = 1_000
 """The most messages that one transaction applies; more are applied as several batches."""
+
+MOST_DUE = 1_000
+"""The most events that one transaction writes for what is due; some more, if periods begin. The rest comes after it."""
+
+LOCK_PATIENCE_S, PATIENCE_S = 0.5, 1.0
+"""How long a batch waits for a lock, and for one statement, before it looks for the culprit."""
+
+LONG_PATIENCE_S = 10.0
+"""How long one statement may take where nobody else waits for it."""
+
+PIECES = 32
+"""Into how many parts a batch is split that fails for somebody's reason: two steps lead to the culprit."""
+
+LOCKED = "somebody has locked its wallet"
+BEHIND = "its earlier messages wait"
+MUCH_DUE = "more is due in its wallet than one transaction does"
 
 MAX_TASK_LENGTH = 256
 """How much of a task's name a dead letter keeps: it is part of an index."""
@@ -61,6 +85,8 @@ class Delivery(NamedTuple):
     """The JSON value that should be the message, or why there is none."""
     body: bytes
     """What arrived, byte by byte, as a dead letter keeps it."""
+    answer_to: str | None = None
+    """Who wants the answer, in the sender's words: kept with a message that waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,53 +98,131 @@ class DeadLettered:
     error: str
 
 
-def apply_batch(engine: Engine, deliveries: Sequence[Delivery]) -> list[Result | DeadLettered]:
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """What became of a message that waits for its organization. It is kept, and may be acknowledged."""
+
+    reason: str
+
+
+class Applied(NamedTuple):
+    """What `apply_waiting` did."""
+
+    answers: list[tuple[Delivery, Result | DeadLettered]]
+    """The messages that wait no more."""
+    problem: str | None
+    """Why the organization has to wait on; None: it has not."""
+
+
+def apply_batch(engine: Engine, deliveries: Sequence[Delivery]) -> list[Result | DeadLettered | Waits]:
     """Apply `deliveries`, in order, and answer each of them. Everything is committed when this returns.
 
     Raises a database error that is transient: see the module's description.
     """
-    return _in_transactions(engine, deliveries, _apply, _bury)
+    return _in_transactions(engine, deliveries, _apply, _bury, _keep_waiting)
 
 
-def catch_up(engine: Engine, org_ids: Sequence[str], *, task: str) -> int:
+def apply_waiting(engine: Engine, org_id: str, *, limit: int) -> Applied:
+    """Apply the first messages of `org_id` that wait, at most `limit`, in order and in one transaction.
+
+    A message that cannot be applied even on its own becomes a dead letter. Raises a database error that is transient.
+    """
+    try:
+        with _connection(engine) as connection:
+            return _apply_waiting(connection, org_id, limit)
+    except Exception as error:
+        if is_transient(error):
+            raise
+        if limit > 1:
+            return apply_waiting(engine, org_id, limit=limit // 2)
+        return _bury_waiting(engine, org_id, error)
+
+
+def catch_up(engine: Engine, org_ids: Sequence[str], *, task: str) -> Iterator[int]:
     """Begin the periods and release the reservations that are due in the wallets `org_ids`.
 
-    A wallet that somebody else holds is left out: whoever holds it does the same. `task` is named in a dead letter,
-    should that become necessary. Answers with the number of events written. Raises a database error that is transient.
+    Yields the number of events that were written, after every `MOST_DUE` or so. A wallet that somebody else holds is
+    left out: whoever holds it does the same. `task` is named in a dead letter, should that become necessary. Raises a
+    database error that is transient.
     """
 
-    def bury(engine: Engine, org_id: str, error: Exception) -> int:
+    def bury(engine: Engine, org_id: str, error: Exception) -> _CaughtUp:
         payload = {"org_id": org_id}
         _bury(engine, Delivery(task, payload, json.dumps([[payload], {}, {}]).encode()), error)
-        return 0
+        return _CaughtUp(0, ())
 
-    return sum(_in_transactions(engine, org_ids, _catch_up, bury))
+    def leave_out(_: Engine, org_id: str, error: Exception) -> _CaughtUp:
+        logger.warning("%s leaves out the organization %s this time: %s", task, org_id, describe(error))
+        return _CaughtUp(0, ())
+
+    first = _in_transactions(engine, org_ids, _catch_up, bury, leave_out)
+    yield sum(done.written for done in first)
+    for done in first:
+        for org_id in done.unfinished:
+            written = MOST_DUE
+            while written > 0:
+                written = sum(more.written for more in _in_transactions(engine, [org_id], _catch_up, bury, leave_out))
+                yield written
 
 
 def _in_transactions(
     engine: Engine,
     items: Sequence[Item],
-    apply: Callable[[Connection, Sequence[Item]], list[Answer]],
+    apply: Callable[[Connection, Sequence[Item], bool], list[Answer]],
     bury: Callable[[Engine, Item, Exception], Answer],
+    keep_waiting: Callable[[Engine, Item, Exception], Answer],
 ) -> list[Answer]:
-    """Apply `items` in as few transactions as possible; an item that cannot be applied even on its own is buried."""
+    """Apply `items` in as few transactions as possible.
+
+    An item that cannot be applied even on its own is buried; one that cannot be applied now is kept waiting. `apply`
+    is told whether it should leave out what somebody else has locked.
+    """
     answers: list[Answer] = []
-    pending = [items[first : first + MAX_BATCH] for first in range(0, len(items), MAX_BATCH)]
-    pending.reverse()
+    pending = [(batch, False) for batch in _parts(items, MAX_BATCH)]
+    culprits_in_a_row = 0
     while pending:
-        batch = pending.pop()
+        batch, carefully = pending.pop()
         try:
             with _connection(engine) as connection:
-                answers += apply(connection, batch)
+                answers += apply(connection, batch, carefully)
+            culprits_in_a_row = 0
         except Exception as error:
-            if is_transient(error):
+            if not is_transient(error):
+                if len(batch) > 1:
+                    pending += [(half, carefully) for half in _parts(batch, (len(batch) + 1) // 2)]
+                else:
+                    answers.append(bury(engine, batch[0], error))
+            elif not _others_can_go_on(engine, error):
                 raise
-            if len(batch) > 1:
-                middle = len(batch) // 2
-                pending += [batch[middle:], batch[:middle]]
-            else:
-                answers.append(bury(engine, batch[0], error))
+            elif not carefully and not isinstance(error, QueryCanceled):
+                pending.append((batch, True))
+            elif len(batch) > 1:
+                pending += [(part, True) for part in _parts(batch, -(-len(batch) // PIECES))]
+            elif culprits_in_a_row == 0:
+                culprits_in_a_row = 1
+                answers.append(keep_waiting(engine, batch[0], error))
+            else:  # and none without this fault in between: it is everybody's
+                raise
     return answers
+
+
+def _parts(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """`items` in parts of at most `size`, the last part first, so that the first one is popped first."""
+    return [items[first : first + size] for first in range(0, len(items), size)][::-1]
+
+
+def _others_can_go_on(engine: Engine, error: Exception) -> bool:
+    if not may_be_local(error):
+        return False
+    if is_lost_connection(error):
+        try:
+            with _connection(engine) as connection:
+                connection.execute("SELECT 1")
+        except Exception as second:
+            if not is_transient(second):
+                raise
+            return False
+    return True
 
 
 @contextmanager
@@ -136,32 +240,137 @@ def _connection(engine: Engine) -> Iterator[Connection]:
             raise
 
 
-def _apply(connection: Connection, deliveries: Sequence[Delivery]) -> list[Result | DeadLettered]:
+def _apply(
+    connection: Connection, deliveries: Sequence[Delivery], skip_locked: bool
+) -> list[Result | DeadLettered | Waits]:
     messages = [parse(delivery.task, delivery.payload) for delivery in deliveries]
-    work = _WorkingSet.load(connection, [message for message in messages if isinstance(message, Message)])
-    answers: list[Result | InvalidMessage | Refusal] = [
-        message if isinstance(message, InvalidMessage) else work.apply(message) for message in messages
-    ]
+    work = _WorkingSet.load(
+        connection, [message for message in messages if isinstance(message, Message)], skip_locked=skip_locked
+    )
+    decided = [_decide(work, message) for message in messages]
+    if work.reasons_to_wait:
+        waiting.keep(
+            connection,
+            [
+                _waiting_message(delivery, message, decision.reason)
+                for delivery, message, decision in zip(deliveries, messages, decided, strict=True)
+                if isinstance(decision, Waits)
+            ],
+        )
+    return _write_and_commit(connection, work, deliveries, messages, decided)
+
+
+def _decide(work: "_WorkingSet", message: Message | InvalidMessage) -> "_Decided":
+    if isinstance(message, InvalidMessage):
+        return message
+    reason = work.reasons_to_wait.get(message.org_id)
+    return work.apply(message) if reason is None else Waits(reason)
+
+
+_Decided = Result | InvalidMessage | Refusal | Waits
+
+
+def _write_and_commit(
+    connection: Connection,
+    work: "_WorkingSet",
+    deliveries: Sequence[Delivery],
+    messages: Sequence[Message | InvalidMessage],
+    decided: Sequence[_Decided],
+) -> list[Any]:
     letters = [
         DeadLetter(_storable(delivery.task)[:MAX_TASK_LENGTH], delivery.body, message.org_id, answer.code, answer.error)
-        for delivery, message, answer in zip(deliveries, messages, answers, strict=True)
-        if not isinstance(answer, Result)
+        for delivery, message, answer in zip(deliveries, messages, decided, strict=True)
+        if isinstance(answer, InvalidMessage | Refusal)
     ]
     letter_ids = iter(dead_letters.record(connection, letters) if letters else ())
     work.write_and_commit(connection)
     return [
-        answer if isinstance(answer, Result) else DeadLettered(next(letter_ids), answer.code, answer.error)
-        for answer in answers
+        DeadLettered(next(letter_ids), answer.code, answer.error)
+        if isinstance(answer, InvalidMessage | Refusal)
+        else answer
+        for answer in decided
     ]
 
 
-def _catch_up(connection: Connection, org_ids: Sequence[str]) -> list[int]:
+def _waiting_message(delivery: Delivery, message: Message | InvalidMessage, reason: str) -> WaitingMessage:
+    problem = delivery.payload if isinstance(delivery.payload, InvalidMessage) else None
+    return WaitingMessage(
+        message.org_id or waiting.NOBODY,
+        _storable(delivery.task),
+        delivery.body,
+        delivery.answer_to,
+        None if problem is None else problem.code,
+        None if problem is None else problem.error,
+        reason,
+    )
+
+
+def _keep_waiting(engine: Engine, delivery: Delivery, error: Exception) -> Waits:
+    """Keep a message that cannot be applied now although it stands alone."""
+    message = parse(delivery.task, delivery.payload)
+    waits = Waits(describe(error))
+    with _connection(engine) as connection:
+        waiting.keep(connection, [_waiting_message(delivery, message, waits.reason)])
+    return waits
+
+
+def _apply_waiting(connection: Connection, org_id: str, limit: int) -> Applied:
+    work, kept = _WorkingSet.load_waiting(connection, org_id, limit)
+    if org_id in work.reasons_to_wait:
+        work.write_and_commit(connection)
+        return Applied([], work.reasons_to_wait[org_id])
+    deliveries = [_delivery(message) for message in kept]
+    messages = [parse(delivery.task, delivery.payload) for delivery in deliveries]
+    work.load_named(connection, [message for message in messages if isinstance(message, Message)])
+    decided = [_decide(work, message) for message in messages]
+    waiting.remove(connection, org_id, [message.number for message in kept])
+    answers = _write_and_commit(connection, work, deliveries, messages, decided)
+    return Applied(list(zip(deliveries, answers, strict=True)), None)
+
+
+def _delivery(kept: NumberedMessage) -> Delivery:
+    """The message as it was delivered."""
+    payload: object
+    if kept.error_code is not None:
+        assert kept.error is not None
+        payload = InvalidMessage(kept.error_code, kept.error, None)
+    else:
+        arguments = dead_letters.arguments(kept.body)
+        assert arguments is not None
+        payload = only_argument(kept.task, *arguments)
+    return Delivery(kept.task, payload, kept.body, kept.answer_to)
+
+
+class _CaughtUp(NamedTuple):
+    written: int
+    unfinished: tuple[str, ...]
+    """The wallets in which more is due."""
+
+
+def _catch_up(connection: Connection, org_ids: Sequence[str], _: bool) -> list[_CaughtUp]:
     work = _WorkingSet.load_due(connection, org_ids)
     work.write_and_commit(connection)
-    return [len(work.events)]
+    return [_CaughtUp(len(work.events), tuple(work.reasons_to_wait))]
 
 
 def _bury(engine: Engine, delivery: Delivery, error: Exception) -> DeadLettered:
+    with _connection(engine) as connection:
+        return _record_unexpected(connection, delivery, error)
+
+
+def _bury_waiting(engine: Engine, org_id: str, error: Exception) -> Applied:
+    """Make a dead letter of the first message of `org_id` that waits."""
+    with _connection(engine) as connection:
+        connection.execute(_BEGIN)
+        kept = waiting.first(connection, org_id, 1).fetchall()
+        deliveries = [_delivery(message) for message in kept]
+        answers = [_record_unexpected(connection, delivery, error) for delivery in deliveries]
+        waiting.remove(connection, org_id, [message.number for message in kept])
+        connection.execute("COMMIT")
+    return Applied(list(zip(deliveries, answers, strict=True)), None)
+
+
+def _record_unexpected(connection: Connection, delivery: Delivery, error: Exception) -> DeadLettered:
     letter = DeadLetter(
         _storable(delivery.task)[:MAX_TASK_LENGTH],
         delivery.body,
@@ -170,8 +379,7 @@ def _bury(engine: Engine, delivery: Delivery, error: Exception) -> DeadLettered:
         _storable(f"{delivery.task} failed unexpectedly: {type(error).__name__}: {error}"),
         _storable("".join(traceback.format_exception(error))),
     )
-    with _connection(engine) as connection:
-        [letter_id] = dead_letters.record(connection, [letter])
+    [letter_id] = dead_letters.record(connection, [letter])
     logger.error("%s failed unexpectedly, see dead letter %d:\n%s", letter.task, letter_id, letter.traceback)
     return DeadLettered(letter_id, letter.code, letter.error)
 
@@ -211,6 +419,8 @@ class _WorkingSet:
         self.subscriptions: dict[tuple[str, str], Subscription] = {}
         self.posted: dict[tuple[str, str, str], PostedMessage] = {}
         self.events: list[Event] = []
+        self.reasons_to_wait: dict[str, str] = {}
+        """Why the messages of an organization cannot be applied in this transaction."""
         # As they are in the database.
         self._loaded_wallets = dict(self.wallets)
         self._loaded_workflows: dict[tuple[str, str], Workflow] = {}
@@ -218,38 +428,94 @@ class _WorkingSet:
         self._new_posted: list[PostedMessage] = []
 
     @classmethod
-    def load(cls, connection: Connection, messages: Sequence[Message]) -> "_WorkingSet":
-        """Lock the wallets of `messages`, load all that deciding them needs, and post what is due."""
+    def load(cls, connection: Connection, messages: Sequence[Message], *, skip_locked: bool) -> "_WorkingSet":
+        """Lock the wallets of `messages`, load all that deciding them needs, and post what is due.
+
+        An organization whose wallet cannot be had is in `reasons_to_wait`: it has messages that wait, or somebody else
+        has locked it. With `skip_locked`, a locked wallet is not waited for.
+        """
         org_ids = sorted({message.org_id for message in messages})
+        lock = f"{_LOCK_FREE_WALLETS} SKIP LOCKED" if skip_locked else _LOCK_FREE_WALLETS
         with connection.pipeline():
             connection.execute(_BEGIN)
-            locked = _select(connection, Wallet, _LOCK_WALLETS, [arrays.text(org_ids)])
+            connection.execute(_IMPATIENTLY)
+            locked = _select(connection, Wallet, lock, [arrays.text(org_ids)])
             clock = connection.execute(_CLOCK)
             named = _Named(messages)
             workflows = _find(connection, Workflow, _WORKFLOWS, named.workflows)
             posted = _find(connection, PostedMessage, _POSTED, named.posted)
         work = cls(locked.fetchall(), clock.fetchall()[0][0])
-        missing = [org_id for org_id in org_ids if org_id not in work.wallets]
-        if missing:
-            with connection.pipeline():
-                # In a transaction of its own: to create wallets while holding others would invite deadlocks.
-                connection.execute("COMMIT")
-                connection.execute(*_CREATE_WALLETS.of([Wallet(org_id) for org_id in missing]))
-            return cls.load(connection, messages)
+        if missing := [org_id for org_id in org_ids if org_id not in work.wallets]:
+            known = connection.execute(_KNOWN_WALLETS, [arrays.text(missing)]).fetchall()
+            unknown = set(missing) - {org_id for org_id, _ in known}
+            if unknown or not (skip_locked or all(waits for _, waits in known)):
+                # It will be there; or somebody else has just created it, or applied what waited.
+                connection.execute("ROLLBACK")
+                cls._create(connection, unknown)
+                return cls.load(connection, messages, skip_locked=skip_locked)
+            work.reasons_to_wait = {org_id: BEHIND if waits else LOCKED for org_id, waits in known}
         work._keep_loaded(workflows(), posted())
         work._post_due(connection, named.subscriptions)
         return work
+
+    @classmethod
+    def load_waiting(
+        cls, connection: Connection, org_id: str, limit: int
+    ) -> tuple["_WorkingSet", Sequence[NumberedMessage]]:
+        """Lock the wallet of `org_id`, post what is due, and read the first messages of it that wait.
+
+        For messages that name no organization, there is no wallet.
+        """
+        with connection.pipeline():
+            connection.execute(_BEGIN)
+            connection.execute(_PATIENTLY)
+            locked = _select(connection, Wallet, f"{_LOCK_WALLETS} SKIP LOCKED", [arrays.text([org_id])])
+            clock = connection.execute(_CLOCK)
+            kept = waiting.first(connection, org_id, limit)
+        work = cls(locked.fetchall(), clock.fetchall()[0][0])
+        messages = kept.fetchall()
+        if work.wallets:
+            work._post_due(connection, set())
+        elif any(message.error_code is None for message in messages):
+            if connection.execute(_KNOWN_WALLETS, [arrays.text([org_id])]).fetchall():
+                work.reasons_to_wait[org_id] = LOCKED
+            else:
+                connection.execute("ROLLBACK")
+                cls._create(connection, [org_id])
+                return cls.load_waiting(connection, org_id, limit)
+        return work, messages
 
     @classmethod
     def load_due(cls, connection: Connection, org_ids: Sequence[str]) -> "_WorkingSet":
         """Lock those of the wallets `org_ids` that nobody else holds, and post what is due in them."""
         with connection.pipeline():
             connection.execute(_BEGIN)
+            connection.execute(_PATIENTLY)
             locked = _select(connection, Wallet, f"{_LOCK_WALLETS} SKIP LOCKED", [arrays.text(sorted(org_ids))])
             clock = connection.execute(_CLOCK)
         work = cls(locked.fetchall(), clock.fetchall()[0][0])
         work._post_due(connection, set())
         return work
+
+    @staticmethod
+    def _create(connection: Connection, org_ids: Collection[str]) -> None:
+        """Create wallets, in a transaction of its own: to do so while holding others would invite deadlocks."""
+        if not org_ids:
+            return
+        with connection.pipeline():
+            connection.execute(_BEGIN)
+            connection.execute(_IMPATIENTLY)
+            connection.execute(*_CREATE_WALLETS.of([Wallet(org_id) for org_id in org_ids]))
+            connection.execute("COMMIT")
+
+    def load_named(self, connection: Connection, messages: Sequence[Message]) -> None:
+        """Load what deciding `messages` needs besides their wallets, which are locked."""
+        named = _Named(messages)
+        with connection.pipeline():
+            workflows = _find(connection, Workflow, _WORKFLOWS, named.workflows)
+            posted = _find(connection, PostedMessage, _POSTED, named.posted)
+            subscriptions = _find(connection, Subscription, _SUBSCRIPTIONS, named.subscriptions)
+        self._keep_loaded(workflows(), posted(), subscriptions())
 
     def _keep_loaded(
         self,
@@ -257,11 +523,22 @@ class _WorkingSet:
         posted: Iterable[PostedMessage] = (),
         subscriptions: Iterable[Subscription] = (),
     ) -> None:
-        self._loaded_workflows |= {(workflow.org_id, workflow.workflow_id): workflow for workflow in workflows}
-        self.workflows |= self._loaded_workflows
+        # What is known already may have changed in this transaction.
+        new_workflows = {
+            key: workflow
+            for workflow in workflows
+            if (key := (workflow.org_id, workflow.workflow_id)) not in self._loaded_workflows
+        }
+        self._loaded_workflows |= new_workflows
+        self.workflows |= new_workflows
         self.posted |= {(known.org_id, known.kind, known.message_id): known for known in posted}
-        self._loaded_subscriptions |= {(known.org_id, known.subscription_id): known for known in subscriptions}
-        self.subscriptions |= self._loaded_subscriptions
+        new_subscriptions = {
+            key: known
+            for known in subscriptions
+            if (key := (known.org_id, known.subscription_id)) not in self._loaded_subscriptions
+        }
+        self._loaded_subscriptions |= new_subscriptions
+        self.subscriptions |= new_subscriptions
 
     def _post_due(self, connection: Connection, named_subscriptions: set[tuple[str, str]]) -> None:
         """Do what time alone does, before any message; load the subscriptions that this or a message needs."""
@@ -273,22 +550,35 @@ class _WorkingSet:
         holding_at = [arrays.text(holding), arrays.timestamptz([self.now[org_id] for org_id in holding])]
         with connection.pipeline():
             subscriptions = _find(connection, Subscription, _SUBSCRIPTIONS, current | named_subscriptions)
-            expired = _select(connection, Workflow, _EXPIRED_HOLDS, holding_at)
+            found = _select(connection, Workflow, _EXPIRED_HOLDS, [*holding_at, MOST_DUE])
             next_expiry = connection.execute(_NEXT_HOLD_EXPIRY, holding_at)
-        expired_workflows = expired.fetchall()
-        self._keep_loaded(expired_workflows, subscriptions=subscriptions())
+        expired = sorted(found.fetchall(), key=lambda workflow: (workflow.expires_at, workflow.workflow_id))
+        self._keep_loaded(expired, subscriptions=subscriptions())
         for wallet in due:
             self._begin_due_periods(wallet)
-        for workflow in expired_workflows:
-            self._release_expired(workflow)
-        for org_id, expires_at in next_expiry.fetchall():
-            self._keep(self.wallets[org_id]._replace(next_hold_expiry=expires_at), ())
+        # Periods first: a wallet in which more of them are due keeps its holds for another time.
+        overdue = {org_id for org_id, wallet in self.wallets.items() if self._period_is_due(wallet)}
+        for workflow in expired:
+            if workflow.org_id not in overdue:
+                self._release_expired(workflow)
+        if len(expired) < MOST_DUE:  # otherwise, there may be more of them
+            for org_id, expires_at in next_expiry.fetchall():
+                if org_id not in overdue:
+                    self._keep(self.wallets[org_id]._replace(next_hold_expiry=expires_at), ())
+        for org_id, wallet in self.wallets.items():
+            if wallet.is_due(self.now[org_id]):
+                self.reasons_to_wait[org_id] = MUCH_DUE
+
+    def _period_is_due(self, wallet: Wallet) -> bool:
+        return wallet.next_period_at is not None and wallet.next_period_at <= self.now[wallet.org_id]
 
     def _begin_due_periods(self, wallet: Wallet) -> None:
         if wallet.subscription_id is None:
             return
         subscription = self.subscriptions[wallet.org_id, wallet.subscription_id]
-        wallet, subscription, events = rules.begin_due_periods(wallet, subscription, self.now[wallet.org_id])
+        wallet, subscription, events = rules.begin_due_periods(
+            wallet, subscription, self.now[wallet.org_id], most_events=MOST_DUE - len(self.events)
+        )
         self._keep(wallet, events, subscription=subscription)
 
     def _release_expired(self, workflow: Workflow) -> None:
@@ -448,14 +738,28 @@ def _by_key(table: Table, record: type[Any]) -> str:
     )
 
 
+def _settings(statement_timeout_s: float) -> str:
+    # Rows are looked up by their keys, one after the other; the planner takes that for dearer than it is, and would
+    # rather read all of a table of some hundred thousand rows.
+    settings = {
+        "lock_timeout": f"{LOCK_PATIENCE_S}s",
+        "statement_timeout": f"{statement_timeout_s}s",
+        "enable_hashjoin": "off",
+        "enable_mergejoin": "off",
+    }
+    return "SELECT " + ", ".join(f"set_config('{name}', '{value}', true)" for name, value in settings.items())
+
+
 # Whatever the server's default: what is read once a lock is held is current.
 _BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
-# The clock is read once the locks are held. From here on rows are looked up by their keys, one after the other; the
-# planner takes that for dearer than it is, and would rather read all of a table of some hundred thousand rows.
-_CLOCK = """
-    SELECT clock_timestamp(), set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true)
-"""
-_LOCK_WALLETS = f"SELECT {_names(Wallet)} FROM wallets WHERE org_id = ANY(%b::text[]) ORDER BY org_id FOR UPDATE"
+_IMPATIENTLY = _settings(PATIENCE_S)
+_PATIENTLY = _settings(LONG_PATIENCE_S)
+_CLOCK = "SELECT clock_timestamp()"  # read once the locks are held
+_WALLETS = f"SELECT {_names(Wallet)} FROM wallets WHERE org_id = ANY(%b::text[])"
+_WAITS = "EXISTS (SELECT FROM waiting_messages WHERE waiting_messages.org_id = wallets.org_id)"
+_LOCK_WALLETS = f"{_WALLETS} ORDER BY org_id FOR UPDATE"
+_LOCK_FREE_WALLETS = f"{_WALLETS} AND NOT {_WAITS} ORDER BY org_id FOR UPDATE"
+_KNOWN_WALLETS = f"SELECT org_id, {_WAITS} FROM wallets WHERE org_id = ANY(%b::text[])"
 _CREATE_WALLETS = _insert(tables.wallets, Wallet, "ON CONFLICT DO NOTHING")
 _WORKFLOWS = _by_key(tables.workflows, Workflow)
 _POSTED = _by_key(tables.posted_messages, PostedMessage)
@@ -464,8 +768,9 @@ _SUBSCRIPTIONS = _by_key(tables.subscriptions, Subscription)
 _EXPIRED_HOLDS = f"""
     SELECT expired.* FROM unnest(%b::text[], %b::timestamptz[]) AS due (org_id, now) CROSS JOIN LATERAL (
         SELECT {_names(Workflow)} FROM workflows
-        WHERE workflows.org_id = due.org_id AND state = 'reserved' AND expires_at <= due.now OFFSET 0
-    ) AS expired ORDER BY expires_at, workflow_id
+        WHERE workflows.org_id = due.org_id AND state = 'reserved' AND expires_at <= due.now
+        ORDER BY expires_at OFFSET 0
+    ) AS expired LIMIT %b
 """
 _NEXT_HOLD_EXPIRY = """
     SELECT org_id, (

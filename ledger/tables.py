@@ -253,3 +253,19 @@ dead_letters = Table(
         postgresql_where=text("status = 'open'"),
     ),
 )
+
+waiting_messages = Table(
+    "waiting_messages",
+    metadata,
+    _column("org_id", Text),  # empty: the message names none
+    Column("number", BigInteger, Identity(always=True), nullable=False),
+    _column("task", Text),
+    _column("body", LargeBinary),
+    _optional("answer_to", Text),
+    _optional("error_code", Text),  # why it will be a dead letter, if that is known
+    _optional("error", Text),
+    _column("reason", Text),
+    Column("waiting_since", Instant, nullable=False, server_default=func.clock_timestamp()),
+    PrimaryKeyConstraint("org_id", "number", name="waiting_messages_pkey"),
+    _check("waiting_messages_error", "(error_code IS NULL) = (error IS NULL)"),
+)

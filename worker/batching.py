@@ -1,16 +1,15 @@
 """From what waits at the broker to one commit and one acknowledgement.
 
-Guarantee: a message is acknowledged when it is applied, or kept as a dead letter, and not before. A batch is what has
-arrived when the worker comes to look; nothing waits for a batch to fill. While the database does not answer, all
-messages stay with this worker, no more than the prefetch limit, and are tried again and again; a worker that is told to
-stop meanwhile gives them back.
+Guarantee: a message is acknowledged when it is applied, kept as a dead letter, or kept to wait for its organization
+(see `worker.background`), and not before. A batch is what has arrived when the worker comes to look; nothing waits for
+a batch to fill. While the database does not answer, all messages stay with this worker, no more than the prefetch
+limit, and are tried again and again; a worker that is told to stop meanwhile gives them back.
 
 What it can get wrong: a worker that dies between the commit and the acknowledgement gets its messages again. The
 ledger knows them, so they change nothing.
 """
 
 import gc
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -20,18 +19,18 @@ from typing import Any, NamedTuple
 from celery import Celery, Task
 from celery.worker.consumer import Consumer
 from kombu.message import Message
-from redis.exceptions import RedisError
 
-from ledger.database import describe, is_transient
 from ledger.messages import only_argument
 from ledger.state import Result
-from ledger.store import DeadLettered, Delivery, apply_batch
+from ledger.store import DeadLettered, Delivery, Waits, apply_batch
 from worker import metrics
+from worker.answers import Answer, Answers, tell_dead_letter, value_of
+from worker.background import Background
 from worker.monitoring import Monitored
-from worker.tasks import SCHEDULER_TASKS, as_value
+from worker.outage import Outage
+from worker.tasks import SCHEDULER_TASKS
 from worker.transport import Channel
 
-logger = logging.getLogger(__name__)
 # It reports every connection that breaks while it is used; we report the outage.
 logging.getLogger("psycopg").setLevel(logging.ERROR)
 
@@ -40,14 +39,10 @@ MOST_MESSAGES = 500
 
 FIRST_DELAY_S = 0.05
 LONGEST_DELAY_S = 2.0
-STORE_PAUSE_S = 10
-"""How long no answers are stored after that has failed."""
+Outcome = Result | DeadLettered | Waits | None
+"""What became of a message; None: it is a run of the scheduler, which is done in the background."""
 
-REMINDER_S = 60.0
-"""How often the log is reminded of an outage, and of its reason."""
-
-Answer = Result | DeadLettered | int
-"""What became of a message; of a run of the scheduler, the number of events that it wrote."""
+_WHO = "batches"
 
 
 class Arrival(NamedTuple):
@@ -55,8 +50,6 @@ class Arrival(NamedTuple):
 
     message: Message
     delivery: Delivery
-    answer_to: str | None
-    """The task's id, if somebody wants the answer."""
     monitored: Monitored | None
 
 
@@ -82,8 +75,7 @@ def strategy(task: Task, _app: Celery, consumer: Consumer) -> Callable[..., None
         batch.add(
             Arrival(
                 message,
-                Delivery(task.name, payload, raw_body(message)),
-                message.headers["id"] if wants_answer else None,
+                Delivery(task.name, payload, raw_body(message), message.headers["id"] if wants_answer else None),
                 Monitored.received(task, message, consumer),
             )
         )
@@ -99,11 +91,13 @@ class Batch:
         self._engine = consumer.app.ledger_engine
         self._arrivals: list[Arrival] = []
         self._applied: list[Message] = []
-        self._failing_since: float | None = None
-        self._reminded_at = 0.0
         self._delay_s = FIRST_DELAY_S
         self._next_try_at = 0.0
-        self._store_again_at = 0.0
+        self._answers = Answers(consumer.app)
+        self._outage = Outage()
+        self._outage.start()
+        self._background = Background(self._engine, self._answers, self._outage)
+        self._background.start()
 
     def add(self, arrival: Arrival) -> None:
         """Apply `arrival` with whatever else arrives, soon."""
@@ -130,6 +124,10 @@ class Batch:
             self._applied = []
         self._arrivals = []
 
+    def stop(self) -> None:
+        """The worker ends: begin nothing more in the background."""
+        self._background.stop()
+
     def _drain(self) -> None:
         # Our Redis transport has delivered all there is; RabbitMQ delivers one message at a time.
         connection = self._consumer.connection
@@ -145,71 +143,47 @@ class Batch:
         for one in monitored:
             one.started()
         try:
-            answers = self._answers([arrival.delivery for arrival in arrivals])
+            outcomes = self._outcomes(arrivals)
         except Exception as error:  # noqa: BLE001 - to let it pass would end the worker; to acknowledge would lose them
-            self._wait(error)
+            self._outage.failed(_WHO, error)
+            self._try_again_later()
             return False
-        self._end_wait()
+        self._outage.answered(_WHO)
+        self._delay_s = FIRST_DELAY_S
+        took_s = time.monotonic() - began_at
         del self._arrivals[: len(arrivals)]
         self._applied += [arrival.message for arrival in arrivals]
-        metrics.count([arrival.delivery for arrival in arrivals], answers, took_s=time.monotonic() - began_at)
-        for arrival, answer in zip(arrivals, answers, strict=True):
-            if isinstance(answer, DeadLettered):
-                logger.warning("Dead letter %d, %s: %s", answer.letter_id, answer.code, answer.error)
+        answered: list[tuple[Arrival, Answer]] = []
+        for arrival, outcome in zip(arrivals, outcomes, strict=True):
+            if outcome is None:
+                self._background.ask(arrival.delivery.task, arrival.delivery.answer_to)
+            elif not isinstance(outcome, Waits):
+                answered.append((arrival, outcome))
+            if isinstance(outcome, DeadLettered):
+                tell_dead_letter(outcome)
             if arrival.monitored is not None:
-                arrival.monitored.ended(_value(answer), took_s=time.monotonic() - began_at)
-        self._store_answers(arrivals, answers)
+                arrival.monitored.ended(_told(outcome), took_s=took_s)
+        metrics.count_batch(len(arrivals), took_s=took_s)
+        metrics.count_answers(
+            (arrival.delivery.task, outcome)
+            for arrival, outcome in zip(arrivals, outcomes, strict=True)
+            if outcome is not None
+        )
+        self._answers.store([(arrival.delivery.answer_to, answer) for arrival, answer in answered])
         self._acknowledge()
         return True
 
-    def _answers(self, deliveries: Sequence[Delivery]) -> list[Answer]:
-        runs = [
-            SCHEDULER_TASKS[delivery.task](self._engine) for delivery in deliveries if delivery.task in SCHEDULER_TASKS
-        ]
-        written = iter(runs)
-        messages = [delivery for delivery in deliveries if delivery.task not in SCHEDULER_TASKS]
-        applied = iter(apply_batch(self._engine, messages))
-        return [next(written if delivery.task in SCHEDULER_TASKS else applied) for delivery in deliveries]
-
-    def _wait(self, error: Exception) -> None:
-        now = time.monotonic()
-        if self._failing_since is None or now - self._reminded_at > REMINDER_S:
-            what = "The database does not answer" if is_transient(error) else "Nothing can be written"
-            logger.warning("%s, the messages wait: %s", what, describe(error))
-            self._reminded_at = now
-            self._failing_since = self._failing_since or now
-            metrics.waiting_for_database.set(1)
-        self._next_try_at = now + self._delay_s
+    def _try_again_later(self) -> None:
+        self._next_try_at = time.monotonic() + self._delay_s
         self._consumer.timer.call_after(self._delay_s, self._consumer.call_soon, (self.flush,))
         self._delay_s = min(2 * self._delay_s, LONGEST_DELAY_S)
 
-    def _end_wait(self) -> None:
-        if self._failing_since is not None:
-            logger.warning("The database answers again after %.1f s", time.monotonic() - self._failing_since)
-            self._failing_since = None
-            self._delay_s = FIRST_DELAY_S
-            metrics.waiting_for_database.set(0)
-
-    def _store_answers(self, arrivals: Sequence[Arrival], answers: Sequence[Answer]) -> None:
-        backend = self._consumer.app.backend
-        asked = [
-            (arrival.answer_to, answer)
-            for arrival, answer in zip(arrivals, answers, strict=True)
-            if arrival.answer_to is not None
-        ]
-        if not asked or not hasattr(backend, "client") or time.monotonic() < self._store_again_at:
-            return
-        try:
-            with backend.client.pipeline(transaction=False) as pipe:
-                for task_id, answer in asked:
-                    key, stored = backend.get_key_for_task(task_id), _stored(backend, task_id, answer)
-                    pipe.setex(key, backend.expires, stored)
-                    pipe.publish(key, stored)
-                pipe.execute()
-        except (RedisError, OSError) as error:
-            # Whoever waits asks again: the messages are applied, and asking is safe. They must not wait for this.
-            logger.warning("Answers cannot be stored, none is for %d s: %s", STORE_PAUSE_S, error)
-            self._store_again_at = time.monotonic() + STORE_PAUSE_S
+    def _outcomes(self, arrivals: Sequence[Arrival]) -> list[Outcome]:
+        """Apply the messages; the scheduler's runs are done in the background."""
+        messages = [arrival.delivery for arrival in arrivals if arrival.delivery.task not in SCHEDULER_TASKS]
+        with self._outage.asking(_WHO):
+            applied = iter(apply_batch(self._engine, messages))
+        return [None if arrival.delivery.task in SCHEDULER_TASKS else next(applied) for arrival in arrivals]
 
     def _acknowledge(self) -> None:
         channel = self._consumer.task_consumer.channel
@@ -232,15 +206,12 @@ def collect_garbage_seldom() -> None:
     gc.set_threshold(50_000, 20, 100)
 
 
-def _value(answer: Answer) -> Any:
-    return answer if isinstance(answer, int) else as_value(answer)
-
-
-def _stored(backend: Any, task_id: str, answer: Answer) -> str:
-    """An answer as Celery's own workers store it, so that any Celery client can read it."""
-    value = _value(answer)
-    if isinstance(value, Exception):
-        meta = backend._get_result_meta(backend.prepare_exception(value), "FAILURE", None, None)  # noqa: SLF001
-    else:
-        meta = backend._get_result_meta(value, "SUCCESS", None, None)  # noqa: SLF001
-    return json.dumps({**meta, "task_id": task_id})
+def _told(outcome: Outcome) -> Any:
+    """What monitors are told."""
+    match outcome:
+        case None:
+            return None
+        case Waits(reason):
+            return {"outcome": "waits", "reason": reason}
+        case _:
+            return value_of(outcome)

@@ -57,6 +57,11 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
         connection: Connection = super().connect()
         return connection
 
+    def stop(self) -> None:
+        """The worker ends."""
+        self.batch.stop()
+        super().stop()
+
     def on_connection_error_before_connected(self, exc: Exception) -> None:
         """The broker is there, but refuses what a consumer needs. It is tried again in a second."""
         if not self._is_refused:
@@ -137,7 +142,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
         task = message.headers.get("task") if isinstance(message.headers, dict) else None
         problem = InvalidMessage(code, why, None)
         self.batch.add(
-            Arrival(message, Delivery(task if isinstance(task, str) else "", problem, raw_body(message)), None, None)
+            Arrival(message, Delivery(task if isinstance(task, str) else "", problem, raw_body(message)), None)
         )
 
 

@@ -1,6 +1,7 @@
 """The tasks: the names of the messages and the two runs of the scheduler, each one call into the ledger.
 
-A worker takes their messages in batches (`worker.batching`); called by hand, a task does the same for one message.
+A worker takes their messages in batches (`worker.batching`), and the scheduler's runs in the background
+(`worker.background`); called by hand, a task does the same at once.
 """
 
 import json
@@ -13,11 +14,11 @@ from sqlalchemy import Engine
 from ledger import scheduler
 from ledger.messages import MESSAGES, only_argument
 from ledger.state import Result
-from ledger.store import DeadLettered, Delivery, apply_batch
+from ledger.store import DeadLettered, Delivery, Waits, apply_batch
 
 SCHEDULER_TASKS = {
-    "subscriptions.post_due": scheduler.post_due,
-    "reservations.release_expired": scheduler.release_expired,
+    scheduler.POST_DUE: scheduler.post_due,
+    scheduler.RELEASE_EXPIRED: scheduler.release_expired,
 }
 
 TASKS = frozenset([*MESSAGES, *SCHEDULER_TASKS])
@@ -25,6 +26,10 @@ TASKS = frozenset([*MESSAGES, *SCHEDULER_TASKS])
 
 class MessageDeadLetteredError(Exception):
     """What a caller that waits for the result is told about a message that could not be applied."""
+
+
+class MessageWaitsError(Exception):
+    """What is told to a caller that applies a message by hand: it is kept, and a worker applies it when that can be."""
 
 
 def as_value(answer: Result | DeadLettered) -> dict[str, Any] | MessageDeadLetteredError:
@@ -46,6 +51,8 @@ def _message_task(name: str, engine: Engine) -> Callable[..., dict[str, Any]]:
     def apply_message(*args: object, **kwargs: object) -> dict[str, Any]:
         body = json.dumps([args, kwargs, {}], default=str).encode()
         [answer] = apply_batch(engine, [Delivery(name, only_argument(name, args, kwargs), body)])
+        if isinstance(answer, Waits):
+            raise MessageWaitsError(f"{name} waits, and will be applied by a worker: {answer.reason}")
         value = as_value(answer)
         if isinstance(value, MessageDeadLetteredError):
             raise value

@@ -14,7 +14,15 @@ from ledger.store import apply_batch
 from ledger.tables import metadata
 from tests.support import PATIENCE_S, delivery, eventually, sql
 
-TABLES = ["credit_events", "dead_letters", "posted_messages", "subscriptions", "wallets", "workflows"]
+TABLES = [
+    "credit_events",
+    "dead_letters",
+    "posted_messages",
+    "subscriptions",
+    "waiting_messages",
+    "wallets",
+    "workflows",
+]
 
 # What a schema consists of; each query answers with rows that name it completely.
 CATALOG = {

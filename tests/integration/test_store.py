@@ -16,7 +16,7 @@ from ledger import audit, rules, store
 from ledger.database import connect, is_transient
 from ledger.messages import Message
 from ledger.state import Decision, Result
-from ledger.store import DeadLettered, Delivery, apply_batch
+from ledger.store import LOCKED, Applied, DeadLettered, Delivery, Waits, apply_batch, apply_waiting
 from tests.support import PATIENCE_S, delivery, eventually, sql
 from worker.embedded import Embedded
 
@@ -414,15 +414,15 @@ def mixed(count: int) -> list[Delivery]:
 @pytest.mark.parametrize(
     ("count", "messages", "statements"),
     [
-        # BEGIN, wallets, clock, workflows; workflows, wallets, events, COMMIT
-        (1, [finish(f"org-{n % 10}", f"w{n}", 1) for n in range(1)], 8),
-        (10, [finish(f"org-{n % 10}", f"w{n}", 1) for n in range(10)], 8),
-        (1_000, [finish(f"org-{n % 10}", f"w{n}", 1) for n in range(1_000)], 8),
-        # BEGIN, wallets, clock, posted messages; wallets, posted messages, events, COMMIT
-        (10, [purchase(f"org-{n % 10}", 1, f"p{n}") for n in range(10)], 8),
+        # BEGIN, settings, wallets, clock, workflows; workflows, wallets, events, COMMIT
+        (1, [finish(f"org-{n % 10}", f"w{n}", 1) for n in range(1)], 9),
+        (10, [finish(f"org-{n % 10}", f"w{n}", 1) for n in range(10)], 9),
+        (1_000, [finish(f"org-{n % 10}", f"w{n}", 1) for n in range(1_000)], 9),
+        # BEGIN, settings, wallets, clock, posted messages; wallets, posted messages, events, COMMIT
+        (10, [purchase(f"org-{n % 10}", 1, f"p{n}") for n in range(10)], 9),
         # both
-        (10, mixed(10), 10),
-        (1_000, mixed(1_000), 10),
+        (10, mixed(10), 11),
+        (1_000, mixed(1_000), 11),
     ],
     ids=["1 finish", "10 finishes", "1000 finishes", "10 purchases", "10 mixed", "1000 mixed"],
 )
@@ -591,46 +591,51 @@ def applying_while_locked(engine: Engine, database_url: str) -> Iterator[tuple[F
         other.dispose()
 
 
-def assert_nothing_happened_and_again_works(engine: Engine) -> None:
-    assert sql(engine, "SELECT org_id, seq FROM credit_events ORDER BY org_id") == [("acme", 1), ("globex", 1)]
-    assert sql(engine, "SELECT count(*) FROM dead_letters") == [(0,)]
-    assert apply_batch(engine, TWO_WALLETS) == [
-        posted(2, available=501),
-        posted(2, available=501, org_id="globex"),
+POSTED_TO_ACME, POSTED_TO_GLOBEX = posted(2, available=501), posted(2, available=501, org_id="globex")
+
+
+def assert_only_globex_waits(engine: Engine, answers: Sequence[Any], reason: str) -> None:
+    assert answers == [POSTED_TO_ACME, Waits(reason)]
+    assert sql(engine, "SELECT org_id, seq FROM credit_events ORDER BY 1, 2") == [
+        ("acme", 1),
+        ("acme", 2),
+        ("globex", 1),
     ]
+    assert sql(engine, "SELECT org_id, task, reason FROM waiting_messages") == [("globex", "wallet.purchase", reason)]
+    assert apply_waiting(engine, "globex", limit=10) == Applied([(TWO_WALLETS[1], POSTED_TO_GLOBEX)], None)
+    assert sql(engine, "SELECT count(*) FROM waiting_messages") == [(0,)]
+    assert sql(engine, "SELECT count(*) FROM dead_letters") == [(0,)]
+    assert audit.verify(engine).is_clean
 
 
-def test_a_terminated_backend_is_raised_and_again_works(engine: Engine, database_url: str) -> None:
+def test_a_terminated_backend_costs_nobody_else_anything(engine: Engine, database_url: str) -> None:
     with applying_while_locked(engine, database_url) as (applying, other, _):
         assert sql(other, f"SELECT pg_terminate_backend(pid) FROM ({WAITING}) AS waiting") == [(True,)]
-        error = applying.exception(PATIENCE_S)
-        assert error is not None
-        assert is_transient(error)
-    assert_nothing_happened_and_again_works(engine)
+        answers = applying.result(PATIENCE_S)
+    assert_only_globex_waits(engine, answers, LOCKED)
 
 
-def test_a_lock_timeout_is_raised_and_again_works(engine: Engine, database_url: str) -> None:
-    sql(engine, "SET lock_timeout = '50ms'")  # of the pooled connection
+def test_a_locked_wallet_is_waited_for_by_its_own_messages_alone(engine: Engine, database_url: str) -> None:
     with applying_while_locked(engine, database_url) as (applying, _, _):
-        error = applying.exception(PATIENCE_S)
-        assert isinstance(error, psycopg.errors.LockNotAvailable)
-    assert_nothing_happened_and_again_works(engine)
+        answers = applying.result(PATIENCE_S)
+    assert_only_globex_waits(engine, answers, LOCKED)
 
 
-def test_a_deadlock_is_raised_and_again_works(engine: Engine, database_url: str, services: Embedded) -> None:
+def test_a_deadlock_is_isolated(engine: Engine, database_url: str, services: Embedded) -> None:
     admin = connect(services.admin_url)
     sql(admin, "GRANT SET ON PARAMETER deadlock_timeout TO holdfast")
     admin.dispose()
-    sql(engine, "SET deadlock_timeout = '5s'")  # of the pooled connection: it looks once, when the holder waits too
+    sql(engine, "SET deadlock_timeout = '250ms'")  # of the pooled connection: it looks before its patience ends
     with applying_while_locked(engine, database_url) as (applying, _, holder):
         # The batch holds acme. It is the only one that looks for a deadlock, so it is the one that gives way.
         holder.execute(text("SET LOCAL deadlock_timeout = '1min'"))
         holder.execute(text("SELECT * FROM wallets WHERE org_id = 'acme' FOR UPDATE"))
-        assert isinstance(applying.exception(PATIENCE_S), psycopg.errors.DeadlockDetected)
-    assert_nothing_happened_and_again_works(engine)
+        assert applying.result(PATIENCE_S) == [Waits(LOCKED)] * 2
+    assert apply_waiting(engine, "acme", limit=10).answers == [(TWO_WALLETS[0], POSTED_TO_ACME)]
+    assert apply_waiting(engine, "globex", limit=10).answers == [(TWO_WALLETS[1], POSTED_TO_GLOBEX)]
 
 
-def test_a_pooled_connection_that_died_is_noticed_by_its_first_use(engine: Engine, database_url: str) -> None:
+def test_a_pooled_connection_that_died_costs_nothing(engine: Engine, database_url: str) -> None:
     apply_batch(engine, [purchase("acme", 500), purchase("globex", 500)])
     other = connect(database_url)
     sql(
@@ -639,13 +644,10 @@ def test_a_pooled_connection_that_died_is_noticed_by_its_first_use(engine: Engin
         " AND datname = current_database() AND backend_type = 'client backend'",
     )
     other.dispose()
-    with pytest.raises(psycopg.OperationalError) as raised:
-        apply_batch(engine, TWO_WALLETS)
-    assert is_transient(raised.value)
-    assert_nothing_happened_and_again_works(engine)
+    assert apply_batch(engine, TWO_WALLETS) == [POSTED_TO_ACME, POSTED_TO_GLOBEX]
 
 
-def test_a_commit_that_fails_leaves_nothing_applied(engine: Engine) -> None:
+def test_a_commit_that_fails_leaves_nothing_of_its_transaction(engine: Engine) -> None:
     apply_batch(engine, [purchase("acme", 500), purchase("globex", 500)])
     # A constraint that is only looked at by COMMIT, as the last statement of all.
     sql(
@@ -657,10 +659,9 @@ def test_a_commit_that_fails_leaves_nothing_applied(engine: Engine) -> None:
         FOR EACH ROW WHEN (NEW.org_id = 'globex') EXECUTE FUNCTION fail()
         """,
     )
-    with pytest.raises(psycopg.errors.SerializationFailure):
-        apply_batch(engine, TWO_WALLETS)
+    answers = apply_batch(engine, TWO_WALLETS)
     sql(engine, "DROP TRIGGER fail ON credit_events")
-    assert_nothing_happened_and_again_works(engine)
+    assert_only_globex_waits(engine, answers, "too late")
 
 
 def test_messages_of_a_database_without_tables_are_kept_for_later(empty_database_url: str) -> None:
@@ -812,7 +813,7 @@ def test_the_error_that_counts_is_the_first_one_however_much_is_on_its_way_behin
         assert isinstance(connection, psycopg.Connection)
         connection.autocommit = True
         with pytest.raises(psycopg.errors.RaiseException, match="never"):
-            store._apply(connection, messages)
+            store._apply(connection, messages, False)
         pooled.invalidate()
 
 

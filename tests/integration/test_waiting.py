@@ -1,0 +1,325 @@
+"""What cannot be applied now waits alone: its organization's later messages behind it, and nobody else."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import Engine, text
+
+from ledger import audit, scheduler, store, waiting
+from ledger.database import connect, is_transient
+from ledger.messages import InvalidMessage
+from ledger.state import Result
+from ledger.store import BEHIND, LOCKED, MUCH_DUE, PATIENCE_S, Applied, Delivery, Waits, apply_batch, apply_waiting
+from tests.support import delivery, sql
+
+
+def purchase(org_id: str, purchase_id: str, credits: int = 10) -> Delivery:
+    return delivery("wallet.purchase", org_id=org_id, purchase_id=purchase_id, credits=credits)
+
+
+def start(org_id: str, workflow_id: str, credits: int) -> Delivery:
+    return delivery("workflow.start", org_id=org_id, workflow_id=workflow_id, credits=credits, expires_in_s=60)
+
+
+@pytest.fixture
+def other(database_url: str) -> Iterator[Engine]:
+    """Somebody else on the same database."""
+    own = connect(database_url)
+    yield own
+    own.dispose()
+
+
+@contextmanager
+def holding(other: Engine, statement: str) -> Iterator[None]:
+    """Somebody has executed `statement` in a transaction that is still open."""
+    with other.connect() as connection:
+        connection.execute(text(statement))
+        yield
+        connection.rollback()
+
+
+def locked(other: Engine, org_id: str) -> Any:
+    return holding(other, f"SELECT 1 FROM wallets WHERE org_id = '{org_id}' FOR UPDATE")
+
+
+def on_insert_into(engine: Engine, table: str, act: str, *, when: str = "true") -> None:
+    """Have PostgreSQL do something for every row."""
+    sql(
+        engine,
+        f"""
+        CREATE FUNCTION act() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {act}; RETURN NEW; END $$;
+        CREATE TRIGGER act BEFORE INSERT ON {table} FOR EACH ROW WHEN ({when}) EXECUTE FUNCTION act()
+        """,
+    )
+
+
+def no_more_acting(engine: Engine, table: str) -> None:
+    sql(engine, f"DROP TRIGGER act ON {table}")
+
+
+def outcomes(answers: Sequence[Any]) -> list[str]:
+    return [answer.outcome if isinstance(answer, Result) else type(answer).__name__ for answer in answers]
+
+
+def apply_all_waiting(engine: Engine, org_id: str, *, limit: int = 500) -> list[Any]:
+    """Apply what waits for `org_id` to its end; returns the answers."""
+    answers: list[Any] = []
+    for _ in range(100):
+        applied = apply_waiting(engine, org_id, limit=limit)
+        answers += [answer for _, answer in applied.answers]
+        if not applied.answers and applied.problem is None:
+            return answers
+    raise AssertionError(f"{org_id} waits on: {applied.problem}")
+
+
+def purchases_in_order(engine: Engine, org_id: str) -> list[str]:
+    events = "SELECT metadata ->> 'purchase_id' FROM credit_events WHERE org_id = :org_id ORDER BY seq"
+    return [purchase_id for (purchase_id,) in sql(engine, events, org_id=org_id)]
+
+
+def is_sound(engine: Engine) -> bool:
+    assert sql(engine, "SELECT count(*) FROM waiting_messages") == [(0,)]
+    assert sql(engine, "SELECT count(*) FROM dead_letters") == [(0,)]
+    return audit.verify(engine).is_clean
+
+
+@pytest.mark.parametrize("limit", [1, 7, 500])
+def test_later_messages_of_an_organization_wait_behind_and_all_are_applied_in_order(
+    engine: Engine, other: Engine, limit: int
+) -> None:
+    apply_batch(engine, [purchase("acme", "first"), purchase("globex", "first")])
+    with locked(other, "acme"):
+        answers = apply_batch(engine, [purchase(("acme", "globex")[n % 2], f"p{n:02}") for n in range(20)])
+        assert answers[::2] == [Waits(LOCKED)] * 10
+        assert outcomes(answers[1::2]) == ["posted"] * 10
+        for number in range(20, 30):
+            assert apply_batch(engine, [purchase("acme", f"p{number}")]) == [Waits(BEHIND)]
+        assert apply_waiting(engine, "acme", limit=limit) == Applied([], LOCKED)
+    # Free again, but what waits is first.
+    assert apply_batch(engine, [purchase("acme", "p30")]) == [Waits(BEHIND)]
+    assert outcomes(apply_all_waiting(engine, "acme", limit=limit)) == ["posted"] * 21
+    assert outcomes(apply_batch(engine, [purchase("acme", "p31")])) == ["posted"]
+    assert purchases_in_order(engine, "acme") == [
+        "first",
+        *(f"p{n:02}" for n in range(0, 20, 2)),
+        *(f"p{n}" for n in range(20, 32)),
+    ]
+    assert is_sound(engine)
+
+
+def test_who_waits_is_told_with_the_reason_of_its_first_message(engine: Engine, other: Engine) -> None:
+    apply_batch(engine, [purchase(org_id, "first") for org_id in ("acme", "globex", "initech")])
+    assert waits(engine) == []
+    with locked(other, "globex"), other.connect() as second:
+        second.execute(text("SELECT 1 FROM wallets WHERE org_id = 'acme' FOR UPDATE"))
+        apply_batch(engine, [purchase(org_id, "second") for org_id in ("acme", "globex", "initech")])
+        apply_batch(engine, [purchase(org_id, "third") for org_id in ("acme", "globex", "initech")])
+    assert waits(engine) == [("acme", LOCKED), ("globex", LOCKED)]
+    with engine.connect() as connection:
+        assert [one.org_id for one in waiting.organizations(connection, most=1)] == ["acme"]
+
+
+def waits(engine: Engine) -> list[tuple[str, str]]:
+    with engine.connect() as connection:
+        return [(one.org_id, one.reason) for one in waiting.organizations(connection)]
+
+
+def test_the_caller_of_a_message_that_waits_is_kept_with_it(engine: Engine, other: Engine) -> None:
+    apply_batch(engine, [purchase("acme", "first")])
+    asked = purchase("acme", "second")._replace(answer_to="somebody")
+    with locked(other, "acme"):
+        assert apply_batch(engine, [asked]) == [Waits(LOCKED)]
+    [(applied, answer)] = apply_waiting(engine, "acme", limit=1).answers
+    assert applied == asked
+    assert outcomes([answer]) == ["posted"]
+
+
+def test_a_wallet_that_somebody_is_creating_is_not_waited_for_by_others(engine: Engine, other: Engine) -> None:
+    apply_batch(engine, [purchase("globex", "first")])
+    columns = "last_seq, prepaid_balance, subscription_balance, reserved, period_usage, credit_limit, config_version"
+    creating = f"INSERT INTO wallets (org_id, {columns}) VALUES ('acme', 0, 0, 0, 0, 0, 0, 0)"
+    with holding(other, creating):
+        answers = apply_batch(engine, [purchase("acme", "p1"), purchase("globex", "p1"), purchase("new", "p1")])
+        assert outcomes(answers) == ["Waits", "posted", "posted"]
+    assert outcomes(apply_all_waiting(engine, "acme")) == ["posted"]
+    assert is_sound(engine)
+
+
+def test_a_statement_that_takes_too_long_for_one_organization_delays_nobody_else(engine: Engine) -> None:
+    organizations = [f"org-{n:03}" for n in range(200)]
+    apply_batch(engine, [purchase(org_id, "first") for org_id in organizations])
+    on_insert_into(engine, "credit_events", f"PERFORM pg_sleep({PATIENCE_S + 1})", when="NEW.org_id = 'org-100'")
+    answers = apply_batch(engine, [purchase(org_id, "second") for org_id in organizations])
+    assert answers[100] == Waits("canceling statement due to statement timeout")
+    assert outcomes(answers[:100] + answers[101:]) == ["posted"] * 199
+    # In its own time, and nobody waits for that, it is applied.
+    assert outcomes(apply_all_waiting(engine, "org-100")) == ["posted"]
+    assert is_sound(engine)
+
+
+def test_a_batch_in_which_everything_is_slow_is_split_until_it_is_done(engine: Engine) -> None:
+    on_insert_into(engine, "credit_events", "PERFORM pg_sleep(0.03)")
+    answers = apply_batch(engine, [purchase("acme", f"p{n:03}") for n in range(100)])
+    assert outcomes(answers) == ["posted"] * 100
+    assert purchases_in_order(engine, "acme") == [f"p{n:03}" for n in range(100)]
+    assert is_sound(engine)
+
+
+def test_a_message_that_costs_the_connection_waits_alone(engine: Engine) -> None:
+    apply_batch(engine, [purchase("acme", "first"), purchase("globex", "first")])
+    on_insert_into(
+        engine, "credit_events", "PERFORM pg_terminate_backend(pg_backend_pid())", when="NEW.org_id = 'acme'"
+    )
+    answers = apply_batch(engine, [purchase(("acme", "globex")[n % 2], f"p{n}") for n in range(4)])
+    assert outcomes(answers) == ["Waits", "posted", "Waits", "posted"]
+    with pytest.raises(psycopg.OperationalError):
+        apply_waiting(engine, "acme", limit=1)
+    no_more_acting(engine, "credit_events")
+    assert outcomes(apply_all_waiting(engine, "acme")) == ["posted"] * 2
+    assert is_sound(engine)
+
+
+def test_what_concerns_everybody_is_raised_soon_and_loses_nothing(engine: Engine, other: Engine) -> None:
+    messages = [purchase(f"org-{n:03}", "p1") for n in range(200)]
+    with holding(other, "LOCK TABLE credit_events IN ACCESS EXCLUSIVE MODE"):
+        with pytest.raises(psycopg.errors.LockNotAvailable) as raised:
+            apply_batch(engine, messages)
+        assert is_transient(raised.value)
+    kept = sql(engine, "SELECT count(DISTINCT org_id) FROM waiting_messages")[0][0]
+    assert kept <= 1
+    answers = apply_batch(engine, messages)
+    assert sorted({*outcomes(answers)}) in (["Waits", "posted"], ["posted"])
+    for org_id, _ in waits(engine):
+        apply_all_waiting(engine, org_id)
+    assert sql(engine, "SELECT count(*) FROM credit_events") == [(200,)]
+    assert is_sound(engine)
+
+
+def test_a_dead_letter_that_somebody_has_locked_delays_nobody_else(engine: Engine, other: Engine) -> None:
+    bad = purchase("acme", "bad", credits=0)
+    nameless = Delivery("", InvalidMessage("undecodable_message", "it cannot be read", None), b"\x00?")
+    apply_batch(engine, [bad, nameless, purchase("globex", "first")])
+    with holding(other, "SELECT 1 FROM dead_letters FOR UPDATE"):
+        answers = apply_batch(engine, [bad, purchase("globex", "second"), nameless, purchase("acme", "good")])
+        assert outcomes(answers)[1] == "posted"
+        assert outcomes(answers)[::2] == ["Waits", "Waits"]
+    assert [org_id for org_id, _ in waits(engine)] == [waiting.NOBODY, "acme"]
+    assert outcomes(apply_all_waiting(engine, waiting.NOBODY)) == ["DeadLettered"]
+    assert outcomes(apply_all_waiting(engine, "acme")) == ["DeadLettered", "posted"]
+    assert sql(engine, "SELECT body, attempts FROM dead_letters ORDER BY body") == [(b"\x00?", 2), (bad.body, 2)]
+    assert purchases_in_order(engine, "acme") == ["good"]
+    assert audit.verify(engine).is_clean
+
+
+def test_a_waiting_message_that_can_never_be_applied_becomes_a_dead_letter(engine: Engine, other: Engine) -> None:
+    apply_batch(engine, [purchase("acme", "first")])
+    with locked(other, "acme"):
+        apply_batch(engine, [purchase("acme", f"p{n}") for n in range(3)])
+    on_insert_into(engine, "credit_events", "RAISE EXCEPTION 'never'", when="NEW.metadata ->> 'purchase_id' = 'p1'")
+    assert outcomes(apply_all_waiting(engine, "acme")) == ["posted", "DeadLettered", "posted"]
+    assert purchases_in_order(engine, "acme") == ["first", "p0", "p2"]
+    [(code, body)] = sql(engine, "SELECT error_code, body FROM dead_letters")
+    assert (code, body) == ("unexpected_error", purchase("acme", "p1").body)
+    assert sql(engine, "SELECT count(*) FROM waiting_messages") == [(0,)]
+
+
+# More is due than one transaction does.
+
+
+@pytest.fixture
+def most_due(monkeypatch: pytest.MonkeyPatch) -> int:
+    """A small bound, so that few holds are many."""
+    monkeypatch.setattr(store, "MOST_DUE", 10)
+    return 10
+
+
+def with_expired_holds(engine: Engine, org_id: str, count: int) -> None:
+    apply_batch(engine, [purchase(org_id, "p1", 1_000), *(start(org_id, f"w{n:03}", 2) for n in range(count))])
+    expire(engine)
+
+
+def expire(engine: Engine) -> None:
+    sql(engine, "UPDATE workflows SET expires_at = expires_at - interval '1 day'")
+    sql(engine, "UPDATE wallets SET next_hold_expiry = next_hold_expiry - interval '1 day'")
+
+
+def test_what_is_due_comes_before_the_messages_that_wait_and_they_know_of_it(engine: Engine, other: Engine) -> None:
+    apply_batch(engine, [purchase("acme", "p1", 100), start("acme", "w1", 60), start("acme", "w2", 40)])
+    with locked(other, "acme"):
+        finish = delivery("workflow.finish", org_id="acme", workflow_id="w1", credits=10)
+        assert outcomes(apply_batch(engine, [finish, start("acme", "w3", 90)])) == ["Waits"] * 2
+    expire(engine)
+    assert outcomes(apply_all_waiting(engine, "acme")) == ["settled", "reserved"]
+    assert sql(engine, "SELECT workflow_id, state FROM workflows ORDER BY 1") == [
+        ("w1", "settled"),
+        ("w2", "expired"),
+        ("w3", "reserved"),
+    ]
+    assert is_sound(engine)
+
+
+def test_an_organization_with_more_expired_holds_than_a_transaction_releases_waits_alone(
+    engine: Engine, most_due: int
+) -> None:
+    with_expired_holds(engine, "acme", 35)
+    apply_batch(engine, [purchase("globex", "p1")])
+    answers = apply_batch(engine, [start("acme", "new", 1_000), purchase("globex", "p2")])
+    assert answers[0] == Waits(MUCH_DUE)
+    assert outcomes(answers[1:]) == ["posted"]
+    assert sql(engine, "SELECT count(*) FROM workflows WHERE state = 'expired'") == [(10,)]
+    assert apply_waiting(engine, "acme", limit=500) == Applied([], MUCH_DUE)
+    assert sql(engine, "SELECT count(*) FROM workflows WHERE state = 'expired'") == [(20,)]
+    # All that has expired is released first, so all credits are free again.
+    assert outcomes(apply_all_waiting(engine, "acme")) == ["reserved"]
+    assert sql(engine, "SELECT count(*) FROM workflows WHERE state = 'expired'") == [(35,)]
+    assert is_sound(engine)
+
+
+def test_a_run_releases_any_number_of_holds_in_bounded_steps(engine: Engine, most_due: int) -> None:
+    with_expired_holds(engine, "acme", 95)
+    with_expired_holds(engine, "globex", 5)
+    written = list(scheduler.steps(engine, scheduler.RELEASE_EXPIRED))
+    assert sum(written) == 100
+    assert max(written) == most_due
+    assert sql(engine, "SELECT reserved, next_hold_expiry FROM wallets") == [(0, None)] * 2
+    assert scheduler.release_expired(engine) == 0
+    assert is_sound(engine)
+
+
+def test_a_run_begins_any_number_of_periods_in_bounded_steps(engine: Engine, most_due: int) -> None:
+    subscribe = {"subscription_id": "s1", "version": 1, "plan": "team", "monthly_credits": 100}
+    organizations = [f"org-{n}" for n in range(4)]
+    apply_batch(
+        engine,
+        [
+            delivery("wallet.subscribe", org_id=org_id, **subscribe, anchor="2999-01-01T00:00:00Z")
+            for org_id in organizations
+        ],
+    )
+    with_expired_holds(engine, "org-0", 3)
+    sql(engine, "UPDATE subscriptions SET anchor = now() - interval '500 days'")
+    sql(engine, "UPDATE wallets SET next_period_at = now() - interval '500 days'")
+    written = list(scheduler.steps(engine, scheduler.POST_DUE))
+    periods = sql(engine, "SELECT DISTINCT period + 1 FROM subscriptions")[0][0]
+    assert periods in (16, 17, 18)
+    assert sum(written) == 4 * (2 * periods - 1) + 3
+    assert max(written) <= most_due + 1  # a period is one event or two
+    assert sql(engine, "SELECT DISTINCT next_period_at > now(), reserved, next_hold_expiry FROM wallets") == [
+        (True, 0, None)
+    ]
+    assert is_sound(engine)
+
+
+def test_an_organization_with_many_missed_periods_is_caught_up_before_its_message(
+    engine: Engine, most_due: int
+) -> None:
+    fields = {"subscription_id": "s1", "version": 1, "plan": "team", "monthly_credits": 100}
+    apply_batch(engine, [delivery("wallet.subscribe", org_id="acme", **fields, anchor="2999-01-01T00:00:00Z")])
+    sql(engine, "UPDATE subscriptions SET anchor = now() - interval '500 days'")
+    sql(engine, "UPDATE wallets SET next_period_at = now() - interval '500 days'")
+    assert apply_batch(engine, [start("acme", "w1", 100)]) == [Waits(MUCH_DUE)]
+    assert outcomes(apply_all_waiting(engine, "acme")) == ["reserved"]
+    assert is_sound(engine)

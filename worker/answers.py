@@ -1,0 +1,71 @@
+"""Where the answers go that callers wait for: to Celery's result backend, as Celery's own workers store them.
+
+Guarantee: no message waits for this. When answers cannot be stored, none is for `PAUSE_S`: whoever waits asks again,
+which is safe.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from celery import Celery
+from redis.exceptions import RedisError
+
+from ledger.state import Result
+from ledger.store import DeadLettered
+from worker.tasks import as_value
+
+logger = logging.getLogger(__name__)
+
+PAUSE_S = 10
+"""How long no answers are stored after that has failed."""
+
+Answer = Result | DeadLettered | int
+"""What became of a message; of a run of the scheduler, the number of events that it wrote."""
+
+
+class Answers:
+    """The answers of one worker. May be used by several threads."""
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+        self._again_at = 0.0
+
+    def store(self, asked: Sequence[tuple[str | None, Answer]]) -> None:
+        """Store each answer for the caller with that task id, if there is one. One round trip."""
+        backend = self._app.backend
+        wanted = [(task_id, answer) for task_id, answer in asked if task_id is not None]
+        if not wanted or not hasattr(backend, "client") or time.monotonic() < self._again_at:
+            return
+        try:
+            with backend.client.pipeline(transaction=False) as pipe:
+                for task_id, answer in wanted:
+                    key, stored = backend.get_key_for_task(task_id), _stored(backend, task_id, answer)
+                    pipe.setex(key, backend.expires, stored)
+                    pipe.publish(key, stored)
+                pipe.execute()
+        except (RedisError, OSError) as error:
+            logger.warning("Answers cannot be stored, none is for %d s: %s", PAUSE_S, error)
+            self._again_at = time.monotonic() + PAUSE_S
+
+
+def tell_dead_letter(answer: DeadLettered) -> None:
+    """Tell of it in the log."""
+    logger.warning("Dead letter %d, %s: %s", answer.letter_id, answer.code, answer.error)
+
+
+def value_of(answer: Answer) -> Any:
+    """What a caller is given: the result as a JSON object, the number, or the exception."""
+    return answer if isinstance(answer, int) else as_value(answer)
+
+
+def _stored(backend: Any, task_id: str, answer: Answer) -> str:
+    """An answer as Celery's own workers store it, so that any Celery client can read it."""
+    value = value_of(answer)
+    if isinstance(value, Exception):
+        meta = backend._get_result_meta(backend.prepare_exception(value), "FAILURE", None, None)  # noqa: SLF001
+    else:
+        meta = backend._get_result_meta(value, "SUCCESS", None, None)  # noqa: SLF001
+    return json.dumps({**meta, "task_id": task_id})

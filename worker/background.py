@@ -1,0 +1,221 @@
+"""What must not hold up the batches: messages that wait for their organization, and the runs of the scheduler.
+
+A thread of the worker, with a database connection of its own. It looks twice a second for organizations whose messages
+wait (see `ledger.waiting`), applies them as soon as that is possible, and tells of those that wait on. A run of the
+scheduler is done step by step in between.
+
+Guarantee: what waits is committed, so nothing is lost with this thread; whichever worker comes first goes on with it.
+A run that has not ended is lost with its worker, and changes nothing: the next one does the same.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
+from typing import NamedTuple
+
+from psycopg.errors import LockNotAvailable
+from sqlalchemy import Engine
+
+from ledger import scheduler, waiting
+from ledger.database import describe, is_transient, may_be_local
+from ledger.store import LOCKED, Applied, DeadLettered, apply_waiting
+from ledger.waiting import WaitingOrganization
+from worker import metrics
+from worker.answers import Answers, tell_dead_letter
+from worker.outage import Outage
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 0.5
+
+SLICE_S = 0.5
+"""How long one organization, or a run of the scheduler, is gone on with before the others have their turn."""
+
+MOST_MESSAGES = 500
+"""How many waiting messages one transaction applies at most."""
+
+FIRST_DELAY_S, LONGEST_LOCKED_S, LONGEST_DELAY_S = 0.5, 1.0, 30.0
+"""How long an organization is left alone after a failure: twice as long each time. After a lock, not for so long."""
+
+TOLD_AFTER_S = 2.0
+"""From when on the log tells of an organization that waits."""
+
+MOST_NAMED = 10
+"""How many organizations one line of the log names."""
+
+END_WITHIN_S = 2.0
+"""How long a worker that ends waits for this. What is broken off is rolled back, and done by another one."""
+
+_WHO = "background"
+
+
+class _Run(NamedTuple):
+    """A run of the scheduler that somebody has asked for."""
+
+    task: str
+    answer_to: str | None
+
+
+class _Attempts:
+    """How it went with the waiting messages of one organization."""
+
+    def __init__(self) -> None:
+        self.limit = MOST_MESSAGES
+        self.next_at = 0.0
+        self.reason: str | None = None
+        self._delay_s = FIRST_DELAY_S
+
+    def succeeded(self) -> None:
+        self.limit = min(2 * self.limit, MOST_MESSAGES)
+        self._delay_s = FIRST_DELAY_S
+
+    def failed(self, error: Exception) -> None:
+        """Try with fewer messages; with a single one, later."""
+        self.reason = describe(error)
+        if self.limit > 1:
+            self.limit = max(1, self.limit // 8)
+            return
+        longest_s = LONGEST_LOCKED_S if isinstance(error, LockNotAvailable) else LONGEST_DELAY_S
+        self.next_at = time.monotonic() + min(self._delay_s, longest_s)
+        self._delay_s *= 2
+
+
+class Background(Thread):
+    """The thread. What it cannot do now it tries again, until `stop`."""
+
+    def __init__(self, engine: Engine, answers: Answers, outage: Outage) -> None:
+        super().__init__(name="background", daemon=True)
+        self._engine = engine
+        self._answers = answers
+        self._outage = outage
+        self._stopped = Event()
+        self._asked: SimpleQueue[_Run] = SimpleQueue()
+        self._run: _Run | None = None
+        self._steps: Iterator[int] = iter(())
+        self._written = 0
+        self._attempts: dict[str, _Attempts] = {}
+        self._seen_at: dict[str, float] = {}
+        self._told: set[str] = set()
+
+    def ask(self, task: str, answer_to: str | None) -> None:
+        """Do a run of the scheduler, soon. Returns at once."""
+        self._asked.put(_Run(task, answer_to))
+
+    def stop(self) -> None:
+        """Begin nothing more, and wait a moment for what is under way."""
+        self._stopped.set()
+        self.join(END_WITHIN_S)
+
+    def run(self) -> None:
+        """Go on until `stop`."""
+        is_busy = False
+        while not self._stopped.wait(0 if is_busy else LOOK_EVERY_S):
+            try:
+                is_busy = self._look()
+            except Exception as error:
+                is_busy = False
+                if not is_transient(error):
+                    logger.exception("Unexpected, it is tried again")
+                self._outage.failed(_WHO, error)
+            else:
+                self._outage.answered(_WHO)
+
+    def _look(self) -> bool:
+        """Do a little of everything that can be done; returns whether there is more."""
+        with self._outage.asking(_WHO), self._engine.connect() as connection:
+            organizations = waiting.organizations(connection)
+        self._tell(organizations)
+        gone_on = [self._go_on_with(organization) for organization in organizations]
+        return any([*gone_on, self._go_on_with_run()])
+
+    def _go_on_with(self, organization: WaitingOrganization) -> bool:
+        """Apply what waits, for a while; returns whether there may be more that can be applied."""
+        org_id = organization.org_id
+        attempts = self._attempts.setdefault(org_id, _Attempts())
+        for _ in _for_a_while(self._stopped.is_set):
+            if time.monotonic() < attempts.next_at:
+                return False
+            try:
+                applied = apply_waiting(self._engine, org_id, limit=attempts.limit)
+            except Exception as error:
+                if not may_be_local(error):
+                    raise
+                attempts.failed(error)
+                continue
+            attempts.reason = applied.problem
+            if applied.problem == LOCKED:
+                return False
+            attempts.succeeded()
+            self._applied(applied)
+            if not applied.answers and applied.problem is None:
+                return False
+        return True
+
+    def _applied(self, applied: Applied) -> None:
+        for _, answer in applied.answers:
+            if isinstance(answer, DeadLettered):
+                tell_dead_letter(answer)
+        self._answers.store([(delivery.answer_to, answer) for delivery, answer in applied.answers])
+        metrics.count_answers([(delivery.task, answer) for delivery, answer in applied.answers])
+
+    def _go_on_with_run(self) -> bool:
+        """Do some steps of a run of the scheduler; returns whether there may be more."""
+        for _ in _for_a_while(self._stopped.is_set):
+            if self._run is None:
+                try:
+                    self._run = self._asked.get_nowait()
+                except Empty:
+                    return False
+                self._steps, self._written = scheduler.steps(self._engine, self._run.task), 0
+            try:
+                self._written += next(self._steps)
+            except StopIteration:
+                self._answers.store([(self._run.answer_to, self._written)])
+                metrics.count_answers([(self._run.task, self._written)])
+                self._run = None
+            except Exception:
+                self._steps = scheduler.steps(self._engine, self._run.task)  # it begins again
+                raise
+        return True
+
+    def _tell(self, organizations: list[WaitingOrganization]) -> None:
+        """Say in the log and in the metrics who waits, since when, and why."""
+        now = time.monotonic()
+        waiting_ids = {organization.org_id for organization in organizations}
+        for org_id in self._seen_at.keys() - waiting_ids:
+            if org_id in self._told:
+                logger.warning("%s after %.1f s", f"{_named(org_id)} goes on", now - self._seen_at[org_id])
+            del self._seen_at[org_id]
+            self._attempts.pop(org_id, None)
+        self._told &= waiting_ids
+        reasons = {organization.org_id: self._reason(organization) for organization in organizations}
+        for org_id in waiting_ids:
+            self._seen_at.setdefault(org_id, now)
+        new = sorted(org_id for org_id in waiting_ids - self._told if now - self._seen_at[org_id] > TOLD_AFTER_S)
+        if new:
+            named = "; ".join(f"{_named(org_id)}: {reasons[org_id]}" for org_id in new[:MOST_NAMED])
+            others = f"; and {len(new) - MOST_NAMED} others" if len(new) > MOST_NAMED else ""
+            logger.warning("Messages wait, for their organizations alone. %s%s", named, others)
+            self._told |= set(new)
+        metrics.tell_who_waits(
+            [
+                (organization.org_id, reasons[organization.org_id], organization.since.timestamp())
+                for organization in sorted(organizations, key=lambda organization: organization.since)
+            ]
+        )
+
+    def _reason(self, organization: WaitingOrganization) -> str:
+        attempts = self._attempts.get(organization.org_id)
+        return organization.reason if attempts is None or attempts.reason is None else attempts.reason
+
+
+def _named(org_id: str) -> str:
+    return "No organization" if org_id == waiting.NOBODY else f"The organization {org_id}"
+
+
+def _for_a_while(is_stopped: Callable[[], bool]) -> Iterator[None]:
+    until = time.monotonic() + SLICE_S
+    while not is_stopped() and time.monotonic() < until:
+        yield

@@ -1,0 +1,81 @@
+"""Tells, in the log and in a metric, that the database does not answer this worker, and when it answers again.
+
+Whether it says so itself, cannot be reached, or is silent: what nobody has answered for `SILENT_S` is an outage too, as
+when a synchronous replica is gone and a commit waits for it.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock, Thread
+
+from ledger.database import describe, is_transient
+from worker import metrics
+
+logger = logging.getLogger(__name__)
+
+SILENT_S = 10.0
+"""After how long without an answer it is an outage."""
+
+REMINDER_S = 60.0
+"""How often the log is reminded of an outage, and of its reason."""
+
+_LOOK_EVERY_S = 1.0
+
+
+class Outage(Thread):
+    """What is known of the database by those in this worker who use it. May be used by several threads."""
+
+    def __init__(self) -> None:
+        super().__init__(name="outage", daemon=True)
+        self._lock = Lock()
+        self._asked_at: dict[str, float] = {}
+        self._failing: set[str] = set()
+        self._since: float | None = None
+        self._reminded_at = 0.0
+
+    @contextmanager
+    def asking(self, who: str) -> Iterator[None]:
+        """Within this, `who` waits for the database."""
+        self._asked_at[who] = time.monotonic()
+        try:
+            yield
+        finally:
+            del self._asked_at[who]
+
+    def failed(self, who: str, error: Exception) -> None:
+        """The database has refused what `who` asked of it, or could not be reached."""
+        what = "The database does not answer" if is_transient(error) else "Nothing can be written"
+        self._add(who, f"{what}, the messages wait: {describe(error)}", time.monotonic())
+
+    def answered(self, who: str) -> None:
+        """The database has done what `who` asked of it."""
+        if who not in self._failing:  # as ever, without a lock
+            return
+        with self._lock:
+            self._failing.discard(who)
+            if not self._failing and self._since is not None:
+                logger.warning("The database answers again after %.1f s", time.monotonic() - self._since)
+                self._since = None
+                metrics.waiting_for_database.set(0)
+
+    def run(self) -> None:
+        """Look for who waits without an answer, until the process ends."""
+        while True:
+            time.sleep(_LOOK_EVERY_S)
+            now = time.monotonic()
+            for who, asked_at in list(self._asked_at.items()):
+                if now - asked_at > SILENT_S:
+                    text = f"The database has been silent for more than {SILENT_S:g} s, the messages wait"
+                    self._add(who, text, asked_at)
+
+    def _add(self, who: str, text: str, since: float) -> None:
+        now = time.monotonic()
+        with self._lock:
+            self._failing.add(who)
+            if self._since is None or now - self._reminded_at > REMINDER_S:
+                logger.warning("%s", text)
+                self._reminded_at = now
+                self._since = self._since or since
+                metrics.waiting_for_database.set(1)
