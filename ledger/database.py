@@ -15,7 +15,9 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 from ledger.arrays import Array, ArrayDumper
 
 CONNECT_TIMEOUT_S = 5
-LOCK_TIMEOUT_S = 10
+LOCK_TIMEOUT_S = 0.5
+"""How long to wait for a lock. Nobody of ours holds one for so long: a batch looks then for who has to wait."""
+
 STATEMENT_TIMEOUT_S = 60
 POOL_TIMEOUT_S = 5
 """How long to wait for a connection while all are in use."""
@@ -34,7 +36,7 @@ _CONNECTION = {
 _SESSION_OPTIONS = " ".join(
     f"-c {option}"
     for option in (
-        f"lock_timeout={LOCK_TIMEOUT_S}s",
+        f"lock_timeout={int(LOCK_TIMEOUT_S * 1_000)}ms",
         f"statement_timeout={STATEMENT_TIMEOUT_S}s",
         f"idle_in_transaction_session_timeout={STATEMENT_TIMEOUT_S}s",
         # A plan made while the tables were empty must not outlive them.

@@ -28,7 +28,15 @@ from sqlalchemy import (
 
 from ledger.messages import ID_PATTERN
 from ledger.state import EventType, WorkflowState
-from ledger.tables import credit_events, dead_letters, posted_messages, subscriptions, wallets, workflows
+from ledger.tables import (
+    credit_events,
+    dead_letters,
+    posted_messages,
+    subscriptions,
+    waiting_messages,
+    wallets,
+    workflows,
+)
 
 MAX_PAGE = 100
 """The most events of one page."""
@@ -510,6 +518,7 @@ def system_figures(connection: Connection) -> dict[str, tuple[str, float]]:
         .select_from(workflows.join(credit_events, _started))
         .where(workflows.c.state == "reserved")
     )
+    longest_wait = select(func.min(waiting_messages.c.waiting_since))
     now = func.clock_timestamp()
     row = connection.execute(
         select(
@@ -517,6 +526,8 @@ def system_figures(connection: Connection) -> dict[str, tuple[str, float]]:
             func.coalesce(func.extract("epoch", now - oldest_hold.scalar_subquery()), 0),
             select(func.count()).select_from(wallets).where(wallets.c.next_period_at <= now).scalar_subquery(),
             select(func.count()).select_from(wallets).where(wallets.c.next_hold_expiry <= now).scalar_subquery(),
+            select(func.count()).select_from(waiting_messages).scalar_subquery(),
+            func.coalesce(func.extract("epoch", now - longest_wait.scalar_subquery()), 0),
         )
     ).one()
     return {
@@ -524,4 +535,6 @@ def system_figures(connection: Connection) -> dict[str, tuple[str, float]]:
         "oldest_hold_age_seconds": ("Age of the oldest open reservation; 0 if there is none.", float(row[1])),
         "wallets_overdue_period": ("Wallets whose next period should have begun.", float(row[2])),
         "wallets_overdue_hold": ("Wallets in which a reservation may have expired.", float(row[3])),
+        "waiting_messages": ("Messages that wait for their own organization, and for nobody else.", float(row[4])),
+        "waiting_oldest_age_seconds": ("How long the oldest of them waits; 0 if there is none.", float(row[5])),
     }

@@ -7,9 +7,10 @@ letter in the same transaction. When a batch fails for a reason of its own makin
 alone, so its neighbours are applied all the same.
 
 Nobody waits for somebody else's trouble. What one organization or one message may be the cause of (a locked wallet, a
-statement that takes too long, see `database.may_be_local`) is isolated like any other error, within `LOCK_PATIENCE_S`
-and `PATIENCE_S`. The culprit's messages are kept in `waiting_messages`, and `apply_waiting` applies them, in order,
-once that is possible. So are those of an organization in which more is due than one transaction does.
+statement that takes too long, see `database.may_be_local`) is isolated like any other error, within
+`database.LOCK_TIMEOUT_S` and `PATIENCE_S`. The culprit's messages are kept in `waiting_messages`, and `apply_waiting`
+applies them, in order, once that is possible. So are those of an organization in which more is due than one transaction
+does.
 
 A fault of the whole database (see `database.is_transient`) is raised as it is: some of the batch, all of it or nothing
 has happened, and applying it again is safe.
@@ -22,6 +23,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import psycopg
@@ -56,8 +58,8 @@ MAX_BATCH = 1_000
 MOST_DUE = 1_000
 """The most events that one transaction writes for what is due; some more, if periods begin. The rest comes after it."""
 
-LOCK_PATIENCE_S, PATIENCE_S = 0.5, 1.0
-"""How long a batch waits for a lock, and for one statement, before it looks for the culprit."""
+PATIENCE_S = 1.0
+"""How long a batch waits for one statement before it looks for the culprit."""
 
 LONG_PATIENCE_S = 10.0
 """How long one statement may take where nobody else waits for it."""
@@ -102,6 +104,8 @@ class DeadLettered:
 class Waits:
     """What became of a message that waits for its organization. It is kept, and may be acknowledged."""
 
+    org_id: str
+    """`waiting.NOBODY`, if the message names none."""
     reason: str
 
 
@@ -114,12 +118,15 @@ class Applied(NamedTuple):
     """Why the organization has to wait on; None: it has not."""
 
 
-def apply_batch(engine: Engine, deliveries: Sequence[Delivery]) -> list[Result | DeadLettered | Waits]:
+def apply_batch(
+    engine: Engine, deliveries: Sequence[Delivery], *, known_to_wait: Collection[str] = ()
+) -> list[Result | DeadLettered | Waits]:
     """Apply `deliveries`, in order, and answer each of them. Everything is committed when this returns.
 
-    Raises a database error that is transient: see the module's description.
+    Organizations that are `known_to_wait` need not be found out about: their messages go behind those that wait, and
+    no time is lost over their wallets. Raises a database error that is transient: see the module's description.
     """
-    return _in_transactions(engine, deliveries, _apply, _bury, _keep_waiting)
+    return _in_transactions(engine, deliveries, partial(_apply, known_to_wait), _bury, _keep_waiting)
 
 
 def apply_waiting(engine: Engine, org_id: str, *, limit: int) -> Applied:
@@ -241,11 +248,14 @@ def _connection(engine: Engine) -> Iterator[Connection]:
 
 
 def _apply(
-    connection: Connection, deliveries: Sequence[Delivery], skip_locked: bool
+    known_to_wait: Collection[str], connection: Connection, deliveries: Sequence[Delivery], skip_locked: bool
 ) -> list[Result | DeadLettered | Waits]:
     messages = [parse(delivery.task, delivery.payload) for delivery in deliveries]
     work = _WorkingSet.load(
-        connection, [message for message in messages if isinstance(message, Message)], skip_locked=skip_locked
+        connection,
+        [message for message in messages if isinstance(message, Message)],
+        known_to_wait=known_to_wait,
+        skip_locked=skip_locked,
     )
     decided = [_decide(work, message) for message in messages]
     if work.reasons_to_wait:
@@ -264,7 +274,7 @@ def _decide(work: "_WorkingSet", message: Message | InvalidMessage) -> "_Decided
     if isinstance(message, InvalidMessage):
         return message
     reason = work.reasons_to_wait.get(message.org_id)
-    return work.apply(message) if reason is None else Waits(reason)
+    return work.apply(message) if reason is None else Waits(message.org_id, reason)
 
 
 _Decided = Result | InvalidMessage | Refusal | Waits
@@ -307,11 +317,10 @@ def _waiting_message(delivery: Delivery, message: Message | InvalidMessage, reas
 
 def _keep_waiting(engine: Engine, delivery: Delivery, error: Exception) -> Waits:
     """Keep a message that cannot be applied now although it stands alone."""
-    message = parse(delivery.task, delivery.payload)
-    waits = Waits(describe(error))
+    kept = _waiting_message(delivery, parse(delivery.task, delivery.payload), describe(error))
     with _connection(engine) as connection:
-        waiting.keep(connection, [_waiting_message(delivery, message, waits.reason)])
-    return waits
+        waiting.keep(connection, [kept])
+    return Waits(kept.org_id, kept.reason)
 
 
 def _apply_waiting(connection: Connection, org_id: str, limit: int) -> Applied:
@@ -428,32 +437,43 @@ class _WorkingSet:
         self._new_posted: list[PostedMessage] = []
 
     @classmethod
-    def load(cls, connection: Connection, messages: Sequence[Message], *, skip_locked: bool) -> "_WorkingSet":
+    def load(
+        cls,
+        connection: Connection,
+        messages: Sequence[Message],
+        *,
+        known_to_wait: Collection[str],
+        skip_locked: bool,
+    ) -> "_WorkingSet":
         """Lock the wallets of `messages`, load all that deciding them needs, and post what is due.
 
-        An organization whose wallet cannot be had is in `reasons_to_wait`: it has messages that wait, or somebody else
-        has locked it. With `skip_locked`, a locked wallet is not waited for.
+        An organization that has to wait is in `reasons_to_wait`: messages of it wait already, or somebody else has
+        locked its wallet. With `skip_locked`, a locked wallet is not waited for.
         """
-        org_ids = sorted({message.org_id for message in messages})
-        lock = f"{_LOCK_FREE_WALLETS} SKIP LOCKED" if skip_locked else _LOCK_FREE_WALLETS
+        named_ids = {message.org_id for message in messages}
+        org_ids = sorted(named_ids.difference(known_to_wait))
+        lock = f"{_LOCK_WALLETS} SKIP LOCKED" if skip_locked else _LOCK_WALLETS
         with connection.pipeline():
             connection.execute(_BEGIN)
-            connection.execute(_IMPATIENTLY)
             locked = _select(connection, Wallet, lock, [arrays.text(org_ids)])
-            clock = connection.execute(_CLOCK)
+            clock = connection.execute(_CLOCK_FOR_BATCHES)
             named = _Named(messages)
             workflows = _find(connection, Workflow, _WORKFLOWS, named.workflows)
             posted = _find(connection, PostedMessage, _POSTED, named.posted)
-        work = cls(locked.fetchall(), clock.fetchall()[0][0])
+        now, somebody_waits, *_ = clock.fetchall()[0]
+        work = cls(locked.fetchall(), now)
         if missing := [org_id for org_id in org_ids if org_id not in work.wallets]:
-            known = connection.execute(_KNOWN_WALLETS, [arrays.text(missing)]).fetchall()
-            unknown = set(missing) - {org_id for org_id, _ in known}
-            if unknown or not (skip_locked or all(waits for _, waits in known)):
-                # It will be there; or somebody else has just created it, or applied what waited.
+            there = {org_id for (org_id,) in connection.execute(_THERE, [arrays.text(missing)])}
+            if len(there) < len(missing) or not skip_locked:
+                # Those that are not there will be; one that is there by now was just created by somebody else.
                 connection.execute("ROLLBACK")
-                cls._create(connection, unknown)
-                return cls.load(connection, messages, skip_locked=skip_locked)
-            work.reasons_to_wait = {org_id: BEHIND if waits else LOCKED for org_id, waits in known}
+                cls._create(connection, set(missing) - there)
+                return cls.load(connection, messages, known_to_wait=known_to_wait, skip_locked=skip_locked)
+            work.reasons_to_wait = dict.fromkeys(missing, LOCKED)
+        if somebody_waits:
+            for (org_id,) in connection.execute(_WAITING, [arrays.text(sorted(named_ids))]):
+                work.reasons_to_wait[org_id] = BEHIND
+        work.reasons_to_wait |= dict.fromkeys(named_ids.difference(org_ids), BEHIND)
         work._keep_loaded(workflows(), posted())
         work._post_due(connection, named.subscriptions)
         return work
@@ -468,16 +488,15 @@ class _WorkingSet:
         """
         with connection.pipeline():
             connection.execute(_BEGIN)
-            connection.execute(_PATIENTLY)
             locked = _select(connection, Wallet, f"{_LOCK_WALLETS} SKIP LOCKED", [arrays.text([org_id])])
-            clock = connection.execute(_CLOCK)
+            clock = connection.execute(_CLOCK_FOR_ONE)
             kept = waiting.first(connection, org_id, limit)
         work = cls(locked.fetchall(), clock.fetchall()[0][0])
         messages = kept.fetchall()
         if work.wallets:
             work._post_due(connection, set())
         elif any(message.error_code is None for message in messages):
-            if connection.execute(_KNOWN_WALLETS, [arrays.text([org_id])]).fetchall():
+            if connection.execute(_THERE, [arrays.text([org_id])]).fetchall():
                 work.reasons_to_wait[org_id] = LOCKED
             else:
                 connection.execute("ROLLBACK")
@@ -490,9 +509,8 @@ class _WorkingSet:
         """Lock those of the wallets `org_ids` that nobody else holds, and post what is due in them."""
         with connection.pipeline():
             connection.execute(_BEGIN)
-            connection.execute(_PATIENTLY)
             locked = _select(connection, Wallet, f"{_LOCK_WALLETS} SKIP LOCKED", [arrays.text(sorted(org_ids))])
-            clock = connection.execute(_CLOCK)
+            clock = connection.execute(_CLOCK_FOR_ONE)
         work = cls(locked.fetchall(), clock.fetchall()[0][0])
         work._post_due(connection, set())
         return work
@@ -504,7 +522,6 @@ class _WorkingSet:
             return
         with connection.pipeline():
             connection.execute(_BEGIN)
-            connection.execute(_IMPATIENTLY)
             connection.execute(*_CREATE_WALLETS.of([Wallet(org_id) for org_id in org_ids]))
             connection.execute("COMMIT")
 
@@ -738,28 +755,26 @@ def _by_key(table: Table, record: type[Any]) -> str:
     )
 
 
-def _settings(statement_timeout_s: float) -> str:
+def _clock(statement_timeout_s: float) -> str:
     # Rows are looked up by their keys, one after the other; the planner takes that for dearer than it is, and would
     # rather read all of a table of some hundred thousand rows.
     settings = {
-        "lock_timeout": f"{LOCK_PATIENCE_S}s",
         "statement_timeout": f"{statement_timeout_s}s",
         "enable_hashjoin": "off",
         "enable_mergejoin": "off",
     }
-    return "SELECT " + ", ".join(f"set_config('{name}', '{value}', true)" for name, value in settings.items())
+    local = [f"set_config('{name}', '{value}', true)" for name, value in settings.items()]
+    return f"SELECT clock_timestamp(), EXISTS (SELECT FROM waiting_messages), {', '.join(local)}"
 
 
 # Whatever the server's default: what is read once a lock is held is current.
 _BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
-_IMPATIENTLY = _settings(PATIENCE_S)
-_PATIENTLY = _settings(LONG_PATIENCE_S)
-_CLOCK = "SELECT clock_timestamp()"  # read once the locks are held
-_WALLETS = f"SELECT {_names(Wallet)} FROM wallets WHERE org_id = ANY(%b::text[])"
-_WAITS = "EXISTS (SELECT FROM waiting_messages WHERE waiting_messages.org_id = wallets.org_id)"
-_LOCK_WALLETS = f"{_WALLETS} ORDER BY org_id FOR UPDATE"
-_LOCK_FREE_WALLETS = f"{_WALLETS} AND NOT {_WAITS} ORDER BY org_id FOR UPDATE"
-_KNOWN_WALLETS = f"SELECT org_id, {_WAITS} FROM wallets WHERE org_id = ANY(%b::text[])"
+# The clock is read once the locks are held, and whether anybody waits at all; the settings are for what follows.
+_CLOCK_FOR_BATCHES = _clock(PATIENCE_S)
+_CLOCK_FOR_ONE = _clock(LONG_PATIENCE_S)
+_LOCK_WALLETS = f"SELECT {_names(Wallet)} FROM wallets WHERE org_id = ANY(%b::text[]) ORDER BY org_id FOR UPDATE"
+_THERE = "SELECT org_id FROM wallets WHERE org_id = ANY(%b::text[])"
+_WAITING = "SELECT DISTINCT org_id FROM waiting_messages WHERE org_id = ANY(%b::text[])"
 _CREATE_WALLETS = _insert(tables.wallets, Wallet, "ON CONFLICT DO NOTHING")
 _WORKFLOWS = _by_key(tables.workflows, Workflow)
 _POSTED = _by_key(tables.posted_messages, PostedMessage)

@@ -6,7 +6,7 @@ they are applied in the order of their arrival. `store.apply_waiting` applies th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -59,6 +59,8 @@ class WaitingOrganization:
     reason: str
     since: datetime
     """Since when its first message waits."""
+    messages: int | None = None
+    """How many of them wait, if that was counted."""
 
 
 _KEEP = """
@@ -90,6 +92,8 @@ _ORGANIZATIONS = text("""
     LIMIT :most
 """)
 
+_COUNT = text("SELECT org_id, count(*) FROM waiting_messages WHERE org_id = ANY(:org_ids) GROUP BY org_id")
+
 
 def keep(connection: psycopg.Connection[Any], messages: Sequence[WaitingMessage]) -> None:
     """Have `messages` wait, in this order, in the transaction of `connection`."""
@@ -110,3 +114,10 @@ def remove(connection: psycopg.Connection[Any], org_id: str, numbers: Sequence[i
 def organizations(connection: Connection, *, most: int = MAX_NAMED) -> list[WaitingOrganization]:
     """The organizations whose messages wait, at most `most`, in the order of their ids."""
     return [WaitingOrganization(*row) for row in connection.execute(_ORGANIZATIONS, {"most": most})]
+
+
+def counted(connection: Connection, found: Sequence[WaitingOrganization]) -> list[WaitingOrganization]:
+    """The same, with the number of messages of each, which takes a look at all of them."""
+    rows = connection.execute(_COUNT, {"org_ids": [organization.org_id for organization in found]})
+    number: dict[str, int] = {org_id: messages for org_id, messages in rows}  # noqa: C416 # rows are no tuples to mypy
+    return [replace(organization, messages=number.get(organization.org_id, 0)) for organization in found]

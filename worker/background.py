@@ -10,7 +10,7 @@ A run that has not ended is lost with its worker, and changes nothing: the next 
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import NamedTuple
@@ -96,12 +96,22 @@ class Background(Thread):
         self._steps: Iterator[int] = iter(())
         self._written = 0
         self._attempts: dict[str, _Attempts] = {}
+        self._known_to_wait: dict[str, float] = {}
+        """Who waits, and when that became known."""
         self._seen_at: dict[str, float] = {}
         self._told: set[str] = set()
 
     def ask(self, task: str, answer_to: str | None) -> None:
         """Do a run of the scheduler, soon. Returns at once."""
         self._asked.put(_Run(task, answer_to))
+
+    def known_to_wait(self) -> frozenset[str]:
+        """The organizations whose messages wait, as far as this worker knows."""
+        return frozenset(self._known_to_wait.copy())
+
+    def note(self, org_ids: Iterable[str]) -> None:
+        """Messages of these organizations have just been kept waiting."""
+        self._known_to_wait.update(dict.fromkeys(org_ids, time.monotonic()))
 
     def stop(self) -> None:
         """Begin nothing more, and wait a moment for what is under way."""
@@ -124,11 +134,20 @@ class Background(Thread):
 
     def _look(self) -> bool:
         """Do a little of everything that can be done; returns whether there is more."""
+        looked_at = time.monotonic()
         with self._outage.asking(_WHO), self._engine.connect() as connection:
             organizations = waiting.organizations(connection)
+        self._know(organizations, looked_at)
         self._tell(organizations)
         gone_on = [self._go_on_with(organization) for organization in organizations]
         return any([*gone_on, self._go_on_with_run()])
+
+    def _know(self, organizations: Sequence[WaitingOrganization], looked_at: float) -> None:
+        now_waiting = {organization.org_id for organization in organizations}
+        for org_id, noted_at in self._known_to_wait.copy().items():
+            if org_id not in now_waiting and noted_at < looked_at:
+                self._known_to_wait.pop(org_id, None)
+        self.note(now_waiting)
 
     def _go_on_with(self, organization: WaitingOrganization) -> bool:
         """Apply what waits, for a while; returns whether there may be more that can be applied."""
@@ -150,6 +169,7 @@ class Background(Thread):
             attempts.succeeded()
             self._applied(applied)
             if not applied.answers and applied.problem is None:
+                self._known_to_wait.pop(org_id, None)
                 return False
         return True
 

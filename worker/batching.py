@@ -182,8 +182,10 @@ class Batch:
         """Apply the messages; the scheduler's runs are done in the background."""
         messages = [arrival.delivery for arrival in arrivals if arrival.delivery.task not in SCHEDULER_TASKS]
         with self._outage.asking(_WHO):
-            applied = iter(apply_batch(self._engine, messages))
-        return [None if arrival.delivery.task in SCHEDULER_TASKS else next(applied) for arrival in arrivals]
+            applied = apply_batch(self._engine, messages, known_to_wait=self._background.known_to_wait())
+        self._background.note({outcome.org_id for outcome in applied if isinstance(outcome, Waits)})
+        following = iter(applied)
+        return [None if arrival.delivery.task in SCHEDULER_TASKS else next(following) for arrival in arrivals]
 
     def _acknowledge(self) -> None:
         channel = self._consumer.task_consumer.channel
@@ -211,7 +213,7 @@ def _told(outcome: Outcome) -> Any:
     match outcome:
         case None:
             return None
-        case Waits(reason):
-            return {"outcome": "waits", "reason": reason}
+        case Waits():
+            return {"outcome": "waits", "reason": outcome.reason}
         case _:
             return value_of(outcome)

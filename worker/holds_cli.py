@@ -1,4 +1,4 @@
-"""`holdfast holds` and `holdfast release`: reservations that stay open, and how an operator ends one."""
+"""What stays open or waits: `holdfast holds`, `holdfast release` and `holdfast waiting`."""
 
 import re
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ledger import history
+from ledger import waiting as ledger_waiting
 from ledger.dead_letters import described
 from ledger.readable import escaped, span
 from worker.terminal import (
@@ -34,6 +35,13 @@ SOURCE = "operator"
 app = typer.Typer()
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+_WAITING_COLUMNS = (
+    Column("age", keeps_line=True),
+    Column("org_id"),
+    Column("messages", is_amount=True),
+    Column("reason"),
+)
 
 _COLUMNS = (
     Column("age", keeps_line=True),
@@ -118,6 +126,27 @@ def release(
         say(f"Asked to cancel {workflow_id} of {org_id}; this broker keeps no answers, so look at `holdfast holds`.")
     else:
         say(f"Released {workflow.reserved_credits:,} credits of {org_id}; {answer.available:,} are available.")
+
+
+@app.command(epilog="Example: holdfast waiting")
+def waiting(as_json: AsJson = False) -> None:
+    """List the organizations whose messages wait for them alone, the longest wait first, and why.
+
+    They are applied, in order, as soon as that is possible; nobody else waits for them. Exit code 1 if there are any.
+    """
+    with open_ledger() as engine, engine.connect() as connection:
+        found = ledger_waiting.counted(connection, ledger_waiting.organizations(connection))
+    found.sort(key=lambda organization: organization.since)
+    if as_json:
+        print_json({"items": [asdict(organization) for organization in found]})
+    elif found:
+        now = datetime.now(UTC)
+        rows = [{**asdict(organization), "age": span(now - organization.since)} for organization in found]
+        console.print(table(f"Organizations that wait, the longest wait first: {len(found)}", _WAITING_COLUMNS, rows))
+    else:
+        say("No message waits for its organization.")
+    if found:
+        raise typer.Exit(1)
 
 
 def _row(reservation: Mapping[str, Any], now: datetime) -> dict[str, Any]:

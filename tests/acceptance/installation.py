@@ -93,7 +93,8 @@ class Installation:
         return {**queued, "unacked": self.broker.hlen("unacked")}  # type: ignore[dict-item]
 
     def is_drained(self) -> bool:
-        return not any(self.waiting().values())
+        """Whether no message is on its way: neither in the broker, nor waiting for its organization."""
+        return not any(self.waiting().values()) and self.count("waiting_messages") == 0
 
     def count(self, table: str) -> int:
         [(rows,)] = sql(self.engine, f"SELECT count(*) FROM {table}")

@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 
 from ledger import arrays
 from ledger.arrays import Array
-from ledger.database import DatabaseURLError, connect, describe, is_transient
+from ledger.database import DatabaseURLError, connect, describe, is_transient, may_be_local
 from tests.support import PATIENCE_S, eventually, sql
 
 PURCHASE = "INSERT INTO posted_messages VALUES ('acme', 'purchase', 'p1', '{}', 'posted', NULL)"
@@ -54,7 +54,7 @@ def test_a_good_url_is_not_connected_to_yet() -> None:
 def test_a_session_cannot_wait_forever_and_speaks_utc(engine: Engine) -> None:
     names = ("lock_timeout", "statement_timeout", "idle_in_transaction_session_timeout", "TimeZone", "plan_cache_mode")
     assert {name: sql(engine, f"SHOW {name}")[0][0] for name in (*names, "application_name")} == {
-        "lock_timeout": "10s",
+        "lock_timeout": "500ms",
         "statement_timeout": "1min",
         "idle_in_transaction_session_timeout": "1min",
         "TimeZone": "UTC",
@@ -67,7 +67,7 @@ def test_the_options_of_the_url_are_kept_beside_ours(engine: Engine, database_ur
     own = connect(f"{database_url}&options=-csearch_path%3Dother&application_name=mine")
     shown = {name: sql(own, f"SHOW {name}")[0][0] for name in ("search_path", "application_name", "lock_timeout")}
     own.dispose()
-    assert shown == {"search_path": "other", "application_name": "mine", "lock_timeout": "10s"}
+    assert shown == {"search_path": "other", "application_name": "mine", "lock_timeout": "500ms"}
 
 
 def test_the_url_may_name_several_servers(engine: Engine, database_url: str) -> None:
@@ -177,6 +177,8 @@ def deadlock(connection: Connection, engine: Engine) -> None:
     with ThreadPoolExecutor(1) as threads, engine.connect() as other:
         other.execute(text("LOCK TABLE wallets"))
         connection.execute(text("LOCK TABLE workflows"))
+        for each in (other, connection):
+            each.execute(text("SET lock_timeout = 0"))
         first_to_wait = threads.submit(connection.execute, text("LOCK TABLE wallets"))
         eventually(lambda: sql(engine, waiting))
         other.execute(text("LOCK TABLE workflows"))
@@ -256,6 +258,18 @@ def unknown_database(connection: Connection, engine: Engine) -> None:
     connect(engine.url.set(database="no_such_database").render_as_string(hide_password=False)).connect()
 
 
+MAY_BE_LOCAL = (
+    lock_timeout,
+    lock_not_available,
+    deadlock,
+    serialization_failure,
+    statement_timeout,
+    admin_shutdown,
+    damaged_file,
+)
+"""What may be the fault of one organization or one message."""
+
+
 @pytest.mark.parametrize(
     ("provoke", "transient", "sqlstate"),
     [
@@ -296,6 +310,8 @@ def test_an_error_is_transient_if_it_is_not_about_what_was_asked(
     assert original.sqlstate == sqlstate
     # As SQLAlchemy wraps it, and as the driver raised it.
     assert (is_transient(raised.value), is_transient(original)) == (transient, transient)
+    if sqlstate is not None:
+        assert may_be_local(original) == (provoke in MAY_BE_LOCAL)
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("the connection is closed"), KeyboardInterrupt()])

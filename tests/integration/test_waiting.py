@@ -93,13 +93,14 @@ def test_later_messages_of_an_organization_wait_behind_and_all_are_applied_in_or
     apply_batch(engine, [purchase("acme", "first"), purchase("globex", "first")])
     with locked(other, "acme"):
         answers = apply_batch(engine, [purchase(("acme", "globex")[n % 2], f"p{n:02}") for n in range(20)])
-        assert answers[::2] == [Waits(LOCKED)] * 10
+        assert answers[::2] == [Waits("acme", LOCKED)] * 10
         assert outcomes(answers[1::2]) == ["posted"] * 10
         for number in range(20, 30):
-            assert apply_batch(engine, [purchase("acme", f"p{number}")]) == [Waits(BEHIND)]
+            more = apply_batch(engine, [purchase("acme", f"p{number}")], known_to_wait={"acme"})
+            assert more == [Waits("acme", BEHIND)]
         assert apply_waiting(engine, "acme", limit=limit) == Applied([], LOCKED)
     # Free again, but what waits is first.
-    assert apply_batch(engine, [purchase("acme", "p30")]) == [Waits(BEHIND)]
+    assert apply_batch(engine, [purchase("acme", "p30")]) == [Waits("acme", BEHIND)]
     assert outcomes(apply_all_waiting(engine, "acme", limit=limit)) == ["posted"] * 21
     assert outcomes(apply_batch(engine, [purchase("acme", "p31")])) == ["posted"]
     assert purchases_in_order(engine, "acme") == [
@@ -131,7 +132,7 @@ def test_the_caller_of_a_message_that_waits_is_kept_with_it(engine: Engine, othe
     apply_batch(engine, [purchase("acme", "first")])
     asked = purchase("acme", "second")._replace(answer_to="somebody")
     with locked(other, "acme"):
-        assert apply_batch(engine, [asked]) == [Waits(LOCKED)]
+        assert apply_batch(engine, [asked]) == [Waits("acme", LOCKED)]
     [(applied, answer)] = apply_waiting(engine, "acme", limit=1).answers
     assert applied == asked
     assert outcomes([answer]) == ["posted"]
@@ -153,7 +154,7 @@ def test_a_statement_that_takes_too_long_for_one_organization_delays_nobody_else
     apply_batch(engine, [purchase(org_id, "first") for org_id in organizations])
     on_insert_into(engine, "credit_events", f"PERFORM pg_sleep({PATIENCE_S + 1})", when="NEW.org_id = 'org-100'")
     answers = apply_batch(engine, [purchase(org_id, "second") for org_id in organizations])
-    assert answers[100] == Waits("canceling statement due to statement timeout")
+    assert answers[100] == Waits("org-100", "canceling statement due to statement timeout")
     assert outcomes(answers[:100] + answers[101:]) == ["posted"] * 199
     # In its own time, and nobody waits for that, it is applied.
     assert outcomes(apply_all_waiting(engine, "org-100")) == ["posted"]
@@ -267,7 +268,7 @@ def test_an_organization_with_more_expired_holds_than_a_transaction_releases_wai
     with_expired_holds(engine, "acme", 35)
     apply_batch(engine, [purchase("globex", "p1")])
     answers = apply_batch(engine, [start("acme", "new", 1_000), purchase("globex", "p2")])
-    assert answers[0] == Waits(MUCH_DUE)
+    assert answers[0] == Waits("acme", MUCH_DUE)
     assert outcomes(answers[1:]) == ["posted"]
     assert sql(engine, "SELECT count(*) FROM workflows WHERE state = 'expired'") == [(10,)]
     assert apply_waiting(engine, "acme", limit=500) == Applied([], MUCH_DUE)
@@ -320,6 +321,6 @@ def test_an_organization_with_many_missed_periods_is_caught_up_before_its_messag
     apply_batch(engine, [delivery("wallet.subscribe", org_id="acme", **fields, anchor="2999-01-01T00:00:00Z")])
     sql(engine, "UPDATE subscriptions SET anchor = now() - interval '500 days'")
     sql(engine, "UPDATE wallets SET next_period_at = now() - interval '500 days'")
-    assert apply_batch(engine, [start("acme", "w1", 100)]) == [Waits(MUCH_DUE)]
+    assert apply_batch(engine, [start("acme", "w1", 100)]) == [Waits("acme", MUCH_DUE)]
     assert outcomes(apply_all_waiting(engine, "acme")) == ["reserved"]
     assert is_sound(engine)
