@@ -96,6 +96,14 @@ class Installation:
         """Whether no message is on its way: neither in the broker, nor waiting for its organization."""
         return not any(self.waiting().values()) and self.count("waiting_messages") == 0
 
+    @contextmanager
+    def locked(self, org_id: str) -> Iterator[None]:
+        """Somebody holds the lock of this organization's wallet."""
+        with self.engine.connect() as connection, connection.begin() as transaction:
+            connection.execute(text("SELECT 1 FROM wallets WHERE org_id = :org_id FOR UPDATE"), {"org_id": org_id})
+            yield
+            transaction.rollback()
+
     def count(self, table: str) -> int:
         [(rows,)] = sql(self.engine, f"SELECT count(*) FROM {table}")
         return int(rows)

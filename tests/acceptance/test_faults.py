@@ -158,7 +158,7 @@ def test_a_database_that_dies_in_the_middle_of_a_batch_costs_and_repeats_nothing
     worker = fragile.start_worker()
     with closing(Producer(fragile.broker_url)) as producer:
         producer.answer("wallet.grant", grant("before"))
-        with suppress(OperationalError), locked(fragile, "before"):
+        with suppress(OperationalError), fragile.locked("before"):
             producer.send("wallet.grant", grant("before", "second"))
             grants(producer, 0, 100)
             eventually(lambda: is_waiting_for_a_lock(machine, fragile))
@@ -225,7 +225,7 @@ def as_admin(services: Embedded) -> Iterator[Connection]:
 
 def test_a_lock_that_somebody_holds_too_long_is_waited_for(fed: Any) -> None:
     installation, worker, producer = fed
-    with locked(installation, "before"):
+    with installation.locked("before"):
         producer.send("wallet.grant", grant("before", "second"))
         eventually(lambda: warnings_in(worker))
         assert warnings_in(worker) == [f"{WAIT_ALONE}The organization before: {LOCKED}"]
@@ -234,14 +234,6 @@ def test_a_lock_that_somebody_holds_too_long_is_waited_for(fed: Any) -> None:
     eventually(lambda: installation.count("credit_events") == 2, timeout_s=SOON_S)
     assert eventually(installation.is_drained)
     assert is_sound(installation, events=2)
-
-
-@contextmanager
-def locked(installation: Installation, org_id: str) -> Iterator[Connection]:
-    with installation.engine.connect() as connection, connection.begin() as transaction:
-        connection.execute(text("SELECT 1 FROM wallets WHERE org_id = :org_id FOR UPDATE"), {"org_id": org_id})
-        yield connection
-        transaction.rollback()
 
 
 def test_a_deadlock_is_waited_out(services: Embedded, installation: Installation, producer: Producer) -> None:
