@@ -132,7 +132,7 @@ def release(
 def waiting(as_json: AsJson = False) -> None:
     """List the organizations whose messages wait for them alone, the longest wait first, and why.
 
-    They are applied, in order, as soon as that is possible; nobody else waits for them. Exit code 1 if there are any.
+    They are applied, in order, as soon as that is possible; nobody else waits for them.
     """
     with open_ledger() as engine, engine.connect() as connection:
         found = ledger_waiting.counted(connection, ledger_waiting.organizations(connection))
@@ -145,8 +145,6 @@ def waiting(as_json: AsJson = False) -> None:
         console.print(table(f"Organizations that wait, the longest wait first: {len(found)}", _WAITING_COLUMNS, rows))
     else:
         say("No message waits for its organization.")
-    if found:
-        raise typer.Exit(1)
 
 
 def _row(reservation: Mapping[str, Any], now: datetime) -> dict[str, Any]:

@@ -81,6 +81,7 @@ def test_the_readme_names_these_commands_and_every_one_is_run_here() -> None:
         "holdfast failed replay 1",
         'holdfast failed discard 2 --why "sent by a test"',
         "holdfast holds --older-than 2h",
+        "holdfast waiting",
         'holdfast release acme run-7 --why "the engine lost this run"',
     ]
 
@@ -147,13 +148,14 @@ def test_the_commands_of_operators_do_what_the_readme_says(environment: dict[str
         client.finish(org_id="acme", workflow_id="run-6", credits=20, wait_s=PATIENCE_S)
         client.start(org_id="acme", workflow_id="run-7", credits=30, wait_s=PATIENCE_S)
     said = [run(command, environment) for command in COMMANDS[COMMANDS.index("holdfast failed list") :]]
-    listed, shown, dry_run, replayed, discarded, held, released = said
+    listed, shown, dry_run, replayed, discarded, held, waiting, released = said
     assert "Open dead letters, newest first: 2" in listed
     assert '"refund_id": "early"' in shown
     assert "Would replay 1 dead letter. Nothing was sent." in dry_run
     assert replayed == "Dead letter 1: posted.\n"
     assert discarded == "Dead letter 2 is discarded.\n"
     assert held == "No open reservation matches.\n"
+    assert waiting == "No message waits for its organization.\n"
     assert released.startswith("Released 30 credits of acme; ")
 
 
