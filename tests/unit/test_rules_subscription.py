@@ -569,3 +569,22 @@ def test_periods_begin_only_for_the_wallets_own_subscription() -> None:
     other = Subscription("acme", "s2", 1, active=True, plan="pro", anchor=NOW)
     with pytest.raises(AssertionError):
         rules.begin_due_periods(Wallet("acme", subscription_id="s1", next_period_at=NOW), other, NOW)
+
+
+@pytest.mark.parametrize("most_events", [0, 1, 2, 3, 100])
+def test_periods_begun_a_few_at_a_time_are_the_same_as_all_at_once(most_events: int) -> None:
+    ledger = MemoryLedger(NOW)
+    subscribe(ledger)
+    subscription, now = ledger.subscriptions["s1"], at(12, 31)
+    at_once = rules.begin_due_periods(ledger.wallet, subscription, now)
+    wallet, events, steps = ledger.wallet, [], 0
+    while wallet.is_due(now) and steps < 100:
+        wallet, subscription, begun = rules.begin_due_periods(wallet, subscription, now, most_events=most_events)
+        assert len(begun) <= most_events + 1
+        events += begun
+        steps += 1
+    if most_events == 0:
+        assert (wallet, events) == (ledger.wallet, [])
+    else:
+        assert (wallet, subscription, tuple(events)) == at_once
+        assert len(events) > 10
