@@ -104,6 +104,17 @@ GOOD: dict[str, Row] = {
         "resolved_by": None,
         "resolution": None,
     },
+    "waiting_messages": {
+        "org_id": "acme",
+        "number": 1,
+        "task": "workflow.start",
+        "body": b"{",
+        "answer_to": None,
+        "error_code": None,
+        "error": None,
+        "reason": "somebody has locked its wallet",
+        "waiting_since": NOW,
+    },
 }
 
 # Workflows and events of other kinds, as changes of the good row.
@@ -232,6 +243,10 @@ BAD: dict[str, dict[str, list[Row]]] = {
             *({"id": 2, column: DISCARDED[column]} for column in ("resolved_at", "resolved_by", "resolution")),
         ],
     },
+    "waiting_messages": {
+        "waiting_messages_pkey": [{"task": "workflow.finish"}],
+        "waiting_messages_error": [{"number": 2, "error_code": "undecodable"}, {"number": 2, "error": "not JSON"}],
+    },
 }
 
 # What is not the good row, and as good: the constraints refuse no more than they should.
@@ -271,6 +286,11 @@ ALSO_GOOD: dict[str, list[Row]] = {
         {"id": 3, **DISCARDED, "status": "replayed"},
         {"id": 4, "task": "workflow.finish", "attempts": 1_000},
     ],
+    "waiting_messages": [
+        {"number": 2},
+        {"org_id": "globex"},
+        {"org_id": "", "error_code": "undecodable", "error": "not JSON", "answer_to": "somebody"},
+    ],
 }
 
 OPTIONAL_COLUMNS = {
@@ -289,6 +309,7 @@ OPTIONAL_COLUMNS = {
     "posted_messages": {"reason"},
     "credit_events": {"workflow_id", "project_id", "activity_name"},
     "dead_letters": {"org_id", "traceback", "resolved_at", "resolved_by", "resolution"},
+    "waiting_messages": {"answer_to", "error_code", "error"},
 }
 
 
