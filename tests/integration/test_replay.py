@@ -24,6 +24,7 @@ from ledger.store import DeadLettered, Delivery, apply_batch
 from tests.support import EMBED, delivery, sql
 from worker.client import Client
 from worker.failed_cli import _Sender
+from worker.terminal import open_ledger
 
 REFUND = delivery("wallet.refund", org_id="acme", refund_id="r1", credits=30, workflow_id="run")
 FINISH = delivery("workflow.finish", org_id="acme", workflow_id="run", credits=80)
@@ -104,6 +105,21 @@ def test_a_start_that_is_replayed_after_its_workflow_ended_says_that_nothing_is_
     apply_batch(engine, [delivery("workflow.cancel", **run)])
     told = "reserved, a duplicate: nothing changes, and the workflow is cancelled by now"
     assert replay(engine, letter_id, worker(engine)) == told
+
+
+def test_what_came_of_a_message_is_marked_also_if_the_database_restarts_meanwhile(
+    engine: Engine, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def send(*message: Any) -> Result:
+        others = "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        assert sql(engine, f"SELECT pg_terminate_backend(pid, 60000) {others}") == [(True,)]
+        return worker(engine)(*message)
+
+    apply_batch(engine, [REFUND, FINISH])
+    monkeypatch.setenv("HOLDFAST_DATABASE_URL", database_url)
+    with open_ledger() as commands_own:
+        assert replay(commands_own, 1, send) == "posted"
+    assert marks(engine) == [(1, "replayed", 1, "ann", "posted")]
 
 
 def test_a_message_that_fails_again_stays_open_with_one_attempt_more(engine: Engine) -> None:
