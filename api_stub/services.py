@@ -26,7 +26,8 @@ class Services:
         assert settings.database_url is not None
         assert settings.broker_url is not None
         self.authenticator = Authenticator.from_settings(settings)
-        self.engine = connect(settings.database_url)
+        # Nobody would repeat a request for us, as the worker repeats a batch.
+        self.engine = connect(settings.database_url, checks_connections=True)
         # For probes: an open connection to a database that hangs would make them wait as well.
         self.probe = connect(settings.database_url, keeps_connections=False)
         self.client = Client(settings.broker_url, result_url=settings.result_url)

@@ -71,15 +71,22 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 ANSWER = {
     "outcome": "What the message did: the table below.",
     "reason": "Why, where there is more than one; else null.",
-    "duplicate": "True if the message was answered before. It says the same again and changes nothing.",
+    "duplicate": "True if the message was answered before: `outcome` and `reason` are as then, and nothing changes.",
     "org_id": "As in the message.",
     "workflow_id": "As in the message; null if it has none.",
+    "state": (
+        "What the workflow is now: `reserved` (the credits are held), `rejected`, `settled`, `cancelled`, `failed` or "
+        "`expired`; null if the message names none."
+    ),
     "event_seqs": "The numbers of the events that this delivery wrote: none for a duplicate.",
     "available": "The credits that a workflow may reserve, after this delivery.",
 }
 
 OUTCOMES = {
-    ("reserved", None): ("workflow.start", "The credits are held: run the workflow."),
+    ("reserved", None): (
+        "workflow.start",
+        "The credits were reserved. Run it if `state` is `reserved` too: it may have ended since.",
+    ),
     ("rejected", "insufficient_credits"): ("workflow.start", "Too few credits are available: do not run it."),
     ("rejected", "period_cap"): ("workflow.start", "It would pass the wallet's cap for the period: do not run it."),
     ("settled", None): ("workflow.finish", "What it used is charged, and what it held is released."),
@@ -240,13 +247,13 @@ from celery import Celery
 engine = Celery(broker="redis://:password@broker:6379/0", backend="redis://:password@broker:6379/0")
 message = {{"org_id": "acme", "workflow_id": "run-1", "credits": 75}}
 sent = engine.send_task("workflow.start", args=[message], queue="{QUEUE}", ignore_result=False)
-if sent.get(timeout=10)["outcome"] == "reserved":
-    ...  # run it, then send workflow.finish with what it used
+if sent.get(timeout=10)["state"] == "reserved":
+    ...  # the credits are held: run it, then send workflow.finish with what it used
 ```
 
 - **Send again whenever in doubt.** A repetition is known by the ids that are named with each message; it is applied
-  once and answered as the first time. The same ids with other `credits`, or with anything else changed in a wallet
-  message's own fields, are a [conflict](#dead-letters).
+  once and answered as the first time, but for the workflow's `state`, which is told as it is now. The same ids with
+  other `credits`, or with anything else changed in a wallet message's own fields, are a [conflict](#dead-letters).
 - **No order is needed.** What a workflow does to the balances depends on the set of its messages alone: a finish always
   charges, once; without one, a cancel or a fail leaves nothing behind, even if it comes before the start.
 - **Nothing is dropped.** What cannot be applied is kept as a [dead letter](#dead-letters).

@@ -77,18 +77,22 @@ def parse_url(url: str) -> URL:
     return parsed
 
 
-def connect(url: str, *, keeps_connections: bool = True) -> Engine:
+def connect(url: str, *, keeps_connections: bool = True, checks_connections: bool = False) -> Engine:
     """An engine for the PostgreSQL database at `url` (`postgresql+psycopg://…`). Does not connect yet.
 
     One that keeps no connections opens one whenever it is asked to: whether the database is there shows within
-    `CONNECT_TIMEOUT_S`, also where it hangs and an open connection would wait for ever. Raises DatabaseURLError.
+    `CONNECT_TIMEOUT_S`, also where it hangs and an open connection would wait for ever.
+
+    One that checks connections asks each, before it is used again, whether it is still there. If it broke meanwhile,
+    all that are as old are given up and a new one is opened, once: nobody notices that the database was restarted, and
+    nothing is ever sent twice. Raises DatabaseURLError.
     """
     pool: dict[str, Any] = {"pool_timeout": POOL_TIMEOUT_S} if keeps_connections else {"poolclass": NullPool}
     parsed = parse_url(url)
     engine = create_engine(
         parsed,
         **pool,
-        pool_pre_ping=False,  # it would cost every batch a round trip; a broken connection is noticed by its first use
+        pool_pre_ping=checks_connections,
         connect_args={
             **{name: value for name, value in _CONNECTION.items() if name not in parsed.query},
             "options": f"{parsed.query.get('options', '')} {_SESSION_OPTIONS}",

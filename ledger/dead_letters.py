@@ -238,7 +238,10 @@ def described(answer: Result) -> str:
     """What a message did, in words."""
     reason = "" if answer.reason is None else f" ({answer.reason})"
     repeated = ", a duplicate: nothing changes" if answer.duplicate else ""
-    return f"{answer.outcome}{reason}{repeated}"
+    # The first outcome of a start says nothing about what is held by now.
+    ended = answer.outcome == "reserved" and answer.state is not None and not answer.holds
+    since = f", and the workflow is {answer.state} by now" if ended else ""
+    return f"{answer.outcome}{reason}{repeated}{since}"
 
 
 def discard(engine: Engine, letter_id: int, *, by: str, why: str) -> None:

@@ -18,6 +18,16 @@ CERTIFICATE_CHECKS = ("required", "optional", "none")
 RESULT_SCHEMES = ("redis", "rediss")
 MIN_SECRET_LENGTH = 32
 _ADDRESS = re.compile(r"[^\s:]+:[0-9]{1,5}")
+_SERVICE_LINK = re.compile(
+    rf"""{PREFIX}([A-Z0-9_]+_)?(
+        SERVICE_HOST=[0-9a-f.:]+
+      | SERVICE_PORT(_[A-Z0-9_]+)?=[0-9]+
+      | PORT(_[0-9]+_(TCP|UDP|SCTP))?=(tcp|udp|sctp)://[0-9a-f.:\[\]]+:[0-9]+
+      | PORT_[0-9]+_(TCP|UDP|SCTP)_(PROTO=(tcp|udp|sctp)|PORT=[0-9]+|ADDR=[0-9a-f.:]+)
+    )""",
+    re.VERBOSE,
+)
+"""What Kubernetes puts into every container for a Service named `holdfast` or `holdfast-…`. It is nobody's mistake."""
 
 
 class SettingsError(Exception):
@@ -106,8 +116,9 @@ class Settings(BaseSettings):
     def load(cls, *needed: str) -> Self:
         """The settings, of which `needed` must be there. Raises SettingsError."""
         names = {f"{PREFIX}{field.upper()}": field for field in cls.model_fields}
-        for variable in os.environ:
-            if variable.upper().startswith(PREFIX) and variable.upper() not in names:
+        for variable, value in os.environ.items():
+            is_ours = variable.upper().startswith(PREFIX) and not _SERVICE_LINK.fullmatch(f"{variable}={value}")
+            if is_ours and variable.upper() not in names:
                 similar = difflib.get_close_matches(variable.upper(), names, n=1)
                 hint = f"; did you mean {similar[0]}?" if similar else f"; there are {', '.join(names)}"
                 raise SettingsError(f"{variable} is not a setting{hint}")

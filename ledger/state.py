@@ -173,7 +173,17 @@ class Result(NamedTuple):
     duplicate: bool
     org_id: str
     workflow_id: str | None
+    state: WorkflowState | None
+    """What the workflow is now. None: the message names no workflow, or the worker is older than this field."""
     event_seqs: tuple[int, ...]
     """The events that this delivery wrote: none for a duplicate."""
     available: int
     """The wallet's available credits after it."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether credits are held for the workflow now: after a start, whether it may run.
+
+        The outcome does not say so: a start that comes again has its first one, whatever has happened since.
+        """
+        return self.state == "reserved"

@@ -625,12 +625,15 @@ class _WorkingSet:
             return decision.refusal
         if not decision.duplicate:
             self._keep(decision.wallet, decision.events, decision.workflow, decision.subscription, decision.posted)
+        if workflow_id is not None:
+            workflow = self.workflows[org_id, workflow_id]
         return Result(
             decision.outcome,
             decision.reason,
             decision.duplicate,
             org_id,
             workflow_id,
+            None if workflow is None else workflow.state,
             tuple([event.seq for event in decision.events]),
             decision.wallet.available,
         )

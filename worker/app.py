@@ -56,6 +56,7 @@ def create_app(settings: Settings) -> Celery:
         timezone="UTC",
     )
     app.events.dispatcher_cls = "worker.monitoring:Dispatcher"
+    # Checking its connections would cost every batch a round trip; a batch that fails is applied again.
     app.ledger_engine = connect(settings.database_url)
     register(app, app.ledger_engine)
     worker_shutting_down.connect(lambda **_: _end_in_time(app.ledger_engine), weak=False)

@@ -1,7 +1,9 @@
 """The producer for workflow engines and billing systems written in Python.
 
     client = Client("redis://broker:6379/0")
-    decision = client.start(org_id="acme", workflow_id="run-1", credits=50, wait_s=5)
+    run = client.start(org_id="acme", workflow_id="run-1", credits=50, wait_s=5)
+    if run.holds:  # the credits are held now
+        ...
 
     with client.batch() as batch:  # thousands at once, in a few round trips
         for run in runs:
@@ -130,7 +132,10 @@ class Messages(ABC):
         wait_s: float | None = None,
         **options: Unpack[Options],
     ) -> Result | None:
-        """Reserve `credits` for a workflow, for at most `expires_in_s` seconds (60-2592000; default: a day)."""
+        """Reserve `credits` for a workflow, for at most `expires_in_s` seconds (60-2592000; default: a day).
+
+        Run it if the answer `holds`: sent again, a start has its first outcome, whatever has happened since.
+        """
         return self._send(
             "workflow.start",
             wait_s,
@@ -460,7 +465,7 @@ class Client(Messages):
         result = answer["result"]
         if answer["status"] != "SUCCESS":
             raise DeadLetteredError(" ".join(map(str, result["exc_message"])))
-        return Result(**{**result, "event_seqs": tuple(result["event_seqs"])}) if isinstance(result, dict) else None
+        return _result(result) if isinstance(result, dict) else None
 
     def _publish(self, what: str, messages: Sequence[Encoded]) -> None:
         try:
@@ -478,6 +483,12 @@ def _encoded(
         return publisher.encode(task, args, kwargs, task_id=task_id)
     except EncodeError as error:
         raise InvalidMessageError(f"{task} was not sent, as it cannot be encoded: {error}") from error
+
+
+def _result(answer: dict[str, Any]) -> Result:
+    """The answer of a worker whose version may be another one: it may lack `state`, or say more than is known here."""
+    known = {name: value for name, value in answer.items() if name in Result._fields}
+    return Result(**{"state": None, **known, "event_seqs": tuple(answer["event_seqs"])})
 
 
 def _redis(url: str) -> Redis:

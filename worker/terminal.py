@@ -98,7 +98,7 @@ def open_ledger() -> Iterator[Engine]:
     """The database that the settings name. Raises SettingsError."""
     url = Settings.load("database_url").database_url
     assert url is not None
-    engine = connect(url)
+    engine = connect(url, checks_connections=True)  # a person may have been asked meanwhile, or a worker waited for
     try:
         yield engine
     finally:

@@ -6,7 +6,7 @@ Step = tuple[str, dict[str, Any], dict[str, Any]]
 
 
 def _answer(outcome: str, event_seqs: list[int], available: int, **rest: Any) -> dict[str, Any]:
-    unnamed = {"reason": None, "duplicate": False, "workflow_id": None}
+    unnamed = {"reason": None, "duplicate": False, "workflow_id": None, "state": None}
     return {"outcome": outcome, **unnamed, "event_seqs": event_seqs, "available": available, **rest}
 
 
@@ -24,38 +24,44 @@ STORY: list[Step] = [
     (
         "workflow.start",
         {"workflow_id": "run-1", "credits": 300, "project_id": "web", "activity_name": "Report"},
-        _answer("reserved", [6], 1250, workflow_id="run-1"),
+        _answer("reserved", [6], 1250, workflow_id="run-1", state="reserved"),
     ),
     (
         "workflow.finish",
         {"workflow_id": "run-1", "credits": 200},
-        _answer("settled", [7, 8], 1350, workflow_id="run-1"),
+        _answer("settled", [7, 8], 1350, workflow_id="run-1", state="settled"),
     ),
     (
         "wallet.refund",
         {"refund_id": "sorry", "credits": 40, "workflow_id": "run-1"},
-        _answer("posted", [9], 1390, workflow_id="run-1"),
+        _answer("posted", [9], 1390, workflow_id="run-1", state="settled"),
     ),
     (
         "workflow.start",
         {"workflow_id": "run-2", "credits": 100},
-        _answer("reserved", [10], 1290, workflow_id="run-2"),
+        _answer("reserved", [10], 1290, workflow_id="run-2", state="reserved"),
     ),
-    ("workflow.cancel", {"workflow_id": "run-2"}, _answer("released", [11], 1390, workflow_id="run-2")),
+    (
+        "workflow.cancel",
+        {"workflow_id": "run-2"},
+        _answer("released", [11], 1390, workflow_id="run-2", state="cancelled"),
+    ),
     (
         "workflow.start",
         {"workflow_id": "run-3", "credits": 1441},
-        _answer("rejected", [], 1390, workflow_id="run-3", reason="insufficient_credits"),
+        _answer("rejected", [], 1390, workflow_id="run-3", state="rejected", reason="insufficient_credits"),
     ),
     (
         "workflow.start",
         {"workflow_id": "run-4", "credits": 1440},
-        _answer("reserved", [12], -50, workflow_id="run-4"),
+        _answer("reserved", [12], -50, workflow_id="run-4", state="reserved"),
     ),
     (
         "workflow.fail",
         {"workflow_id": "run-4", "reason": "crashed"},
-        _answer("released", [13], 1390, workflow_id="run-4"),
+        _answer("released", [13], 1390, workflow_id="run-4", state="failed"),
     ),
     ("wallet.unsubscribe", {"subscription_id": "sub", "version": 2}, _answer("posted", [], 1390)),
 ]
+STATES = {answer["workflow_id"]: answer["state"] for _, _, answer in STORY}
+"""The state of each workflow at the end."""

@@ -49,9 +49,53 @@ def test_a_start_is_reserved_rejected_or_a_duplicate(client: Client) -> None:
     reserved = client.start(org_id="engine", workflow_id="run-1", credits=60, wait_s=PATIENCE_S)
     rejected = client.start(org_id="engine", workflow_id="run-2", credits=60, wait_s=PATIENCE_S)
     again = client.start(org_id="engine", workflow_id="run-1", credits=60, wait_s=PATIENCE_S)
-    assert reserved == Result("reserved", None, False, "engine", "run-1", (2,), 40)
-    assert rejected == Result("rejected", "insufficient_credits", False, "engine", "run-2", (), 40)
-    assert again == Result("reserved", None, True, "engine", "run-1", (), 40)
+    assert reserved == Result("reserved", None, False, "engine", "run-1", "reserved", (2,), 40)
+    assert rejected == Result("rejected", "insufficient_credits", False, "engine", "run-2", "rejected", (), 40)
+    assert again == Result("reserved", None, True, "engine", "run-1", "reserved", (), 40)
+    assert [answer.holds for answer in (reserved, rejected, again)] == [True, False, True]
+
+
+def test_a_start_that_comes_again_after_a_cancel_holds_nothing(client: Client) -> None:
+    client.purchase(org_id="cancelled", purchase_id="order", credits=100)
+    run = {"org_id": "cancelled", "workflow_id": "run-1"}
+    assert client.start(**run, credits=60, wait_s=PATIENCE_S).holds
+    assert client.cancel(**run, wait_s=PATIENCE_S).state == "cancelled"
+    again = client.start(**run, credits=60, wait_s=PATIENCE_S)
+    assert again == Result("reserved", None, True, "cancelled", "run-1", "cancelled", (), 100)
+    assert not again.holds
+
+
+def test_a_start_that_comes_again_after_its_hold_expired_holds_nothing(running: Installation, client: Client) -> None:
+    client.purchase(org_id="expired", purchase_id="order", credits=100)
+    run = {"org_id": "expired", "workflow_id": "run-1", "credits": 60}
+    assert client.start(**run, expires_in_s=60, wait_s=PATIENCE_S).holds
+    past = "clock_timestamp() - interval '1 second'"
+    sql(running.engine, f"UPDATE workflows SET expires_at = {past} WHERE org_id = 'expired'")
+    sql(running.engine, f"UPDATE wallets SET next_hold_expiry = {past} WHERE org_id = 'expired'")
+    again = client.start(**run, wait_s=PATIENCE_S)
+    assert again == Result("reserved", None, True, "expired", "run-1", "expired", (), 100)
+    assert not again.holds
+
+
+@pytest.mark.parametrize(
+    ("others", "state"),
+    [({}, None), ({"state": "reserved"}, "reserved"), ({"state": "cancelled", "shortfall": 5}, "cancelled")],
+    ids=["older", "the same", "newer"],
+)
+def test_the_answer_of_a_worker_of_another_version_is_understood(
+    installation: Installation, others: dict[str, Any], state: str | None
+) -> None:
+    """A worker that does not know `state` yet, or that says more than this client knows, while both are updated."""
+    said = {"outcome": "reserved", "reason": None, "duplicate": False, "org_id": "acme", "workflow_id": "run-1"}
+    result = {**said, "event_seqs": [1], "available": 40, **others}
+    with Client(installation.broker_url) as client, ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(client.start, org_id="acme", workflow_id="run-1", credits=60, wait_s=PATIENCE_S)
+        envelope = json.loads(eventually(lambda: installation.broker.rpop("credits")))
+        key = f"celery-task-meta-{envelope['headers']['id']}"
+        installation.broker.publish(key, json.dumps({"status": "SUCCESS", "result": result}))
+        answer = waiting.result(PATIENCE_S)
+    assert answer == Result("reserved", None, False, "acme", "run-1", state, (1,), 40)
+    assert answer.holds == (state == "reserved")
 
 
 def test_without_waiting_a_message_returns_none_and_leaves_no_answer(running: Installation, client: Client) -> None:

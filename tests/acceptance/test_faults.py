@@ -1,5 +1,7 @@
 """Faults of the database and of the broker, on the real worker: nothing acknowledged, nothing lost, and no help needed.
 
+And of the database, on the real API: as soon as it is there again, every request is answered.
+
 Where a test waits for at most `SOON_S`, that is the promise: after a fault the worker is soon at work again.
 """
 
@@ -7,19 +9,22 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psycopg
 import pytest
-from sqlalchemy import Connection, Engine, text
+from fastapi import FastAPI
+from sqlalchemy import Connection, Engine, event, text
 from sqlalchemy.exc import OperationalError
 
 from ledger import audit, migrations
 from ledger.database import connect
-from ledger.store import LOCKED
-from tests.acceptance import commands
+from ledger.store import LOCKED, apply_batch
+from tests.acceptance import commands, website
 from tests.acceptance.installation import (
     EMPTY,
     Installation,
@@ -34,7 +39,8 @@ from tests.acceptance.installation import (
     wait_for_workers,
     warnings_in,
 )
-from tests.support import eventually, sql, suspended
+from tests.acceptance.website import HISTORY, LETTERS, Visitor
+from tests.support import delivery, eventually, sql, suspended
 from worker.answers import PAUSE_S
 from worker.embedded import Broker, Embedded
 from worker.process import Process
@@ -268,6 +274,118 @@ def is_waiting_for_a_lock(services: Embedded, installation: Installation) -> boo
     waiting = f"SELECT 1 FROM pg_stat_activity WHERE datname = '{name}' AND wait_event_type = 'Lock'"
     with as_admin(services) as admin:
         return admin.execute(text(waiting)).first() is not None
+
+
+# The API, whose connections a restart of the database breaks while nobody uses them.
+
+READS = (
+    "/api/organizations/acme/credit-events",
+    "/api/organizations/acme/credits",
+    "/api/organizations/acme/workflows/run",
+    HISTORY,
+    f"{HISTORY}.csv",
+    LETTERS,
+    f"{LETTERS}/1",
+    "/readyz",
+    "/metrics",
+)
+
+
+@pytest.fixture
+def api(fragile: Installation) -> FastAPI:
+    """The API of a ledger in which there is something to read everywhere."""
+    run = {"org_id": "acme", "workflow_id": "run", "credits": 1}
+    gift = delivery("wallet.grant", **grant("acme"))
+    apply_batch(fragile.engine, [gift, delivery("workflow.start", **run), delivery("wallet.unknown")])
+    return website.app(fragile.database_url, fragile.broker_url)
+
+
+@contextmanager
+def visiting(api: FastAPI) -> Iterator[Visitor]:
+    """Somebody who may read everything."""
+    bearer = {"Authorization": f"Bearer {website.token(scope='credits:read operator')}"}
+    with website.serving(api) as address, Visitor(base_url=address, headers=bearer) as visitor:
+        yield visitor
+
+
+def open_connections(api: FastAPI) -> None:
+    """Fill the API's pool with connections that nobody uses."""
+    pooled = api.state.services.engine
+    with ExitStack() as open_at_once:
+        for _ in range(pooled.pool.size()):
+            open_at_once.enter_context(pooled.connect())
+    assert pooled.pool.checkedin() == pooled.pool.size() > 1
+
+
+def break_connections(machine: Embedded, installation: Installation) -> None:
+    """The server ends all connections to the database, as it does when it restarts."""
+    installation.engine.dispose()
+    own = f"FROM pg_stat_activity WHERE datname = '{installation.engine.url.database}'"
+    with as_admin(machine) as admin:
+        assert all(admin.scalars(text(f"SELECT pg_terminate_backend(pid) {own}")))
+        eventually(lambda: admin.scalar(text(f"SELECT count(*) {own}")) == 0)
+
+
+def test_after_a_restart_of_the_database_every_request_is_answered_at_the_first_try(
+    machine: Embedded, fragile: Installation, api: FastAPI
+) -> None:
+    with visiting(api) as visitor, ThreadPoolExecutor(len(READS)) as many:
+        open_connections(api)
+        machine.postgres.kill()
+        fragile.engine.dispose()
+        machine.postgres.start()
+        answers = dict(zip(READS, many.map(visitor.get, READS), strict=True))
+        assert {path: answer.status_code for path, answer in answers.items()} == dict.fromkeys(READS, 200)
+        assert "holdfast_database_up 1.0" in answers["/metrics"].text
+        for path in READS:  # each of them as the first one that gets a broken connection
+            open_connections(api)
+            break_connections(machine, fragile)
+            assert (path, visitor.get(path).status_code) == (path, 200)
+
+
+def test_while_the_database_is_away_each_request_tries_once_to_reach_it(
+    machine: Embedded, fragile: Installation, api: FastAPI
+) -> None:
+    tries: list[object] = []
+    event.listen(api.state.services.engine, "do_connect", lambda *connecting: tries.append(connecting))
+    with visiting(api) as visitor:
+        open_connections(api)
+        tries.clear()
+        machine.postgres.kill()
+        fragile.engine.dispose()
+        for number in (1, 2):
+            answer = visitor.get(READS[0])
+            assert (answer.status_code, answer.headers["retry-after"], len(tries)) == (503, "5", number)
+        machine.postgres.start()
+        assert visitor.get(READS[0]).status_code == 200
+
+
+def test_after_a_restart_of_the_database_an_operators_decision_is_kept_at_the_first_try(
+    machine: Embedded, fragile: Installation, api: FastAPI
+) -> None:
+    with visiting(api) as visitor:
+        form = {"form": website.form_token(visitor.get(f"{LETTERS}/1")), "reason": "sent by a test"}
+        open_connections(api)
+        break_connections(machine, fragile)
+        assert visitor.post(f"{LETTERS}/1/discard", data=form).status_code == 303
+    assert sql(fragile.engine, "SELECT status, resolved_by, resolution FROM dead_letters") == [
+        ("discarded", "ann", "sent by a test")
+    ]
+
+
+def test_a_file_that_breaks_in_the_middle_stays_broken(machine: Embedded, fragile: Installation, api: FastAPI) -> None:
+    long = {"note": "x" * 8_000}
+    gifts = [delivery("wallet.grant", **grant("acme", str(number)), metadata=long) for number in range(3_000)]
+    apply_batch(fragile.engine, gifts)
+    in_use = api.state.services.engine.pool.checkedout
+    with visiting(api) as visitor, visitor.stream("GET", f"{HISTORY}.csv") as file:
+        assert file.status_code == 200
+        eventually(lambda: in_use() == 0)  # its 24 MB are more than what lies between the server and who does not read
+        machine.postgres.kill()
+        fragile.engine.dispose()
+        with pytest.raises(httpx.RemoteProtocolError):
+            file.read()
+        machine.postgres.start()
 
 
 def backend_of(installation: Installation) -> int:

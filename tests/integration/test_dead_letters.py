@@ -114,7 +114,7 @@ def test_a_message_that_is_applied_later_leaves_its_letter_open(engine: Engine) 
     message = delivery("wallet.bill", org_id="acme", billing_id="b1", credits=-5)
     purchase = delivery("wallet.purchase", org_id="acme", purchase_id="p1", credits=5)
     apply_batch(engine, [message, purchase])
-    assert apply_batch(engine, [message]) == [Result("posted", None, False, "acme", None, (2,), 0)]
+    assert apply_batch(engine, [message]) == [Result("posted", None, False, "acme", None, None, (2,), 0)]
     assert sql(engine, "SELECT status, attempts FROM dead_letters") == [("open", 1)]
 
 
@@ -155,7 +155,7 @@ def test_text_that_postgresql_cannot_hold_survives_as_bytes(
     refused, applied = apply_batch(engine, [Delivery("wallet.purchase", payload, body), good])
     code = "undecodable" if isinstance(payload, InvalidMessage) else "invalid_message"
     assert letter_of(refused).code == code
-    assert applied == Result("posted", None, False, "globex", None, (1,), 5)
+    assert applied == Result("posted", None, False, "globex", None, None, (1,), 5)
     assert sql(engine, "SELECT body, org_id, error_code, error, traceback FROM dead_letters") == [
         (body, org_id, code, letter_of(refused).error, None)
     ]
@@ -173,7 +173,7 @@ def test_a_task_of_any_name_is_kept_with_its_neighbours(
     with caplog.at_level(logging.ERROR):
         refused, applied = apply_batch(engine, [Delivery(task, {"org_id": "acme"}, b"body"), good])
     assert letter_of(refused).code == "unknown_task"
-    assert applied == Result("posted", None, False, "acme", None, (1,), 5)
+    assert applied == Result("posted", None, False, "acme", None, None, (1,), 5)
     assert sql(engine, "SELECT body, org_id, error_code FROM dead_letters") == [(b"body", "acme", "unknown_task")]
     assert caplog.records == []
 

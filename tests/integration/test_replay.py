@@ -5,11 +5,13 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
+import psycopg
 import pytest
 from sqlalchemy import Engine
 
 from ledger import audit, dead_letters, history
 from ledger.dead_letters import (
+    DeadLetter,
     LetterFilter,
     NotOpenError,
     NotReplayableError,
@@ -22,6 +24,7 @@ from ledger.store import DeadLettered, Delivery, apply_batch
 from tests.support import EMBED, delivery, sql
 from worker.client import Client
 from worker.failed_cli import _Sender
+from worker.terminal import open_ledger
 
 REFUND = delivery("wallet.refund", org_id="acme", refund_id="r1", credits=30, workflow_id="run")
 FINISH = delivery("workflow.finish", org_id="acme", workflow_id="run", credits=80)
@@ -88,6 +91,35 @@ def test_a_second_replay_changes_nothing_and_the_letter_keeps_the_first_outcome(
     assert replay(engine, 1, worker(engine), by="bob") == "posted, a duplicate: nothing changes"
     assert sql(engine, "SELECT * FROM dead_letters") == before
     assert events(engine) == APPLIED_ONCE
+
+
+def test_a_start_that_is_replayed_after_its_workflow_ended_says_that_nothing_is_held(engine: Engine) -> None:
+    run = {"org_id": "acme", "workflow_id": "run"}
+    start = delivery("workflow.start", **run, credits=5)
+    letter = DeadLetter(start.task, start.body, "acme", "unexpected_error", "a defect that is mended by now")
+    with psycopg.connect(engine.url.set(drivername="postgresql").render_as_string(hide_password=False)) as connection:
+        [letter_id] = dead_letters.record(connection, [letter])
+    apply_batch(engine, [delivery("wallet.grant", org_id="acme", grant_id="g1", credits=10)])
+    assert replay(engine, letter_id, worker(engine)) == "reserved"
+    assert replay(engine, letter_id, worker(engine)) == "reserved, a duplicate: nothing changes"
+    apply_batch(engine, [delivery("workflow.cancel", **run)])
+    told = "reserved, a duplicate: nothing changes, and the workflow is cancelled by now"
+    assert replay(engine, letter_id, worker(engine)) == told
+
+
+def test_what_came_of_a_message_is_marked_also_if_the_database_restarts_meanwhile(
+    engine: Engine, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def send(*message: Any) -> Result:
+        others = "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        assert sql(engine, f"SELECT pg_terminate_backend(pid, 60000) {others}") == [(True,)]
+        return worker(engine)(*message)
+
+    apply_batch(engine, [REFUND, FINISH])
+    monkeypatch.setenv("HOLDFAST_DATABASE_URL", database_url)
+    with open_ledger() as commands_own:
+        assert replay(commands_own, 1, send) == "posted"
+    assert marks(engine) == [(1, "replayed", 1, "ann", "posted")]
 
 
 def test_a_message_that_fails_again_stays_open_with_one_attempt_more(engine: Engine) -> None:

@@ -28,7 +28,7 @@ EVENTS = """
 
 
 def posted(*seqs: int, available: int, org_id: str = "acme") -> Result:
-    return Result("posted", None, False, org_id, None, seqs, available)
+    return Result("posted", None, False, org_id, None, None, seqs, available)
 
 
 def repeated(result: Result, *, available: int) -> Result:
@@ -72,37 +72,37 @@ CONVERSATION = [
         delivery("wallet.subscribe", org_id="acme", subscription_id="s1", version=1, plan="team", monthly_credits=200),
         posted(5, available=720),
     ),
-    (start("acme", "w1", 100), Result("reserved", None, False, "acme", "w1", (6,), 620)),
-    (finish("acme", "w1", 80), Result("settled", None, False, "acme", "w1", (7, 8), 640)),
+    (start("acme", "w1", 100), Result("reserved", None, False, "acme", "w1", "reserved", (6,), 620)),
+    (finish("acme", "w1", 80), Result("settled", None, False, "acme", "w1", "settled", (7, 8), 640)),
     (
         delivery("wallet.refund", org_id="acme", refund_id="r1", credits=20, workflow_id="w1"),
-        Result("posted", None, False, "acme", "w1", (9,), 660),
+        Result("posted", None, False, "acme", "w1", "settled", (9,), 660),
     ),
-    (start("acme", "w2", 671), Result("rejected", "insufficient_credits", False, "acme", "w2", (), 660)),
-    (start("acme", "w3", 670), Result("reserved", None, False, "acme", "w3", (10,), -10)),
+    (start("acme", "w2", 671), Result("rejected", "insufficient_credits", False, "acme", "w2", "rejected", (), 660)),
+    (start("acme", "w3", 670), Result("reserved", None, False, "acme", "w3", "reserved", (10,), -10)),
     (
         delivery("workflow.cancel", org_id="acme", workflow_id="w3", reason="stopped"),
-        Result("released", None, False, "acme", "w3", (11,), 660),
+        Result("released", None, False, "acme", "w3", "cancelled", (11,), 660),
     ),
-    (start("acme", "w4", 60), Result("reserved", None, False, "acme", "w4", (12,), 600)),
+    (start("acme", "w4", 60), Result("reserved", None, False, "acme", "w4", "reserved", (12,), 600)),
     (
         delivery("workflow.fail", org_id="acme", workflow_id="w4", reason="crashed"),
-        Result("released", None, False, "acme", "w4", (13,), 660),
+        Result("released", None, False, "acme", "w4", "failed", (13,), 660),
     ),
     (
         delivery("workflow.cancel", org_id="acme", workflow_id="w5"),
-        Result("ignored", "not_started", False, "acme", "w5", (), 660),
+        Result("ignored", "not_started", False, "acme", "w5", "cancelled", (), 660),
     ),
-    (start("acme", "w5", 10), Result("ignored", "already_ended", False, "acme", "w5", (), 660)),
+    (start("acme", "w5", 10), Result("ignored", "already_ended", False, "acme", "w5", "cancelled", (), 660)),
     (delivery("wallet.configure", org_id="acme", version=3, period_cap=100), posted(available=660)),
-    (start("acme", "w6", 21), Result("rejected", "period_cap", False, "acme", "w6", (), 660)),
+    (start("acme", "w6", 21), Result("rejected", "period_cap", False, "acme", "w6", "rejected", (), 660)),
     (
         delivery("wallet.configure", org_id="acme", version=2, period_cap=None),
-        Result("ignored", "stale_version", False, "acme", None, (), 660),
+        Result("ignored", "stale_version", False, "acme", None, None, (), 660),
     ),
     (
         delivery("wallet.unsubscribe", org_id="acme", subscription_id="s9", version=1),
-        Result("ignored", "not_subscribed", False, "acme", None, (), 660),
+        Result("ignored", "not_subscribed", False, "acme", None, None, (), 660),
     ),
     (delivery("wallet.unsubscribe", org_id="acme", subscription_id="s1", version=2), posted(available=660)),
 ]
@@ -137,13 +137,16 @@ def test_a_repeated_batch_gets_the_first_answers_and_writes_nothing(engine: Engi
     messages = [message for message, _ in CONVERSATION]
     apply_batch(engine, messages)
     again = apply_batch(engine, messages)
-    assert again == [repeated(answer, available=660) for _, answer in CONVERSATION]
+    states = {answer.workflow_id: answer.state for _, answer in CONVERSATION}  # the last of each
+    assert again == [
+        repeated(answer, available=660)._replace(state=states[answer.workflow_id]) for _, answer in CONVERSATION
+    ]
     assert sql(engine, EVENTS, org_id="acme") == CONVERSATION_EVENTS
 
 
 def test_a_message_twice_in_one_batch_is_applied_once(engine: Engine) -> None:
     answers = apply_batch(engine, [purchase("acme", 500), purchase("acme", 500), start("acme", "w1", 75)] * 2)
-    reserved = Result("reserved", None, False, "acme", "w1", (2,), 425)
+    reserved = Result("reserved", None, False, "acme", "w1", "reserved", (2,), 425)
     assert answers == [
         posted(1, available=500),
         repeated(posted(available=500), available=500),
@@ -158,8 +161,41 @@ def test_a_message_twice_in_one_batch_is_applied_once(engine: Engine) -> None:
 def test_a_start_that_was_rejected_stays_rejected_after_a_purchase(engine: Engine) -> None:
     apply_batch(engine, [start("acme", "w1", 75), purchase("acme", 500)])
     assert apply_batch(engine, [start("acme", "w1", 75)]) == [
-        Result("rejected", "insufficient_credits", True, "acme", "w1", (), 500)
+        Result("rejected", "insufficient_credits", True, "acme", "w1", "rejected", (), 500)
     ]
+
+
+@pytest.mark.parametrize(
+    ("ends", "state"),
+    [
+        ([], "reserved"),
+        ([delivery("workflow.cancel", org_id="acme", workflow_id="w1")], "cancelled"),
+        ([delivery("workflow.fail", org_id="acme", workflow_id="w1")], "failed"),
+        ([finish("acme", "w1", 80)], "settled"),
+        ([delivery("workflow.cancel", org_id="acme", workflow_id="w1"), finish("acme", "w1", 80)], "settled"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("together", [True, False])
+def test_a_start_that_comes_again_tells_what_has_become_of_the_workflow(
+    engine: Engine, ends: list[Delivery], state: str, *, together: bool
+) -> None:
+    first = start("acme", "w1", 75)
+    messages = [purchase("acme", 500), first, *ends, first]
+    batches = [messages] if together else [[message] for message in messages]
+    *_, again = [answer for batch in batches for answer in apply_batch(engine, batch)]
+    assert isinstance(again, Result)
+    assert (again.outcome, again.duplicate, again.event_seqs) == ("reserved", True, ())
+    assert (again.state, again.holds) == (state, state == "reserved")
+
+
+def test_a_start_that_comes_again_after_its_hold_expired_says_so(engine: Engine) -> None:
+    apply_batch(engine, [purchase("acme", 500), start("acme", "w1", 75)])
+    expire_holds(engine)
+    [again] = apply_batch(engine, [start("acme", "w1", 75)])
+    assert again == Result("reserved", None, True, "acme", "w1", "expired", (), 500)
+    assert isinstance(again, Result)
+    assert not again.holds
 
 
 def test_a_message_counts_on_those_before_it_in_its_batch_and_on_no_other(engine: Engine) -> None:
@@ -172,12 +208,12 @@ def test_a_message_counts_on_those_before_it_in_its_batch_and_on_no_other(engine
         start("acme", "w4", 75),
     ]
     assert apply_batch(engine, messages) == [
-        Result("rejected", "insufficient_credits", False, "acme", "w1", (), 0),
+        Result("rejected", "insufficient_credits", False, "acme", "w1", "rejected", (), 0),
         posted(1, available=100),
-        Result("reserved", None, False, "acme", "w2", (2,), 25),
-        Result("rejected", "insufficient_credits", False, "acme", "w3", (), 25),
-        Result("settled", None, False, "acme", "w2", (3, 4), 95),
-        Result("reserved", None, False, "acme", "w4", (5,), 20),
+        Result("reserved", None, False, "acme", "w2", "reserved", (2,), 25),
+        Result("rejected", "insufficient_credits", False, "acme", "w3", "rejected", (), 25),
+        Result("settled", None, False, "acme", "w2", "settled", (3, 4), 95),
+        Result("reserved", None, False, "acme", "w4", "reserved", (5,), 20),
     ]
 
 
@@ -192,8 +228,8 @@ def test_one_batch_serves_several_organizations_each_with_its_own_numbers(engine
     assert apply_batch(engine, messages) == [
         posted(1, available=10, org_id="globex"),
         posted(1, available=500, org_id="acme"),
-        Result("reserved", None, False, "globex", "w1", (2,), 0),
-        Result("reserved", None, False, "acme", "w1", (2,), 425),
+        Result("reserved", None, False, "globex", "w1", "reserved", (2,), 0),
+        Result("reserved", None, False, "acme", "w1", "reserved", (2,), 425),
         posted(3, available=1, org_id="globex"),
     ]
     assert event_types(engine, "globex") == ["prepaid_purchase", "reservation", "prepaid_purchase"]
@@ -213,8 +249,8 @@ def test_conflicts_become_dead_letters_and_their_neighbours_are_applied(engine: 
     bought, other_purchase, started, other_start, finished, other_finish, last = apply_batch(engine, messages)
     assert [bought, started, finished, last] == [
         posted(1, available=500),
-        Result("reserved", None, False, "acme", "w1", (2,), 425),
-        Result("settled", None, False, "acme", "w1", (3, 4), 430),
+        Result("reserved", None, False, "acme", "w1", "reserved", (2,), 425),
+        Result("settled", None, False, "acme", "w1", "settled", (3, 4), 430),
         posted(5, available=431),
     ]
     refused = [other_purchase, other_start, other_finish]
@@ -338,10 +374,10 @@ def test_an_event_keeps_everything_its_message_said(engine: Engine) -> None:
 def test_the_largest_amounts_pass_through_exactly(engine: Engine) -> None:
     assert apply_batch(engine, [purchase("acme", 2**53 - 1), start("acme", "w1", 2**53 - 1)]) == [
         posted(1, available=9_007_199_254_740_991),
-        Result("reserved", None, False, "acme", "w1", (2,), 0),
+        Result("reserved", None, False, "acme", "w1", "reserved", (2,), 0),
     ]
     assert apply_batch(engine, [finish("globex", "w1", 2**53 - 1)]) == [
-        Result("settled", None, False, "globex", "w1", (1,), -9_007_199_254_740_991)
+        Result("settled", None, False, "globex", "w1", "settled", (1,), -9_007_199_254_740_991)
     ]
 
 
@@ -533,7 +569,8 @@ def test_a_message_that_the_database_refuses_stands_alone(engine: Engine) -> Non
     assert error.startswith("workflow.start failed unexpectedly: RaiseException: the database had enough of w42")
     # Cured, the same message is applied, like any other.
     sql(engine, "DROP TRIGGER refuse ON credit_events")
-    assert apply_batch(engine, [a_hundred_starts()[42]]) == [Result("reserved", None, False, "org-2", "w42", (11,), 90)]
+    reserved = Result("reserved", None, False, "org-2", "w42", "reserved", (11,), 90)
+    assert apply_batch(engine, [a_hundred_starts()[42]]) == [reserved]
 
 
 def test_a_message_that_the_rules_trip_over_stands_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -683,7 +720,9 @@ def expire_holds(engine: Engine) -> None:
 def test_a_hold_that_expired_does_not_count_at_decision_time(engine: Engine) -> None:
     apply_batch(engine, [purchase("acme", 100), start("acme", "w1", 60), start("acme", "w2", 40)])
     expire_holds(engine)
-    assert apply_batch(engine, [start("acme", "w3", 100)]) == [Result("reserved", None, False, "acme", "w3", (6,), 0)]
+    assert apply_batch(engine, [start("acme", "w3", 100)]) == [
+        Result("reserved", None, False, "acme", "w3", "reserved", (6,), 0)
+    ]
     assert sql(engine, EVENTS, org_id="acme")[3:] == [
         (4, "reservation_released", 60, 100, 0, 40, 0),
         (5, "reservation_released", 40, 100, 0, 0, 0),
@@ -719,7 +758,9 @@ def test_a_hold_that_has_not_expired_stays_when_its_neighbour_expires(engine: En
 def test_a_workflow_that_finishes_after_its_hold_expired_is_charged(engine: Engine) -> None:
     apply_batch(engine, [purchase("acme", 100), start("acme", "w1", 60)])
     expire_holds(engine)
-    assert apply_batch(engine, [finish("acme", "w1", 25)]) == [Result("settled", None, False, "acme", "w1", (4,), 75)]
+    assert apply_batch(engine, [finish("acme", "w1", 25)]) == [
+        Result("settled", None, False, "acme", "w1", "settled", (4,), 75)
+    ]
     assert event_types(engine) == ["prepaid_purchase", "reservation", "reservation_released", "usage"]
     assert audit.verify(engine).is_clean
 
@@ -739,7 +780,9 @@ def test_periods_that_are_due_begin_before_the_message(engine: Engine) -> None:
     # 70 days are two whole months and a part of the third, whichever months they are.
     sql(engine, "UPDATE subscriptions SET anchor = now() - interval '70 days'")
     sql(engine, "UPDATE wallets SET next_period_at = now() - interval '70 days'")
-    assert apply_batch(engine, [finish("acme", "w1", 110)]) == [Result("settled", None, False, "acme", "w1", (6,), 20)]
+    assert apply_batch(engine, [finish("acme", "w1", 110)]) == [
+        Result("settled", None, False, "acme", "w1", "settled", (6,), 20)
+    ]
     assert sql(engine, EVENTS, org_id="acme") == [
         (1, "subscription_credit", 100, 0, 100, 0, 0),
         (2, "adjustment", -70, 0, 30, 0, 0),

@@ -81,6 +81,10 @@ class Model:
         balances = self.balances
         return balances["prepaid"] + balances["subscription"] - balances["reserved"]
 
+    def holds(self, workflow_id: str | None) -> bool:
+        """Whether credits are held for the workflow now."""
+        return "held_until" in self.workflows.get(workflow_id or "", {})
+
     # Time
 
     def next_due(self) -> datetime | None:

@@ -30,8 +30,8 @@ from tests.unit.memory import MemoryLedger
 NOW = datetime(2026, 1, 30, 9, tzinfo=UTC)
 
 Sent = tuple[str, dict[str, Any]]
-Told = tuple[Answer, int | None]
-"""What the sender is told: the answer, and what is available (None if the message was refused)."""
+Told = tuple[Answer, int | None, bool]
+"""What the sender is told: the answer, what is available (None if the message was refused), and if credits are held."""
 
 
 class Driver(Protocol):
@@ -59,9 +59,11 @@ class RulesDriver:
         for task, fields in messages:
             decision = self.ledger.send(task, **fields)
             if decision.refusal is not None:
-                told.append((("refused", decision.refusal.code, False), None))
+                told.append((("refused", decision.refusal.code, False), None, False))
             else:
-                told.append(((decision.outcome, decision.reason, decision.duplicate), decision.wallet.available))
+                workflow = self.ledger.workflows.get(fields.get("workflow_id", ""))
+                holds = workflow is not None and workflow.state == "reserved"
+                told.append(((decision.outcome, decision.reason, decision.duplicate), decision.wallet.available, holds))
         return told
 
     def beat(self) -> None:
@@ -99,9 +101,9 @@ class PostgresDriver:
         told: list[Told] = []
         for answer in store.apply_batch(self.engine, deliveries):
             if isinstance(answer, Result):
-                told.append(((answer.outcome, answer.reason, answer.duplicate), answer.available))
+                told.append(((answer.outcome, answer.reason, answer.duplicate), answer.available, answer.holds))
             else:
-                told.append((("refused", answer.code, False), None))
+                told.append((("refused", answer.code, False), None, False))
         return told
 
     def beat(self) -> None:
@@ -215,7 +217,10 @@ class LedgerMachine(RuleBasedStateMachine):
         expected = []
         for task, fields in messages:
             answer = self.model.receive(task, fields, self.now)
-            expected.append((answer, None if answer[0] == "refused" else self.model.available))
+            if answer[0] == "refused":
+                expected.append((answer, None, False))
+            else:
+                expected.append((answer, self.model.available, self.model.holds(fields.get("workflow_id"))))
         assert self.driver.send(messages) == expected
         self.sent += messages
         self.is_current = True

@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -15,6 +15,7 @@ from docs.generate_messages import DEAD_LETTERS, EVENTS, EXAMPLES, HTTP_PATH, OU
 from ledger.messages import MAX_CREDITS, MESSAGES, Message, parse
 from ledger.settings import Settings
 from ledger.state import OUTCOMES as WORKFLOW_OUTCOMES
+from ledger.state import WorkflowState
 from tests.unit.memory import MemoryLedger
 
 ROOT = Path(__file__).parents[2]
@@ -146,6 +147,12 @@ def test_the_program_of_the_page_sends_a_valid_message() -> None:
     assert isinstance(parse("workflow.start", ast.literal_eval(message)), Message)
     assert 'send_task("workflow.start"' in program
     assert 'queue="credits"' in program
+    assert '["state"] == "reserved"' in program
+
+
+def test_an_answer_may_have_every_state_and_the_page_names_them() -> None:
+    [meaning] = re.findall(r"^\| `state` \| (.*) \|$", TEXT, re.MULTILINE)
+    assert re.findall(r"`(\w+)`", meaning) == list(get_args(WorkflowState))
 
 
 def test_the_http_path_of_the_page_is_one_of_the_api() -> None:

@@ -85,6 +85,76 @@ def test_a_misspelled_setting_is_told_what_was_meant(
     assert refusal() == line
 
 
+def service_links(name: str, address: str, *ports: tuple[str, int, str]) -> dict[str, str]:
+    """What Kubernetes puts into every container for a Service with these ports: the name, number and protocol of each.
+
+    The names and values are those of kubelet's `envvars.FromServices`.
+    """
+    prefix = name.upper().replace("-", "_")
+    host = f"[{address}]" if ":" in address else address
+    first = ports[0]
+    links = {
+        f"{prefix}_SERVICE_HOST": address,
+        f"{prefix}_SERVICE_PORT": str(first[1]),
+        f"{prefix}_PORT": f"{first[2].lower()}://{host}:{first[1]}",
+    }
+    for port_name, number, protocol in ports:
+        if port_name:
+            links[f"{prefix}_SERVICE_PORT_{port_name.upper().replace('-', '_')}"] = str(number)
+        port = f"{prefix}_PORT_{number}_{protocol}"
+        links[port] = f"{protocol.lower()}://{host}:{number}"
+        links |= {f"{port}_PROTO": protocol.lower(), f"{port}_PORT": str(number), f"{port}_ADDR": address}
+    return links
+
+
+@pytest.mark.parametrize(
+    "links",
+    [
+        service_links("holdfast", "10.0.0.1", ("", 8000, "TCP")),
+        service_links("holdfast-api", "10.0.0.1", ("http", 8000, "TCP")),
+        service_links("holdfast-worker-metrics", "10.96.0.12", ("metrics", 9464, "TCP"), ("p2", 53, "UDP")),
+        service_links("holdfast-2", "10.0.0.1", ("8", 80, "TCP"), ("x-9", 81, "SCTP")),
+        service_links("holdfast-port-80", "fd00::1", ("service-port", 80, "SCTP"), ("port", 80, "UDP")),
+        service_links("holdfast-database-url", "10.0.0.1", ("postgres", 5432, "TCP")),
+    ],
+    ids=lambda links: next(iter(links)),
+)
+def test_what_kubernetes_sets_for_a_service_is_no_setting(
+    environment: Environment, monkeypatch: pytest.MonkeyPatch, links: dict[str, str]
+) -> None:
+    environment(DATABASE_URL=DATABASE, BROKER_URL=REDIS)
+    set_by_hand = Settings.load()
+    for variable, value in links.items():
+        monkeypatch.setenv(variable, value)
+        assert Settings.load() == set_by_hand, variable
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("HOLDFAST_API_PORT", "8000"),
+        ("HOLDFAST_PORT", "8000"),
+        ("HOLDFAST_PORT", "http://10.0.0.1:8000"),
+        ("HOLDFAST_PORT", "tcp://10.0.0.1"),
+        ("HOLDFAST_API_PORT_8000_TCP", "8000"),
+        ("HOLDFAST_API_PORT_8000_TCP_ADDR", "sekrit"),
+        ("HOLDFAST_API_PORT_8000_TCP_PROTO", "udq"),
+        ("HOLDFAST_API_PORT_HTTP_TCP_PORT", "8000"),
+        ("HOLDFAST_API_SERVICE_HOST", "sekrit.example"),
+        ("HOLDFAST_API_SERVICE_PORT", "sekrit"),
+        ("HOLDFAST_SERVICE", "10.0.0.1"),
+        ("HOLDFAST_BROKER_URL_PORT", "redis://:sekrit@10.0.0.1:6379"),
+        ("holdfast_api_service_host", "10.0.0.1"),
+        ("HOLDFAST_API_SERVICE_HOST", "10.0.0.1\n"),
+    ],
+)
+def test_what_only_looks_like_a_variable_of_a_service_is_refused(
+    environment: Environment, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert refusal().startswith(f"{variable} is not a setting; ")
+
+
 def test_a_setting_like_no_other_is_told_all_there_are(environment: Environment) -> None:
     environment(QQQQQQ="sekrit")
     assert refusal().startswith(
