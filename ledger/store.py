@@ -129,19 +129,20 @@ def apply_batch(
     return _in_transactions(engine, deliveries, partial(_apply, known_to_wait), _bury, _keep_waiting)
 
 
-def apply_waiting(engine: Engine, org_id: str, *, limit: int) -> Applied:
+def apply_waiting(engine: Engine, org_id: str, *, limit: int, patience_s: float = PATIENCE_S) -> Applied:
     """Apply the first messages of `org_id` that wait, at most `limit`, in order and in one transaction.
 
-    A message that cannot be applied even on its own becomes a dead letter. Raises a database error that is transient.
+    Each statement may take `patience_s` seconds. A message that cannot be applied even on its own becomes a dead
+    letter. Raises a database error that is transient.
     """
     try:
         with _connection(engine) as connection:
-            return _apply_waiting(connection, org_id, limit)
+            return _apply_waiting(connection, org_id, limit, patience_s)
     except Exception as error:
         if is_transient(error):
             raise
         if limit > 1:
-            return apply_waiting(engine, org_id, limit=limit // 2)
+            return apply_waiting(engine, org_id, limit=limit // 2, patience_s=patience_s)
         return _bury_waiting(engine, org_id, error)
 
 
@@ -323,14 +324,21 @@ def _keep_waiting(engine: Engine, delivery: Delivery, error: Exception) -> Waits
     return Waits(kept.org_id, kept.reason)
 
 
-def _apply_waiting(connection: Connection, org_id: str, limit: int) -> Applied:
-    work, kept = _WorkingSet.load_waiting(connection, org_id, limit)
+def _apply_waiting(connection: Connection, org_id: str, limit: int, patience_s: float) -> Applied:
+    work, kept = _WorkingSet.load_waiting(connection, org_id, limit, patience_s)
+    deliveries = [_delivery(message) for message in kept]
+    messages = [parse(delivery.task, delivery.payload) for delivery in deliveries]
+    valid = [message for message in messages if isinstance(message, Message)]
+    if valid and not work.wallets:  # it is locked, or not there yet
+        connection.execute("ROLLBACK")
+        if connection.execute(_THERE, [arrays.text([org_id])]).fetchall():
+            return Applied([], LOCKED)
+        _WorkingSet.create(connection, [org_id])
+        return _apply_waiting(connection, org_id, limit, patience_s)
     if org_id in work.reasons_to_wait:
         work.write_and_commit(connection)
         return Applied([], work.reasons_to_wait[org_id])
-    deliveries = [_delivery(message) for message in kept]
-    messages = [parse(delivery.task, delivery.payload) for delivery in deliveries]
-    work.load_named(connection, [message for message in messages if isinstance(message, Message)])
+    work.load_named(connection, valid)
     decided = [_decide(work, message) for message in messages]
     waiting.remove(connection, org_id, [message.number for message in kept])
     answers = _write_and_commit(connection, work, deliveries, messages, decided)
@@ -456,7 +464,7 @@ class _WorkingSet:
         with connection.pipeline():
             connection.execute(_BEGIN)
             locked = _select(connection, Wallet, lock, [arrays.text(org_ids)])
-            clock = connection.execute(_CLOCK_FOR_BATCHES)
+            clock = connection.execute(_CLOCK)
             named = _Named(messages)
             workflows = _find(connection, Workflow, _WORKFLOWS, named.workflows)
             posted = _find(connection, PostedMessage, _POSTED, named.posted)
@@ -467,7 +475,7 @@ class _WorkingSet:
             if len(there) < len(missing) or not skip_locked:
                 # Those that are not there will be; one that is there by now was just created by somebody else.
                 connection.execute("ROLLBACK")
-                cls._create(connection, set(missing) - there)
+                cls.create(connection, set(missing) - there)
                 return cls.load(connection, messages, known_to_wait=known_to_wait, skip_locked=skip_locked)
             work.reasons_to_wait = dict.fromkeys(missing, LOCKED)
         if somebody_waits:
@@ -480,28 +488,17 @@ class _WorkingSet:
 
     @classmethod
     def load_waiting(
-        cls, connection: Connection, org_id: str, limit: int
+        cls, connection: Connection, org_id: str, limit: int, patience_s: float
     ) -> tuple["_WorkingSet", Sequence[NumberedMessage]]:
-        """Lock the wallet of `org_id`, post what is due, and read the first messages of it that wait.
-
-        For messages that name no organization, there is no wallet.
-        """
+        """Lock the wallet of `org_id`, if it can be had, post what is due, and read the first messages that wait."""
         with connection.pipeline():
             connection.execute(_BEGIN)
             locked = _select(connection, Wallet, f"{_LOCK_WALLETS} SKIP LOCKED", [arrays.text([org_id])])
-            clock = connection.execute(_CLOCK_FOR_ONE)
+            clock = connection.execute(_clock(patience_s))
             kept = waiting.first(connection, org_id, limit)
         work = cls(locked.fetchall(), clock.fetchall()[0][0])
         messages = kept.fetchall()
-        if work.wallets:
-            work._post_due(connection, set())
-        elif any(message.error_code is None for message in messages):
-            if connection.execute(_THERE, [arrays.text([org_id])]).fetchall():
-                work.reasons_to_wait[org_id] = LOCKED
-            else:
-                connection.execute("ROLLBACK")
-                cls._create(connection, [org_id])
-                return cls.load_waiting(connection, org_id, limit)
+        work._post_due(connection, set())
         return work, messages
 
     @classmethod
@@ -510,13 +507,13 @@ class _WorkingSet:
         with connection.pipeline():
             connection.execute(_BEGIN)
             locked = _select(connection, Wallet, f"{_LOCK_WALLETS} SKIP LOCKED", [arrays.text(sorted(org_ids))])
-            clock = connection.execute(_CLOCK_FOR_ONE)
+            clock = connection.execute(_clock(LONG_PATIENCE_S))
         work = cls(locked.fetchall(), clock.fetchall()[0][0])
         work._post_due(connection, set())
         return work
 
     @staticmethod
-    def _create(connection: Connection, org_ids: Collection[str]) -> None:
+    def create(connection: Connection, org_ids: Collection[str]) -> None:
         """Create wallets, in a transaction of its own: to do so while holding others would invite deadlocks."""
         if not org_ids:
             return
@@ -773,8 +770,7 @@ def _clock(statement_timeout_s: float) -> str:
 # Whatever the server's default: what is read once a lock is held is current.
 _BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 # The clock is read once the locks are held, and whether anybody waits at all; the settings are for what follows.
-_CLOCK_FOR_BATCHES = _clock(PATIENCE_S)
-_CLOCK_FOR_ONE = _clock(LONG_PATIENCE_S)
+_CLOCK = _clock(PATIENCE_S)
 _LOCK_WALLETS = f"SELECT {_names(Wallet)} FROM wallets WHERE org_id = ANY(%b::text[]) ORDER BY org_id FOR UPDATE"
 _THERE = "SELECT org_id FROM wallets WHERE org_id = ANY(%b::text[])"
 _WAITING = "SELECT DISTINCT org_id FROM waiting_messages WHERE org_id = ANY(%b::text[])"

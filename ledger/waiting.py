@@ -19,7 +19,7 @@ from ledger import arrays
 NOBODY = ""
 """Stands for the organization of a message that names none."""
 
-MAX_NAMED = 1_000
+MAX_NAMED = 10_000
 """The most organizations that `organizations` returns."""
 
 

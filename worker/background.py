@@ -1,10 +1,11 @@
 """What must not hold up the batches: messages that wait for their organization, and the runs of the scheduler.
 
-A thread of the worker, with a database connection of its own. It looks twice a second for organizations whose messages
-wait (see `ledger.waiting`), applies them as soon as that is possible, and tells of those that wait on. A run of the
-scheduler is done step by step in between.
+Two threads of the worker, each with a database connection of its own. One looks twice a second for organizations whose
+messages wait (see `ledger.waiting`), applies them as soon as that is possible, and tells of those that wait on. The
+other one is patient: it takes the organizations that have failed so far, and does the runs of the scheduler, step by
+step.
 
-Guarantee: what waits is committed, so nothing is lost with this thread; whichever worker comes first goes on with it.
+Guarantee: what waits is committed, so nothing is lost with these threads; whichever worker comes first goes on with it.
 A run that has not ended is lost with its worker, and changes nothing: the next one does the same.
 """
 
@@ -20,7 +21,7 @@ from sqlalchemy import Engine
 
 from ledger import scheduler, waiting
 from ledger.database import describe, is_transient, may_be_local
-from ledger.store import LOCKED, Applied, DeadLettered, apply_waiting
+from ledger.store import LOCKED, LONG_PATIENCE_S, PATIENCE_S, Applied, DeadLettered, apply_waiting
 from ledger.waiting import WaitingOrganization
 from worker import metrics
 from worker.answers import Answers, tell_dead_letter
@@ -30,8 +31,11 @@ logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.5
 
-SLICE_S = 0.5
+SLICE_S = 0.25
 """How long one organization, or a run of the scheduler, is gone on with before the others have their turn."""
+
+LOOK_S = 1.0
+"""After how long a look at those that are in no trouble ends, so that the next one begins with the locked wallets."""
 
 MOST_MESSAGES = 500
 """How many waiting messages one transaction applies at most."""
@@ -48,8 +52,6 @@ MOST_NAMED = 10
 END_WITHIN_S = 2.0
 """How long a worker that ends waits for this. What is broken off is rolled back, and done by another one."""
 
-_WHO = "background"
-
 
 class _Run(NamedTuple):
     """A run of the scheduler that somebody has asked for."""
@@ -63,17 +65,21 @@ class _Attempts:
 
     def __init__(self) -> None:
         self.limit = MOST_MESSAGES
-        self.next_at = 0.0
+        self.next_at = self.served_at = 0.0
         self.reason: str | None = None
+        self.is_in_trouble = False
+        """Whether the last attempt failed: PostgreSQL took too long, or the connection was lost."""
         self._delay_s = FIRST_DELAY_S
 
     def succeeded(self) -> None:
         self.limit = min(2 * self.limit, MOST_MESSAGES)
+        self.is_in_trouble = False
         self._delay_s = FIRST_DELAY_S
 
     def failed(self, error: Exception) -> None:
         """Try with fewer messages; with a single one, later."""
         self.reason = describe(error)
+        self.is_in_trouble = True
         if self.limit > 1:
             self.limit = max(1, self.limit // 8)
             return
@@ -82,11 +88,10 @@ class _Attempts:
         self._delay_s *= 2
 
 
-class Background(Thread):
-    """The thread. What it cannot do now it tries again, until `stop`."""
+class Background:
+    """The threads. What they cannot do now they try again, until `stop`."""
 
     def __init__(self, engine: Engine, answers: Answers, outage: Outage) -> None:
-        super().__init__(name="background", daemon=True)
         self._engine = engine
         self._answers = answers
         self._outage = outage
@@ -100,6 +105,15 @@ class Background(Thread):
         """Who waits, and when that became known."""
         self._seen_at: dict[str, float] = {}
         self._told: set[str] = set()
+        self._threads = [
+            Thread(name=name, target=self._look_again_and_again, args=(name, look), daemon=True)
+            for name, look in (("waiting", self._look), ("patient", self._look_patiently))
+        ]
+
+    def start(self) -> None:
+        """Begin."""
+        for thread in self._threads:
+            thread.start()
 
     def ask(self, task: str, answer_to: str | None) -> None:
         """Do a run of the scheduler, soon. Returns at once."""
@@ -116,31 +130,48 @@ class Background(Thread):
     def stop(self) -> None:
         """Begin nothing more, and wait a moment for what is under way."""
         self._stopped.set()
-        self.join(END_WITHIN_S)
+        until = time.monotonic() + END_WITHIN_S
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
 
-    def run(self) -> None:
-        """Go on until `stop`."""
+    def _look_again_and_again(self, who: str, look: Callable[[], bool]) -> None:
         is_busy = False
         while not self._stopped.wait(0 if is_busy else LOOK_EVERY_S):
             try:
-                is_busy = self._look()
+                is_busy = look()
             except Exception as error:
                 is_busy = False
                 if not is_transient(error):
                     logger.exception("Unexpected, it is tried again")
-                self._outage.failed(_WHO, error)
+                self._outage.failed(who, error)
             else:
-                self._outage.answered(_WHO)
+                self._outage.answered(who)
 
     def _look(self) -> bool:
-        """Do a little of everything that can be done; returns whether there is more."""
+        """Do a little of all that can be done at once; returns whether there is more."""
         looked_at = time.monotonic()
-        with self._outage.asking(_WHO), self._engine.connect() as connection:
+        with self._outage.asking("waiting"), self._engine.connect() as connection:
             organizations = waiting.organizations(connection)
         self._know(organizations, looked_at)
         self._tell(organizations)
-        gone_on = [self._go_on_with(organization) for organization in organizations]
-        return any([*gone_on, self._go_on_with_run()])
+        attempts = {one.org_id: self._attempts.setdefault(one.org_id, _Attempts()) for one in organizations}
+        # To find a wallet locked still costs next to nothing.
+        in_order = sorted(attempts, key=lambda org_id: (attempts[org_id].reason != LOCKED, attempts[org_id].served_at))
+        is_busy = False
+        for org_id in in_order:
+            if time.monotonic() > looked_at + LOOK_S:
+                return True
+            if not attempts[org_id].is_in_trouble:
+                is_busy |= self._go_on_with(org_id, attempts[org_id], PATIENCE_S)
+        return is_busy
+
+    def _look_patiently(self) -> bool:
+        """Do a little of all that may take its time; returns whether there is more."""
+        is_busy = False
+        for org_id, attempts in self._attempts.copy().items():
+            if attempts.is_in_trouble:
+                is_busy |= self._go_on_with(org_id, attempts, LONG_PATIENCE_S)
+        return self._go_on_with_run() or is_busy
 
     def _know(self, organizations: Sequence[WaitingOrganization], looked_at: float) -> None:
         now_waiting = {organization.org_id for organization in organizations}
@@ -149,20 +180,21 @@ class Background(Thread):
                 self._known_to_wait.pop(org_id, None)
         self.note(now_waiting)
 
-    def _go_on_with(self, organization: WaitingOrganization) -> bool:
+    def _go_on_with(self, org_id: str, attempts: _Attempts, patience_s: float) -> bool:
         """Apply what waits, for a while; returns whether there may be more that can be applied."""
-        org_id = organization.org_id
-        attempts = self._attempts.setdefault(org_id, _Attempts())
         for _ in _for_a_while(self._stopped.is_set):
             if time.monotonic() < attempts.next_at:
                 return False
+            attempts.served_at = time.monotonic()
             try:
-                applied = apply_waiting(self._engine, org_id, limit=attempts.limit)
+                applied = apply_waiting(self._engine, org_id, limit=attempts.limit, patience_s=patience_s)
             except Exception as error:
-                if not may_be_local(error):
+                if not is_transient(error):
+                    logger.exception("Unexpected, the organization %s waits", org_id)
+                elif not may_be_local(error):
                     raise
                 attempts.failed(error)
-                continue
+                return True
             attempts.reason = applied.problem
             if applied.problem == LOCKED:
                 return False

@@ -12,7 +12,18 @@ from ledger import audit, scheduler, store, waiting
 from ledger.database import connect, is_transient
 from ledger.messages import InvalidMessage
 from ledger.state import Result
-from ledger.store import BEHIND, LOCKED, MUCH_DUE, PATIENCE_S, Applied, Delivery, Waits, apply_batch, apply_waiting
+from ledger.store import (
+    BEHIND,
+    LOCKED,
+    LONG_PATIENCE_S,
+    MUCH_DUE,
+    PATIENCE_S,
+    Applied,
+    Delivery,
+    Waits,
+    apply_batch,
+    apply_waiting,
+)
 from tests.support import delivery, sql
 
 
@@ -157,7 +168,8 @@ def test_a_statement_that_takes_too_long_for_one_organization_delays_nobody_else
     assert answers[100] == Waits("org-100", "canceling statement due to statement timeout")
     assert outcomes(answers[:100] + answers[101:]) == ["posted"] * 199
     # In its own time, and nobody waits for that, it is applied.
-    assert outcomes(apply_all_waiting(engine, "org-100")) == ["posted"]
+    [(_, answer)] = apply_waiting(engine, "org-100", limit=1, patience_s=LONG_PATIENCE_S).answers
+    assert outcomes([answer]) == ["posted"]
     assert is_sound(engine)
 
 
@@ -200,17 +212,26 @@ def test_what_concerns_everybody_is_raised_soon_and_loses_nothing(engine: Engine
 
 
 def test_a_dead_letter_that_somebody_has_locked_delays_nobody_else(engine: Engine, other: Engine) -> None:
-    bad = purchase("acme", "bad", credits=0)
+    bad, homeless = purchase("acme", "bad", credits=0), delivery("wallet.purchase", purchase_id="p1", credits=1)
+    impossible = purchase("no such name", "p1")
     nameless = Delivery("", InvalidMessage("undecodable_message", "it cannot be read", None), b"\x00?")
-    apply_batch(engine, [bad, nameless, purchase("globex", "first")])
+    letters = [nameless, bad, homeless, impossible]
+    apply_batch(engine, [*letters, purchase("globex", "first")])
     with holding(other, "SELECT 1 FROM dead_letters FOR UPDATE"):
-        answers = apply_batch(engine, [bad, purchase("globex", "second"), nameless, purchase("acme", "good")])
-        assert outcomes(answers)[1] == "posted"
-        assert outcomes(answers)[::2] == ["Waits", "Waits"]
-    assert [org_id for org_id, _ in waits(engine)] == [waiting.NOBODY, "acme"]
-    assert outcomes(apply_all_waiting(engine, waiting.NOBODY)) == ["DeadLettered"]
-    assert outcomes(apply_all_waiting(engine, "acme")) == ["DeadLettered", "posted"]
-    assert sql(engine, "SELECT body, attempts FROM dead_letters ORDER BY body") == [(b"\x00?", 2), (bad.body, 2)]
+        good = [purchase("globex", "second"), purchase("acme", "good")]
+        answers = [apply_batch(engine, [letter, *good]) for letter in letters]
+        assert [outcomes(some) for some in answers] == [
+            ["Waits", "posted", "posted"],
+            ["Waits", "posted", "Waits"],
+            ["Waits", "posted", "Waits"],
+            ["Waits", "posted", "Waits"],
+        ]
+    assert [org_id for org_id, _ in waits(engine)] == [waiting.NOBODY, "acme", "no such name"]
+    assert outcomes(apply_all_waiting(engine, waiting.NOBODY)) == ["DeadLettered"] * 2
+    assert outcomes(apply_all_waiting(engine, "no such name")) == ["DeadLettered"]
+    assert outcomes(apply_all_waiting(engine, "acme")) == ["DeadLettered", *["posted"] * 3]
+    assert sql(engine, "SELECT DISTINCT attempts FROM dead_letters") == [(2,)]
+    assert sql(engine, "SELECT count(*) FROM dead_letters") == [(4,)]
     assert purchases_in_order(engine, "acme") == ["good"]
     assert audit.verify(engine).is_clean
 
