@@ -22,6 +22,7 @@ from worker.broker import QUEUE
 app = Celery("naive")  # the broker is CELERY_BROKER_URL of the environment
 app.conf.update(
     task_default_queue=QUEUE,
+    control_exchange="holdfast",  # for the stand to ask both kinds of workers whether they are ready
     task_acks_late=True,
     task_reject_on_worker_lost=True,
     task_ignore_result=True,

@@ -22,6 +22,7 @@ from ledger.settings import PREFIX
 from worker.broker import QUEUE, create_celery
 from worker.embedded import Embedded
 from worker.process import Process, ServiceError
+from worker.transport import UNACKED
 
 STAGED = "bench-staged"
 """Where messages wait before they are all at once in the queue; no worker looks there."""
@@ -130,9 +131,9 @@ class Stand:
         """How many messages wait, or are taken and not acknowledged."""
         with self.broker.pipeline() as together:
             together.llen(QUEUE)
-            together.hlen("unacked")
-            waiting, taken = together.execute()
-        return int(waiting) + int(taken)
+            together.hlen(UNACKED)
+            together.hlen("unacked")  # the naive way's
+            return sum(map(int, together.execute()))
 
     @contextmanager
     def _workers(self, app: str, settings: dict[str, str], number: int) -> Iterator[None]:

@@ -236,8 +236,10 @@ _INTRODUCTION = f"""# Messages
 <!-- Written by `make docs` from ledger/messages.py and docs/generate_messages.py: change those. -->
 
 Everything that changes a wallet is a message: a Celery task, sent by its name, with one JSON object as its only
-positional argument. Any Celery client will do, in any language; send to the queue `{QUEUE}` (Celery's own `celery`
-works too). An engine without one may send the workflow messages over HTTP, the other fields as the body:
+positional argument. Any Celery client will do, in any language. It sends to the queue `{QUEUE}`, which is the only one
+that Holdfast takes messages from; with RabbitMQ, as the [README](../README.md#running-the-parts-yourself) tells.
+
+An engine without a client may send the workflow messages over HTTP, the other fields as the body:
 `POST {HTTP_PATH}`, where `step` is `start`, `finish`, `cancel` or `fail`; there `source` must not be
 `admin`, `billing`, `operator` or `scheduler`.
 

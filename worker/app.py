@@ -15,7 +15,7 @@ from ledger.database import abandon, connect
 from ledger.settings import Settings, SettingsError
 from worker import metrics
 from worker.batching import collect_garbage_seldom
-from worker.broker import REDIS_SCHEMES, create_celery, queues
+from worker.broker import create_celery, queues
 from worker.tasks import SCHEDULER_TASKS, register
 
 DATABASE_PATIENCE_S, PATIENCE_S = 6.0, 9.0
@@ -29,8 +29,6 @@ def create_app(settings: Settings) -> Celery:
     app = create_celery("holdfast", settings.broker_url, settings.result_store_url)
     app.conf.update(
         task_queues=queues(settings.broker_url),
-        # Celery's own loses a message when the worker is killed between taking and recording it.
-        broker_transport="worker.transport:Transport" if settings.broker_url.startswith(REDIS_SCHEMES) else None,
         # What Celery would drop becomes a dead letter too.
         worker_consumer="worker.consumer:Consumer",
         # One process is one database connection; more throughput is more workers.

@@ -2,8 +2,11 @@
 
 On RabbitMQ, `credits` is a quorum queue: replicated, and on disk before a message is confirmed. A message that was
 delivered DELIVERY_LIMIT times and never acknowledged, as it ended every worker that took it, moves to `credits.dead`;
-it leaves the one queue only when the other one has it. `celery` stays what Celery makes of it, a classic queue, so that
-an engine needs no settings.
+it leaves the one queue only when the other one has it.
+
+Other Celery applications may share the broker. No name that is Celery's default is used: neither its queue, nor its
+exchange for remote control, through which one application would stop another's workers. The exchange of its events is,
+as monitors listen there.
 """
 
 import logging
@@ -20,9 +23,6 @@ logger = logging.getLogger(__name__)
 QUEUE = "credits"
 """Where messages wait."""
 
-QUEUES = (QUEUE, "celery")
-"""Every queue that engines send to: one that knows only the tasks' names sends to Celery's own default."""
-
 DEAD_QUEUE = "credits.dead"
 """Where RabbitMQ puts what was delivered too often. The worker consumes it too."""
 
@@ -37,7 +37,7 @@ VISIBILITY_TIMEOUT_S = 60
 
 _NO_LIMIT = 2**31 - 1
 
-_RABBITMQ_ARGUMENTS: dict[str, dict[str, Any] | None] = {
+_RABBITMQ_ARGUMENTS: dict[str, dict[str, Any]] = {
     QUEUE: {
         "x-queue-type": "quorum",
         "x-delivery-limit": DELIVERY_LIMIT,
@@ -46,7 +46,6 @@ _RABBITMQ_ARGUMENTS: dict[str, dict[str, Any] | None] = {
         "x-dead-letter-strategy": "at-least-once",
         "x-overflow": "reject-publish",  # without a length limit it changes nothing, but at-least-once wants it
     },
-    "celery": None,
     # RabbitMQ 4 has a limit of its own, beyond which a message would be gone.
     DEAD_QUEUE: {"x-queue-type": "quorum", "x-delivery-limit": _NO_LIMIT},
 }
@@ -55,6 +54,7 @@ _RABBITMQ_ARGUMENTS: dict[str, dict[str, Any] | None] = {
 
 def create_celery(name: str, broker_url: str, result_url: str | None) -> Celery:
     """A Celery app that speaks only JSON, with `QUEUE` as its default. Connects to nothing yet."""
+    is_redis = broker_url.startswith(REDIS_SCHEMES)
     app = Celery(
         name,
         broker=_verified(broker_url),
@@ -66,7 +66,11 @@ def create_celery(name: str, broker_url: str, result_url: str | None) -> Celery:
         result_serializer="json",
         accept_content=["json"],  # nothing that could run code, such as pickle
         task_default_queue=QUEUE,
-        broker_transport_options=_redis_options() if broker_url.startswith(REDIS_SCHEMES) else _rabbitmq_options(),
+        control_exchange="holdfast",
+        # Celery's own loses a message when the worker is killed between taking and recording it. Whoever waits for
+        # anything with it, if only for the answer to a ping, restores what workers of other applications hold.
+        broker_transport="worker.transport:Transport" if is_redis else None,
+        broker_transport_options=_redis_options() if is_redis else _rabbitmq_options(),
     )
     return app
 
@@ -86,7 +90,7 @@ def queues(broker_url: str) -> list[Queue]:
     """What a worker consumes. On RabbitMQ it must have called `declare_queues` before."""
     if broker_url.startswith(AMQP_SCHEMES):
         return _rabbitmq_queues(no_declare=True)
-    return [Queue(name, Exchange(name), routing_key=name) for name in QUEUES]
+    return [Queue(QUEUE, Exchange(QUEUE), routing_key=QUEUE)]
 
 
 def declare_queues(connection: Connection) -> None:

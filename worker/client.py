@@ -34,7 +34,7 @@ from redis.retry import Retry
 
 from ledger.messages import InvalidMessage, parse
 from ledger.state import Result
-from worker.broker import QUEUES, REDIS_SCHEMES, create_celery
+from worker.broker import QUEUE, REDIS_SCHEMES, create_celery
 from worker.publishing import BROKER_ERRORS, TIMEOUT_S, Encoded, Publisher
 
 
@@ -426,7 +426,7 @@ class Client(Messages):
         try:
             with self._publisher.connections.acquire(block=True) as connection:
                 connection.ensure_connection(max_retries=0, timeout=TIMEOUT_S)
-                return {queue: _waiting(connection, queue) for queue in QUEUES}
+                return {QUEUE: _waiting(connection, QUEUE)}
         except BROKER_ERRORS as error:
             raise BrokerUnavailableError(str(error)) from error
 

@@ -4,9 +4,10 @@ Kombu takes a message in one round trip and records it as unacknowledged in the 
 loses it. Here a worker waits for a queue without taking anything from it, and then one script takes what is there and
 records it, atomically. A whole batch is acknowledged in one round trip.
 
-Guarantee: whatever is killed, a message is in its queue, in `unacked`, or in the quarantine list. The keys and what is
-in them are kombu's, so a stock worker restores what ours held, and the other way round. What is in a queue but is no
-message of kombu's is set aside in `QUARANTINE` and delivered from there, as an undecodable message.
+Guarantee: whatever is killed, a message is in its queue, in `UNACKED`, or in the quarantine list. These keys are our
+own: under kombu's names every worker of the database keeps what it holds, of whatever application, and restores what it
+finds there, after a timeout that is only its own. What is in a queue but is no message of kombu's is set aside in
+`QUARANTINE` and delivered from there, as an undecodable message.
 
 It does not change how messages are published, and it leans on the internals of kombu 5.7: tests/integration/
 test_transport.py holds what it leans on.
@@ -39,6 +40,9 @@ MOST_BYTES = 8 * 2**20
 
 QUARANTINE = "credits.quarantine"
 """The list of what was in a queue and is no message. The worker makes dead letters of it."""
+
+UNACKED, UNACKED_INDEX = "credits.unacked", "credits.unacked_index"
+"""What is taken and not acknowledged, by its tag, and when each was taken."""
 
 NOT_A_MESSAGE = "application/octet-stream"
 """The content type under which an entry of the quarantine is delivered."""
@@ -181,6 +185,7 @@ class Channel(kombu_redis.Channel):
     """Takes many messages in one step. Every queue is waited for on a connection of its own."""
 
     QoS = QoS
+    unacked_key, unacked_index_key = UNACKED, UNACKED_INDEX
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._receivers: dict[str, Receiver] = {}
@@ -219,6 +224,16 @@ class Channel(kombu_redis.Channel):
         if no_ack:
             self._without_ack.add(queue)
         super().basic_consume(queue, no_ack=no_ack, callback=callback, consumer_tag=consumer_tag, **kwargs)
+
+    def _basic_cancel(self, consumer_tag: str) -> None:
+        queue = self._tag_to_queue.get(consumer_tag, "")
+        super()._basic_cancel(consumer_tag)
+        if (client := self._waiting.pop(queue, None)) is not None:
+            self._asked_at.pop(queue, None)
+            self._ask_again_at.pop(queue, None)
+            self.connection.cycle.unregister_wait(self, client, f"wait {queue}")
+            self._disconnect(client)  # nothing is taken by waiting; the reply must not be the next one's
+            client.close()
 
     def _queue_bind(self, *args: Any) -> None:
         with suppress(OutOfMemoryError):  # what waits in a queue was put there by somebody who has bound it
@@ -353,7 +368,7 @@ class Channel(kombu_redis.Channel):
             self._restore_some(delivery_tags[max(0, end - MOST_TAKEN) : end], "LPUSH" if leftmost else "RPUSH")
 
     def restore_timed_out(self, timeout_s: float) -> None:
-        """Put back what was taken more than `timeout_s` seconds ago, by whomever."""
+        """Put back what any worker of ours took more than `timeout_s` seconds ago."""
         index = self._key(self.unacked_index_key)
         seconds, _ = self._redis.time()
         while tags := self._redis.zrange(
@@ -410,6 +425,13 @@ class Poller(kombu_redis.MultiChannelPoller):
             return False
         self._register(channel, client, kind)
         return True
+
+    def unregister_wait(self, channel: Channel, client: Redis, kind: str) -> None:
+        """Have the loop no longer watch the connection of `client`."""
+        sock = self._chan_to_sock.pop((channel, client, kind), None)
+        if sock is not None and (fileno := sock.fileno()) >= 0:
+            self._unregister_from_poll(fileno)
+            self._fd_to_chan.pop(fileno, None)
 
     def on_readable(self, fileno: int) -> None:
         """A server answered, or closed the connection."""

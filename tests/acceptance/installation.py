@@ -21,12 +21,13 @@ from sqlalchemy import Engine, text
 
 from ledger.database import connect
 from tests.support import PATIENCE_S, eventually, sql
+from worker.broker import QUEUE
 from worker.embedded import Embedded
 from worker.process import Process
+from worker.transport import UNACKED
 
 MIGRATED, EMPTY = "holdfast", "template1"
 HOLDFAST = str(Path(sys.executable).with_name("holdfast"))
-QUEUES = "credits", "celery"
 
 # A process that has sent forks in both ways of Python; then it and its children send at the same time.
 FORKING = """
@@ -88,9 +89,8 @@ class Installation:
         return self.start(name, *celery("worker"))
 
     def waiting(self) -> dict[str, int]:
-        """How many messages are in each queue, and how many a worker holds."""
-        queued: dict[str, Any] = {name: self.broker.llen(name) for name in QUEUES}
-        return {**queued, "unacked": self.broker.hlen("unacked")}  # type: ignore[dict-item]
+        """How many messages are in the queue, and how many a worker holds."""
+        return {"credits": self.broker.llen(QUEUE), "unacked": self.broker.hlen(UNACKED)}  # type: ignore[dict-item]
 
     def is_drained(self) -> bool:
         """Whether no message is on its way: neither in the broker, nor waiting for its organization."""
@@ -114,12 +114,13 @@ class Producer:
 
     def __init__(self, broker_url: str) -> None:
         self.celery = Celery(broker=broker_url, backend=broker_url, set_as_current=False)
+        self.celery.conf.control_exchange = "holdfast"  # who controls our workers has our application
 
     def send(self, task: str, *args: object, **kwargs: object) -> None:
-        self.celery.send_task(task, args=args, kwargs=kwargs, ignore_result=True)
+        self.celery.send_task(task, args=args, kwargs=kwargs, queue=QUEUE, ignore_result=True)
 
     def ask(self, task: str, *args: object, **kwargs: object) -> AsyncResult:
-        return self.celery.send_task(task, args=args, kwargs=kwargs, ignore_result=False)
+        return self.celery.send_task(task, args=args, kwargs=kwargs, queue=QUEUE, ignore_result=False)
 
     def answer(self, task: str, *args: object, **kwargs: object) -> Any:
         """The task's result; raises what it failed with."""

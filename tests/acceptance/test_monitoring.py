@@ -86,7 +86,7 @@ def test_no_header_ends_a_worker_that_is_watched(installation: Installation, pro
     worker = installation.start("worker", *celery("worker"), "-E")
     for number, header in enumerate(("shadow", "root_id", "parent_id", "retries", "argsrepr", "origin", "group")):
         fields = {**GRANT, "grant_id": f"gift-{number}"}
-        producer.celery.send_task("wallet.grant", args=[fields], headers={header: [{"odd": 1}]})
+        producer.celery.send_task("wallet.grant", args=[fields], headers={header: [{"odd": 1}]}, queue="credits")
     assert producer.answer("wallet.grant", GRANT)["available"] == 40
     assert worker.is_running
     eventually(installation.is_drained)

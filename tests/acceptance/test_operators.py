@@ -319,7 +319,7 @@ def test_without_a_worker_the_letter_says_that_its_message_was_sent(installation
         ("replayed", 1, "ann", "sent; wallet.refund was sent, but no answer came within 0.2 s"),
         ("replayed", 1, "ann", "sent; not waited for, as the worker did not answer the one before"),
     ]
-    assert installation.waiting() == {"credits": 2, "celery": 0, "unacked": 0}
+    assert installation.waiting() == {"credits": 2, "unacked": 0}
     installation.start_worker()
     eventually(lambda: marks(installation, "acme")[2:] == [("open", 1, None, None)] * 2)
 

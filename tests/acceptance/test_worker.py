@@ -265,7 +265,7 @@ def envelope(
             "properties": {
                 "correlation_id": "1",
                 "delivery_mode": 2,
-                "delivery_info": {"exchange": "", "routing_key": "celery"},
+                "delivery_info": {"exchange": "", "routing_key": "credits"},
                 "body_encoding": "base64",
                 "delivery_tag": str(uuid4()),
             },
@@ -303,7 +303,7 @@ def test_no_header_makes_celery_drop_a_message_or_die(running: Installation, wor
         message = json.loads(envelope(json.dumps([[fields], {}, {}])))
         message["headers"].update(headers)
         message["properties"]["delivery_info"] = [1]
-        running.broker.lpush("celery", json.dumps(message))
+        running.broker.lpush("credits", json.dumps(message))
     eventually(lambda: running.count("credit_events") == before + len(odd))
     assert eventually(running.is_drained)
 
@@ -313,7 +313,7 @@ def test_a_revoked_message_is_applied_all_the_same(running: Installation, workfl
     workflow_engine.celery.control.revoke(task_id)
     wait_for_workers(workflow_engine)
     fields = {"org_id": "revoked", "grant_id": "gift", "credits": 1}
-    workflow_engine.celery.send_task("wallet.grant", args=[fields], task_id=task_id)
+    workflow_engine.celery.send_task("wallet.grant", args=[fields], task_id=task_id, queue="credits")
     eventually(lambda: sql(running.engine, "SELECT 1 FROM credit_events WHERE org_id = 'revoked'"))
 
 

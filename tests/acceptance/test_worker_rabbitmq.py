@@ -4,12 +4,10 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import closing
 from typing import Any
 
 import pytest
-from celery import Celery
-from kombu import Connection, Queue
+from kombu import Connection
 
 from ledger import audit
 from tests import rabbitmq
@@ -68,7 +66,7 @@ def grant_many(client: Client, first: int, count: int) -> None:
 def waiting(rabbitmq_url: str) -> dict[str, int]:
     """How many messages are in each queue and with nobody."""
     with Connection(rabbitmq_url) as connection, connection.channel() as channel:
-        return {name: channel.queue_declare(name, passive=True).message_count for name in (QUEUE, "celery", DEAD_QUEUE)}
+        return {name: channel.queue_declare(name, passive=True).message_count for name in (QUEUE, DEAD_QUEUE)}
 
 
 def is_drained(rabbitmq_url: str) -> bool:
@@ -91,15 +89,6 @@ def test_messages_are_applied_in_batches_and_answered(ledger: Installation, rabb
     assert (answer.outcome, answer.available) == ("reserved", 245)
     eventually(lambda: is_drained(rabbitmq_url))
     assert is_sound(ledger, events=5_001)
-
-
-def test_a_stock_producer_needs_no_settings(ledger: Installation, rabbitmq_url: str) -> None:
-    with closing(Celery(broker=rabbitmq_url, set_as_current=False)) as engine:
-        for number in range(10):
-            engine.send_task("wallet.grant", args=[{"org_id": "acme", "grant_id": str(number), "credits": 1}])
-    start_worker(ledger, rabbitmq_url)
-    eventually(lambda: ledger.count("credit_events") == 10)
-    assert is_sound(ledger, events=10)
 
 
 def test_what_killed_and_stopped_workers_held_is_applied_once(
@@ -200,17 +189,3 @@ def test_a_broker_without_room_is_drained(
     terminate(worker)
     assert exit_code(worker) == 0, worker.last_words()
     assert is_sound(ledger, events=1_000)
-
-
-def test_a_queue_of_the_ledger_may_be_named_by_a_stock_producer(
-    ledger: Installation, rabbitmq_url: str, client: Client
-) -> None:
-    start_worker(ledger, rabbitmq_url)
-    client.grant(org_id="acme", grant_id="first", credits=1, wait_s=PATIENCE_S)
-    with closing(Celery(broker=rabbitmq_url, set_as_current=False)) as engine:
-        engine.send_task(
-            "wallet.grant",
-            args=[{"org_id": "acme", "grant_id": "second", "credits": 1}],
-            queue=Queue(QUEUE, no_declare=True),
-        )
-        eventually(lambda: ledger.count("credit_events") == 2)

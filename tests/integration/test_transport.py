@@ -1,4 +1,4 @@
-"""The Redis transport against a real server, between stock Celery producers and stock kombu workers.
+"""The Redis transport against a real server, fed by stock Celery producers and beside stock kombu workers.
 
 What it leans on in kombu 5.7 is used here as the worker uses it, in kombu's own event loop, so that a kombu that
 changes it fails these tests. A worker that is killed is a connection that is forgotten: nothing of it is closed.
@@ -35,10 +35,19 @@ from tests.acceptance.installation import environment, open_folder
 from tests.support import PATIENCE_S, eventually
 from worker.broker import create_celery
 from worker.embedded import Broker, Embedded, free_port
-from worker.transport import MOST_BYTES, MOST_TAKEN, NOT_A_MESSAGE, QUARANTINE, UnsupportedServerError, server_problem
+from worker.transport import (
+    MOST_BYTES,
+    MOST_TAKEN,
+    NOT_A_MESSAGE,
+    QUARANTINE,
+    UNACKED,
+    UNACKED_INDEX,
+    UnsupportedServerError,
+    server_problem,
+)
 
 OURS = "worker.transport:Transport"
-QUEUE = "credits"
+QUEUE, SECOND = "credits", "second"
 CLUSTER = {"cluster-enabled": "yes"}
 _databases = count(1)
 
@@ -59,7 +68,7 @@ class Worker:
         self.connection.transport.register_with_event_loop(self.connection.connection, self.hub)
         self.channel = self.connection.default_channel
         self.channel.basic_qos(0, prefetch, False)
-        queues = [kombu.Queue(name, kombu.Exchange(name), routing_key=name) for name in (QUEUE, "celery")]
+        queues = [kombu.Queue(name, kombu.Exchange(name), routing_key=name) for name in (QUEUE, SECOND)]
         self.consumer = kombu.Consumer(
             self.channel, queues, on_message=self.received.append, accept=["json"], auto_declare=True
         )
@@ -135,13 +144,13 @@ def numbers(messages: list[kombu.Message]) -> list[int]:
 
 
 def held(broker: redis.Redis) -> int:
-    assert broker.hlen("unacked") == broker.zcard("unacked_index")
-    return int(broker.hlen("unacked"))  # type: ignore[arg-type]
+    assert broker.hlen(UNACKED) == broker.zcard(UNACKED_INDEX)
+    return int(broker.hlen(UNACKED))  # type: ignore[arg-type]
 
 
 def time_out(broker: redis.Redis) -> None:
     """Have everything that is held look as if it was taken long ago."""
-    broker.zadd("unacked_index", dict.fromkeys(broker.zrange("unacked_index", 0, -1), 0))  # type: ignore[arg-type]
+    broker.zadd(UNACKED_INDEX, dict.fromkeys(broker.zrange(UNACKED_INDEX, 0, -1), 0))  # type: ignore[arg-type]
 
 
 # Taking and acknowledging
@@ -201,8 +210,8 @@ def test_an_idle_worker_waits_and_does_not_poll(url: str, broker: redis.Redis) -
 def test_a_waiting_worker_is_woken_by_the_message(url: str, producer: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.transport.WAIT_S", 10 * PATIENCE_S)  # so that nothing comes with the end of a wait
     with working(url) as worker:
-        worker.run(lambda: set(worker.channel._asked_at) == {QUEUE, "celery"})
-        for number, queue in enumerate((QUEUE, "celery", QUEUE)):
+        worker.run(lambda: set(worker.channel._asked_at) == {QUEUE, SECOND})
+        for number, queue in enumerate((QUEUE, SECOND, QUEUE)):
             producer.send_task("workflow.start", args=[number], queue=queue)
             assert numbers(worker.receive(1)) == [number]
             worker.acknowledge()
@@ -226,7 +235,7 @@ def test_every_key_has_the_prefix(url: str, broker: redis.Redis) -> None:
         broker.lpush(f"ledger:{QUEUE}", "no message")
         worker.receive(2)
         assert {key.split(b":")[0] for key in broker.scan_iter()} == {b"ledger"}
-        assert broker.hlen("ledger:unacked") == 1
+        assert broker.hlen(f"ledger:{UNACKED}") == 1
         worker.acknowledge()
         assert broker.keys() == broker.keys("ledger:_kombu.binding*")
 
@@ -234,23 +243,76 @@ def test_every_key_has_the_prefix(url: str, broker: redis.Redis) -> None:
 # Whatever is killed
 
 
-@pytest.mark.parametrize(
-    ("first", "second"), [(OURS, OURS), (OURS, None), (None, OURS)], ids=["ours", "ours to stock", "stock to ours"]
-)
-def test_what_a_killed_worker_held_is_delivered_again(
-    url: str, broker: redis.Redis, producer: Celery, first: str | None, second: str | None
-) -> None:
+def test_what_a_killed_worker_held_is_delivered_again(url: str, broker: redis.Redis, producer: Celery) -> None:
     send(producer, *range(20))
-    killed = Worker(url, transport=first)
+    killed = Worker(url)
     killed.receive(20)
     killed.is_killed()
     eventually(lambda: held(broker) == 20)
     time_out(broker)
-    with working(url, transport=second) as worker:
+    with working(url) as worker:
         assert sorted(numbers(worker.receive(20))) == list(range(20))
         for message in worker.received:
             message.ack()
     assert (broker.llen(QUEUE), held(broker)) == (0, 0)
+
+
+@pytest.mark.parametrize(("first", "second"), [(OURS, None), (None, OURS)], ids=["ours", "stock"])
+def test_what_a_worker_holds_one_of_another_application_leaves_alone(
+    url: str, broker: redis.Redis, producer: Celery, first: str | None, second: str | None
+) -> None:
+    keys = {OURS: (UNACKED, UNACKED_INDEX), None: ("unacked", "unacked_index")}
+    send(producer, 1)
+    killed = Worker(url, transport=first)
+    killed.receive(1)
+    killed.is_killed()
+    messages, index = keys[first]
+    eventually(lambda: broker.hlen(messages) == 1)
+    kept = broker.hgetall(messages)
+    broker.zadd(index, dict.fromkeys(kept, 0))  # type: ignore[arg-type]
+    other_messages, other_index = keys[second]
+    broker.hset(other_messages, "its own", next(iter(kept.values())))  # type: ignore[union-attr]
+    broker.zadd(other_index, {"its own": 0})
+    with working(url, transport=second) as worker:
+        assert numbers(worker.receive(1)) == [1]
+        worker.received[0].ack()
+        assert (broker.hgetall(messages), broker.llen(QUEUE)) == (kept, 0)
+        assert broker.hlen(other_messages) == 0
+
+
+def test_who_only_waits_for_an_answer_leaves_alone_what_other_applications_hold(
+    url: str, broker: redis.Redis, producer: Celery
+) -> None:
+    send(producer, 1)
+    killed = Worker(url, transport=None)
+    killed.receive(1)
+    killed.is_killed()
+    eventually(lambda: broker.hlen("unacked") == 1)
+    broker.zadd("unacked_index", dict.fromkeys(broker.hkeys("unacked"), 0))  # type: ignore[arg-type]
+    with create_celery("test", url, None) as app:
+        assert app.control.ping(timeout=0.2) == []
+    assert (broker.hlen("unacked"), broker.llen(QUEUE)) == (1, 0)
+
+
+def test_who_asks_again_and_again_needs_no_more_connections(url: str) -> None:
+    """Every question has a queue of its own for its answers. The pool has ten connections."""
+    with create_celery("test", url, None) as app:
+        assert [app.control.ping(timeout=0.01) for _ in range(30)] == [[]] * 30
+
+
+def test_a_queue_that_is_given_up_and_taken_again(url: str, broker: redis.Redis, producer: Celery) -> None:
+    with working(url) as worker:
+        worker.run(lambda: set(worker.channel._asked_at) == {QUEUE, SECOND})
+        for number in range(20):
+            worker.consumer.cancel_by_queue(QUEUE)
+            send(producer, number)
+            producer.send_task("workflow.start", args=[-1], queue=SECOND)
+            assert numbers(worker.receive(1)) == [-1]
+            worker.acknowledge()
+            worker.consumer.add_queue(kombu.Queue(QUEUE, kombu.Exchange(QUEUE), routing_key=QUEUE))
+            worker.consumer.consume()
+            assert numbers(worker.receive(1)) == [number]
+            worker.acknowledge()
 
 
 def test_it_is_delivered_again_soon_after_the_timeout_and_not_before(
@@ -266,20 +328,6 @@ def test_it_is_delivered_again_soon_after_the_timeout_and_not_before(
         worker.receive(50)
         assert time.monotonic() - held_since > 1
         assert time.monotonic() - looked_since < 2 + 8, "kombu's own interval of ten seconds"
-        worker.acknowledge()
-
-
-def test_a_stock_worker_killed_while_it_restores_does_not_keep_ours_from_it(
-    url: str, broker: redis.Redis, producer: Celery
-) -> None:
-    send(producer, 1)
-    killed = Worker(url)
-    killed.receive(1)
-    assert killed.channel.client.lock("unacked_mutex", timeout=300).acquire()
-    killed.is_killed()
-    time_out(broker)
-    with working(url) as worker:
-        worker.receive(1)
         worker.acknowledge()
 
 
@@ -314,7 +362,7 @@ def test_the_servers_clock_decides_when_it_is_delivered_again(
         killed = Worker(url)
         killed.receive(1)
         killed.is_killed()
-    [(_, taken_at)] = broker.zrange("unacked_index", 0, -1, withscores=True)
+    [(_, taken_at)] = broker.zrange(UNACKED_INDEX, 0, -1, withscores=True)
     assert abs(taken_at - broker.time()[0]) < 60
 
 
@@ -447,7 +495,7 @@ def test_on_a_full_broker_a_worker_begins_gives_back_and_sets_aside() -> None:
 def test_one_step_takes_no_more_bytes_than_it_may(url: str, producer: Celery, broker: redis.Redis) -> None:
     size = MOST_BYTES // 10
     for _ in range(100):
-        producer.send_task("wallet.grant", args=["x" * size], ignore_result=True)
+        producer.send_task("wallet.grant", args=["x" * size], queue=QUEUE, ignore_result=True)
     with working(url) as worker:
         worker.run(lambda: worker.received)
         assert 0 < held(broker) <= 10 + 20
@@ -548,8 +596,8 @@ def test_what_a_worker_held_when_it_was_killed_and_is_no_message_is_set_aside(ur
         "[[], [], []]": b"[[], [], []]",
         "5": b"5",
     }
-    broker.hset("unacked", mapping={str(number): entry for number, entry in enumerate(kept)})
-    broker.zadd("unacked_index", {str(number): 1 for number in range(len(kept))})
+    broker.hset(UNACKED, mapping={str(number): entry for number, entry in enumerate(kept)})
+    broker.zadd(UNACKED_INDEX, {str(number): 1 for number in range(len(kept))})
     with working(url) as worker:
         worker.receive(len(kept))
         assert {message.content_type for message in worker.received} == {NOT_A_MESSAGE}

@@ -20,10 +20,10 @@ from ledger.database import connect
 from tests.acceptance.installation import environment
 from tests.nemesis.producer import Producer
 from tests.support import sql
-from worker.broker import QUEUES
+from worker.broker import QUEUE
 from worker.embedded import Embedded
 from worker.process import Process
-from worker.transport import QUARANTINE
+from worker.transport import QUARANTINE, UNACKED, UNACKED_INDEX
 
 VISIBILITY_TIMEOUT_S = 3
 
@@ -125,10 +125,8 @@ class Machine:
     def waiting(self) -> dict[str, int]:
         """How many messages are where, at one instant."""
         with self.broker.pipeline(transaction=True) as pipe:
-            for name in (*QUEUES, QUARANTINE):
-                pipe.llen(name)
-            pipe.hlen("unacked").zcard("unacked_index")
-            return dict(zip((*QUEUES, QUARANTINE, "unacked", "unacked_index"), pipe.execute(), strict=True))
+            pipe.llen(QUEUE).llen(QUARANTINE).hlen(UNACKED).zcard(UNACKED_INDEX)
+            return dict(zip((QUEUE, QUARANTINE, UNACKED, UNACKED_INDEX), pipe.execute(), strict=True))
 
     def is_drained(self) -> bool:
         return not any(self.waiting().values())
@@ -144,7 +142,7 @@ class Machine:
     def held_by(self, pid: int) -> int:
         """How many messages the worker with this process id holds; 0 if the broker cannot say."""
         with suppress(redis.RedisError):
-            return sum(tag.startswith(b"%d-" % pid) for tag in self.broker.hkeys("unacked"))  # type: ignore[union-attr]
+            return sum(tag.startswith(b"%d-" % pid) for tag in self.broker.hkeys(UNACKED))  # type: ignore[union-attr]
         return 0
 
     def dead_by_themselves(self) -> list[str]:

@@ -19,7 +19,7 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 
 from tests.nemesis.workload import Message, Workload
-from worker.broker import QUEUES
+from worker.broker import QUEUE
 
 RETRY_S = 0.05
 BROKER_ERRORS = (OperationalError, redis.RedisError, OSError)
@@ -120,7 +120,7 @@ class Producer(Thread):
                     return
 
     def _call(self, sent: Sent) -> None:
-        message, queue = sent.message, self._random.choice(QUEUES)
+        message = sent.message
         match message.form:
             case "task":
                 task_id = str(uuid4())
@@ -128,18 +128,18 @@ class Producer(Thread):
                 if asks:
                     sent.task_ids.append(task_id)
                 self._celery.send_task(
-                    message.task, args=[message.fields], queue=queue, task_id=task_id, ignore_result=not asks
+                    message.task, args=[message.fields], queue=QUEUE, task_id=task_id, ignore_result=not asks
                 )
             case "body":
                 with self._celery.producer_or_acquire() as kombu_producer:
                     kombu_producer.publish(
                         message.text,
-                        routing_key=queue,
-                        exchange=queue,
+                        routing_key=QUEUE,
+                        exchange=QUEUE,
                         content_type="application/json",
                         content_encoding="utf-8",
                         headers={"task": message.task, "id": str(uuid4())},
                         retry=True,
                     )
             case "entry":
-                self._broker.lpush(queue, message.text)
+                self._broker.lpush(QUEUE, message.text)
