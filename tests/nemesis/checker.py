@@ -16,6 +16,7 @@ import redis
 from sqlalchemy import Engine
 
 from ledger import audit
+from tests.nemesis import neighbour
 from tests.nemesis.producer import Sent
 from tests.nemesis.workload import SHORT_HOLD_S, Message, marks
 from tests.support import sql
@@ -42,7 +43,8 @@ class Finding:
     """Something that is not as it must be."""
 
     kind: str
-    """lost, applied twice, balance, dead letter, answer, invariant; process, if one ended or did not; drain; broken."""
+    """lost, applied twice, balance, dead letter, answer, invariant; neighbour, if another application came to harm;
+    process, if one ended or did not; drain; broken."""
     what: str
     numbers: tuple[int, ...] = ()
     """The messages that it is about."""
@@ -75,6 +77,8 @@ class Observed:
     letters: dict[int, list[Letter]] = field(default_factory=lambda: defaultdict(list))
     """By the number of the message."""
     strange_letters: list[str] = field(default_factory=list)
+    taken_from_neighbour: list[str] = field(default_factory=list)
+    """What the ledger took, or somebody restored, and is another application's."""
     answers: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By task id, as a Celery client reads them."""
     invariants: list[str] = field(default_factory=list)
@@ -95,12 +99,17 @@ def observe(engine: Engine, broker: redis.Redis, due_until: datetime) -> Observe
         seen.events[org_id][key] = effect
         for number in marks((mark or "").encode()):
             seen.causes[org_id, key] = number
-    for letter_id, body, *rest in sql(engine, "SELECT id, body, error_code, attempts, status FROM dead_letters"):
+    letters = "SELECT id, task, body, error_code, attempts, status FROM dead_letters"
+    for letter_id, task, body, *rest in sql(engine, letters):
+        what = f"dead letter {letter_id}, {rest[0]}: {bytes(body)[:200]!r}"
         match marks(bytes(body)):
+            case _ if task in neighbour.TASKS:
+                seen.taken_from_neighbour.append(f"its {task} is {what}")
             case [number]:
                 seen.letters[number].append(Letter(*rest))
             case _:
-                seen.strange_letters.append(f"dead letter {letter_id}, {rest[0]}: {bytes(body)[:200]!r}")
+                seen.strange_letters.append(what)
+    seen.taken_from_neighbour += [f"its worker no longer holds {tag}" for tag in neighbour.restored(broker)]
     seen.answers = answers(broker)
     seen.invariants = [
         f"{finding.check.name}: {org_id}, {offender}"
@@ -126,6 +135,7 @@ def check(sent: Collection[Sent], seen: Observed) -> list[Finding]:
     """Everything that is not as it must be after `sent`."""
     findings = [Finding("invariant", what) for what in seen.invariants]
     findings += [Finding("dead letter", f"of nobody's message: {what}") for what in seen.strange_letters]
+    findings += [Finding("neighbour", what) for what in seen.taken_from_neighbour]
     for one in sent:
         findings += _check_letters(one, seen)
         findings += _check_answers(one, seen)

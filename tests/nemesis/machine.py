@@ -1,4 +1,7 @@
-"""Two workers, two beats, PostgreSQL and a broker, all of them the nemesis's own, and what it does to them."""
+"""Two workers, two beats, PostgreSQL and a broker, all of them the nemesis's own, and what it does to them.
+
+Nothing is done to the worker of the other application.
+"""
 
 import os
 import signal
@@ -18,6 +21,7 @@ from redis.retry import Retry
 from ledger import migrations
 from ledger.database import connect
 from tests.acceptance.installation import environment
+from tests.nemesis import neighbour
 from tests.nemesis.producer import Producer
 from tests.support import sql
 from worker.broker import QUEUE
@@ -97,6 +101,7 @@ class Machine:
             for number in (1, 2):
                 self.workers.append(self._child(cleanup, f"worker-{number}", WORKER))
                 self.beats.append(self._child(cleanup, f"beat-{number}", BEAT))
+            self._child(cleanup, "neighbour", neighbour.WORKER)
             self._cleanup = cleanup.pop_all()
         return self
 

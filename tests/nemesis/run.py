@@ -16,6 +16,7 @@ from typing import Literal
 from tests.nemesis import checker
 from tests.nemesis.checker import Finding
 from tests.nemesis.machine import Machine
+from tests.nemesis.neighbour import Neighbour, hold
 from tests.nemesis.producer import Producer
 from tests.nemesis.workload import Workload
 from tests.support import sql
@@ -25,6 +26,7 @@ DRAINED_WITHIN_S = 15.0
 LATE_S = 30.0
 READY_WITHIN_S = 60.0
 ANSWERED_WITHIN_S = 15.0
+NEIGHBOUR_WITHIN_S = 60.0
 STOPPED_WITHIN_S = 10.0
 DUE_WITHIN_S = 5.0
 POLL_S = 0.01
@@ -57,6 +59,8 @@ class Report:
     stops_at_work: int = 0
     absorbed: int = 0
     """Deliveries of what was committed already."""
+    neighbour_tasks: int = 0
+    """How many tasks of the other application ran; none, if it did not work until the end."""
     drained_after_s: float | None = None
     history: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
@@ -72,6 +76,7 @@ class Report:
                 (not self.has_done_all, "some kind of fault did not happen"),
                 (self.kills_at_work == 0, "no worker was killed at work"),
                 (self.absorbed == 0, "no message was delivered again after its commit"),
+                (self.neighbour_tasks == 0, "the other application did not work until the end"),
             )
             if is_so
         ]
@@ -87,7 +92,8 @@ class Report:
         summary = (
             f"{self.verdict}: seed {self.seed}, {self.messages} messages sent {self.sends} times, {self.kills} kills, "
             f"{self.kills_at_work} of workers at work, {self.stops_at_work} workers stopped at work, "
-            f"{self.absorbed} deliveries of what was committed already, drained {drained}"
+            f"{self.absorbed} deliveries of what was committed already, {self.neighbour_tasks} tasks of another "
+            f"application, drained {drained}"
         )
         lines = [summary]
         if self.verdict != "PASS":
@@ -112,13 +118,16 @@ def run(seed: int, goal: Goal, folder: Path, *, say: Callable[[str], None] = lam
         rate = 1.5 * goal.messages / goal.seconds
         producer = Producer(machine.services.broker_url, workload, seed=seed, messages_per_s=rate)
         cleanup.enter_context(closing(producer))
+        neighbour = cleanup.enter_context(closing(Neighbour(machine.services.broker_url, folder)))
         try:
+            hold(machine.broker, machine.services.broker_url)
             _open(machine, producer, workload, goal)
             note("everything runs")
             producer.start()
+            neighbour.start()
             _strike(machine, producer, goal, report)
             note("no more faults")
-            _recover(machine, producer, workload, report, note)
+            _recover(machine, producer, neighbour, workload, report, note)
         except Exception as error:  # noqa: BLE001 - what happened until then is worth a report
             report.findings.append(Finding("broken", "".join(traceback.format_exception(error))))
         report.messages, report.sends = len(producer.sent), sum(sent.calls for sent in producer.sent.values())
@@ -161,7 +170,12 @@ def _strike(machine: Machine, producer: Producer, goal: Goal, report: Report) ->
 
 
 def _recover(
-    machine: Machine, producer: Producer, workload: Workload, report: Report, note: Callable[[str], None]
+    machine: Machine,
+    producer: Producer,
+    neighbour: Neighbour,
+    workload: Workload,
+    report: Report,
+    note: Callable[[str], None],
 ) -> None:
     """Wait for the end of it all, and look."""
     producer.finish()
@@ -174,6 +188,7 @@ def _recover(
         report.findings.append(Finding("drain", what))
         _wait(machine.is_drained, LATE_S * patience)  # what is only late need not look lost
     _ask_again(machine, producer, report, note)
+    report.neighbour_tasks = neighbour.finish(within_s=NEIGHBOUR_WITHIN_S * patience)
     rest_s = max(0.0, (workload.last_anchor - datetime.now(UTC)).total_seconds())
     _wait(lambda: datetime.now(UTC) > workload.last_anchor, rest_s + 1)
     [(due_until,)] = sql(machine.engine, "SELECT clock_timestamp()")

@@ -8,6 +8,7 @@ from pathlib import Path
 from time import monotonic
 from uuid import uuid4
 
+import kombu
 import pytest
 import redis
 from sqlalchemy import Engine
@@ -16,7 +17,7 @@ from ledger import audit
 from ledger.messages import InvalidMessage
 from ledger.state import Result
 from ledger.store import Delivery, apply_batch
-from tests.nemesis import checker
+from tests.nemesis import checker, neighbour
 from tests.nemesis.checker import ANSWER_KEY, Finding
 from tests.nemesis.producer import Producer, Sent
 from tests.nemesis.run import Goal, Report
@@ -82,8 +83,10 @@ def delivery(message: Message) -> Delivery:
 
 @pytest.fixture
 def broker(services: Embedded) -> Iterator[redis.Redis]:
-    with closing(redis.Redis.from_url(services.broker_url.removesuffix("0") + "15")) as client:
+    url = services.broker_url.removesuffix("0") + "15"
+    with closing(redis.Redis.from_url(url)) as client:
         client.flushdb()
+        neighbour.hold(client, url)
         yield client
 
 
@@ -299,6 +302,35 @@ def test_a_dead_letter_of_nobodys_message_is_found(sound: Ledger) -> None:
     assert "from nobody" in finding.what
 
 
+# Another application
+
+
+def test_a_task_of_another_application_that_is_a_dead_letter_is_found(sound: Ledger) -> None:
+    problem = InvalidMessage("unknown_task", "there is no task of that name", None)
+    apply_batch(sound.engine, [Delivery(task, problem, b"[[1], {}, {}]") for task in neighbour.TASKS])
+    assert [finding.kind for finding in sound.findings()] == ["neighbour", "neighbour"]
+
+
+@pytest.mark.parametrize("key", ["unacked", "unacked_index"])
+def test_what_is_taken_from_the_worker_of_another_application_is_found(sound: Ledger, key: str) -> None:
+    if key == "unacked":
+        sound.broker.hdel(key, neighbour.HELD[3])
+    else:
+        sound.broker.zrem(key, neighbour.HELD[3])
+    [finding] = sound.findings()
+    assert (finding.kind, finding.what) == ("neighbour", f"its worker no longer holds {neighbour.HELD[3]}")
+
+
+def test_a_worker_that_restores_what_another_application_holds_is_found(sound: Ledger, services: Embedded) -> None:
+    url = services.broker_url.removesuffix("0") + "15"
+    with kombu.Connection(url, transport_options={"visibility_timeout": 3}) as connection:
+        connection.default_channel.qos.restore_visible()
+    assert {finding.kind for finding in sound.findings()} == {"neighbour"}
+
+
+# Answers
+
+
 def test_an_answer_that_is_not_what_happened_is_found(sound: Ledger) -> None:
     start = sound.first("workflow.start", org_id="ample")
     sound.apply([start], though=lambda _: False)
@@ -335,7 +367,7 @@ GOAL = Goal(seconds=1, messages=10, kills=2)
 
 
 def report(**changes: object) -> Report:
-    proof = {"messages": 10, "kills": 2, "has_done_all": True, "kills_at_work": 1, "absorbed": 1}
+    proof = {"messages": 10, "kills": 2, "has_done_all": True, "kills_at_work": 1, "absorbed": 1, "neighbour_tasks": 1}
     return Report(7, GOAL, Path("/logs"), **{**proof, **changes})  # type: ignore[arg-type]
 
 
@@ -344,7 +376,11 @@ def test_a_run_that_found_nothing_and_did_enough_passes() -> None:
 
 
 @pytest.mark.parametrize(
-    "lacking", [{"messages": 9}, {"kills": 1}, {"has_done_all": False}, {"kills_at_work": 0}, {"absorbed": 0}]
+    "lacking",
+    [
+        *({"messages": 9}, {"kills": 1}, {"has_done_all": False}, {"kills_at_work": 0}, {"absorbed": 0}),
+        {"neighbour_tasks": 0},
+    ],
 )
 def test_a_run_that_did_too_little_is_unknown(lacking: dict[str, int]) -> None:
     assert report(**lacking).verdict == "UNKNOWN"
