@@ -16,6 +16,7 @@ from typing import Any
 import psycopg
 from sqlalchemy import Connection, Engine, Update, func, or_, select, update
 
+from ledger.messages import TOO_LARGE
 from ledger.readable import escaped, escaped_json, readable_json
 from ledger.state import Result
 from ledger.tables import dead_letters
@@ -57,7 +58,7 @@ def record(connection: psycopg.Connection[Any], letters: Sequence[DeadLetter]) -
     The same message twice is one letter with two attempts, whichever way its sender writes JSON.
     """
     distinct: dict[tuple[str, bytes], tuple[DeadLetter, int]] = {}
-    keys = [(letter.task, _digest(letter.body)) for letter in letters]
+    keys = [(letter.task, _digest(letter)) for letter in letters]
     for key, letter in zip(keys, letters, strict=True):
         _, attempts = distinct.get(key, (letter, 0))
         distinct[key] = (letter, attempts + 1)
@@ -176,7 +177,10 @@ def arguments(body: bytes) -> tuple[list[Any], dict[str, Any]] | None:
             return None
 
 
-def _digest(body: bytes) -> bytes:
+def _digest(letter: DeadLetter) -> bytes:
+    body = letter.body
+    if letter.code == TOO_LARGE:  # the error says the size and the digest of all of it
+        return hashlib.sha256(letter.error.encode() + body).digest()
     found = arguments(body)
     if found is not None:
         with suppress(RecursionError):  # nested so deep that it could just be read, but not be written
@@ -199,6 +203,10 @@ def sent_with(letter: KeptLetter) -> tuple[list[Any], dict[str, Any]]:
     """The arguments that `letter`'s message can be sent again with. Raises NotReplayableError."""
     if letter.status == "discarded":
         raise NotReplayableError(f"dead letter {letter.id} was discarded by {letter.resolved_by}: {letter.resolution}")
+    if letter.error_code == TOO_LARGE:
+        raise NotReplayableError(
+            f"dead letter {letter.id} has only the first part of its message: it must be sent anew, and smaller"
+        )
     found = arguments(letter.body)
     if found is None:
         raise NotReplayableError(f"dead letter {letter.id} holds no message that could be sent again")

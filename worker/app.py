@@ -12,10 +12,11 @@ from sqlalchemy import Engine
 
 from ledger import logs
 from ledger.database import abandon, connect
+from ledger.messages import MAX_BODY_BYTES
 from ledger.settings import Settings, SettingsError
 from worker import metrics
 from worker.batching import collect_garbage_seldom
-from worker.broker import create_celery, queues
+from worker.broker import create_celery, inflate_within, queues
 from worker.tasks import SCHEDULER_TASKS, register
 
 DATABASE_PATIENCE_S, PATIENCE_S = 6.0, 9.0
@@ -53,6 +54,7 @@ def create_app(settings: Settings) -> Celery:
         beat_schedule={name: {"task": name, "schedule": 60.0} for name in SCHEDULER_TASKS},
         timezone="UTC",
     )
+    inflate_within(MAX_BODY_BYTES)
     app.events.dispatcher_cls = "worker.monitoring:Dispatcher"
     # Checking its connections would cost every batch a round trip; a batch that fails is applied again.
     app.ledger_engine = connect(settings.database_url)

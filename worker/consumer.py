@@ -6,6 +6,7 @@ letter with its raw bytes. An ETA, an expiry or a revocation does not hold a mes
 ledger.
 """
 
+import hashlib
 import logging
 import time
 import warnings
@@ -22,12 +23,12 @@ from kombu.message import Message
 from kombu.utils.url import sanitize_url
 from redis.exceptions import ResponseError
 
-from ledger.messages import InvalidMessage
+from ledger.messages import MAX_BODY_BYTES, InvalidMessage, too_large
 from ledger.store import Delivery
 from worker.batching import Arrival, Batch, raw_body
 from worker.broker import DEAD_QUEUE, declare_queues
 from worker.tasks import TASKS
-from worker.transport import NOT_A_MESSAGE, Channel, UnsupportedServerError, read_json
+from worker.transport import DELIVERED_TOO_OFTEN, Channel, SetAside, UnsupportedServerError, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,8 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
 
     def on_decode_error(self, message: Message, exc: Exception) -> None:
         """Kombu could not decompress its body."""
-        self._keep(message, "undecodable_message", f"the body cannot be decoded: {exc}")
+        problem = InvalidMessage("undecodable_message", f"the body cannot be decoded: {exc}", None)
+        self._keep(message, _known_problem(message) or problem)
 
     def ensure_connected(self, conn: Connection) -> Connection:
         """Connect to the broker, whenever it is there. Ends the worker if it can never be the broker."""
@@ -121,29 +123,43 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
         return conn
 
     def _receive(self, message: Message) -> None:
-        if message.content_type == NOT_A_MESSAGE:
-            self._keep(message, "undecodable_message", "this was in the queue and is no message of Celery's")
-            return
-        if isinstance(message.delivery_info, dict) and message.delivery_info.get("routing_key") == DEAD_QUEUE:
-            self._keep(message, "delivery_limit", "it was delivered too often and never acknowledged")
+        if (problem := _known_problem(message)) is not None:
+            self._keep(message, problem)
             return
         try:
             task, body = _task_and_body(message)
         except Exception as error:  # noqa: BLE001 - what is in the message decides; every worker that takes it would end
-            self._keep(message, "undecodable_message", str(error))
+            self._keep(message, InvalidMessage("undecodable_message", str(error), None))
             return
         if task not in TASKS:
-            self._keep(message, "unknown_task", f"there is no task named {task[:200]!a}")
+            self._keep(message, InvalidMessage("unknown_task", f"there is no task named {task[:200]!a}", None))
             return
         self.strategies[task](message, body)
 
-    def _keep(self, message: Message, code: str, why: str) -> None:
+    def _keep(self, message: Message, problem: InvalidMessage) -> None:
         """Have the batch make a dead letter of it."""
-        task = message.headers.get("task") if isinstance(message.headers, dict) else None
-        problem = InvalidMessage(code, why, None)
-        self.batch.add(
-            Arrival(message, Delivery(task if isinstance(task, str) else "", problem, raw_body(message)), None)
-        )
+        body = raw_body(message)
+        message.body = b""  # which may be large, and is not needed to acknowledge it
+        self.batch.add(Arrival(message, Delivery(_named_task(message), problem, body[:MAX_BODY_BYTES]), None))
+
+
+def _known_problem(message: Message) -> InvalidMessage | None:
+    """Why a message is not even read, if there is a reason."""
+    if isinstance(message, SetAside):
+        return message.problem
+    size = len(body := raw_body(message))
+    if size > MAX_BODY_BYTES:
+        return too_large(size, MAX_BODY_BYTES, hashlib.sha256(body).hexdigest())
+    if isinstance(message.delivery_info, dict) and message.delivery_info.get("routing_key") == DEAD_QUEUE:
+        return DELIVERED_TOO_OFTEN
+    return None
+
+
+def _named_task(message: Message) -> str:
+    if isinstance(message, SetAside):
+        return message.task
+    task = message.headers.get("task") if isinstance(message.headers, dict) else None
+    return task if isinstance(task, str) else ""
 
 
 def _task_and_body(message: Message) -> tuple[str, list[Any]]:

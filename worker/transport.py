@@ -4,19 +4,25 @@ Kombu takes a message in one round trip and records it as unacknowledged in the 
 loses it. Here a worker waits for a queue without taking anything from it, and then one script takes what is there and
 records it, atomically. A whole batch is acknowledged in one round trip.
 
-Guarantee: whatever is killed, a message is in its queue, in `UNACKED`, or in the quarantine list. These keys are our
-own: under kombu's names every worker of the database keeps what it holds, of whatever application, and restores what it
-finds there, after a timeout that is only its own. What is in a queue but is no message of kombu's is set aside in
-`QUARANTINE` and delivered from there, as an undecodable message.
+Guarantee: whatever is killed, a message is in its queue or in `UNACKED`. These keys are our own: under kombu's names
+every worker of the database keeps what it holds, of whatever application, and restores what it finds there, after a
+timeout that is only its own. What is in a queue but is no message of kombu's is delivered too, as `SetAside`, and so is
+the first part of an entry that is too large to be taken whole.
+
+What a worker holds does not time out while the worker lives. What a dead one held goes back to its queue, and how often
+that happened is counted: an entry that was restored `SUSPECT` times is taken alone, so that only one that ends its
+workers is counted further, and after `DELIVERY_LIMIT` times it is delivered as `SetAside`, and read by nobody.
 
 It does not change how messages are published, and it leans on the internals of kombu 5.7: tests/integration/
 test_transport.py holds what it leans on.
 """
 
+import base64
 import json
 import logging
+import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import count
@@ -30,26 +36,35 @@ from pydantic_core import from_json
 from redis import Redis
 from redis.exceptions import NoPermissionError, OutOfMemoryError, ResponseError
 
+from ledger.messages import MAX_BODY_BYTES, InvalidMessage, too_large
+from worker.broker import DELIVERY_LIMIT, QUEUE
+
 logger = logging.getLogger(__name__)
+
+NO_MESSAGE = InvalidMessage("undecodable_message", "this was in the queue and is no message of Celery's", None)
+DELIVERED_TOO_OFTEN = InvalidMessage("delivery_limit", "it was delivered too often and never acknowledged", None)
 
 MOST_TAKEN = 500
 """How many messages one step takes at most."""
 
 MOST_BYTES = 8 * 2**20
-"""After how many bytes one step takes no more; twenty messages may come on top."""
+"""After how many bytes one step takes no more."""
 
-QUARANTINE = "credits.quarantine"
-"""The list of what was in a queue and is no message. The worker makes dead letters of it."""
+MOST_HELD_BYTES = 32 * 2**20
+"""After how many bytes a worker takes no more until it has acknowledged some."""
+
+MOST_ENTRY_BYTES = 256 * 2**10
+"""The largest entry of a queue that is taken whole; of a larger one a worker gets the first part."""
 
 UNACKED, UNACKED_INDEX = "credits.unacked", "credits.unacked_index"
 """What is taken and not acknowledged, by its tag, and when each was taken."""
 
-NOT_A_MESSAGE = "application/octet-stream"
-"""The content type under which an entry of the quarantine is delivered."""
+SUSPECT = 3
+"""How often a message is restored before it is taken alone."""
 
 WAIT_S = 1
-"""How long one wait lasts. Then the lists are looked at that nobody waits for: the quarantine, and messages with a
-priority, which kombu keeps in lists of their own."""
+"""How long one wait lasts. Then the lists without a wait are checked too: messages with a priority, which kombu keeps
+in lists of their own."""
 
 OVERDUE_S = 30
 """A wait that is not answered for so long has lost its server."""
@@ -58,27 +73,47 @@ OLDEST_REDIS = (6, 2)
 _PRIORITIES = (3, 6, 9)
 
 _TAKE = """
-local unacked, unacked_index, quarantine = KEYS[1], KEYS[2], KEYS[3]
+local unacked, unacked_index = KEYS[1], KEYS[2]
 local limit, tag, tail, keep = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4] == '1'
+local most, most_entry, first_part = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+local holds_nothing, suspect_from = ARGV[8] == '1', tonumber(ARGV[9])
 -- The server's clock: those of the workers may differ.
 local clock = redis.call('TIME')
 local now = string.format('%d.%06d', clock[1], clock[2])
 -- What can fail fails here, before anything is taken.
 redis.call('HLEN', unacked); redis.call('ZCARD', unacked_index)
-for list = 4, #KEYS do redis.call('LLEN', KEYS[list]) end
-local set_aside = redis.call('LRANGE', quarantine, -20, -1)
-local taken, held, index, bytes, most = {}, {}, {}, 0, tonumber(ARGV[5])
-for list = 4, #KEYS do
-  while #taken < limit and bytes < most do
+for list = 3, #KEYS do redis.call('LLEN', KEYS[list]) end
+local taken, held, index, large, bytes, suspect, full = {}, {}, {}, {}, 0, 0, false
+for list = 3, #KEYS do
+  while not full and #taken < limit do
     local items = redis.call('RPOP', KEYS[list], math.min(limit - #taken, 20))
     if not items then break end
-    for _, item in ipairs(items) do
-      bytes = bytes + #item
+    for at, item in ipairs(items) do
+      local restored = 0
+      if keep and string.sub(item, 1, 13) == '{"restored": ' then
+        restored = tonumber(string.match(item, '^{"restored": (%d+), ')) or 0
+      end
+      if not full and restored >= suspect_from then
+        suspect = 1
+        full = #taken > 0 or not holds_nothing
+      end
+      if full then
+        for back = #items, at, -1 do redis.call('RPUSH', KEYS[list], items[back]) end
+        break
+      end
       taken[#taken + 1] = item
-      held[#held + 1] = tag .. #taken
+      bytes = bytes + #item
+      local own_tag = tag .. string.format('%03d', #taken) -- in this order they are restored
+      held[#held + 1] = own_tag
       held[#held + 1] = '[' .. item .. tail
       index[#index + 1] = now
-      index[#index + 1] = tag .. #taken
+      index[#index + 1] = own_tag
+      if #item > most_entry then
+        bytes = bytes - #item + first_part
+        taken[#taken] = string.sub(item, 1, first_part)
+        large[#large + 1] = {#taken, #item, redis.sha1hex(item), string.match(item, '"task": "([%w_.]+)"') or ''}
+      end
+      full = bytes >= most or suspect == 1
     end
   end
 end
@@ -86,35 +121,43 @@ if keep and #taken > 0 then
   redis.call('HSET', unacked, unpack(held))
   redis.call('ZADD', unacked_index, unpack(index))
 end
-return {taken, set_aside}
+return {taken, large, suspect}
 """
 
 _RESTORE = """
-local unacked, unacked_index, push = KEYS[1], KEYS[2], ARGV[1]
+local unacked, unacked_index = KEYS[1], KEYS[2]
+local push, prefix, counts, queue = ARGV[1], ARGV[2], ARGV[3] == '1', ARGV[4]
 redis.call('HDEL', unacked, '')
-for at = 2, #ARGV, 2 do
-  local tag, item = ARGV[at], ARGV[at + 1]
-  -- The push goes first: what fails there is still held.
-  if redis.call('HEXISTS', unacked, tag) == 1 then
-    for list = 3, #KEYS do redis.call(push, KEYS[list], item) end
+for at = 5, #ARGV do
+  local tag = ARGV[at]
+  local held = redis.call('HGET', unacked, tag)
+  if held then
+    local item, came_from = string.match(held, '^%[(.*), "", "([^"]*)"%]$')
+    if not item then item, came_from = held, queue end
+    if counts and string.sub(item, 1, 1) == '{' then
+      local restored, rest = string.match(item, '^{"restored": (%d+), (.*)$')
+      item = '{"restored": ' .. (restored or 0) + 1 .. ', ' .. (rest or string.sub(item, 2))
+    end
+    -- The push goes first: what fails there is still held.
+    redis.call(push, prefix .. came_from, item)
   end
   redis.call('HDEL', unacked, tag)
   redis.call('ZREM', unacked_index, tag)
 end
 """
 
-_SET_ASIDE = """
+_KEEP_ALIVE = """
+local clock = redis.call('TIME')
 redis.call('HDEL', KEYS[1], '')
-local held = redis.call('HGET', KEYS[1], ARGV[1])
-if held then
-  redis.call('LPUSH', KEYS[3], held:match('^%[(.*), "", "[^"]*"%]$') or held)
-  redis.call('HDEL', KEYS[1], ARGV[1])
-  redis.call('ZREM', KEYS[2], ARGV[1])
-end
+for _, tag in ipairs(ARGV) do redis.call('ZADD', KEYS[2], 'XX', clock[1], tag) end
 """
 
-# A script that has written may go on when the memory is full. Those above, which move what is there already, therefore
-# begin with a write that changes nothing.
+# A script that has written may go on when the memory is full. These two, which add nothing, therefore begin with a
+# write that changes nothing.
+
+_RESTORED = re.compile(rb'{"restored": (\d{1,9}), ')
+_TASK = re.compile(rb'"task": "([\w.]{1,256})"')
+_BODY = re.compile(rb'"body": "([A-Za-z0-9+/]*=*)')
 
 Receiver = Callable[[virtual.Message], object]
 
@@ -141,12 +184,44 @@ def read_json(text: bytes) -> Any:
         return json.loads(text.decode())
 
 
+class SetAside(virtual.Message):
+    """What was in a queue and must not be read, or cannot: nothing in it decides what is done with it."""
+
+    def __init__(self, channel: "Channel", tag: str, body: bytes, *, task: str, problem: InvalidMessage) -> None:
+        super().__init__({"properties": {"delivery_tag": tag, "delivery_info": {}}}, channel=channel)
+        self.body = body
+        self.task = task
+        """The task that it names; empty, if that is not known."""
+        self.problem = problem
+
+
 class QoS(kombu_redis.QoS):
     """What one channel holds unacknowledged."""
 
-    def append(self, message: virtual.Message, delivery_tag: str) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.is_for_one = False
+        """Whether the next message is to be held alone, or the one that is held."""
+        self._bytes: dict[str, int] = {}
+        self._held_bytes = 0
+        self._kept_alive_at = time.monotonic()
+
+    def append(self, message: virtual.Message, delivery_tag: str, *, size: int = 0) -> None:
         """Count the message as held. The script that took it has recorded it in Redis."""
         virtual.QoS.append(self, message, delivery_tag)
+        self._bytes[delivery_tag] = size
+        self._held_bytes += size
+
+    @property
+    def holds_nothing(self) -> bool:
+        """Whether all that was taken is acknowledged, or given back."""
+        return not self._delivered
+
+    def can_consume(self) -> bool:
+        """Whether more may be taken: neither too many, nor too large, nor beside one that is held alone."""
+        if self.holds_nothing:
+            return True
+        return not self.is_for_one and self._held_bytes < MOST_HELD_BYTES and bool(super().can_consume())
 
     def ack(self, delivery_tag: str) -> None:
         """Acknowledge one message."""
@@ -157,6 +232,7 @@ class QoS(kombu_redis.QoS):
         self.channel.forget(delivery_tags)
         for tag in delivery_tags:
             self._delivered.pop(tag, None)
+            self._held_bytes -= self._bytes.pop(tag, 0)
 
     def restore_by_tag(self, tag: str, _client: Any = None, leftmost: bool = False) -> None:
         """Put a message back into its queue."""
@@ -165,10 +241,14 @@ class QoS(kombu_redis.QoS):
     def restore_unacked(self, _client: Any = None) -> None:
         """Put back all that is held."""
         self.channel.restore(list(self._delivered))
-        self._delivered.clear()
+        self._forget()
 
     def restore_visible(self, *_: Any, **__: Any) -> None:
-        """Put back what nobody has acknowledged within the visibility timeout. Called by kombu every second."""
+        """Put back what a worker that is dead or frozen has held for the visibility timeout. Called every second."""
+        now = time.monotonic()
+        if now - self._kept_alive_at > self.visibility_timeout / 6:
+            self._kept_alive_at = now
+            self.channel.keep_alive(list(self._delivered))
         self.channel.restore_timed_out(self.visibility_timeout)
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
@@ -176,9 +256,14 @@ class QoS(kombu_redis.QoS):
         connection = self.channel.connection
         if connection is None or connection.client is None:
             self._on_collect.cancel()
-            self._delivered.clear()
+            self._forget()
         else:
             super().restore_unacked_once(stderr)
+
+    def _forget(self) -> None:
+        self._delivered.clear()
+        self._bytes.clear()
+        self._held_bytes = 0
 
 
 class Channel(kombu_redis.Channel):
@@ -194,13 +279,13 @@ class Channel(kombu_redis.Channel):
         self._asked_at: dict[str, float] = {}
         self._ask_again_at: dict[str, float] = {}
         self._is_refused = False
-        self._quarantined: dict[str, bytes] = {}
-        self._tags = (f"{uuid4()}.{number}." for number in count())
+        owner = uuid4()
+        self._tags = (f"{owner}.{number:012}." for number in count())
         super().__init__(*args, **kwargs)
         self._redis = Redis(connection_pool=self.pool)
         self._take = self._redis.register_script(_TAKE)
+        self._begin_again = self._redis.register_script(_KEEP_ALIVE)
         self._restore_to = self._redis.register_script(_RESTORE)
-        self._set_aside = self._redis.register_script(_SET_ASIDE)
 
     def check_server(self) -> None:
         """Raise UnsupportedServerError for a server that cannot do what this transport needs."""
@@ -298,60 +383,70 @@ class Channel(kombu_redis.Channel):
             client.connection.disconnect()
 
     def _take_from(self, queue: str) -> int:
-        """Take and deliver what is in `queue`, up to the prefetch limit; answers with how many messages that was."""
+        """Take and deliver what is in `queue`, up to the prefetch limit; returns how many messages that was."""
         room = self.qos.can_consume_max_estimate()  # None: no limit
         limit, tag = MOST_TAKEN if room is None else min(room, MOST_TAKEN), next(self._tags)
-        if limit == 0:
+        if limit == 0 or not self.qos.can_consume():
             return 0
         lists = [queue, *(f"{queue}{self.sep}{priority}" for priority in _PRIORITIES)]
         tail = f', "", {json.dumps(queue)}]'  # the exchange and the routing key that lead back to the queue
-        keep = 0 if queue in self._without_ack else 1
-        items, quarantined = self._take(
-            keys=[*self._kept_keys(), *map(self._key, lists)], args=[limit, tag, tail, keep, MOST_BYTES]
+        keep = queue not in self._without_ack
+        items, large, suspect = self._take(
+            keys=[*self._kept_keys(), *map(self._key, lists)],
+            args=[
+                limit,
+                tag,
+                tail,
+                int(keep),
+                MOST_BYTES,
+                MOST_ENTRY_BYTES,
+                MAX_BODY_BYTES,
+                int(self.qos.holds_nothing),
+                SUSPECT,
+            ],
         )
+        self.qos.is_for_one = bool(suspect)
+        shortened = {position: rest for position, *rest in large}
         for number, item in enumerate(items, start=1):
-            self._deliver(queue, f"{tag}{number}", item)
-        # Who takes without acknowledging waits for a reply, not for messages.
-        if keep and quarantined and not self._quarantined:
-            self._deliver_quarantined(queue, tag, quarantined)
+            message = self._message(f"{tag}{number:03}", item, shortened.get(number), is_suspect=bool(suspect))
+            if keep:
+                self.qos.append(message, message.delivery_tag, size=len(item))
+            self._receivers[queue](message)
         return len(items)
 
-    def _deliver(self, queue: str, tag: str, item: bytes) -> None:
+    def _message(self, tag: str, item: bytes, shortened: list[Any] | None, *, is_suspect: bool) -> virtual.Message:
+        if shortened is not None:
+            size, sha1, task = shortened
+            return SetAside(
+                self, tag, _body_of(item), task=task.decode(), problem=too_large(size, MOST_ENTRY_BYTES, sha1.decode())
+            )
+        if is_suspect and _restored(item) >= DELIVERY_LIMIT:
+            task = _TASK.search(item)
+            return SetAside(
+                self, tag, _body_of(item), task="" if task is None else task[1].decode(), problem=DELIVERED_TOO_OFTEN
+            )
         try:
             envelope = read_json(item)
             envelope["properties"]["delivery_tag"] = tag
-            message = self.Message(envelope, channel=self)
+            return self.Message(envelope, channel=self)
         except Exception:  # noqa: BLE001 - what is in the envelope decides what is raised
-            self.set_aside(tag)
-            return
-        self._hand_over(queue, message)
-
-    def _deliver_quarantined(self, queue: str, tag: str, items: Sequence[bytes]) -> None:
-        for number, item in enumerate(items):
-            quarantine_tag = f"{tag}quarantine.{number}"
-            self._quarantined[quarantine_tag] = item
-            properties = {"delivery_tag": quarantine_tag, "delivery_info": {}}
-            message = self.Message({"content-type": NOT_A_MESSAGE, "properties": properties}, channel=self)
-            message.body = item
-            self._hand_over(queue, message)
-
-    def _hand_over(self, queue: str, message: virtual.Message) -> None:
-        if queue not in self._without_ack:
-            self.qos.append(message, message.delivery_tag)
-        self._receivers[queue](message)
+            return SetAside(self, tag, item, task="", problem=NO_MESSAGE)
 
     def forget(self, delivery_tags: Sequence[str]) -> None:
         """Remove messages from what is unacknowledged, in one round trip."""
         if self.connection is None:
             raise ConnectionError("the connection to the broker is closed")
-        unacked, unacked_index, quarantine = self._kept_keys()
+        unacked, unacked_index = self._kept_keys()
         with self._redis.pipeline(transaction=False) as pipe:
             # In this order: of one that is half done, nothing stays that no timeout finds.
             pipe.hdel(unacked, *delivery_tags)
             pipe.zrem(unacked_index, *delivery_tags)
-            for tag in self._quarantined.keys() & set(delivery_tags):
-                pipe.execute_command("LREM", quarantine, 1, self._quarantined.pop(tag))
             pipe.execute()
+
+    def keep_alive(self, delivery_tags: Sequence[str]) -> None:
+        """Have the visibility timeout of what is held begin again."""
+        if delivery_tags:
+            self._begin_again(keys=self._kept_keys(), args=list(delivery_tags))
 
     def maybe_refresh_binding_expiry(self) -> None:
         """Called by kombu every second; with a server that refuses it, too, and `_woken` has told so."""
@@ -361,52 +456,46 @@ class Channel(kombu_redis.Channel):
     def restore(self, delivery_tags: Sequence[str], *, leftmost: bool = False) -> None:
         """Put what is held under these tags, in the order in which it was taken, back to where it is taken from next.
 
-        `leftmost`: to where it is taken from last. What cannot be read, or has no queue, is set aside. Two round trips,
-        for `MOST_TAKEN` messages at a time.
+        `leftmost`: to where it is taken from last. A round trip for `MOST_TAKEN` messages.
         """
         for end in range(len(delivery_tags), 0, -MOST_TAKEN):
-            self._restore_some(delivery_tags[max(0, end - MOST_TAKEN) : end], "LPUSH" if leftmost else "RPUSH")
+            some = delivery_tags[max(0, end - MOST_TAKEN) : end]
+            self._restore_some(some, "LPUSH" if leftmost else "RPUSH", counts=False)
 
     def restore_timed_out(self, timeout_s: float) -> None:
-        """Put back what any worker of ours took more than `timeout_s` seconds ago."""
+        """Put back what any worker of ours took more than `timeout_s` seconds ago, and count that."""
         index = self._key(self.unacked_index_key)
         seconds, _ = self._redis.time()
         while tags := self._redis.zrange(
             index, seconds - timeout_s, "-inf", desc=True, byscore=True, offset=0, num=MOST_TAKEN
         ):
-            self._restore_some(tags[::-1], "RPUSH")
+            self._restore_some(tags[::-1], "RPUSH", counts=True)
 
-    def _restore_some(self, delivery_tags: Sequence[Any], push: str) -> None:
-        unacked, unacked_index, _ = self._kept_keys()
-        moves: dict[tuple[str, ...], list[Any]] = {}
-        held: Iterable[tuple[Any, Any]] = zip(delivery_tags, self._redis.hmget(unacked, delivery_tags), strict=True)
-        for tag, item in reversed(list(held)):  # the last one first: what is pushed last is taken first
-            try:
-                queues, message = ((), "") if item is None else self._to_restore(item)
-            except (ValueError, TypeError, AttributeError, RecursionError):
-                self.set_aside(tag)
-            else:
-                moves.setdefault(queues, []).extend((tag, message))
-        for queues, tags_and_messages in moves.items():
-            self._restore_to(keys=[unacked, unacked_index, *map(self._key, queues)], args=[push, *tags_and_messages])
-
-    def _to_restore(self, item: bytes) -> tuple[tuple[str, ...], str]:
-        """The queues that a message which is held goes back to, and what is put there: as it was."""
-        payload, exchange, routing_key = read_json(item)
-        queues = tuple(self._lookup(exchange, routing_key))
-        if not queues or not all(isinstance(queue, str) for queue in queues):
-            raise ValueError(f"no queue is bound to the exchange {exchange}")
-        return queues, json.dumps(payload)
-
-    def set_aside(self, tag: str | bytes) -> None:
-        """Move what is held under `tag` to the quarantine."""
-        self._set_aside(keys=self._kept_keys(), args=[tag])
+    def _restore_some(self, delivery_tags: Sequence[Any], push: str, *, counts: bool) -> None:
+        # The last one first: what is pushed last is taken first.
+        args = [push, self.global_keyprefix, int(counts), QUEUE, *reversed(delivery_tags)]
+        self._restore_to(keys=self._kept_keys(), args=args)
 
     def _kept_keys(self) -> list[str]:
-        return [self._key(name) for name in (self.unacked_key, self.unacked_index_key, QUARANTINE)]
+        return [self._key(name) for name in (self.unacked_key, self.unacked_index_key)]
 
     def _key(self, name: str) -> str:
         return f"{self.global_keyprefix}{name}"
+
+
+def _restored(item: bytes) -> int:
+    """How often an entry of a queue was restored, as the script has written it in front of it."""
+    count = _RESTORED.match(item)
+    return 0 if count is None else int(count[1])
+
+
+def _body_of(item: bytes) -> bytes:
+    """The body in an entry, or in the first part of one, found without a parser; otherwise the entry itself."""
+    found = _BODY.search(item)
+    if found is None:
+        return item
+    encoded = found[1]
+    return base64.b64decode(encoded[: len(encoded) // 4 * 4])
 
 
 class Poller(kombu_redis.MultiChannelPoller):

@@ -5,6 +5,7 @@ changes it fails these tests. A worker that is killed is a connection that is fo
 """
 
 import asyncio
+import hashlib
 import json
 import ssl
 import subprocess
@@ -31,17 +32,22 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from kombu.asynchronous import Hub, get_event_loop, set_event_loop
 
+from ledger.messages import MAX_BODY_BYTES, too_large
 from tests.acceptance.installation import environment, open_folder
 from tests.support import PATIENCE_S, eventually
-from worker.broker import create_celery
+from worker.broker import DELIVERY_LIMIT, create_celery
 from worker.embedded import Broker, Embedded, free_port
 from worker.transport import (
+    DELIVERED_TOO_OFTEN,
     MOST_BYTES,
+    MOST_ENTRY_BYTES,
+    MOST_HELD_BYTES,
     MOST_TAKEN,
-    NOT_A_MESSAGE,
-    QUARANTINE,
+    NO_MESSAGE,
+    SUSPECT,
     UNACKED,
     UNACKED_INDEX,
+    SetAside,
     UnsupportedServerError,
     server_problem,
 )
@@ -235,7 +241,7 @@ def test_every_key_has_the_prefix(url: str, broker: redis.Redis) -> None:
         broker.lpush(f"ledger:{QUEUE}", "no message")
         worker.receive(2)
         assert {key.split(b":")[0] for key in broker.scan_iter()} == {b"ledger"}
-        assert broker.hlen(f"ledger:{UNACKED}") == 1
+        assert broker.hlen(f"ledger:{UNACKED}") == 2
         worker.acknowledge()
         assert broker.keys() == broker.keys("ledger:_kombu.binding*")
 
@@ -251,7 +257,7 @@ def test_what_a_killed_worker_held_is_delivered_again(url: str, broker: redis.Re
     eventually(lambda: held(broker) == 20)
     time_out(broker)
     with working(url) as worker:
-        assert sorted(numbers(worker.receive(20))) == list(range(20))
+        assert numbers(worker.receive(20)) == list(range(20))
         for message in worker.received:
             message.ack()
     assert (broker.llen(QUEUE), held(broker)) == (0, 0)
@@ -343,7 +349,7 @@ def test_thousands_are_restored_in_a_few_round_trips_and_in_order(
     calls = broker.info("commandstats")["cmdstat_evalsha"]["calls"]
     with working(url, prefetch=2_000) as worker:
         order = [message.headers["number"] for message in worker.receive(1_200)]
-        assert sorted(order) == list(range(1_200))
+        assert order == list(range(1_200))
         worker.channel.qos.restore_unacked()
         assert (broker.llen(QUEUE), held(broker)) == (1_200, 0)
         # Each idle second has a few more.
@@ -438,7 +444,7 @@ def test_whatever_it_holds_is_given_back_and_restored(url: str, broker: redis.Re
     with working(url) as worker:
         worker.receive(len(odd))
         worker.acknowledge()
-    assert (broker.llen(QUEUE), broker.llen(QUARANTINE), held(broker)) == (0, 0, 0)
+    assert (broker.llen(QUEUE), held(broker)) == (0, 0)
 
 
 def test_nothing_is_taken_where_not_everything_can_be(url: str, broker: redis.Redis, producer: Celery) -> None:
@@ -477,7 +483,7 @@ def test_a_full_broker_can_be_drained() -> None:
         assert held(client) == 0
 
 
-def test_on_a_full_broker_a_worker_begins_gives_back_and_sets_aside() -> None:
+def test_on_a_full_broker_a_worker_begins_and_gives_back() -> None:
     with open_folder() as folder, closing_broker(folder) as broker:
         broker.start()
         with Celery(broker=broker.url, set_as_current=False) as producer, redis.Redis.from_url(broker.url) as client:
@@ -485,21 +491,37 @@ def test_on_a_full_broker_a_worker_begins_gives_back_and_sets_aside() -> None:
             client.lpush(QUEUE, b"no message")
             client.config_set("maxmemory", 1)
             with working(broker.url) as worker:
-                worker.run(lambda: len(worker.received) == 11)
-                assert client.llen(QUARANTINE) == 1
-                worker.channel.restore([message.delivery_tag for message in worker.received[:10]])
-                del worker.received[:10]
-                assert numbers(worker.receive(11)[1:]) == list(range(10))
+                worker.receive(11)
+                worker.channel.qos.restore_unacked()
+                worker.received.clear()
+                worker.receive(11)
+                assert numbers(worker.received[:10]) == list(range(10))
+                assert worker.received[10].body == b"no message"
+                worker.channel.keep_alive([message.delivery_tag for message in worker.received])
+                worker.acknowledge()
 
 
 def test_one_step_takes_no_more_bytes_than_it_may(url: str, producer: Celery, broker: redis.Redis) -> None:
-    size = MOST_BYTES // 10
-    for _ in range(100):
-        producer.send_task("wallet.grant", args=["x" * size], queue=QUEUE, ignore_result=True)
+    """Nor does a worker hold more than it may, however many messages that are."""
+    item = lay_down(producer, broker)
+    size = MOST_ENTRY_BYTES - 1_000
+    for number in range(400):
+        broker.lpush(QUEUE, changed(item, headers={"number": number, "padding": "x" * size}))
     with working(url) as worker:
         worker.run(lambda: worker.received)
-        assert 0 < held(broker) <= 10 + 20
-        worker.receive(100)
+        at_once = MOST_BYTES // size + 1
+        assert len(worker.received) == at_once
+        idle_until = time.monotonic() + 1.5
+        worker.run(lambda: time.monotonic() > idle_until)
+        most = MOST_HELD_BYTES // size + at_once
+        assert MOST_HELD_BYTES // size < len(worker.received) <= most
+        seen: list[int] = []
+        while len(seen) < 400:
+            worker.run(lambda: worker.received)
+            seen += [message.headers["number"] for message in worker.received]
+            worker.acknowledge()
+        assert seen == list(range(400))
+    assert (broker.llen(QUEUE), held(broker)) == (0, 0)
 
 
 def test_a_broker_that_refuses_is_asked_again_and_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -555,41 +577,36 @@ def no_messages(item: bytes) -> dict[str, bytes]:
     }
 
 
-def test_what_is_no_message_is_set_aside_and_delivered_with_its_bytes(
-    url: str, broker: redis.Redis, producer: Celery
-) -> None:
+def test_what_is_no_message_is_delivered_with_its_bytes(url: str, broker: redis.Redis, producer: Celery) -> None:
     items = no_messages(lay_down(producer, broker))
     broker.lpush(QUEUE, *items.values())
     send(producer, 7)
     with working(url) as worker:
         worker.receive(len(items) + 1)
-        odd = [message for message in worker.received if message.content_type == NOT_A_MESSAGE]
+        odd = [message for message in worker.received if isinstance(message, SetAside)]
         assert numbers([message for message in worker.received if message not in odd]) == [7]
-        assert sorted(message.body for message in odd) == sorted(items.values())
-        assert (broker.llen(QUARANTINE), held(broker)) == (len(items), 1)
+        assert [(message.body, message.task, message.problem) for message in odd] == [
+            (item, "", NO_MESSAGE) for item in items.values()
+        ]
+        assert held(broker) == len(items) + 1
         worker.acknowledge()
-    assert (broker.llen(QUEUE), broker.llen(QUARANTINE), held(broker)) == (0, 0, 0)
+    assert (broker.llen(QUEUE), held(broker)) == (0, 0)
 
 
-def test_what_was_set_aside_by_a_killed_worker_is_delivered_by_the_next(
-    url: str, broker: redis.Redis, producer: Celery
-) -> None:
-    items = no_messages(lay_down(producer, broker))
-    broker.lpush(QUEUE, *items.values())
+def test_what_is_no_message_is_restored_as_it_was(url: str, broker: redis.Redis, producer: Celery) -> None:
+    items = [item for item in no_messages(lay_down(producer, broker)).values() if not item.startswith(b"{")]
+    broker.lpush(QUEUE, *items)
     killed = Worker(url)
     killed.receive(len(items))
     killed.is_killed()
+    time_out(broker)
     with working(url) as worker:
-        worker.receive(len(items))
-        worker.acknowledge()
-        idle_until = time.monotonic() + 1.5
-        worker.run(lambda: time.monotonic() > idle_until)
-        assert worker.received == []
-    assert (broker.llen(QUARANTINE), held(broker)) == (0, 0)
+        assert [message.body for message in worker.receive(len(items))] == items
+    assert broker.lrange(QUEUE, 0, -1) == items[::-1]
 
 
-def test_what_a_worker_held_when_it_was_killed_and_is_no_message_is_set_aside(url: str, broker: redis.Redis) -> None:
-    """The moment between the script and the look at what it took."""
+def test_what_is_held_in_no_form_of_ours_is_delivered_as_it_is(url: str, broker: redis.Redis) -> None:
+    """Somebody else has written to our keys."""
     kept = {
         '[garbage, "", "credits"]': b"garbage",
         '[{"a": 1}, "no exchange", "x"]': b'[{"a": 1}, "no exchange", "x"]',
@@ -598,9 +615,10 @@ def test_what_a_worker_held_when_it_was_killed_and_is_no_message_is_set_aside(ur
     }
     broker.hset(UNACKED, mapping={str(number): entry for number, entry in enumerate(kept)})
     broker.zadd(UNACKED_INDEX, {str(number): 1 for number in range(len(kept))})
+    broker.zadd(UNACKED_INDEX, {"held by nobody": 1})
     with working(url) as worker:
         worker.receive(len(kept))
-        assert {message.content_type for message in worker.received} == {NOT_A_MESSAGE}
+        assert {type(message) for message in worker.received} == {SetAside}
         assert sorted(message.body for message in worker.received) == sorted(kept.values())
         worker.acknowledge()
     assert broker.keys() == broker.keys("_kombu.binding*")
@@ -611,9 +629,147 @@ def test_two_equal_entries_are_two(url: str, broker: redis.Redis) -> None:
     with working(url) as worker:
         worker.receive(2)
         worker.channel.qos.acknowledge([worker.received.pop().delivery_tag])
-        assert broker.lrange(QUARANTINE, 0, -1) == [b"same"]
+        assert held(broker) == 1
         worker.acknowledge()
-    assert broker.llen(QUARANTINE) == 0
+    assert held(broker) == 0
+
+
+# What is too large
+
+
+@pytest.mark.parametrize("size", [MOST_ENTRY_BYTES, 5_000_000])
+def test_of_an_entry_that_is_too_large_only_the_first_part_is_taken(
+    url: str, broker: redis.Redis, producer: Celery, size: int
+) -> None:
+    producer.send_task("wallet.grant", args=[f"first {'x' * size}"], queue=QUEUE, ignore_result=True)
+    [entry] = broker.lrange(QUEUE, 0, -1)  # type: ignore[misc]
+    with working(url) as worker:
+        [message] = worker.receive(1)
+        assert isinstance(message, SetAside)
+        assert message.body.startswith(b'[["first xxx')
+        assert 40_000 < len(message.body) <= MAX_BODY_BYTES
+        assert message.task == "wallet.grant"
+        digest = hashlib.sha1(entry).hexdigest()
+        assert message.problem == too_large(len(entry), MOST_ENTRY_BYTES, digest)
+    assert broker.lrange(QUEUE, 0, -1) == [entry]  # given back whole
+    with working(url) as worker:
+        worker.receive(1)
+        worker.acknowledge()
+    assert (broker.llen(QUEUE), held(broker)) == (0, 0)
+
+
+def test_what_is_too_large_and_no_message_is_taken_in_part(url: str, broker: redis.Redis) -> None:
+    broker.lpush(QUEUE, b"\xff" * MOST_ENTRY_BYTES + b"!")
+    with working(url) as worker:
+        [message] = worker.receive(1)
+        assert (message.body, message.task) == (b"\xff" * MAX_BODY_BYTES, "")
+        worker.acknowledge()
+    assert held(broker) == 0
+
+
+# What ends its workers
+
+
+def restored(broker: redis.Redis) -> list[int]:
+    """How often each entry of the queue was restored, the next one first."""
+    entries = broker.lrange(QUEUE, 0, -1)
+    return [json.loads(entry).get("restored", 0) for entry in reversed(entries)]  # type: ignore[arg-type]
+
+
+def give_up(url: str, broker: redis.Redis, count: int) -> None:
+    """A worker takes so many messages, and is killed; they are restored."""
+    killed = Worker(url)
+    killed.receive(count)
+    killed.is_killed()
+    time_out(broker)
+    with kombu.Connection(url, transport=OURS) as connection:
+        connection.default_channel.restore_timed_out(60)
+    assert held(broker) == 0
+
+
+def test_a_message_that_a_dead_worker_held_is_counted_and_otherwise_as_it_was(
+    url: str, broker: redis.Redis, producer: Celery
+) -> None:
+    send(producer, *range(3))
+    entries = broker.lrange(QUEUE, 0, -1)
+    for times in range(1, SUSPECT):
+        give_up(url, broker, 3)
+        assert restored(broker) == [times] * 3
+    assert [entry.replace(b'"restored": 2, ', b"") for entry in broker.lrange(QUEUE, 0, -1)] == entries  # type: ignore[union-attr]
+    with working(url) as worker:
+        assert numbers(worker.receive(3)) == [0, 1, 2]
+        worker.acknowledge()
+
+
+def test_a_message_that_a_worker_gives_back_is_not_counted(url: str, broker: redis.Redis, producer: Celery) -> None:
+    send(producer, *range(3))
+    for _ in range(5):
+        with working(url) as worker:
+            worker.receive(3)
+    assert restored(broker) == [0, 0, 0]
+
+
+def test_a_suspect_is_taken_alone_so_that_its_neighbours_are_not_counted(
+    url: str, broker: redis.Redis, producer: Celery
+) -> None:
+    send(producer, *range(10))
+    for _ in range(SUSPECT):
+        give_up(url, broker, 10)
+    with working(url) as worker:
+        for number in range(4):  # the fifth one ends its workers
+            assert numbers(worker.receive(1)) == [number]
+            worker.acknowledge()
+    send(producer, 10)
+    for times in range(SUSPECT + 1, DELIVERY_LIMIT + 1):
+        give_up(url, broker, 1)
+        assert restored(broker) == [times, *[SUSPECT] * 5, 0]
+    with working(url) as worker:
+        [poison] = worker.receive(1)
+        assert isinstance(poison, SetAside)
+        assert (poison.task, poison.problem) == ("workflow.start", DELIVERED_TOO_OFTEN)
+        assert json.loads(poison.body)[0] == [4]
+        worker.acknowledge()
+        for number in range(5, 11):
+            assert numbers(worker.receive(1)) == [number]
+            worker.acknowledge()
+    assert (broker.llen(QUEUE), held(broker)) == (0, 0)
+
+
+def test_a_suspect_waits_for_what_a_worker_holds_and_is_taken_when_that_is_acknowledged(
+    url: str, broker: redis.Redis, producer: Celery
+) -> None:
+    send(producer, 1)
+    for _ in range(SUSPECT):
+        give_up(url, broker, 1)
+    suspect = broker.rpop(QUEUE)
+    send(producer, 2)
+    broker.lpush(QUEUE, suspect)  # type: ignore[arg-type]
+    send(producer, 3)
+    with working(url) as worker:
+        assert numbers(worker.receive(1)) == [2]
+        broker.config_resetstat()
+        idle_until = time.monotonic() + 1.5
+        worker.run(lambda: time.monotonic() > idle_until)
+        assert len(worker.received) == 1
+        asked = broker.info("commandstats").get("cmdstat_evalsha", {"calls": 0})["calls"]
+        assert asked < 10, "it asks again and again"
+        worker.acknowledge()
+        assert numbers(worker.receive(1)) == [1]
+        worker.acknowledge()
+        assert numbers(worker.receive(1)) == [3]
+        worker.acknowledge()
+    assert held(broker) == 0
+
+
+def test_what_a_living_worker_holds_does_not_time_out(url: str, broker: redis.Redis, producer: Celery) -> None:
+    """However long the database is away."""
+    send(producer, *range(3))
+    with working(url, visibility_timeout=2) as worker:
+        worker.receive(3)
+        held_until = time.monotonic() + 5
+        worker.run(lambda: time.monotonic() > held_until)
+        assert (len(worker.received), held(broker), broker.llen(QUEUE)) == (3, 3, 0)
+        worker.acknowledge()
 
 
 # The server

@@ -27,7 +27,7 @@ from tests.support import sql
 from worker.broker import QUEUE
 from worker.embedded import Embedded
 from worker.process import Process
-from worker.transport import QUARANTINE, UNACKED, UNACKED_INDEX
+from worker.transport import UNACKED, UNACKED_INDEX
 
 VISIBILITY_TIMEOUT_S = 3
 
@@ -130,8 +130,8 @@ class Machine:
     def waiting(self) -> dict[str, int]:
         """How many messages are where, at one instant."""
         with self.broker.pipeline(transaction=True) as pipe:
-            pipe.llen(QUEUE).llen(QUARANTINE).hlen(UNACKED).zcard(UNACKED_INDEX)
-            return dict(zip((QUEUE, QUARANTINE, UNACKED, UNACKED_INDEX), pipe.execute(), strict=True))
+            pipe.llen(QUEUE).hlen(UNACKED).zcard(UNACKED_INDEX)
+            return dict(zip((QUEUE, UNACKED, UNACKED_INDEX), pipe.execute(), strict=True))
 
     def is_drained(self) -> bool:
         return not any(self.waiting().values())
