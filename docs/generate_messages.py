@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ledger.messages import (
+    MAX_BODY_BYTES,
     MAX_CREDITS,
     MAX_METADATA_BYTES,
     MAX_METADATA_DEPTH,
@@ -21,7 +22,8 @@ from ledger.messages import (
     WorkflowMessage,
 )
 from ledger.state import EventType, Result
-from worker.broker import QUEUE
+from worker.broker import DELIVERY_LIMIT, QUEUE
+from worker.transport import MOST_ENTRY_BYTES
 
 PAGE = Path(__file__).with_name("messages.md")
 HTTP_PATH = "/api/organizations/{orgId}/workflows/{workflowId}/{step}"
@@ -153,8 +155,15 @@ DEAD_LETTERS = {
         "A field is missing, unknown or not what it should be, or the task was not sent with one JSON object.",
         "Correct the sender and send a new message; discard this one.",
     ),
+    "too_large": (
+        (
+            f"Its body is larger than {MAX_BODY_BYTES:,} bytes, or its entry in Redis than {MOST_ENTRY_BYTES:,}. "
+            "Only the first part is kept; the error says its size and a digest of all of it."
+        ),
+        "Correct the sender and send a new message; discard this one, which cannot be replayed.",
+    ),
     "delivery_limit": (
-        "RabbitMQ has delivered it too often: each time, its worker died or gave it back.",
+        f"It was delivered again {DELIVERY_LIMIT} times, as each time its worker died.",
         "Replay it. If workers die of it, report it.",
     ),
     "undecodable_message": (

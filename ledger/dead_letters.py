@@ -16,7 +16,6 @@ from typing import Any
 import psycopg
 from sqlalchemy import Connection, Engine, Update, func, or_, select, update
 
-from ledger.messages import TOO_LARGE
 from ledger.readable import escaped, escaped_json, readable_json
 from ledger.state import Result
 from ledger.tables import dead_letters
@@ -179,7 +178,7 @@ def arguments(body: bytes) -> tuple[list[Any], dict[str, Any]] | None:
 
 def _digest(letter: DeadLetter) -> bytes:
     body = letter.body
-    if letter.code == TOO_LARGE:  # the error says the size and the digest of all of it
+    if letter.code == "too_large":  # the error says the size and the digest of all of it
         return hashlib.sha256(letter.error.encode() + body).digest()
     found = arguments(body)
     if found is not None:
@@ -203,7 +202,7 @@ def sent_with(letter: KeptLetter) -> tuple[list[Any], dict[str, Any]]:
     """The arguments that `letter`'s message can be sent again with. Raises NotReplayableError."""
     if letter.status == "discarded":
         raise NotReplayableError(f"dead letter {letter.id} was discarded by {letter.resolved_by}: {letter.resolution}")
-    if letter.error_code == TOO_LARGE:
+    if letter.error_code == "too_large":
         raise NotReplayableError(
             f"dead letter {letter.id} has only the first part of its message: it must be sent anew, and smaller"
         )

@@ -30,9 +30,6 @@ MAX_CREDITS = 2**53 - 1
 MAX_BODY_BYTES = 64 * 1024
 """The largest body of a message, as it is sent. A valid one has at most 24 KiB, even with every character escaped."""
 
-TOO_LARGE = "too_large"
-"""The code of a dead letter that keeps only the first part of its message."""
-
 MAX_METADATA_BYTES = 8 * 1024
 """The largest metadata of a message, as compact JSON in UTF-8."""
 
@@ -368,7 +365,7 @@ def too_large(size: int, limit: int, digest: str) -> InvalidMessage:
     """Why a message of `size` bytes, more than `limit`, is not read. `digest`: of all of it, in hexadecimal."""
     kept = f"only the first {MAX_BODY_BYTES:,} are kept"
     error = f"the message has {size:,} bytes, more than {limit:,}: {kept}; the digest of all is {digest}"
-    return InvalidMessage(TOO_LARGE, error, None)
+    return InvalidMessage("too_large", error, None)
 
 
 def only_argument(task: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:

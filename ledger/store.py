@@ -258,7 +258,7 @@ def _apply(
         known_to_wait=known_to_wait,
         skip_locked=skip_locked,
     )
-    decided = [_decide(work, message) for message in messages]
+    decided = work.decide(messages)
     if work.reasons_to_wait:
         waiting.keep(
             connection,
@@ -269,13 +269,6 @@ def _apply(
             ],
         )
     return _write_and_commit(connection, work, deliveries, messages, decided)
-
-
-def _decide(work: "_WorkingSet", message: Message | InvalidMessage) -> "_Decided":
-    if isinstance(message, InvalidMessage):
-        return message
-    reason = work.reasons_to_wait.get(message.org_id)
-    return work.apply(message) if reason is None else Waits(message.org_id, reason)
 
 
 _Decided = Result | InvalidMessage | Refusal | Waits
@@ -291,14 +284,12 @@ def _write_and_commit(
     letters = [
         DeadLetter(_storable(delivery.task)[:MAX_TASK_LENGTH], delivery.body, message.org_id, answer.code, answer.error)
         for delivery, message, answer in zip(deliveries, messages, decided, strict=True)
-        if isinstance(answer, InvalidMessage | Refusal)
+        if not isinstance(answer, (Result, Waits))
     ]
     letter_ids = iter(dead_letters.record(connection, letters) if letters else ())
     work.write_and_commit(connection)
     return [
-        DeadLettered(next(letter_ids), answer.code, answer.error)
-        if isinstance(answer, InvalidMessage | Refusal)
-        else answer
+        answer if isinstance(answer, (Result, Waits)) else DeadLettered(next(letter_ids), answer.code, answer.error)
         for answer in decided
     ]
 
@@ -339,7 +330,7 @@ def _apply_waiting(connection: Connection, org_id: str, limit: int, patience_s: 
         work.write_and_commit(connection)
         return Applied([], work.reasons_to_wait[org_id])
     work.load_named(connection, valid)
-    decided = [_decide(work, message) for message in messages]
+    decided = work.decide(messages)
     waiting.remove(connection, org_id, [message.number for message in kept])
     answers = _write_and_commit(connection, work, deliveries, messages, decided)
     return Applied(list(zip(deliveries, answers, strict=True)), None)
@@ -599,6 +590,19 @@ class _WorkingSet:
         org_id = workflow.org_id
         wallet, workflow, event = rules.release_expired(self.wallets[org_id], workflow, self.now[org_id])
         self._keep(wallet, (event,), workflow=workflow)
+
+    def decide(self, messages: Sequence[Message | InvalidMessage]) -> list["_Decided"]:
+        """What becomes of `messages`, in order: those that have to wait change nothing."""
+        if not self.reasons_to_wait:
+            return [message if isinstance(message, InvalidMessage) else self.apply(message) for message in messages]
+        return [
+            message
+            if isinstance(message, InvalidMessage)
+            else Waits(message.org_id, self.reasons_to_wait[message.org_id])
+            if message.org_id in self.reasons_to_wait
+            else self.apply(message)
+            for message in messages
+        ]
 
     def apply(self, message: Message) -> Result | Refusal:
         """Decide `message` on the state that the messages before it have left."""

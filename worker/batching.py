@@ -153,23 +153,23 @@ class Batch:
         took_s = time.monotonic() - began_at
         del self._arrivals[: len(arrivals)]
         self._applied += [arrival.message for arrival in arrivals]
-        answered: list[tuple[Arrival, Answer]] = []
+        answered: list[tuple[str | None, Answer]] = []
         for arrival, outcome in zip(arrivals, outcomes, strict=True):
-            if outcome is None:
+            if isinstance(outcome, (Result, DeadLettered)):
+                answered.append((arrival.delivery.answer_to, outcome))
+                if isinstance(outcome, DeadLettered):
+                    tell_dead_letter(outcome)
+            elif outcome is None:
                 self._background.ask(arrival.delivery.task, arrival.delivery.answer_to)
-            elif not isinstance(outcome, Waits):
-                answered.append((arrival, outcome))
-            if isinstance(outcome, DeadLettered):
-                tell_dead_letter(outcome)
+            else:
+                self._background.note([outcome.org_id])
             if arrival.monitored is not None:
                 arrival.monitored.ended(_told(outcome), took_s=took_s)
         metrics.count_batch(len(arrivals), took_s=took_s)
         metrics.count_answers(
-            (arrival.delivery.task, outcome)
-            for arrival, outcome in zip(arrivals, outcomes, strict=True)
-            if outcome is not None
+            (arrival.delivery.task, outcome) for arrival, outcome in zip(arrivals, outcomes, strict=True)
         )
-        self._answers.store([(arrival.delivery.answer_to, answer) for arrival, answer in answered])
+        self._answers.store(answered)
         self._acknowledge()
         return True
 
@@ -182,10 +182,10 @@ class Batch:
         """Apply the messages; the scheduler's runs are done in the background."""
         messages = [arrival.delivery for arrival in arrivals if arrival.delivery.task not in SCHEDULER_TASKS]
         with self._outage.asking(_WHO):
-            applied = apply_batch(self._engine, messages, known_to_wait=self._background.known_to_wait())
-        self._background.note({outcome.org_id for outcome in applied if isinstance(outcome, Waits)})
-        following = iter(applied)
-        return [None if arrival.delivery.task in SCHEDULER_TASKS else next(following) for arrival in arrivals]
+            applied = iter(apply_batch(self._engine, messages, known_to_wait=self._background.known_to_wait()))
+        if len(messages) == len(arrivals):
+            return list(applied)
+        return [None if arrival.delivery.task in SCHEDULER_TASKS else next(applied) for arrival in arrivals]
 
     def _acknowledge(self) -> None:
         channel = self._consumer.task_consumer.channel

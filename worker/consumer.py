@@ -97,7 +97,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
     def on_decode_error(self, message: Message, exc: Exception) -> None:
         """Kombu could not decompress its body."""
         problem = InvalidMessage("undecodable_message", f"the body cannot be decoded: {exc}", None)
-        self._keep(message, _known_problem(message) or problem)
+        self._keep(message, _known_problem(message, raw_body(message)) or problem)
 
     def ensure_connected(self, conn: Connection) -> Connection:
         """Connect to the broker, whenever it is there. Ends the worker if it can never be the broker."""
@@ -123,11 +123,12 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
         return conn
 
     def _receive(self, message: Message) -> None:
-        if (problem := _known_problem(message)) is not None:
+        raw = raw_body(message)
+        if (problem := _known_problem(message, raw)) is not None:
             self._keep(message, problem)
             return
         try:
-            task, body = _task_and_body(message)
+            task, body = _task_and_body(message, raw)
         except Exception as error:  # noqa: BLE001 - what is in the message decides; every worker that takes it would end
             self._keep(message, InvalidMessage("undecodable_message", str(error), None))
             return
@@ -143,13 +144,12 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
         self.batch.add(Arrival(message, Delivery(_named_task(message), problem, body[:MAX_BODY_BYTES]), None))
 
 
-def _known_problem(message: Message) -> InvalidMessage | None:
-    """Why a message is not even read, if there is a reason."""
+def _known_problem(message: Message, raw: bytes) -> InvalidMessage | None:
+    """Why a message with the body `raw` is not even read, if there is a reason."""
     if isinstance(message, SetAside):
         return message.problem
-    size = len(body := raw_body(message))
-    if size > MAX_BODY_BYTES:
-        return too_large(size, MAX_BODY_BYTES, hashlib.sha256(body).hexdigest())
+    if len(raw) > MAX_BODY_BYTES:
+        return too_large(len(raw), MAX_BODY_BYTES, hashlib.sha256(raw).hexdigest())
     if isinstance(message.delivery_info, dict) and message.delivery_info.get("routing_key") == DEAD_QUEUE:
         return DELIVERED_TOO_OFTEN
     return None
@@ -162,7 +162,7 @@ def _named_task(message: Message) -> str:
     return task if isinstance(task, str) else ""
 
 
-def _task_and_body(message: Message) -> tuple[str, list[Any]]:
+def _task_and_body(message: Message, raw: bytes) -> tuple[str, list[Any]]:
     """The task that a message names, and its [args, kwargs, embed]. Raises ValueError, which says what is wrong."""
     headers = message.headers
     if not isinstance(headers, dict):
@@ -170,7 +170,7 @@ def _task_and_body(message: Message) -> tuple[str, list[Any]]:
     if message.content_type != "application/json":
         raise ValueError(f"the body must be application/json, not {str(message.content_type)[:100]!a}")
     try:
-        body = read_json(raw_body(message))
+        body = read_json(raw)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the body cannot be decoded: {error}") from None
     if "task" not in headers:

@@ -43,14 +43,15 @@ def count_batch(messages: int, *, took_s: float) -> None:
     _batch_seconds.observe(took_s)
 
 
-def count_answers(answered: Iterable[tuple[str, Result | DeadLettered | Waits | int]]) -> None:
-    """Count what became of messages: of each its task, and the answer."""
+def count_answers(answered: Iterable[tuple[str, Result | DeadLettered | Waits | int | None]]) -> None:
+    """Count what became of messages: of each its task, and the answer. None is not counted: there is none yet."""
     # A label must not grow with what anybody sends.
     outcomes = collections.Counter(
         (task if task in TASKS else "unknown", _outcome(answer)) for task, answer in answered
     )
     for (task, outcome), number in outcomes.items():
-        _messages.labels(task, outcome).inc(number)
+        if outcome is not None:
+            _messages.labels(task, outcome).inc(number)
 
 
 def tell_who_waits(organizations: Sequence[tuple[str, str, float]]) -> None:
@@ -61,13 +62,15 @@ def tell_who_waits(organizations: Sequence[tuple[str, str, float]]) -> None:
         _waiting_since.labels(org_id, reason).set(since)
 
 
-def _outcome(answer: Result | DeadLettered | Waits | int) -> str:
+def _outcome(answer: Result | DeadLettered | Waits | int | None) -> str | None:
     match answer:
-        case int():
-            return "run"
+        case Result():
+            return "duplicate" if answer.duplicate else answer.outcome
         case DeadLettered():
             return "dead_letter"
         case Waits():
             return "waits"
-        case _:
-            return "duplicate" if answer.duplicate else answer.outcome
+        case int():
+            return "run"
+        case None:
+            return None

@@ -232,7 +232,7 @@ class QoS(kombu_redis.QoS):
         self.channel.forget(delivery_tags)
         for tag in delivery_tags:
             self._delivered.pop(tag, None)
-            self._held_bytes -= self._bytes.pop(tag, 0)
+        self._held_bytes -= sum([self._bytes.pop(tag, 0) for tag in delivery_tags])
 
     def restore_by_tag(self, tag: str, _client: Any = None, leftmost: bool = False) -> None:
         """Put a message back into its queue."""

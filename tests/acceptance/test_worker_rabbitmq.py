@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from kombu import Connection
 
 from ledger import audit
+from ledger.messages import MAX_BODY_BYTES
 from tests import rabbitmq
 from tests.acceptance.installation import (
     Installation,
@@ -120,6 +122,11 @@ def test_what_is_no_message_is_a_dead_letter_with_its_bytes(ledger: Installation
         (b"[[], {}, {}]", {"content_type": "application/json", "headers": {**headers, "task": "wallet.nothing"}}),
         (b"[1]", {"content_type": "application/json"}),
         (b"", {}),
+        (b"x" * 3_000_000, {"content_type": "application/json", "headers": headers}),
+        (
+            zlib.compress(b" " * 100_000_000),
+            {"content_type": "application/json", "headers": {**headers, "compression": "application/x-gzip"}},
+        ),
     ]
     with Connection(rabbitmq_url) as connection, connection.channel() as channel:
         declare_queues(connection)
@@ -128,8 +135,8 @@ def test_what_is_no_message_is_a_dead_letter_with_its_bytes(ledger: Installation
     worker = start_worker(ledger, rabbitmq_url)
     eventually(lambda: ledger.count("dead_letters") == len(odd))
     letters = {bytes(body): code for body, code in sql(ledger.engine, "SELECT body, error_code FROM dead_letters")}
-    codes = ["undecodable_message"] * 3 + ["unknown_task"] + ["undecodable_message"] * 2
-    assert letters == dict(zip([body for body, _ in odd], codes, strict=True))
+    codes = ["undecodable_message"] * 3 + ["unknown_task"] + ["undecodable_message"] * 2 + ["too_large"] * 2
+    assert letters == dict(zip([body[:MAX_BODY_BYTES] for body, _ in odd], codes, strict=True))
     eventually(lambda: is_drained(rabbitmq_url))
     assert worker.is_running
 

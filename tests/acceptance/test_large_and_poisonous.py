@@ -1,0 +1,179 @@
+"""Messages that are too large, or that end their worker: dead letters, which cost their neighbours nothing."""
+
+import base64
+import bz2
+import json
+import os
+import re
+import signal
+import zlib
+from typing import Any
+from uuid import uuid4
+
+import psutil
+import pytest
+
+from ledger import audit
+from ledger.messages import MAX_BODY_BYTES
+from tests.acceptance import commands
+from tests.acceptance.installation import Installation, Producer, celery, log_of, warnings_in
+from tests.support import EMBED, eventually, sql
+from worker.broker import DELIVERY_LIMIT
+from worker.process import Process
+
+pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
+
+# Ours as it is, except that its minute lasts a second.
+IMPATIENT_WORKER = """
+from worker import celery
+celery.conf.broker_transport_options["visibility_timeout"] = 1
+celery.worker_main(["worker"])
+"""
+
+
+def purchase(purchase_id: str) -> dict[str, Any]:
+    return {"org_id": "acme", "purchase_id": purchase_id, "credits": 5}
+
+
+def entry(body: bytes, **headers: str) -> str:
+    """What kombu puts on the list."""
+    return json.dumps(
+        {
+            "body": base64.b64encode(body).decode(),
+            "content-encoding": "utf-8",
+            "content-type": "application/json",
+            "headers": {"lang": "py", "task": "wallet.purchase", "id": str(uuid4()), **headers},
+            "properties": {
+                "delivery_mode": 2,
+                "delivery_info": {"exchange": "", "routing_key": "credits"},
+                "priority": 0,
+                "body_encoding": "base64",
+                "delivery_tag": str(uuid4()),
+            },
+        }
+    )
+
+
+def test_large_messages_pile_up_while_the_database_is_down_and_the_good_one_among_them_is_applied(
+    installation: Installation, producer: Producer
+) -> None:
+    worker = installation.start_worker()
+    producer.answer("wallet.purchase", purchase("first"))
+    rename_table(installation, "wallets", "away")
+    large = [f"{number} {'x' * 3_000_000}" for number in range(40)]
+    for number, padding in enumerate(large):
+        producer.send("workflow.finish", {"org_id": "acme", "workflow_id": padding, "credits": number})
+        if number == 20:
+            asked = producer.ask("wallet.purchase", purchase("good"))
+    bomb = bz2.compress(b" " * 200_000_000)
+    for _ in range(3):
+        installation.broker.lpush("credits", entry(bomb, compression="application/x-bz2"))
+    small = json.dumps([[purchase("compressed")], {}, EMBED]).encode()
+    installation.broker.lpush("credits", entry(zlib.compress(small), compression="application/x-gzip"))
+    eventually(lambda: installation.broker.llen("credits") == 0)
+    rename_table(installation, "away", "wallets")
+    assert asked.get(timeout=60)["outcome"] == "posted"
+    eventually(installation.is_drained)
+    assert psutil.Process(worker.pid).memory_info().rss < 300 * 2**20
+    assert sql(installation.engine, "SELECT prepaid_balance FROM wallets") == [(15,)]
+    letters = sql(installation.engine, "SELECT error_code, task, error, length(body), attempts FROM dead_letters")
+    assert sorted({(code, task) for code, task, *_ in letters}) == [
+        ("too_large", "workflow.finish"),
+        ("undecodable_message", "wallet.purchase"),
+    ]
+    assert len(letters) == len(large) + 1
+    for code, _, error, length, attempts in letters:
+        if code == "too_large":
+            assert re.match(
+                r"the message has 4,\d{3},\d{3} bytes, more than 262,144: only the first 65,536 are kept", error
+            )
+            assert 40_000 < length <= MAX_BODY_BYTES
+            assert attempts == 1
+        else:
+            assert error == "the body cannot be decoded: inflated, it has more than 65,536 bytes"
+            assert attempts == 3
+    assert audit.verify(installation.engine).is_clean
+
+
+def rename_table(installation: Installation, name: str, new_name: str) -> None:
+    """What a worker takes for a database that is not there: it is not migrated."""
+    sql(installation.engine, f"ALTER TABLE {name} RENAME TO {new_name}")
+
+
+def test_a_letter_that_is_too_large_is_shown_and_not_replayed(installation: Installation, producer: Producer) -> None:
+    installation.start_worker()
+    # Its first part is a whole message, as only white space follows.
+    body = json.dumps([[purchase("spaced")], {}, EMBED]).encode() + b" " * MAX_BODY_BYTES
+    installation.broker.lpush("credits", entry(body), entry(body + b" "))
+    eventually(lambda: installation.count("dead_letters") == 2)
+    shown = commands.run("failed", "show", "1", env=installation.environment)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "too_large" in shown.stdout
+    replayed = commands.run("failed", "replay", "1", env=installation.environment)
+    assert (replayed.returncode, replayed.stderr) == (
+        1,
+        "holdfast: dead letter 1 has only the first part of its message: it must be sent anew, and smaller\n",
+    )
+    assert installation.count("credit_events") == 0
+
+
+def test_a_message_that_ends_its_worker_each_time_becomes_a_dead_letter(
+    installation: Installation, producer: Producer
+) -> None:
+    """Whatever ends it, as long as it holds it: here the worker cannot write it, and is killed."""
+    rename_table(installation, "wallets", "away")
+    ended = DELIVERY_LIMIT - 3
+    poison = entry(json.dumps([[purchase("0")], {}, EMBED]).encode())
+    installation.broker.lpush("credits", f'{{"restored": {ended}, {poison[1:]}')  # so many workers it has ended before
+    for number in range(ended, DELIVERY_LIMIT):
+        worker = start_impatient(installation, f"worker-{number}")
+        eventually(lambda number=number: restored(installation) == [number])
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.kill()
+    for number in (1, 2):
+        producer.send("wallet.purchase", purchase(str(number)))
+    rename_table(installation, "away", "wallets")
+    last = start_impatient(installation, "last")
+    eventually(lambda: installation.count("dead_letters") == 1)
+    eventually(installation.is_drained)
+    [(code, task, body, error)] = sql(installation.engine, "SELECT error_code, task, body, error FROM dead_letters")
+    assert (code, task, error) == (
+        "delivery_limit",
+        "wallet.purchase",
+        "it was delivered too often and never acknowledged",
+    )
+    assert json.loads(bytes(body))[0] == [purchase("0")]
+    assert sql(installation.engine, "SELECT prepaid_balance FROM wallets") == [(10,)]
+    assert commands.run("failed", "replay", "1", env=installation.environment).stdout == "Dead letter 1: posted.\n"
+    assert sql(installation.engine, "SELECT prepaid_balance FROM wallets") == [(15,)]
+    assert "Traceback" not in log_of(last)
+
+
+def restored(installation: Installation) -> list[int]:
+    """How often what is held was restored."""
+    held = re.compile(rb'^\[{"restored": (\d+), ')
+    counts = [held.match(value) for value in installation.broker.hvals("credits.unacked")]  # type: ignore[union-attr]
+    return [0 if count is None else int(count[1]) for count in counts]
+
+
+def test_an_outage_that_is_longer_than_the_visibility_timeout_counts_for_nothing(
+    installation: Installation, producer: Producer
+) -> None:
+    process = start_impatient(installation, "worker")
+    producer.answer("wallet.purchase", purchase("first"))
+    rename_table(installation, "wallets", "away")
+    asked = producer.ask("wallet.purchase", purchase("second"))
+    eventually(lambda: len(warnings_in(process)) == 1)
+    held = installation.broker.hgetall("credits.unacked")
+    for _ in range(2):
+        eventually(lambda: installation.broker.time()[0] % 2 == 0)
+        eventually(lambda: installation.broker.time()[0] % 2 == 1)
+    assert installation.broker.hgetall("credits.unacked") == held
+    rename_table(installation, "away", "wallets")
+    answer = asked.get(timeout=60)
+    assert (answer["outcome"], answer["duplicate"], answer["available"]) == ("posted", False, 10)
+
+
+def start_impatient(installation: Installation, name: str) -> Process:
+    [python, *_] = celery("worker")
+    return installation.start(name, python, "-c", IMPATIENT_WORKER)
