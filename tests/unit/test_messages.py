@@ -1,12 +1,23 @@
 """What parses, with which defaults, and the sentence that a person reads about what does not."""
 
+import json
 import math
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
-from ledger.messages import MESSAGES, InvalidMessage, Message, WalletMessage, only_argument, parse
+from ledger.messages import (
+    MAX_BODY_BYTES,
+    MAX_METADATA_BYTES,
+    MESSAGES,
+    InvalidMessage,
+    Message,
+    WalletMessage,
+    only_argument,
+    parse,
+    too_large,
+)
 
 CARRIED = {"source": "import", "occurred_at": "2026-01-31T11:00:00+02:00", "metadata": {"run": 7}}
 CARRIED_READ = {
@@ -590,3 +601,25 @@ def test_a_wallet_message_is_known_by_its_id_and_its_terms(
     message = read(task, {"org_id": "acme", **fields, **CARRIED})
     assert isinstance(message, WalletMessage)
     assert (message.message_id, message.terms()) == (message_id, terms)
+
+
+def test_what_is_too_large_is_told_with_its_size_and_digest() -> None:
+    problem = too_large(3_000_000, MAX_BODY_BYTES, "ab12")
+    assert (problem.code, problem.org_id) == ("too_large", None)
+    assert problem.error == (
+        "the message has 3,000,000 bytes, more than 65,536: only the first 65,536 are kept; the digest of all is ab12"
+    )
+
+
+def test_no_valid_message_is_too_large_however_it_is_escaped() -> None:
+    largest = {
+        "org_id": "o" * 128,
+        "workflow_id": "w" * 128,
+        "credits": MAX,
+        "project_id": "p" * 128,
+        "activity_name": "📄" * 256,
+        "source": "📄" * 64,
+        "metadata": {"text": "é" * ((MAX_METADATA_BYTES - len('{"text":""}')) // 2)},
+    }
+    assert isinstance(parse("workflow.start", largest), Message)
+    assert len(json.dumps([[largest], {}, {}], indent=4)) < MAX_BODY_BYTES / 2
