@@ -251,7 +251,7 @@ class _Measurements:
         """How many seconds Holdfast needs for `load`, from when all of it waits."""
         with self._stand.database(template) as engine:
             with self._stand.holdfast(engine, workers=workers):
-                took_s = self._stand.drain_s(load.envelopes)
+                took_s = self._stand.drain_s(load.envelopes) + self._stand.waiting_s(engine)
             _check(engine, load, used_before=used_before)
         return took_s
 

@@ -121,6 +121,15 @@ class Stand:
             time.sleep(POLL_S)
         return time.perf_counter() - began_at
 
+    def waiting_s(self, engine: Engine) -> float:
+        """How many seconds until no message waits for its organization, as on a busy machine one may, for a moment."""
+        began_at = time.perf_counter()
+        with engine.connect() as connection:
+            while connection.execute(text("SELECT EXISTS (SELECT FROM waiting_messages)")).scalar_one():
+                connection.rollback()
+                time.sleep(POLL_S)
+        return time.perf_counter() - began_at
+
     def empty_queue(self) -> int:
         """Throw away what waits; how many messages that were."""
         waiting = self._in_broker()
