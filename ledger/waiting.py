@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 import psycopg
+from psycopg.errors import SerializationFailure
 from psycopg.rows import args_row
 from sqlalchemy import Connection, text
 
@@ -72,7 +73,7 @@ _KEEP = """
 """
 _FIRST = """
     SELECT number, task, body, answer_to, error_code, error FROM waiting_messages
-    WHERE org_id = %b ORDER BY number LIMIT %b FOR UPDATE SKIP LOCKED
+    WHERE org_id = %b ORDER BY number LIMIT %b
 """
 _REMOVE = "DELETE FROM waiting_messages WHERE org_id = %b AND number = ANY(%b::bigint[])"
 
@@ -101,14 +102,18 @@ def keep(connection: psycopg.Connection[Any], messages: Sequence[WaitingMessage]
 
 
 def first(connection: psycopg.Connection[Any], org_id: str, limit: int) -> "psycopg.Cursor[NumberedMessage]":
-    """The messages of `org_id` that wait longest, at most `limit`, locked; without those that somebody else has."""
+    """The messages of `org_id` that wait longest, at most `limit`. Whoever holds its wallet's lock may apply them."""
     cursor = connection.cursor(row_factory=args_row(NumberedMessage), binary=True)
     return cursor.execute(_FIRST, [org_id, limit])
 
 
 def remove(connection: psycopg.Connection[Any], org_id: str, numbers: Sequence[int]) -> None:
-    """Have these messages of `org_id` wait no more, in the transaction of `connection`."""
-    connection.execute(_REMOVE, [org_id, arrays.bigint(numbers)])
+    """Have these messages of `org_id` wait no more, in the transaction of `connection`.
+
+    Raises SerializationFailure if somebody else has done that already, as without a wallet they can.
+    """
+    if connection.execute(_REMOVE, [org_id, arrays.bigint(numbers)]).rowcount != len(numbers):
+        raise SerializationFailure("somebody else has applied these messages")
 
 
 def organizations(connection: Connection, *, most: int = MAX_NAMED) -> list[WaitingOrganization]:

@@ -236,6 +236,30 @@ def test_a_dead_letter_that_somebody_has_locked_delays_nobody_else(engine: Engin
     assert audit.verify(engine).is_clean
 
 
+def test_a_waiting_message_that_somebody_has_locked_is_not_overtaken(engine: Engine, other: Engine) -> None:
+    apply_batch(engine, [purchase("acme", "first")])
+    with locked(other, "acme"):
+        apply_batch(engine, [purchase("acme", f"p{n}") for n in range(3)])
+    with holding(other, "SELECT 1 FROM waiting_messages ORDER BY number LIMIT 1 FOR UPDATE"):
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            apply_waiting(engine, "acme", limit=500)
+        assert purchases_in_order(engine, "acme") == ["first"]
+    assert outcomes(apply_all_waiting(engine, "acme")) == ["posted"] * 3
+    assert purchases_in_order(engine, "acme") == ["first", "p0", "p1", "p2"]
+    assert is_sound(engine)
+
+
+def test_two_workers_at_once_make_one_dead_letter_of_a_message_without_a_wallet(engine: Engine, other: Engine) -> None:
+    nameless = Delivery("", InvalidMessage("undecodable_message", "it cannot be read", None), b"\x00?")
+    apply_batch(engine, [nameless])
+    with holding(other, "SELECT 1 FROM dead_letters FOR UPDATE"):
+        apply_batch(engine, [nameless])
+    with holding(other, "DELETE FROM waiting_messages"), pytest.raises(psycopg.errors.LockNotAvailable):
+        apply_waiting(engine, waiting.NOBODY, limit=1)
+    assert outcomes(apply_all_waiting(engine, waiting.NOBODY)) == ["DeadLettered"]
+    assert sql(engine, "SELECT attempts FROM dead_letters") == [(2,)]
+
+
 def test_a_waiting_message_that_can_never_be_applied_becomes_a_dead_letter(engine: Engine, other: Engine) -> None:
     apply_batch(engine, [purchase("acme", "first")])
     with locked(other, "acme"):
