@@ -27,14 +27,14 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import psycopg
-from psycopg.errors import QueryCanceled
+from psycopg.errors import LockNotAvailable, QueryCanceled
 from psycopg.rows import args_row
 from sqlalchemy import BigInteger, Dialect, Engine, Table, Text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 
 from ledger import arrays, dead_letters, rules, tables, waiting
-from ledger.database import describe, is_lost_connection, is_transient, may_be_local
+from ledger.database import LOCK_TIMEOUT_S, describe, is_lost_connection, is_transient, may_be_local
 from ledger.dead_letters import DeadLetter
 from ledger.messages import (
     InvalidMessage,
@@ -61,11 +61,17 @@ MOST_DUE = 1_000
 PATIENCE_S = 1.0
 """How long a batch waits for one statement before it looks for the culprit."""
 
+SHORT_PATIENCE_S = 0.25
+"""The same while it looks for the culprit: many times what a few messages take, and others wait behind them."""
+
 LONG_PATIENCE_S = 10.0
 """How long one statement may take where nobody else waits for it."""
 
 PIECES = 32
 """Into how many parts a batch is split that fails for somebody's reason: two steps lead to the culprit."""
+
+MOST_CULPRITS_IN_A_ROW = 10
+"""How many stand alone, and none without a fault between them, before it is taken for everybody's fault."""
 
 LOCKED = "somebody has locked its wallet"
 BEHIND = "its earlier messages wait"
@@ -206,10 +212,10 @@ def _in_transactions(
                 pending.append((batch, True))
             elif len(batch) > 1:
                 pending += [(part, True) for part in _parts(batch, -(-len(batch) // PIECES))]
-            elif culprits_in_a_row == 0:
-                culprits_in_a_row = 1
+            elif culprits_in_a_row < MOST_CULPRITS_IN_A_ROW:
+                culprits_in_a_row += 1
                 answers.append(keep_waiting(engine, batch[0], error))
-            else:  # and none without this fault in between: it is everybody's
+            else:
                 raise
     return answers
 
@@ -451,11 +457,11 @@ class _WorkingSet:
         """
         named_ids = {message.org_id for message in messages}
         org_ids = sorted(named_ids.difference(known_to_wait))
-        lock = f"{_LOCK_WALLETS} SKIP LOCKED" if skip_locked else _LOCK_WALLETS
+        lock, read_clock = (_LOCK_WALLETS_THAT_CAN_BE, _CAREFUL_CLOCK) if skip_locked else (_LOCK_WALLETS, _CLOCK)
         with connection.pipeline():
             connection.execute(_BEGIN)
             locked = _select(connection, Wallet, lock, [arrays.text(org_ids)])
-            clock = connection.execute(_CLOCK)
+            clock = connection.execute(read_clock)
             named = _Named(messages)
             workflows = _find(connection, Workflow, _WORKFLOWS, named.workflows)
             posted = _find(connection, PostedMessage, _POSTED, named.posted)
@@ -466,7 +472,12 @@ class _WorkingSet:
             if len(there) < len(missing) or not skip_locked:
                 # Those that are not there will be; one that is there by now was just created by somebody else.
                 connection.execute("ROLLBACK")
-                cls.create(connection, set(missing) - there)
+                unknown = sorted(set(missing) - there)
+                if skip_locked:
+                    being_created = [org_id for org_id in unknown if not cls.can_create(connection, org_id)]
+                    known_to_wait = {*known_to_wait, *being_created}
+                else:
+                    cls.create(connection, unknown)
                 return cls.load(connection, messages, known_to_wait=known_to_wait, skip_locked=skip_locked)
             work.reasons_to_wait = dict.fromkeys(missing, LOCKED)
         if somebody_waits:
@@ -484,7 +495,7 @@ class _WorkingSet:
         """Lock the wallet of `org_id`, if it can be had, post what is due, and read the first messages that wait."""
         with connection.pipeline():
             connection.execute(_BEGIN)
-            locked = _select(connection, Wallet, f"{_LOCK_WALLETS} SKIP LOCKED", [arrays.text([org_id])])
+            locked = _select(connection, Wallet, _LOCK_WALLETS_THAT_CAN_BE, [arrays.text([org_id])])
             clock = connection.execute(_clock(patience_s))
             kept = waiting.first(connection, org_id, limit)
         work = cls(locked.fetchall(), clock.fetchall()[0][0])
@@ -497,7 +508,7 @@ class _WorkingSet:
         """Lock those of the wallets `org_ids` that nobody else holds, and post what is due in them."""
         with connection.pipeline():
             connection.execute(_BEGIN)
-            locked = _select(connection, Wallet, f"{_LOCK_WALLETS} SKIP LOCKED", [arrays.text(sorted(org_ids))])
+            locked = _select(connection, Wallet, _LOCK_WALLETS_THAT_CAN_BE, [arrays.text(sorted(org_ids))])
             clock = connection.execute(_clock(LONG_PATIENCE_S))
         work = cls(locked.fetchall(), clock.fetchall()[0][0])
         work._post_due(connection, set())
@@ -512,6 +523,19 @@ class _WorkingSet:
             connection.execute(_BEGIN)
             connection.execute(*_CREATE_WALLETS.of([Wallet(org_id) for org_id in org_ids]))
             connection.execute("COMMIT")
+
+    @classmethod
+    def can_create(cls, connection: Connection, org_id: str) -> bool:
+        """Create a wallet, unless somebody else is about to create it and takes time over that."""
+        connection.execute(_BEGIN)
+        connection.execute(_CAREFUL_CLOCK)
+        try:
+            connection.execute(*_CREATE_WALLETS.of([Wallet(org_id)]))
+        except (LockNotAvailable, QueryCanceled):
+            connection.execute("ROLLBACK")
+            return False
+        connection.execute("COMMIT")
+        return True
 
     def load_named(self, connection: Connection, messages: Sequence[Message]) -> None:
         """Load what deciding `messages` needs besides their wallets, which are locked."""
@@ -763,6 +787,7 @@ def _clock(statement_timeout_s: float) -> str:
     # Rows are looked up by their keys, one after the other; the planner takes that for dearer than it is, and would
     # rather read all of a table of some hundred thousand rows.
     settings = {
+        "lock_timeout": f"{min(LOCK_TIMEOUT_S, statement_timeout_s / 2)}s",
         "statement_timeout": f"{statement_timeout_s}s",
         "enable_hashjoin": "off",
         "enable_mergejoin": "off",
@@ -774,8 +799,9 @@ def _clock(statement_timeout_s: float) -> str:
 # Whatever the server's default: what is read once a lock is held is current.
 _BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 # The clock is read once the locks are held, and whether anybody waits at all; the settings are for what follows.
-_CLOCK = _clock(PATIENCE_S)
+_CLOCK, _CAREFUL_CLOCK = _clock(PATIENCE_S), _clock(SHORT_PATIENCE_S)
 _LOCK_WALLETS = f"SELECT {_names(Wallet)} FROM wallets WHERE org_id = ANY(%b::text[]) ORDER BY org_id FOR UPDATE"
+_LOCK_WALLETS_THAT_CAN_BE = f"{_LOCK_WALLETS} SKIP LOCKED"
 _THERE = "SELECT org_id FROM wallets WHERE org_id = ANY(%b::text[])"
 _WAITING = "SELECT DISTINCT org_id FROM waiting_messages WHERE org_id = ANY(%b::text[])"
 _CREATE_WALLETS = _insert(tables.wallets, Wallet, "ON CONFLICT DO NOTHING")
