@@ -2,7 +2,8 @@
 
 Two real workers, two beats, a broker and a PostgreSQL of its own, and a producer in plain Celery; beside them, on the
 same broker, another application with a worker of its own, whom nothing of this may concern. Worker, beat and broker are
-killed, a worker is stopped for longer than the visibility timeout, PostgreSQL is ended as by a crash. One
+killed, a worker is stopped for longer than the visibility timeout, PostgreSQL is ended as by a crash; somebody locks
+some wallets, and more reservations than one transaction releases expire at once. One
 seed decides on the messages and on the order of the faults, but the moments are the machine's: the same seed is the
 same plan, not the same run.
 

@@ -18,7 +18,7 @@ from sqlalchemy import Engine
 from ledger import audit
 from tests.nemesis import neighbour
 from tests.nemesis.producer import Sent
-from tests.nemesis.workload import SHORT_HOLD_S, Message, marks
+from tests.nemesis.workload import FLOOD_HOLD_S, SHORT_HOLD_S, Message, marks
 from tests.support import sql
 
 POSTING_ID = {
@@ -34,6 +34,8 @@ ANSWERS = {
     "already_ended": ("ignored", "already_ended"),
 }
 ENDS = ("finish", "cancel", "fail")
+EXPIRING_S = (SHORT_HOLD_S, FLOOD_HOLD_S)
+IN_PLENTY = ("ample", "flood")
 FIRST_PERIOD = "subscription:plan:0"
 ANSWER_KEY = "celery-task-meta-"
 
@@ -44,7 +46,7 @@ class Finding:
 
     kind: str
     """lost, applied twice, balance, dead letter, answer, invariant; neighbour, if another application came to harm;
-    process, if one ended or did not; drain; broken."""
+    process, if one ended or did not; drain; liveness, if somebody waited for somebody else; broken."""
     what: str
     numbers: tuple[int, ...] = ()
     """The messages that it is about."""
@@ -66,6 +68,8 @@ class Observed:
     """What the database and the broker hold."""
 
     due_until: datetime
+    until: datetime
+    """When it was read."""
     wallets: dict[str, dict[str, Any]] = field(default_factory=dict)
     workflows: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     posted: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
@@ -87,7 +91,8 @@ class Observed:
 
 def observe(engine: Engine, broker: redis.Redis, due_until: datetime) -> Observed:
     """Read it all. Nobody writes any more, and what time alone does was done until `due_until`."""
-    seen = Observed(due_until)
+    [(until,)] = sql(engine, "SELECT clock_timestamp()")
+    seen = Observed(due_until, until)
     for org_id, row in sql(engine, "SELECT org_id, to_jsonb(wallets) FROM wallets"):
         seen.wallets[org_id] = row
     for org_id, workflow_id, row in sql(engine, "SELECT org_id, workflow_id, to_jsonb(workflows) FROM workflows"):
@@ -308,20 +313,23 @@ class _Organization:
     def _check_hold(self, workflow_id: str, said: Mapping[str, Message], row: Mapping[str, Any]) -> Iterator[Finding]:
         start, held = said["start"], said["start"].fields["credits"]
         about = (start.number,)
-        if row.get("start_answer") == "insufficient_credits" and self.org_id.startswith("ample"):
+        if row.get("start_answer") == "insufficient_credits" and self.org_id.startswith(IN_PLENTY):
             yield Finding("balance", f"{self.org_id}: {workflow_id} was rejected, with credits in plenty", about)
         if row.get("start_answer") != "reserved":
             return  # so there may be no event either
         yield from self._event(f"start:{workflow_id}", -held, start)
         ended = any(end in said for end in ENDS)
-        expired = row["state"] == "expired" and start.fields.get("expires_in_s") == SHORT_HOLD_S
+        expires_at = datetime.fromisoformat(row["expires_at"])
+        expired = row["state"] == "expired" and start.fields.get("expires_in_s") in EXPIRING_S
+        if row["state"] == "expired" and expires_at > self.seen.until:
+            yield Finding("balance", f"{self.org_id}: {workflow_id} expired before its time, {expires_at}", about)
         if ended or expired:
             yield from self._event(f"release:{workflow_id}", held, start)
         else:
             self.reserved += held
             if row["state"] != "reserved":
                 yield Finding("balance", f"{self.org_id}: {workflow_id} is {row['state']}, and nobody ended it", about)
-            elif datetime.fromisoformat(row["expires_at"]) < self.seen.due_until:
+            elif expires_at < self.seen.due_until:
                 yield Finding("lost", f"{self.org_id}: the hold of {workflow_id} should have expired", about)
 
     def _check_plans(self) -> Iterator[Finding]:

@@ -1,13 +1,14 @@
 """Two workers, two beats, PostgreSQL and a broker, all of them the nemesis's own, and what it does to them.
 
-Nothing is done to the worker of the other application.
+Nothing is done to the worker of the other application; it is started again if it ends.
 """
 
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from threading import Event
@@ -17,12 +18,15 @@ from typing import Self
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import DBAPIError
 
 from ledger import migrations
 from ledger.database import connect
 from tests.acceptance.installation import environment
 from tests.nemesis import neighbour
 from tests.nemesis.producer import Producer
+from tests.nemesis.workload import FLOOD_ORG_ID, Message
 from tests.support import sql
 from worker.broker import QUEUE
 from worker.embedded import Embedded
@@ -53,7 +57,8 @@ DECK = (
     *["kill_both_workers", "stop_and_continue_worker", "stop_and_continue_worker"],
     *["crash_postgres"] * 2,
     *["kill_broker"] * 2,
-    "kill_beat",
+    *["lock_wallets"] * 2,
+    *["kill_beat", "expire_flood"],
 )
 """What happens, in a random order, before it happens again."""
 
@@ -62,6 +67,22 @@ HELD = (1, 1, 3, 10)
 MOMENTS_S = (0, 0, 0.001, 0.002, 0.005, 0.01)
 BUSY_WITHIN_S = 2.0
 POLL_S = 0.0005
+
+WAITING = "waiting_messages"
+LOCKED_WALLETS = 5
+OTHERS = 10
+"""How many messages of other organizations, at least, have to be applied while some wallets are locked."""
+RECOVERED_WITHIN_S, APPLIED_WITHIN_S, LOOK_S = 15.0, 5.0, 0.02
+LOCK_TIMEOUT_S = 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Lock:
+    """Some wallets that are locked in a session of ours."""
+
+    connection: Connection
+    org_ids: frozenset[str]
+    until: float
 
 
 class Machine:
@@ -73,17 +94,24 @@ class Machine:
         self.kills_at_work = 0
         """How often it was a worker that held messages."""
         self.stops_at_work = 0
+        self.locks_at_work = 0
+        """How often messages waited for the wallets that were locked, when they were given up."""
+        self.largest_flood = 0
+        """The most reservations of one organization that were made to expire at once."""
+        self.held_up: list[str] = []
+        """Who had to wait while the wallets of others were locked."""
         self.well_since = monotonic()
         """When the last fault was over."""
         self._folder = folder
         self._order = Random(seed)
         self._random = Random(seed + 1)
         self._note = note
-        self._busy_within_s = BUSY_WITHIN_S * patience
+        self._patience = patience
         self._cleanup = ExitStack()
         self._deck: list[str] = []
         self._decks = 0
         self._stopped: tuple[Process, float] | None = None
+        self._lock: _Lock | None = None
         self._found_dead: list[str] = []
         self._never = Event()
         self.services = Embedded(folder, durable=False)
@@ -101,11 +129,13 @@ class Machine:
             for number in (1, 2):
                 self.workers.append(self._child(cleanup, f"worker-{number}", WORKER))
                 self.beats.append(self._child(cleanup, f"beat-{number}", BEAT))
-            self._child(cleanup, "neighbour", neighbour.WORKER)
+            self._neighbour = self._child(cleanup, "neighbour", neighbour.WORKER)
             self._cleanup = cleanup.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.connection.close()
         self._cleanup.close()
 
     def _child(self, cleanup: ExitStack, name: str, script: str) -> Process:
@@ -127,14 +157,19 @@ class Machine:
 
     # What can be seen from outside
 
-    def waiting(self) -> dict[str, int]:
-        """How many messages are where, at one instant."""
+    def waiting(self) -> dict[str, int | None]:
+        """How many messages are where: first in the broker, at one instant, then in the database; None: it is down."""
         with self.broker.pipeline(transaction=True) as pipe:
             pipe.llen(QUEUE).hlen(UNACKED).zcard(UNACKED_INDEX)
-            return dict(zip((QUEUE, UNACKED, UNACKED_INDEX), pipe.execute(), strict=True))
+            found = dict(zip((QUEUE, UNACKED, UNACKED_INDEX), pipe.execute(), strict=True))
+        try:
+            [(found[WAITING],)] = sql(self.engine, f"SELECT count(*) FROM {WAITING}")
+        except DBAPIError:
+            found[WAITING] = None
+        return found
 
     def is_drained(self) -> bool:
-        return not any(self.waiting().values())
+        return all(messages == 0 for messages in self.waiting().values())
 
     def is_nothing_due(self) -> bool:
         """Whether no period and no expiry waits to be posted."""
@@ -155,7 +190,7 @@ class Machine:
         children = [*self.workers, *self.beats, self.services.postgres, self.services.broker]
         return self._found_dead + [_end_of(child) for child in children if not child.is_running]
 
-    # Faults. Each ends with everything running again, except for one worker that may be stopped for a while.
+    # Faults. Each ends with everything running again, but a worker may be stopped, and wallets locked, for a while.
 
     def next_fault(self, producer: Producer) -> None:
         """One fault of the deck."""
@@ -175,10 +210,14 @@ class Machine:
                 self._kill_broker(producer)
             case "kill_beat":
                 self._kill_beat()
+            case "lock_wallets":
+                self._lock_wallets(producer)
+            case "expire_flood":
+                self._expire_flood()
         self.well_since = monotonic()
 
     def last_fault(self) -> None:
-        """Both workers at work, when nobody is stopped any more."""
+        """Both workers at work, when nobody is stopped and nothing is locked any more."""
         self.heal(wait=True)
         self._kill_workers(self._awake)
         self.well_since = monotonic()
@@ -189,17 +228,25 @@ class Machine:
         return self._decks > 1 or (self._decks == 1 and not self._deck)
 
     def heal(self, *, wait: bool = False) -> None:
-        """Continue the worker that was stopped, if it was stopped for long enough, or when it was."""
-        if self._stopped is None:
-            return
-        worker, until = self._stopped
-        if wait:
-            self._never.wait(max(0, until - monotonic()))
-        if wait or monotonic() >= until:
+        """End what was to last for a while, if it has lasted long enough, or when it has."""
+        if not self._neighbour.is_running:  # Celery's own worker does not always survive the loss of its connection
+            self._note(f"the neighbour is started again, which ended: {self._neighbour.last_words()[:200]}")
+            self._neighbour.start()
+        if self._stopped is not None and self._is_over(self._stopped[1], wait=wait):
+            worker, _ = self._stopped
             self._stopped = None
             os.kill(worker.pid, signal.SIGCONT)
             self.well_since = monotonic()
             self._note(f"{worker.name} goes on")
+        if self._lock is not None and self._is_over(self._lock.until, wait=wait):
+            lock, self._lock = self._lock, None
+            self._give_up(lock)
+            self.well_since = monotonic()
+
+    def _is_over(self, until: float, *, wait: bool) -> bool:
+        if wait:
+            self._never.wait(max(0, until - monotonic()))
+        return wait or monotonic() >= until
 
     @property
     def _awake(self) -> list[Process]:
@@ -262,6 +309,77 @@ class Machine:
         beat.start()
         self._note(f"SIGKILL {beat.name}")
 
+    def _lock_wallets(self, producer: Producer) -> None:
+        if self._lock is not None:
+            return
+        connection, until = self.engine.connect(), monotonic() + LOCK_TIMEOUT_S
+        some = {"salt": str(self._random.random()), "most": LOCKED_WALLETS}
+        while not (locked := frozenset(connection.execute(_LOCK, some).scalars())) and monotonic() < until:
+            self.heal(wait=True)  # a worker that is stopped may have locked them all
+            self._never.wait(LOOK_S)
+        before = len(producer.sent)
+        self._lock = _Lock(connection, locked, monotonic())
+        others = "a worker is stopped: others may wait"
+        if self._stopped is None:  # it may have locked what it likes
+            others = self._watch_others(producer, before)
+        lock_s = self._random.uniform(2, 4)
+        self._lock = _Lock(connection, locked, monotonic() + lock_s)
+        self._note(f"{', '.join(sorted(locked))} locked for {lock_s:.1f} s; {others}")
+
+    def _watch_others(self, producer: Producer, before: int) -> str:
+        """Nothing but the lock is the matter: others must not notice.
+
+        How soon the workers are back from the fault before is another question, so the time counts from the first sign
+        of life.
+        """
+        assert self._lock is not None
+        began_at, locked = monotonic(), self._lock.org_ids
+        until = began_at + RECOVERED_WITHIN_S * self._patience
+        finishes: list[Message] = []
+        while len(finishes) < OTHERS:
+            if monotonic() > until or producer.error is not None:
+                return "too little was sent to see whether others wait"
+            self._never.wait(LOOK_S)
+            finishes = [
+                one.message
+                for one in list(producer.sent.values())[before:]
+                if (one.message.task, one.message.fate) == ("workflow.finish", "applied")
+                and one.confirmed
+                and one.message.org_id not in locked
+            ]
+        applied, is_alive = 0, False
+        while (applied := self._count_applied(finishes)) < len(finishes):
+            if applied > 0 and not is_alive:
+                is_alive, until = True, monotonic() + APPLIED_WITHIN_S * self._patience
+            if monotonic() > until:
+                what = f"of {len(finishes)} messages of others only {applied} were applied"
+                self.held_up.append(f"while {', '.join(sorted(locked))} were locked, {what}")
+                return what
+            self._never.wait(LOOK_S)
+        return f"{applied} messages of others were applied within {monotonic() - began_at:.1f} s"
+
+    def _count_applied(self, finishes: Collection[Message]) -> int:
+        org_ids, workflow_ids = zip(*[(one.org_id, one.fields["workflow_id"]) for one in finishes], strict=True)
+        [(applied,)] = sql(self.engine, _APPLIED, org_ids=list(org_ids), workflow_ids=list(workflow_ids))
+        return int(applied)
+
+    def _give_up(self, lock: _Lock) -> None:
+        names = ", ".join(sorted(lock.org_ids))
+        with lock.connection:
+            try:
+                waiting = lock.connection.execute(_WAITING_FOR, {"org_ids": list(lock.org_ids)}).scalar_one()
+            except DBAPIError:
+                self._note(f"{names} locked no more, since PostgreSQL ended")
+                return
+        self.locks_at_work += waiting > 0
+        self._note(f"{names} locked no more; {waiting} messages waited")
+
+    def _expire_flood(self) -> None:
+        self.heal(wait=True)  # a worker that is stopped may have locked the wallet
+        expired = expire_all(self.engine, FLOOD_ORG_ID)
+        self.largest_flood = max(self.largest_flood, expired)
+        self._note(f"{expired} reservations of {FLOOD_ORG_ID} expire at once")
+
     def _moment_without_postponed_writes(self) -> float:
         """The kernel has all that the broker has confirmed before this moment."""
         for _ in range(10_000):
@@ -273,12 +391,39 @@ class Machine:
     def _wait_until_busy(self, worker: Process) -> None:
         """Wait until it holds some messages, and then a moment more, so that it is hit in every phase of a batch."""
         at_least, began_at = self._random.choice(HELD), monotonic()
-        while self.services.broker.is_running and monotonic() < began_at + self._busy_within_s:
+        while self.services.broker.is_running and monotonic() < began_at + BUSY_WITHIN_S * self._patience:
             held = self.held_by(worker.pid)
             if held >= at_least or (held > 0 and monotonic() > began_at + BUSY_WITHIN_S):
                 break
             self._never.wait(POLL_S)
         self._never.wait(self._random.choice(MOMENTS_S))
+
+
+_LOCK = text(
+    "SELECT org_id FROM wallets WHERE org_id ~ '^(ample|scarce)-' "
+    "ORDER BY md5(org_id || :salt) LIMIT :most FOR UPDATE SKIP LOCKED"
+)
+_WAITING_FOR = text(f"SELECT count(*) FROM {WAITING} WHERE org_id = ANY(:org_ids)")
+_APPLIED = (
+    "SELECT count(*) FROM workflows JOIN unnest(CAST(:org_ids AS text[]), CAST(:workflow_ids AS text[])) "
+    "AS finished (org_id, workflow_id) USING (org_id, workflow_id) WHERE finish_credits IS NOT NULL"
+)
+
+
+def expire_all(engine: Engine, org_id: str) -> int:
+    """Have all open reservations of `org_id` expire a moment ago, as if time had passed; returns how many."""
+    with engine.begin() as connection:
+        connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S}s'"))
+        lock = text("SELECT clock_timestamp() FROM wallets WHERE org_id = :org_id FOR UPDATE")
+        now = connection.execute(lock, {"org_id": org_id}).scalar_one()
+        expired = connection.execute(
+            text("UPDATE workflows SET expires_at = :now WHERE org_id = :org_id AND state = 'reserved'"),
+            {"org_id": org_id, "now": now},
+        )
+        connection.execute(
+            text("UPDATE wallets SET next_hold_expiry = :now WHERE org_id = :org_id"), {"org_id": org_id, "now": now}
+        )
+        return int(expired.rowcount)
 
 
 def _end_of(process: Process) -> str:

@@ -2,7 +2,7 @@
 
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -13,12 +13,13 @@ from threading import Event
 from time import monotonic
 from typing import Literal
 
+from ledger.store import MOST_DUE
 from tests.nemesis import checker
 from tests.nemesis.checker import Finding
 from tests.nemesis.machine import Machine
 from tests.nemesis.neighbour import Neighbour, hold
 from tests.nemesis.producer import Producer
-from tests.nemesis.workload import Workload
+from tests.nemesis.workload import Message, Workload
 from tests.support import sql
 from worker.process import Process
 
@@ -51,12 +52,17 @@ class Report:
     goal: Goal
     folder: Path
     messages: int = 0
+    """Without those of the opening."""
     sends: int = 0
     kills: int = 0
     has_done_all: bool = False
     """Whether every kind of fault happened."""
     kills_at_work: int = 0
     stops_at_work: int = 0
+    locks_at_work: int = 0
+    """How often messages waited for wallets that somebody had locked, until he gave them up."""
+    largest_flood: int = 0
+    """How many reservations of one organization were made to expire at once."""
     absorbed: int = 0
     """Deliveries of what was committed already."""
     neighbour_tasks: int = 0
@@ -75,6 +81,8 @@ class Report:
                 (self.kills < self.goal.kills, f"{self.kills} kills of {self.goal.kills} happened"),
                 (not self.has_done_all, "some kind of fault did not happen"),
                 (self.kills_at_work == 0, "no worker was killed at work"),
+                (self.locks_at_work == 0, "no message waited for a locked wallet"),
+                (self.largest_flood <= MOST_DUE, f"{self.largest_flood} reservations expired at once, a few"),
                 (self.absorbed == 0, "no message was delivered again after its commit"),
                 (self.neighbour_tasks == 0, "the other application did not work until the end"),
             )
@@ -92,6 +100,7 @@ class Report:
         summary = (
             f"{self.verdict}: seed {self.seed}, {self.messages} messages sent {self.sends} times, {self.kills} kills, "
             f"{self.kills_at_work} of workers at work, {self.stops_at_work} workers stopped at work, "
+            f"{self.locks_at_work} locked wallets waited for, {self.largest_flood} reservations expired at once, "
             f"{self.absorbed} deliveries of what was committed already, {self.neighbour_tasks} tasks of another "
             f"application, drained {drained}"
         )
@@ -114,6 +123,8 @@ def run(seed: int, goal: Goal, folder: Path, *, say: Callable[[str], None] = lam
     with ExitStack() as cleanup:
         machine = cleanup.enter_context(Machine(folder, seed, note, patience=goal.patience))
         workload = Workload(seed, datetime.now(UTC))
+        opening = workload.opening(), workload.flood()
+        opened = sum(map(len, opening))
         # Faster than the goal needs, as nothing is sent while the broker is away.
         rate = 1.5 * goal.messages / goal.seconds
         producer = Producer(machine.services.broker_url, workload, seed=seed, messages_per_s=rate)
@@ -121,29 +132,32 @@ def run(seed: int, goal: Goal, folder: Path, *, say: Callable[[str], None] = lam
         neighbour = cleanup.enter_context(closing(Neighbour(machine.services.broker_url, folder)))
         try:
             hold(machine.broker, machine.services.broker_url)
-            _open(machine, producer, workload, goal)
+            _open(machine, producer, opening, goal)
             note("everything runs")
             producer.start()
             neighbour.start()
-            _strike(machine, producer, goal, report)
+            _strike(machine, producer, goal, report, opened=opened)
             note("no more faults")
             _recover(machine, producer, neighbour, workload, report, note)
         except Exception as error:  # noqa: BLE001 - what happened until then is worth a report
             report.findings.append(Finding("broken", "".join(traceback.format_exception(error))))
-        report.messages, report.sends = len(producer.sent), sum(sent.calls for sent in producer.sent.values())
+        after_opening = list(producer.sent.values())[opened:]
+        report.messages, report.sends = len(after_opening), sum(sent.calls for sent in after_opening)
         report.kills, report.kills_at_work = machine.kills, machine.kills_at_work
         report.stops_at_work, report.has_done_all = machine.stops_at_work, machine.has_done_all
+        report.locks_at_work, report.largest_flood = machine.locks_at_work, machine.largest_flood
     return report
 
 
-def _open(machine: Machine, producer: Producer, workload: Workload, goal: Goal) -> None:
-    """Have applied what the rest builds upon."""
-    producer.send(workload.opening())
-    if not _wait(machine.is_drained, READY_WITHIN_S * goal.patience):
-        raise TimeoutError(f"the opening was not applied in time: {machine.waiting()}")
+def _open(machine: Machine, producer: Producer, opening: Iterable[list[Message]], goal: Goal) -> None:
+    """Have applied what the rest builds upon, one part after the other."""
+    for part in opening:
+        producer.send(part)
+        if not _wait(machine.is_drained, READY_WITHIN_S * goal.patience):
+            raise TimeoutError(f"the opening was not applied in time: {machine.waiting()}")
 
 
-def _strike(machine: Machine, producer: Producer, goal: Goal, report: Report) -> None:
+def _strike(machine: Machine, producer: Producer, goal: Goal, report: Report, *, opened: int) -> None:
     began_at, pause, random = monotonic(), Event(), Random(report.seed)
 
     def has_done_enough() -> bool:
@@ -153,7 +167,8 @@ def _strike(machine: Machine, producer: Producer, goal: Goal, report: Report) ->
             and machine.kills >= goal.kills
             and machine.kills_at_work > 0
             and machine.stops_at_work > 0
-            and len(producer.sent) >= goal.messages
+            and machine.locks_at_work > 0
+            and len(producer.sent) - opened >= goal.messages
         )
 
     while not (has_done_enough() or report.findings or monotonic() > began_at + 3 * goal.seconds * goal.patience):
@@ -162,6 +177,7 @@ def _strike(machine: Machine, producer: Producer, goal: Goal, report: Report) ->
         machine.heal()
         machine.next_fault(producer)
         pause.wait(random.uniform(0.2, 2))
+        report.findings += [Finding("liveness", what) for what in machine.held_up]
         report.findings += [Finding("process", f"it ended by itself: {who}") for who in machine.dead_by_themselves()]
     if report.findings:
         machine.heal(wait=True)

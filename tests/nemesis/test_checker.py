@@ -14,18 +14,23 @@ import redis
 from sqlalchemy import Engine
 
 from ledger import audit
+from ledger.database import connect
 from ledger.messages import InvalidMessage
+from ledger.scheduler import release_expired
 from ledger.state import Result
-from ledger.store import Delivery, apply_batch
+from ledger.store import MOST_DUE, Delivery, apply_batch
 from tests.nemesis import checker, neighbour
 from tests.nemesis.checker import ANSWER_KEY, Finding
+from tests.nemesis.machine import WAITING, Machine, expire_all
 from tests.nemesis.producer import Producer, Sent
 from tests.nemesis.run import Goal, Report
-from tests.nemesis.workload import Message, Workload
+from tests.nemesis.workload import FLOOD_ORG_ID, Message, Workload
 from tests.support import sql
 from worker.embedded import Embedded
 
 HOUR = timedelta(hours=1)
+SEED = 20
+"""With this one, the messages are of all kinds."""
 
 
 class Ledger:
@@ -35,8 +40,8 @@ class Ledger:
         self.engine = engine
         self.broker = broker
         now = datetime.now(UTC)
-        workload = Workload(7, now - 3 * HOUR)
-        self.messages = workload.opening()
+        workload = Workload(SEED, now - 3 * HOUR, flood=20)
+        self.messages = workload.opening() + workload.flood()
         for ago in (2 * HOUR, HOUR, -HOUR):  # the last one's idle organization has to wait for its period
             self.messages += workload.chunk(now - ago)
         self.sent: dict[int, Sent] = {}
@@ -119,6 +124,15 @@ def test_nothing_is_found_when_everything_arrives_again_in_another_order(sound: 
     assert sound.findings() == []
 
 
+def test_nothing_is_found_when_a_flood_of_reservations_has_expired(sound: Ledger) -> None:
+    expired = expire_all(sound.engine, FLOOD_ORG_ID)
+    assert expired > 20, "those of the beginning, without three that finished; and two of each chunk"
+    assert release_expired(sound.engine) == expired
+    assert sound.findings() == []
+    sound.apply(reversed(sound.messages))
+    assert sound.findings() == []
+
+
 # Lost
 
 KINDS = [
@@ -174,6 +188,11 @@ def test_a_hold_that_should_have_expired_is_found(sound: Ledger) -> None:
     start = next(message for message in sound.messages if message.fields.get("workflow_id") == workflow_id)
     assert start.org_id == org_id
     assert found(sound.findings(), "lost", start)
+
+
+def test_each_reservation_of_a_flood_that_was_not_released_is_found(sound: Ledger) -> None:
+    expired = expire_all(sound.engine, FLOOD_ORG_ID)
+    assert [finding.kind for finding in sound.findings()] == ["lost"] * expired
 
 
 # Applied twice
@@ -270,10 +289,35 @@ def test_a_changed_amount_is_found_even_if_everything_agrees_with_it(sound: Ledg
     assert found(findings, "balance", grant)
 
 
-def test_a_rejection_of_who_has_plenty_is_found(ledger: Ledger) -> None:
-    start = Message(1_000_000, "workflow.start", {"org_id": "ample-3", "workflow_id": "dear", "credits": 2 * 10**9})
+@pytest.mark.parametrize("org_id", ["ample-3", FLOOD_ORG_ID])
+def test_a_rejection_of_who_has_plenty_is_found(ledger: Ledger, org_id: str) -> None:
+    start = Message(1_000_000, "workflow.start", {"org_id": org_id, "workflow_id": "dear", "credits": 2 * 10**9})
     ledger.apply([*ledger.messages, start])
     assert found(ledger.findings(), "balance", start)
+
+
+def test_a_reservation_that_expired_and_should_have_lasted_is_found(sound: Ledger) -> None:
+    [(org_id, workflow_id), *_] = sql(
+        sound.engine,
+        "SELECT org_id, workflow_id FROM workflows WHERE expires_at > now() + interval '13 hours'"
+        " AND state = 'reserved'",
+    )
+    expire_all(sound.engine, org_id)
+    assert release_expired(sound.engine) > 0
+    start = next(message for message in sound.messages if message.fields.get("workflow_id") == workflow_id)
+    assert found(sound.findings(), "balance", start)
+
+
+def test_a_reservation_that_expired_before_its_time_is_found(sound: Ledger) -> None:
+    expire_all(sound.engine, FLOOD_ORG_ID)
+    assert release_expired(sound.engine) > 0
+    early = sound.first("workflow.start", org_id=FLOOD_ORG_ID)
+    sql(
+        sound.engine,
+        f"UPDATE workflows SET expires_at = now() + interval '1 hour' WHERE workflow_id = '{workflow_of(early)}'",
+    )
+    [finding] = sound.findings()
+    assert (finding.kind, finding.numbers) == ("balance", (early.number,))
 
 
 def test_an_older_setting_that_came_to_hold_is_found(sound: Ledger) -> None:
@@ -368,6 +412,7 @@ GOAL = Goal(seconds=1, messages=10, kills=2)
 
 def report(**changes: object) -> Report:
     proof = {"messages": 10, "kills": 2, "has_done_all": True, "kills_at_work": 1, "absorbed": 1, "neighbour_tasks": 1}
+    proof |= {"locks_at_work": 1, "largest_flood": MOST_DUE + 1}
     return Report(7, GOAL, Path("/logs"), **{**proof, **changes})  # type: ignore[arg-type]
 
 
@@ -379,7 +424,7 @@ def test_a_run_that_found_nothing_and_did_enough_passes() -> None:
     "lacking",
     [
         *({"messages": 9}, {"kills": 1}, {"has_done_all": False}, {"kills_at_work": 0}, {"absorbed": 0}),
-        {"neighbour_tasks": 0},
+        *({"neighbour_tasks": 0}, {"locks_at_work": 0}, {"largest_flood": MOST_DUE}),
     ],
 )
 def test_a_run_that_did_too_little_is_unknown(lacking: dict[str, int]) -> None:
@@ -394,6 +439,24 @@ def test_a_run_that_found_something_fails_and_says_all_that_is_known() -> None:
     assert failed.verdict == "FAIL"
     for part in ("seed 7", "lost: a grant is gone (nemesis-17)", "SIGKILL worker-1", "/logs"):
         assert part in str(failed)
+
+
+# What is drained
+
+
+def test_drained_is_only_what_waits_neither_in_the_broker_nor_in_a_database_that_answers(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    machine = Machine(tmp_path, 7, lambda _: None, patience=1)
+    machine.engine, machine.broker = ledger.engine, ledger.broker
+    assert machine.is_drained()
+    grant = ledger.first("wallet.grant")
+    apply_batch(ledger.engine, [delivery(grant)], known_to_wait=[grant.org_id])
+    assert machine.waiting()[WAITING] == 1
+    assert not machine.is_drained()
+    machine.engine = connect(f"postgresql+psycopg:///nothing?host={tmp_path}")
+    assert machine.waiting()[WAITING] is None
+    assert not machine.is_drained()
 
 
 # What counts as sent

@@ -1,8 +1,8 @@
 """What the nemesis sends: messages whose effect on the balances depends on their set alone, so that it is known.
 
-Three groups of organizations. `ample-…` can always reserve. `scarce-…` often cannot: which of their starts are
+Four groups of organizations. `ample-…` can always reserve. `scarce-…` often cannot: which of their starts are
 rejected depends on the order, what their finishes charge does not. `idle-…` have a subscription that begins by
-itself, and nobody else ever mentions them.
+itself, and nobody else ever mentions them. `flood-1` has very many open reservations.
 
 Every message carries a mark, `nemesis-<number>`, that its dead letter keeps.
 """
@@ -17,7 +17,10 @@ from random import Random
 from typing import Any, Literal
 
 AMPLE, SCARCE = 36, 12
-OPENING_CREDITS = {"ample": 1_000_000_000, "scarce": 400}
+OPENING_CREDITS = {"ample": 1_000_000_000, "scarce": 400, "flood": 1_000_000_000}
+FLOOD_ORG_ID = "flood-1"
+FLOOD = 1_500
+"""How many open reservations `FLOOD_ORG_ID` has at the beginning."""
 MARK = re.compile(rb"nemesis-(\d+)")
 
 WORKFLOWS = {
@@ -32,7 +35,8 @@ WORKFLOWS = {
 }
 """What an engine says of a workflow, in parts of the whole. It arrives in any order."""
 
-SHORT_HOLD_S, LONG_HOLD_S = 60, 86_400
+SHORT_HOLD_S, LONG_HOLD_S, FLOOD_HOLD_S = 60, 86_400, 43_200
+"""The last one ends by a fault."""
 MOST_KEPT = 500
 
 Form = Literal["task", "body", "entry"]
@@ -59,12 +63,13 @@ class Message:
 class Workload:
     """An endless stream of messages."""
 
-    def __init__(self, seed: int, begins_at: datetime) -> None:
+    def __init__(self, seed: int, begins_at: datetime, *, flood: int = FLOOD) -> None:
         self._random = Random(seed)
         self._numbers = count(1)
         self._versions = count(1)
         self._idle = count(1)
         self._sent: list[Message] = []
+        self._flood = [f"flood-{n}" for n in range(flood)]
         self._org_ids = [f"ample-{n}" for n in range(AMPLE)] + [f"scarce-{n}" for n in range(SCARCE)]
         self._anchors = {org_id: begins_at + timedelta(seconds=self._random.uniform(2, 20)) for org_id in self._org_ids}
         self.last_anchor = max(self._anchors.values())
@@ -73,7 +78,7 @@ class Workload:
         """What has to be applied first: the credits that make `ample` ample, and what is contradicted later."""
         return [
             message
-            for org_id in self._org_ids
+            for org_id in [*self._org_ids, FLOOD_ORG_ID]
             for message in (
                 self._message(
                     "wallet.purchase",
@@ -87,12 +92,17 @@ class Workload:
             )
         ]
 
+    def flood(self) -> list[Message]:
+        """The open reservations of `FLOOD_ORG_ID`, for which it needs its credits first."""
+        return [self._flood_start(workflow_id) for workflow_id in self._flood]
+
     def chunk(self, now: datetime) -> list[Message]:
         """A hundred messages and more, in any order, some of them repeated, now or from earlier chunks."""
         messages = [message for _ in range(40) for message in self._workflow()]
         messages += [self._posting() for _ in range(20)]
         messages += [self._subscribe(), self._configure(), self._idle_subscription(now)]
         messages += [self._contradiction(), self._garbage(), self._garbage()]
+        messages += self._flood_workflows()
         again = self._random.choices(messages, k=10)
         if self._sent:
             again += self._random.choices(self._sent, k=5)
@@ -126,6 +136,23 @@ class Workload:
         return [
             self._message(f"workflow.{task}", org_id=org_id, workflow_id=workflow_id, **fields[task]) for task in tasks
         ]
+
+    def _flood_start(self, workflow_id: str) -> Message:
+        return self._message(
+            "workflow.start",
+            org_id=FLOOD_ORG_ID,
+            workflow_id=workflow_id,
+            credits=self._random.randint(0, 100),
+            expires_in_s=FLOOD_HOLD_S,
+        )
+
+    def _flood_workflows(self) -> list[Message]:
+        """Two that begin and stay open, and the finish of one of those at the beginning, expired by now or not."""
+        messages = [self._flood_start(f"run-{next(self._numbers)}") for _ in range(2)]
+        if self._flood:
+            finish = {"org_id": FLOOD_ORG_ID, "workflow_id": self._flood.pop(), "credits": self._random.randint(0, 200)}
+            messages.append(self._message("workflow.finish", **finish))
+        return messages
 
     def _posting(self) -> Message:
         org_id, random = self._org_id(), self._random
