@@ -55,6 +55,7 @@ _TRANSIENT_STATES = frozenset({"XX001", "XX002"})
 _LOCAL_STATES = frozenset({"40001", "40P01", "53200", "55P03", "57014", "XX001", "XX002"})
 
 
+_abandoned: WeakSet[Engine] = WeakSet()
 _connections: WeakKeyDictionary[Engine, WeakSet[psycopg.Connection[Any]]] = WeakKeyDictionary()
 
 
@@ -127,8 +128,14 @@ def _refuse_pooler(connection: psycopg.Connection[Any]) -> None:
         )
 
 
+def is_abandoned(engine: Engine) -> bool:
+    """Whether `abandon` was called: nobody should try a new connection, which may take seconds."""
+    return engine in _abandoned
+
+
 def abandon(engine: Engine) -> None:
     """Break the connections of `engine`: who waits for an answer on one, in another thread, fails as in an outage."""
+    _abandoned.add(engine)
     for connection in list(_connections[engine]):
         with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as shared:
             shared.shutdown(socket.SHUT_RDWR)

@@ -34,7 +34,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 
 from ledger import arrays, dead_letters, rules, tables, waiting
-from ledger.database import LOCK_TIMEOUT_S, describe, is_lost_connection, is_transient, may_be_local
+from ledger.database import LOCK_TIMEOUT_S, describe, is_abandoned, is_lost_connection, is_transient, may_be_local
 from ledger.dead_letters import DeadLetter
 from ledger.messages import (
     InvalidMessage,
@@ -226,7 +226,7 @@ def _parts(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
 
 
 def _others_can_go_on(engine: Engine, error: Exception) -> bool:
-    if not may_be_local(error):
+    if not may_be_local(error) or is_abandoned(engine):
         return False
     if is_lost_connection(error):
         try:

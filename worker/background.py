@@ -49,7 +49,7 @@ TOLD_AFTER_S = 2.0
 MOST_NAMED = 10
 """How many organizations one line of the log names."""
 
-END_WITHIN_S = 2.0
+END_WITHIN_S = 0.5
 """How long a worker that ends waits for this. What is broken off is rolled back, and done by another one."""
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import psycopg
 import pytest
 from fastapi import FastAPI
@@ -261,7 +262,8 @@ def test_a_deadlock_is_waited_out(services: Embedded, installation: Installation
         installation.broker.rename("staging", "credits")  # both at once: one batch
         eventually(lambda: is_waiting_for_a_lock(services, installation))
         rival.execute(lock.format("a"))
-        eventually(lambda: installation.count("waiting_messages") == 2)
+        # Both, or one, if the worker's patience with the first lock ended before the rival came for the second.
+        eventually(lambda: installation.count("waiting_messages") > 0)
         rival.rollback()
     eventually(lambda: installation.count("credit_events") == 4, timeout_s=SOON_S)
     assert eventually(installation.is_drained)
@@ -388,19 +390,16 @@ def test_a_file_that_breaks_in_the_middle_stays_broken(machine: Embedded, fragil
         machine.postgres.start()
 
 
-def backend_of(installation: Installation) -> int:
-    """The server's process for the worker's connection."""
-    [(pid,)] = sql(
-        installation.engine,
-        "SELECT pid FROM pg_stat_activity"
-        " WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'",
-    )
-    return int(pid)
+def processes_of(server: Process) -> list[int]:
+    """The server's own process, and those of its connections."""
+    return [server.pid, *(child.pid for child in psutil.Process(server.pid).children(recursive=True))]
 
 
-def test_a_worker_told_to_stop_while_the_database_is_stuck_gives_its_messages_back_in_time(fed: Any) -> None:
+def test_a_worker_told_to_stop_while_the_database_is_stuck_gives_its_messages_back_in_time(
+    services: Embedded, fed: Any
+) -> None:
     installation, worker, producer = fed
-    with suspended(backend_of(installation)):
+    with suspended(*processes_of(services.postgres)):
         producer.send("wallet.grant", grant("later"))
         eventually(lambda: installation.waiting()["unacked"] == 1)
         terminate(worker)
