@@ -158,15 +158,20 @@ def absorbed(sent: Collection[Sent], seen: Observed) -> int:
 
     Counts only messages that were sent by one call: so it was the broker that delivered them again.
     """
-    return sum(
-        bool((seen.answers.get(one.task_ids[0]) or {}).get("result", {}).get("duplicate"))
-        for one in sent
-        if one.calls == 1 and one.task_ids and one.message.fate == "applied"
-    ) + sum(
+    return answered_again(sent, seen.answers) + sum(
         max(0, letter.attempts - one.calls)
         for one in sent
         if one.message.form != "entry"  # two workers may look at the quarantine at once
         for letter in seen.letters[one.message.number]
+    )
+
+
+def answered_again(sent: Collection[Sent], answers: Mapping[str, Any]) -> int:
+    """How many of these deliveries can be seen by their answers."""
+    return sum(
+        bool((answers.get(one.task_ids[0]) or {}).get("result", {}).get("duplicate"))
+        for one in sent
+        if one.calls == 1 and one.task_ids and one.message.fate == "applied"
     )
 
 
