@@ -233,6 +233,7 @@ class QoS(kombu_redis.QoS):
         for tag in delivery_tags:
             self._delivered.pop(tag, None)
         self._held_bytes -= sum([self._bytes.pop(tag, 0) for tag in delivery_tags])
+        self.channel.ask_again()
 
     def restore_by_tag(self, tag: str, _client: Any = None, leftmost: bool = False) -> None:
         """Put a message back into its queue."""
@@ -344,6 +345,11 @@ class Channel(kombu_redis.Channel):
                 assert client.connection is not None
                 client.connection.send_command("BLMOVE", key, key, "RIGHT", "RIGHT", WAIT_S)
                 self._asked_at[queue] = time.monotonic()
+
+    def ask_again(self) -> None:
+        """There is room again: ask at once, not when the event loop comes by a second later."""
+        if self.connection is not None and self._waiting:
+            self.wait(self.connection.cycle)
 
     def drop_overdue_waits(self) -> None:
         """Disconnect from a server that went away without a word."""

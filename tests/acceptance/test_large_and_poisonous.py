@@ -177,3 +177,16 @@ def test_an_outage_that_is_longer_than_the_visibility_timeout_counts_for_nothing
 def start_impatient(installation: Installation, name: str) -> Process:
     [python, *_] = celery("worker")
     return installation.start(name, python, "-c", IMPATIENT_WORKER)
+
+
+def test_what_a_worker_held_that_was_killed_three_times_is_taken_one_by_one_without_a_pause(
+    installation: Installation, producer: Producer
+) -> None:
+    """Its harmless neighbours are suspects too, and whoever comes after them waits for them."""
+    for number in range(300):
+        suspect = entry(json.dumps([[purchase(str(number))], {}, EMBED]).encode())
+        installation.broker.lpush("credits", f'{{"restored": 3, {suspect[1:]}')
+    installation.start_worker()
+    assert producer.answer("wallet.purchase", purchase("last"))["available"] == 1_505
+    eventually(installation.is_drained)
+    assert installation.count("dead_letters") == 0
