@@ -617,16 +617,15 @@ class _WorkingSet:
 
     def decide(self, messages: Sequence[Message | InvalidMessage]) -> list["_Decided"]:
         """What becomes of `messages`, in order: those that have to wait change nothing."""
-        if not self.reasons_to_wait:
+        if not self.reasons_to_wait:  # as nearly always
             return [message if isinstance(message, InvalidMessage) else self.apply(message) for message in messages]
-        return [
-            message
-            if isinstance(message, InvalidMessage)
-            else Waits(message.org_id, self.reasons_to_wait[message.org_id])
-            if message.org_id in self.reasons_to_wait
-            else self.apply(message)
-            for message in messages
-        ]
+        return [self._decide(message) for message in messages]
+
+    def _decide(self, message: Message | InvalidMessage) -> "_Decided":
+        if isinstance(message, InvalidMessage):
+            return message
+        reason = self.reasons_to_wait.get(message.org_id)
+        return self.apply(message) if reason is None else Waits(message.org_id, reason)
 
     def apply(self, message: Message) -> Result | Refusal:
         """Decide `message` on the state that the messages before it have left."""

@@ -1,5 +1,6 @@
 """Holdfast as its operator has it: a database, a broker, and processes that know them from the environment alone."""
 
+import base64
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import redis
 from celery import Celery
@@ -28,6 +30,13 @@ from worker.transport import UNACKED
 
 MIGRATED, EMPTY = "holdfast", "template1"
 HOLDFAST = str(Path(sys.executable).with_name("holdfast"))
+
+# A worker as it is, except that its minute lasts a second.
+IMPATIENT_WORKER = """
+from worker import celery
+celery.conf.broker_transport_options["visibility_timeout"] = 1
+celery.worker_main(["worker"])
+"""
 
 # A process that has sent forks in both ways of Python; then it and its children send at the same time.
 FORKING = """
@@ -78,9 +87,9 @@ class Installation:
     def environment(self) -> dict[str, str]:
         return environment(HOLDFAST_DATABASE_URL=self.database_url, HOLDFAST_BROKER_URL=self.broker_url)
 
-    def start(self, name: str, *argv: str) -> Process:
-        """Start a process; it is killed with the installation, if it still runs then."""
-        process = Process(name, argv, self.folder, env=self.environment, cwd=self.folder)
+    def start(self, name: str, *argv: str, **settings: str) -> Process:
+        """Start a process, with more settings or others; it is killed with the installation, if it still runs then."""
+        process = Process(name, argv, self.folder, env={**self.environment, **settings}, cwd=self.folder)
         self._cleanup.callback(process.kill)
         process.start()
         return process
@@ -130,6 +139,32 @@ class Producer:
         self.celery.backend.result_consumer.stop()
         self.celery.backend.client.close()
         self.celery.close()
+
+
+def envelope(
+    body: str | bytes,
+    *,
+    task: str = "wallet.grant",
+    content_type: str | None = "application/json",
+    headers: dict[str, Any] | None = None,
+) -> str:
+    """A message as it lies in Redis, whoever put it there."""
+    usual = {"lang": "py", "task": task, "id": "1", "argsrepr": "", "kwargsrepr": "", "ignore_result": True}
+    return json.dumps(
+        {
+            "body": base64.b64encode(body.encode() if isinstance(body, str) else body).decode(),
+            "content-encoding": "utf-8",
+            "content-type": content_type,
+            "headers": usual if headers is None else headers,
+            "properties": {
+                "correlation_id": "1",
+                "delivery_mode": 2,
+                "delivery_info": {"exchange": "", "routing_key": "credits"},
+                "body_encoding": "base64",
+                "delivery_tag": str(uuid4()),
+            },
+        }
+    )
 
 
 def send_from_forks(broker_url: str) -> None:

@@ -1,11 +1,11 @@
 """Messages that are too large, or that end their worker: dead letters, which cost their neighbours nothing."""
 
-import base64
 import bz2
 import json
 import os
 import re
 import signal
+import sys
 import zlib
 from typing import Any
 from uuid import uuid4
@@ -16,19 +16,12 @@ import pytest
 from ledger import audit
 from ledger.messages import MAX_BODY_BYTES
 from tests.acceptance import commands
-from tests.acceptance.installation import Installation, Producer, celery, log_of, warnings_in
+from tests.acceptance.installation import IMPATIENT_WORKER, Installation, Producer, envelope, log_of, warnings_in
 from tests.support import EMBED, eventually, sql
 from worker.broker import DELIVERY_LIMIT
 from worker.process import Process
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
-
-# Ours as it is, except that its minute lasts a second.
-IMPATIENT_WORKER = """
-from worker import celery
-celery.conf.broker_transport_options["visibility_timeout"] = 1
-celery.worker_main(["worker"])
-"""
 
 
 def purchase(purchase_id: str) -> dict[str, Any]:
@@ -36,22 +29,8 @@ def purchase(purchase_id: str) -> dict[str, Any]:
 
 
 def entry(body: bytes, **headers: str) -> str:
-    """What kombu puts on the list."""
-    return json.dumps(
-        {
-            "body": base64.b64encode(body).decode(),
-            "content-encoding": "utf-8",
-            "content-type": "application/json",
-            "headers": {"lang": "py", "task": "wallet.purchase", "id": str(uuid4()), **headers},
-            "properties": {
-                "delivery_mode": 2,
-                "delivery_info": {"exchange": "", "routing_key": "credits"},
-                "priority": 0,
-                "body_encoding": "base64",
-                "delivery_tag": str(uuid4()),
-            },
-        }
-    )
+    """What kombu puts on the list for a purchase with this body."""
+    return envelope(body, headers={"task": "wallet.purchase", "id": str(uuid4()), **headers})
 
 
 def test_large_messages_pile_up_while_the_database_is_down_and_the_good_one_among_them_is_applied(
@@ -175,8 +154,7 @@ def test_an_outage_that_is_longer_than_the_visibility_timeout_counts_for_nothing
 
 
 def start_impatient(installation: Installation, name: str) -> Process:
-    [python, *_] = celery("worker")
-    return installation.start(name, python, "-c", IMPATIENT_WORKER)
+    return installation.start(name, sys.executable, "-c", IMPATIENT_WORKER)
 
 
 def test_what_a_worker_held_that_was_killed_three_times_is_taken_one_by_one_without_a_pause(

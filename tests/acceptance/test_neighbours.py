@@ -17,6 +17,7 @@ from kombu import Queue
 
 from ledger import audit
 from tests.acceptance.installation import (
+    IMPATIENT_WORKER,
     Installation,
     Producer,
     celery,
@@ -55,13 +56,6 @@ def archive(number):
 engine.worker_main(["worker", "--concurrency", "2"])
 """
 
-# Ours as it is, except that its minute lasts a second.
-IMPATIENT_WORKER = """
-from worker import celery
-celery.conf.broker_transport_options["visibility_timeout"] = 1
-celery.worker_main(["worker"])
-"""
-
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
 
 
@@ -75,17 +69,8 @@ def engine_at(broker_url: str, installation: Installation) -> Iterator[tuple[Cel
 
 
 def start_ours(installation: Installation, broker_url: str, *argv: str) -> Process:
-    answers = installation.broker_url
-    process = Process(
-        "worker",
-        argv or celery("worker"),
-        installation.folder,
-        env={**installation.environment, "HOLDFAST_BROKER_URL": broker_url, "HOLDFAST_RESULT_URL": answers},
-        cwd=installation.folder,
-    )
-    installation._cleanup.callback(process.kill)
-    process.start()
-    return process
+    settings = {"HOLDFAST_BROKER_URL": broker_url, "HOLDFAST_RESULT_URL": installation.broker_url}
+    return installation.start("worker", *(argv or celery("worker")), **settings)
 
 
 def run_producer(program: str, broker_url: str) -> None:

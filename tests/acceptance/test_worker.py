@@ -21,6 +21,7 @@ from tests.acceptance.installation import (
     Installation,
     Producer,
     celery,
+    envelope,
     environment,
     exit_code,
     log_of,
@@ -245,32 +246,6 @@ def test_what_is_no_message_becomes_a_dead_letter_and_the_worker_lives(
     assert workflow_engine.answer("workflow.cancel", {"org_id": "good", "workflow_id": "run"})["outcome"] == "ignored"
     assert eventually(running.is_drained)
     assert sql(running.engine, "SELECT count(*) FROM wallets WHERE org_id = 'bad'") == [(0,)]
-
-
-def envelope(
-    body: str,
-    *,
-    task: str = "wallet.grant",
-    content_type: str | None = "application/json",
-    headers: dict[str, Any] | None = None,
-) -> str:
-    """A message as it lies in Redis, whoever put it there."""
-    usual = {"lang": "py", "task": task, "id": "1", "argsrepr": "", "kwargsrepr": "", "ignore_result": True}
-    return json.dumps(
-        {
-            "body": base64.b64encode(body.encode()).decode(),
-            "content-encoding": "utf-8",
-            "content-type": content_type,
-            "headers": usual if headers is None else headers,
-            "properties": {
-                "correlation_id": "1",
-                "delivery_mode": 2,
-                "delivery_info": {"exchange": "", "routing_key": "credits"},
-                "body_encoding": "base64",
-                "delivery_tag": str(uuid4()),
-            },
-        }
-    )
 
 
 def unencoded(item: str, body: str) -> str:

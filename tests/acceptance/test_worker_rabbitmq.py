@@ -40,17 +40,8 @@ def ledger(services: Embedded, rabbitmq_url: str) -> Iterator[Installation]:
 
 
 def start_worker(ledger: Installation, rabbitmq_url: str, name: str = "worker", *flags: str) -> Process:
-    answers = ledger.broker_url
-    process = Process(
-        name,
-        [*celery("worker"), *flags],
-        ledger.folder,
-        env={**ledger.environment, "HOLDFAST_BROKER_URL": rabbitmq_url, "HOLDFAST_RESULT_URL": answers},
-        cwd=ledger.folder,
-    )
-    ledger._cleanup.callback(process.kill)
-    process.start()
-    return process
+    settings = {"HOLDFAST_BROKER_URL": rabbitmq_url, "HOLDFAST_RESULT_URL": ledger.broker_url}
+    return ledger.start(name, *celery("worker"), *flags, **settings)
 
 
 @pytest.fixture
