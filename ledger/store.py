@@ -20,7 +20,7 @@ import json
 import logging
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import psycopg
 from psycopg.errors import LockNotAvailable, QueryCanceled
+from psycopg.pq import TransactionStatus
 from psycopg.rows import args_row
 from sqlalchemy import BigInteger, Dialect, Engine, Table, Text
 from sqlalchemy.dialects import postgresql
@@ -250,6 +251,10 @@ def _connection(engine: Engine) -> Iterator[Connection]:
             yield connection
             connection.autocommit = False
         except BaseException:
+            # The server ends a connection that was closed a moment later; until then, it would hold the locks.
+            if connection.info.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
+                with suppress(psycopg.Error):
+                    connection.execute("ROLLBACK")
             pooled.invalidate()
             raise
 

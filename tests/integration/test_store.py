@@ -4,7 +4,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -863,3 +863,20 @@ def test_the_error_that_counts_is_the_first_one_however_much_is_on_its_way_behin
 def test_a_task_name_of_any_length_is_kept_as_a_dead_letter(engine: Engine) -> None:
     [answer] = apply_batch(engine, [delivery("".join(chr(97 + n * n % 26) for n in range(9_000)))])
     assert isinstance(answer, DeadLettered)
+
+
+def test_a_transaction_that_failed_has_given_up_its_locks_before_the_next_one_begins(
+    engine: Engine, database_url: str
+) -> None:
+    """Otherwise the next one, which skips what is locked, would leave out the wallets of this one."""
+    apply_batch(engine, [purchase(f"org-{n}", 1) for n in range(50)])
+    other = connect(database_url)
+    with other.connect() as watching:
+        for _ in range(100):
+            with suppress(KeyError), store._connection(engine) as connection:
+                connection.execute("BEGIN")
+                connection.execute("SELECT 1 FROM wallets FOR UPDATE")
+                raise KeyError
+            watching.execute(text("SELECT 1 FROM wallets FOR UPDATE NOWAIT"))
+            watching.rollback()
+    other.dispose()
