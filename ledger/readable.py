@@ -20,6 +20,12 @@ def escaped_json(text: str) -> str:
     )
 
 
+def shortened(text: str, most: int, rest: str) -> str:
+    """The first `most` characters of `text`. If there are more: how many, and `rest`, which says how to see them."""
+    left_out = len(text) - most
+    return text if left_out <= 0 else f"{text[:most]}\n… and {left_out:,} characters more. {rest}"
+
+
 def _is_control(character: str) -> bool:
     # Formats such as the right-to-left override and halves of surrogate pairs among them; and the two line separators.
     category = unicodedata.category(character)

@@ -23,7 +23,7 @@ from ledger.dead_letters import (
     StillFailsError,
     UnknownLetterError,
 )
-from ledger.readable import escaped
+from ledger.readable import escaped, shortened
 from ledger.state import Result
 from worker.client import Client, DeadLetteredError, InvalidMessageError, NoAnswerError
 from worker.terminal import (
@@ -47,8 +47,8 @@ from worker.terminal import (
 )
 
 MAX_LISTED = 1_000
-LONGEST_SHOWN = 100_000
-"""The most characters of a message or a traceback that `show` prints; `--json` prints all."""
+MESSAGE_SHOWN, TRACEBACK_SHOWN = 2_000, 20_000
+"""The most characters that `show` prints. The last lines of a traceback say most; `--json` prints all."""
 
 app = typer.Typer(
     name="failed",
@@ -131,9 +131,9 @@ def show(letter_id: LetterId, as_json: AsJson = False) -> None:
     names = [name for name in asdict(letter) if name not in ("id", "body", "traceback")]
     rows = [(name, getattr(letter, name)) for name in names if getattr(letter, name) is not None]
     console.print(properties(f"Dead letter {letter.id}", rows, amounts=False))
-    _show_text("Message", dead_letters.readable(letter.body))
+    _show_text("Message", dead_letters.readable(letter.body), MESSAGE_SHOWN)
     if letter.traceback is not None:
-        _show_text("Traceback", escaped(letter.traceback, keep="\n"))
+        _show_text("Traceback", escaped(letter.traceback, keep="\n"), TRACEBACK_SHOWN)
 
 
 @app.command(epilog="Example: holdfast failed replay --all --error refund_exceeds_usage --dry-run")
@@ -325,9 +325,6 @@ def _item(letter: KeptLetter) -> dict[str, Any]:
     return {**values, **times, "args": args, "kwargs": kwargs, "body_base64": base64.b64encode(body).decode()}
 
 
-def _show_text(title: str, text: str) -> None:
+def _show_text(title: str, text: str, most: int) -> None:
     console.print(f"[bold]{title}[/]")
-    shown = text[:LONGEST_SHOWN]
-    print(shown)
-    if len(shown) < len(text):
-        say(f"… and {len(text) - len(shown):,} characters more. Use --json to see everything.")
+    print(shortened(text, most, "Use --json to see all that is kept."))

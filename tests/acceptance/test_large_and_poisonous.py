@@ -1,5 +1,6 @@
 """Messages that are too large, or that end their worker: dead letters, which cost their neighbours nothing."""
 
+import base64
 import bz2
 import json
 import os
@@ -83,11 +84,21 @@ def test_a_letter_that_is_too_large_is_shown_and_not_replayed(installation: Inst
     installation.start_worker()
     # Its first part is a whole message, as only white space follows.
     body = json.dumps([[purchase("spaced")], {}, EMBED]).encode() + b" " * MAX_BODY_BYTES
-    installation.broker.lpush("credits", entry(body), entry(body + b" "))
+    cut = json.dumps([[purchase("spaced") | {"metadata": {"note": "x" * MAX_BODY_BYTES}}], {}, EMBED]).encode()
+    installation.broker.lpush("credits", entry(body))
+    eventually(lambda: installation.count("dead_letters") == 1)
+    installation.broker.lpush("credits", entry(cut))
     eventually(lambda: installation.count("dead_letters") == 2)
     shown = commands.run("failed", "show", "1", env=installation.environment)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert "too_large" in shown.stdout
+    shown = commands.run("failed", "show", "2", env=installation.environment)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert len(shown.stdout) < 5_000
+    assert 'Message\n[[{"org_id": "acme", "purchase_id": "spaced", ' in shown.stdout
+    assert shown.stdout.endswith("xxx\n… and 63,536 characters more. Use --json to see all that is kept.\n")
+    as_json = json.loads(commands.run("failed", "show", "2", "--json", env=installation.environment).stdout)
+    assert base64.b64decode(as_json["body_base64"]) == cut[:MAX_BODY_BYTES]
     replayed = commands.run("failed", "replay", "1", env=installation.environment)
     assert (replayed.returncode, replayed.stderr) == (
         1,
