@@ -26,7 +26,7 @@ from ledger.dead_letters import (
     UnknownLetterError,
 )
 from ledger.messages import MAX_CREDITS, MAX_REASON_LENGTH, MESSAGES
-from ledger.readable import escaped
+from ledger.readable import escaped, shortened
 from ledger.state import Result
 from worker.client import Client, DeadLetteredError, InvalidMessageError, NoAnswerError, NotSentError
 
@@ -188,13 +188,14 @@ def _sender(client: Client) -> Callable[[str, list[Any], dict[str, Any]], Result
 def _letter_page(
     request: Request, letter: KeptLetter, status: HTTPStatus = HTTPStatus.OK, failure: str = "", *, reason: str = ""
 ) -> Response:
+    rest = f"The command `holdfast failed show {letter.id} --json` prints all that is kept."
     return page(
         request,
         "dead_letter.html",
         status,
         letter=letter,
-        message=_shortened(dead_letters.readable(letter.body)),
-        traceback=_shortened(escaped(letter.traceback or "", keep="\n")),
+        message=shortened(dead_letters.readable(letter.body), MAX_SHOWN, rest),
+        traceback=shortened(escaped(letter.traceback or "", keep="\n"), MAX_SHOWN, rest),
         unreplayable=_unreplayable(letter),
         failure=failure,
         reason=reason,
@@ -214,10 +215,6 @@ def _unreplayable(letter: KeptLetter) -> str:
     except NotReplayableError as error:
         return _sentence(error)
     return ""
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}\n… and {len(text) - MAX_SHOWN:,} characters more"
 
 
 def _letter_id(text: str) -> int | None:

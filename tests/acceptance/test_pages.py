@@ -895,7 +895,8 @@ def test_what_is_no_message_is_shown_as_it_arrived_and_cannot_be_replayed(
     )
     page = operator.get(f"{LETTERS}/{number}")
     assert "\\xff&lt;b&gt;\\x00\nxxx" in page.text
-    assert "… and 34,476 characters more" in page.text
+    rest = f"The command `holdfast failed show {number} --json` prints all that is kept."
+    assert f"… and 34,476 characters more. {rest}" in page.text
     assert "no JSON: \\x7f" in page.text
     assert "Traceback …\n\\x1b[0m" in page.text
     assert re.search(r"<dt>Task</dt><dd[^>]*>unknown</dd>", page.text)
