@@ -1,5 +1,6 @@
 """The same worker on RabbitMQ: the same ledger, the same promises."""
 
+import bz2
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 from kombu import Connection
 
@@ -118,6 +120,10 @@ def test_what_is_no_message_is_a_dead_letter_with_its_bytes(ledger: Installation
             zlib.compress(b" " * 100_000_000),
             {"content_type": "application/json", "headers": {**headers, "compression": "application/x-gzip"}},
         ),
+        (
+            bz2.compress(b" " * 300_000_000),
+            {"content_type": "application/json", "headers": {**headers, "compression": "application/x-bz2"}},
+        ),
     ]
     with Connection(rabbitmq_url) as connection, connection.channel() as channel:
         declare_queues(connection)
@@ -127,27 +133,39 @@ def test_what_is_no_message_is_a_dead_letter_with_its_bytes(ledger: Installation
     eventually(lambda: ledger.count("dead_letters") == len(odd))
     letters = {bytes(body): code for body, code in sql(ledger.engine, "SELECT body, error_code FROM dead_letters")}
     codes = ["undecodable_message"] * 3 + ["unknown_task"] + ["undecodable_message"] * 2 + ["too_large"] * 2
+    codes += ["undecodable_message"]
     assert letters == dict(zip([body[:MAX_BODY_BYTES] for body, _ in odd], codes, strict=True))
     eventually(lambda: is_drained(rabbitmq_url))
     assert worker.is_running
+    assert psutil.Process(worker.pid).memory_info().rss < 300 * 2**20
 
 
-def test_what_was_delivered_too_often_is_a_dead_letter_that_can_be_replayed(
+def test_what_ends_its_worker_each_time_is_a_dead_letter_that_can_be_replayed(
     ledger: Installation, rabbitmq_url: str, client: Client
 ) -> None:
-    client.grant(org_id="acme", grant_id="gift", credits=5)
-    with Connection(rabbitmq_url) as connection, connection.channel() as channel:
-        for _ in range(DELIVERY_LIMIT + 1):
-            message = eventually(lambda: channel.basic_get(QUEUE))
-            channel.basic_reject(message.delivery_tag, requeue=True)
+    sql(ledger.engine, "ALTER TABLE wallets RENAME TO away")  # nothing can be applied, so it is held
+    client.grant(org_id="acme", grant_id="poison", credits=5)
+    eventually(lambda: waiting(rabbitmq_url)[QUEUE] == 1)
+    first = start_worker(ledger, rabbitmq_url, "first")
+    eventually(lambda: warnings_in(first))
+    os.kill(first.pid, signal.SIGKILL)
+    for _ in range(DELIVERY_LIMIT):  # further workers that die of it
+        with Connection(rabbitmq_url) as connection, connection.channel() as channel:
+            eventually(lambda channel=channel: channel.basic_get(QUEUE))
+            connection.collect()
     eventually(lambda: waiting(rabbitmq_url)[DEAD_QUEUE] == 1)
-    start_worker(ledger, rabbitmq_url)
-    eventually(lambda: ledger.count("dead_letters") == 1)
+    for number in range(3):
+        client.grant(org_id="acme", grant_id=f"gift-{number}", credits=1)
+    sql(ledger.engine, "ALTER TABLE away RENAME TO wallets")
+    worker = start_worker(ledger, rabbitmq_url)
+    eventually(lambda: ledger.count("dead_letters") == 1 and ledger.count("credit_events") == 3)
     [(code, task, body)] = sql(ledger.engine, "SELECT error_code, task, body FROM dead_letters")
     assert (code, task) == ("delivery_limit", "wallet.grant")
     [args, kwargs, _] = json.loads(bytes(body))
     eventually(lambda: is_drained(rabbitmq_url))
-    assert client.send_as_is(task, args, kwargs, wait_s=PATIENCE_S).available == 5
+    assert client.send_as_is(task, args, kwargs, wait_s=PATIENCE_S).available == 8
+    assert worker.is_running
+    assert audit.verify(ledger.engine).is_clean
 
 
 def test_neither_the_end_of_the_broker_nor_that_of_the_database_costs_a_message(
