@@ -12,6 +12,7 @@ import zlib
 from typing import Any
 from uuid import uuid4
 
+import httpx
 import psutil
 import pytest
 
@@ -19,6 +20,7 @@ from ledger import audit
 from ledger.messages import MAX_BODY_BYTES
 from tests.acceptance import commands
 from tests.acceptance.installation import IMPATIENT_WORKER, Installation, Producer, envelope, log_of, warnings_in
+from tests.acceptance.website import LETTERS, Visitor, form_token, operator_token, served
 from tests.support import EMBED, eventually, sql
 from worker.broker import DELIVERY_LIMIT
 from worker.process import Process
@@ -113,6 +115,76 @@ def test_a_letter_that_is_too_large_is_shown_and_not_replayed(installation: Inst
         "holdfast: dead letter 1 has only the first part of its message: it must be sent anew, and smaller\n",
     )
     assert installation.count("credit_events") == 0
+
+
+def test_operators_are_told_which_letters_cannot_be_sent_again_and_the_others_are(
+    installation: Installation, producer: Producer
+) -> None:
+    installation.start_worker()
+
+    def sent(purchase_id: str) -> bytes:
+        return json.dumps([[purchase(purchase_id)], {}, EMBED]).encode()
+
+    def delivered_too_often(body: bytes) -> str:
+        return f'{{"restored": {DELIVERY_LIMIT}, {entry(body)[1:]}'
+
+    for number, arriving in enumerate(
+        (
+            entry(sent("cut") + b" " * MAX_BODY_BYTES),
+            delivered_too_often(sent("1")),
+            delivered_too_often(b"\xff\x00"),
+            entry(b"\xff\x01"),
+            entry(sent("2"), eta="soon"),
+            delivered_too_often(sent("3")),
+        )
+    ):
+        installation.broker.lpush("credits", arriving)
+        eventually(lambda number=number: installation.count("dead_letters") == number + 1)
+    part = "ead letter 1 has only the first part of its message: it must be sent anew, and smaller"
+    nothing = "ead letter {} holds no message that could be sent again"
+
+    with served(installation.database_url, installation.broker_url) as address, Visitor(base_url=address) as operator:
+        operator.sign_in(operator_token())
+
+        def press(action: str, letter_id: int) -> httpx.Response:
+            form = form_token(operator.get(f"{LETTERS}/{letter_id}"))
+            return operator.post(f"{LETTERS}/{letter_id}/{action}", data={"form": form, "reason": "a test"})
+
+        for letter_id, sentence in ((1, part), (3, nothing.format(3)), (4, nothing.format(4))):
+            page = operator.get(f"{LETTERS}/{letter_id}")
+            assert (f"D{sentence}." in page.text, "Replay the message" in page.text) == (True, False)
+            refused = press("replay", letter_id)
+            assert (refused.status_code, f'<p id="failure">D{sentence}.</p>' in refused.text) == (409, True)
+        assert press("replay", 2).status_code == 303
+        assert '<dd id="resolution">posted</dd>' in operator.get(f"{LETTERS}/2").text
+
+        def holdfast(*arguments: str) -> tuple[int, list[str], list[str]]:
+            ended = commands.run("failed", *arguments, env=installation.environment)
+            return ended.returncode, ended.stdout.splitlines(), ended.stderr.splitlines()
+
+        plan = [
+            "      2 × delivery_limit, wallet.purchase",
+            "      1 × too_large, wallet.purchase",
+            "      2 × undecodable_message, wallet.purchase",
+        ]
+        told = [f"holdfast: d{sentence}" for sentence in (part, nothing.format(3), nothing.format(4))]
+        would = "Would replay 2 dead letters. Nothing was sent."
+        assert holdfast("replay", "--all", "--dry-run") == (1, [*plan, would], told)
+        posted = ["Dead letter 5: posted.", "Dead letter 6: posted.", "2 of 5 dead letters replayed."]
+        assert holdfast("replay", "--all", "--yes") == (1, [*plan, *posted], told)
+        assert holdfast("discard", "1", "2", "3", "--why", "a test") == (
+            1,
+            ["Dead letter 1 is discarded.", "Dead letter 3 is discarded."],
+            ["holdfast: dead letter 2 was replayed by olga: posted"],
+        )
+        assert press("discard", 4).status_code == 303
+        kept = operator.get(f"{LETTERS}/4").text
+        assert ('<dd id="resolution">a test</dd>' in kept, "\\xff\\x01" in kept) == (True, True)
+    assert sql(installation.engine, "SELECT status FROM dead_letters ORDER BY id") == [
+        (status,) for status in ("discarded", "replayed", "discarded", "discarded", "replayed", "replayed")
+    ]
+    assert sql(installation.engine, "SELECT prepaid_balance FROM wallets") == [(15,)]
+    assert audit.verify(installation.engine).is_clean
 
 
 def test_a_message_that_ends_its_worker_each_time_becomes_a_dead_letter(
