@@ -2,7 +2,8 @@
 
 Kombu takes a message in one round trip and records it as unacknowledged in the next; a worker that is killed in between
 loses it. Here a worker waits for a queue without taking anything from it, and then one script takes what is there and
-records it, atomically. A whole batch is acknowledged in one round trip.
+records it, atomically. A whole batch is acknowledged in one round trip. What a wait is answered with is the next entry:
+of one that is too large to be taken whole, only the length is read.
 
 Guarantee: whatever is killed, a message is in its queue or in `UNACKED`. These keys are our own: under kombu's names
 every worker of the database keeps what it holds, of whatever application, and restores what it finds there, after a
@@ -13,8 +14,8 @@ What a worker holds does not time out while the worker lives. What a dead one he
 that happened is counted: an entry that was restored `SUSPECT` times is taken alone, so that only one that ends its
 workers is counted further, and after `DELIVERY_LIMIT` times it is delivered as `SetAside`, and read by nobody.
 
-It does not change how messages are published, and it leans on the internals of kombu 5.7: tests/integration/
-test_transport.py holds what it leans on.
+It does not change how messages are published, and it leans on the internals of kombu 5.7 and on redis-py's parser:
+tests/integration/test_transport.py holds what it leans on.
 """
 
 import base64
@@ -33,7 +34,8 @@ from uuid import uuid4
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 from pydantic_core import from_json
-from redis import Redis
+from redis import ConnectionPool, Redis
+from redis._parsers import _RESP2Parser
 from redis.exceptions import NoPermissionError, OutOfMemoryError, ResponseError
 
 from ledger.messages import MAX_BODY_BYTES, InvalidMessage, too_large
@@ -195,6 +197,24 @@ class SetAside(virtual.Message):
         self.problem = problem
 
 
+class EntryTooLargeError(Exception):
+    """The reply to a wait is an entry that is too large to be taken whole. It is not read, so its connection ends."""
+
+
+class WaitParser(_RESP2Parser):
+    """Reads a reply, unless it is one text that is larger than an entry that is taken whole."""
+
+    def read_response(self, *args: Any, **kwargs: Any) -> Any:
+        """The reply. Raises EntryTooLargeError, at which redis-py disconnects."""
+        assert self._buffer is not None
+        start = self._buffer.get_pos()
+        header = self._buffer.readline()
+        self._buffer.rewind(start)
+        if header.startswith(b"$") and int(header[1:]) > MOST_ENTRY_BYTES:
+            raise EntryTooLargeError
+        return super().read_response(*args, **kwargs)
+
+
 class QoS(kombu_redis.QoS):
     """What one channel holds unacknowledged."""
 
@@ -277,6 +297,7 @@ class Channel(kombu_redis.Channel):
         self._receivers: dict[str, Receiver] = {}
         self._without_ack: set[str] = set()
         self._waiting: dict[str, Redis] = {}
+        self._wait_pool: ConnectionPool | None = None
         self._asked_at: dict[str, float] = {}
         self._ask_again_at: dict[str, float] = {}
         self._is_refused = False
@@ -325,6 +346,19 @@ class Channel(kombu_redis.Channel):
         with suppress(OutOfMemoryError):  # what waits in a queue was put there by somebody who has bound it
             super()._queue_bind(*args)
 
+    def _connect_to_wait(self) -> Redis:
+        if self._wait_pool is None:
+            # The protocol is the parser's: redis-py would choose another one, and with it another parser.
+            params = {**self._connparams(asynchronous=True), "parser_class": WaitParser, "protocol": 2}
+            self._wait_pool = ConnectionPool(**params)
+        return Redis(connection_pool=self._wait_pool)
+
+    def _disconnect_pools(self) -> None:
+        super()._disconnect_pools()
+        pool, self._wait_pool = self._wait_pool, None
+        if pool is not None:
+            pool.disconnect()
+
     def basic_get(self, *_: Any, **__: Any) -> None:
         """Not offered: it would take without recording."""
         raise NotImplementedError("this transport delivers messages to consumers only")
@@ -336,7 +370,7 @@ class Channel(kombu_redis.Channel):
         for queue in self.active_queues if self.qos.can_consume() else ():
             client = self._waiting.get(queue)
             if client is None:
-                client = self._waiting[queue] = Redis(connection_pool=self.async_pool)
+                client = self._waiting[queue] = self._connect_to_wait()
                 self.handlers[f"wait {queue}"] = partial(self._woken, queue)
             if poller.register_wait(self, client, f"wait {queue}"):
                 self._asked_at.pop(queue, None)
@@ -365,7 +399,8 @@ class Channel(kombu_redis.Channel):
         client = self._waiting[queue]
         self._asked_at.pop(queue, None)
         try:
-            client.parse_response(client.connection, "BLMOVE")
+            with suppress(EntryTooLargeError):  # it is there; the next wait has a new connection
+                client.parse_response(client.connection, "BLMOVE")
         except self.connection_errors:
             self._disconnect(client)
             raise

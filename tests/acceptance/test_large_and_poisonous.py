@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import zlib
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -88,6 +89,25 @@ def test_large_messages_pile_up_while_the_database_is_down_and_the_good_one_amon
 def rename_table(installation: Installation, name: str, new_name: str) -> None:
     """What a worker takes for a database that is not there: it is not migrated."""
     sql(installation.engine, f"ALTER TABLE {name} RENAME TO {new_name}")
+
+
+def test_an_entry_of_a_hundred_mib_is_never_in_the_memory_of_a_worker(
+    installation: Installation, producer: Producer
+) -> None:
+    """Neither of one that waits for messages, nor of one that takes it: the kernel would kill one after the other."""
+    worker = installation.start_worker()
+    producer.answer("wallet.purchase", purchase("first"))
+    size = 100 * 2**20
+    installation.broker.lpush("credits", entry(b"x" * (size // 4 * 3)))
+    eventually(lambda: installation.count("dead_letters") == 1)
+    assert producer.answer("wallet.purchase", purchase("second"))["available"] == 10
+    assert peak_memory(worker) < 200 * 2**20
+
+
+def peak_memory(process: Process) -> int:
+    """The most memory that it ever had, in bytes."""
+    [kib] = re.findall(r"^VmHWM:\s+(\d+) kB$", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+    return int(kib) * 1024
 
 
 def test_a_letter_that_is_too_large_is_shown_and_not_replayed(installation: Installation, producer: Producer) -> None:

@@ -658,6 +658,29 @@ def test_of_an_entry_that_is_too_large_only_the_first_part_is_taken(
     assert (broker.llen(QUEUE), held(broker)) == (0, 0)
 
 
+def test_what_a_wait_is_answered_with_is_read_unless_it_is_too_large_and_only_then_the_wait_has_a_new_connection(
+    url: str, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.transport.WAIT_S", 10 * PATIENCE_S)  # so that nothing comes with the end of a wait
+
+    def connections() -> int:
+        return int(broker.info("stats")["total_connections_received"])
+
+    with working(url) as worker:
+        opened: list[int] = []
+        for size in (1, MOST_ENTRY_BYTES, MOST_ENTRY_BYTES, MOST_ENTRY_BYTES + 1, 1, 20_000_000, MOST_ENTRY_BYTES):
+            worker.run(lambda: set(worker.channel._asked_at) == {QUEUE, SECOND})
+            before = connections()
+            broker.lpush(QUEUE, b"x" * size)
+            [message] = worker.receive(1)
+            assert len(message.body) == (size if size <= MOST_ENTRY_BYTES else MAX_BODY_BYTES)
+            worker.acknowledge()
+            worker.run(lambda: set(worker.channel._asked_at) == {QUEUE, SECOND})
+            opened.append(connections() - before)
+    assert opened == [0, 0, 0, 1, 0, 1, 0]
+    assert (broker.llen(QUEUE), held(broker)) == (0, 0)
+
+
 def test_what_is_too_large_and_no_message_is_taken_in_part(url: str, broker: redis.Redis) -> None:
     broker.lpush(QUEUE, b"\xff" * MOST_ENTRY_BYTES + b"!")
     with working(url) as worker:
@@ -827,6 +850,12 @@ def test_it_speaks_tls(url: str, broker: redis.Redis) -> None:
         query = f"?ssl_cert_reqs=required&ssl_ca_certs={certificate}"
         with working(f"{secure_url}{query}") as worker:
             assert numbers(worker.receive(1)) == [1]
+            worker.acknowledge()
+            broker.lpush(QUEUE, b"x" * 20_000_000)
+            assert isinstance(worker.receive(1)[0], SetAside)
+            worker.acknowledge()
+            broker.lpush(QUEUE, b"small")
+            assert worker.receive(1)[0].body == b"small"
             worker.acknowledge()
         assert held(broker) == 0
 
