@@ -25,6 +25,7 @@ from redis.exceptions import ResponseError
 
 from ledger.messages import MAX_BODY_BYTES, InvalidMessage, too_large
 from ledger.store import Delivery
+from worker import metrics
 from worker.batching import Arrival, Batch, raw_body
 from worker.broker import DEAD_QUEUE, declare_queues
 from worker.tasks import TASKS
@@ -120,6 +121,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
             except UnsupportedServerError as error:
                 logger.critical("%s", error)
                 raise WorkerShutdown(EXIT_UNSUPPORTED) from None
+            channel.on_suspect = metrics.suspect_messages.inc
         return conn
 
     def _receive(self, message: Message) -> None:

@@ -15,6 +15,9 @@ _batch_messages = Histogram(
     "holdfast_batch_messages", "Messages of one batch.", buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000)
 )
 _batch_seconds = Histogram("holdfast_batch_seconds", "From taking a batch to its commit, outages included.")
+suspect_messages = Counter(
+    "holdfast_suspect_messages", "Messages that were taken alone, as they came back from workers that died."
+)
 
 _waiting_organizations = Gauge("holdfast_waiting_organizations", "Organizations whose messages wait.")
 _waiting_since = Gauge(

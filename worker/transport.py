@@ -64,6 +64,12 @@ UNACKED, UNACKED_INDEX = "credits.unacked", "credits.unacked_index"
 SUSPECT = 3
 """How often a message is restored before it is taken alone."""
 
+TAKES_ONE = (
+    f"Taking messages one by one: the next came back from workers that died, {SUSPECT} times or more, and may be why "
+    f"they died; one that comes back {DELIVERY_LIMIT} times becomes a dead letter"
+)
+TAKES_MANY = "Taking many messages at once again"
+
 WAIT_S = 1
 """How long one wait lasts. Then the lists without a wait are checked too: messages with a priority, which kombu keeps
 in lists of their own."""
@@ -301,6 +307,8 @@ class Channel(kombu_redis.Channel):
         self._asked_at: dict[str, float] = {}
         self._ask_again_at: dict[str, float] = {}
         self._is_refused = False
+        self.on_suspect: Callable[[], object] = lambda: None
+        """Called with each message that is taken alone."""
         owner = uuid4()
         self._tags = (f"{owner}.{number:012}." for number in count())
         super().__init__(*args, **kwargs)
@@ -446,12 +454,16 @@ class Channel(kombu_redis.Channel):
                 SUSPECT,
             ],
         )
+        if bool(suspect) != self.qos.is_for_one:
+            logger.warning(TAKES_ONE if suspect else TAKES_MANY)
         self.qos.is_for_one = bool(suspect)
         shortened = {position: rest for position, *rest in large}
         for number, item in enumerate(items, start=1):
             message = self._message(f"{tag}{number:03}", item, shortened.get(number), is_suspect=bool(suspect))
             if keep:
                 self.qos.append(message, message.delivery_tag, size=len(item))
+            if suspect and _restored(item) >= SUSPECT:
+                self.on_suspect()
             self._receivers[queue](message)
         return len(items)
 

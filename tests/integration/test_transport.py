@@ -45,6 +45,8 @@ from worker.transport import (
     MOST_TAKEN,
     NO_MESSAGE,
     SUSPECT,
+    TAKES_MANY,
+    TAKES_ONE,
     UNACKED,
     UNACKED_INDEX,
     SetAside,
@@ -535,7 +537,7 @@ def test_a_broker_that_refuses_is_asked_again_and_told_of_once(caplog: pytest.Lo
         client.config_set("min-replicas-to-write", 0)
         worker.receive(1)
         worker.acknowledge()
-    assert [record.getMessage() for record in caplog.records] == [
+    assert told(caplog) == [
         "The broker lets nothing be taken, it is asked every second: NOREPLICAS Not enough good replicas to write.",
         "The broker lets messages be taken again",
     ]
@@ -782,6 +784,37 @@ def test_a_suspect_waits_for_what_a_worker_holds_and_is_taken_when_that_is_ackno
         assert numbers(worker.receive(1)) == [3]
         worker.acknowledge()
     assert held(broker) == 0
+
+
+def test_that_messages_are_taken_alone_is_told_once_and_that_it_is_over_too_and_each_is_counted(
+    url: str, broker: redis.Redis, producer: Celery, caplog: pytest.LogCaptureFixture
+) -> None:
+    send(producer, *range(10))
+    for _ in range(SUSPECT):
+        give_up(url, broker, 10)
+    entries = broker.lrange(QUEUE, 0, -1)
+    send(producer, *range(10, 15))
+    suspects = count()
+    with working(url) as worker:
+        worker.channel.on_suspect = suspects.__next__
+        for _ in range(10):
+            worker.receive(1)
+            worker.acknowledge()
+        assert told(caplog) == [TAKES_ONE]
+        worker.receive(5)
+        worker.acknowledge()
+        assert told(caplog) == [TAKES_ONE, TAKES_MANY]
+        broker.rpush(QUEUE, *entries[:2])  # type: ignore[index]
+        for _ in range(2):
+            worker.receive(1)
+            worker.acknowledge()
+        worker.run(lambda: len(told(caplog)) == 4)  # nothing more has come
+        assert told(caplog) == [TAKES_ONE, TAKES_MANY] * 2
+    assert next(suspects) == 12
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records]
 
 
 def test_what_a_living_worker_holds_does_not_time_out(url: str, broker: redis.Redis, producer: Celery) -> None:
