@@ -158,7 +158,8 @@ DEAD_LETTERS = {
     "too_large": (
         (
             f"Its body is larger than {MAX_BODY_BYTES:,} bytes, or its entry in Redis than {MOST_ENTRY_BYTES:,}. "
-            "Only the first part is kept; the error says its size and a digest of all of it."
+            "Only the first part is kept; the error says which of the two it is, its size, and the SHA-256 of the "
+            "whole body or the SHA-1 of the whole entry."
         ),
         "Correct the sender and send a new message; discard this one, which cannot be replayed.",
     ),
@@ -268,6 +269,9 @@ if sent.get(timeout=10)["state"] == "reserved":
 - **No order is needed.** What a workflow does to the balances depends on the set of its messages alone: a finish always
   charges, once; without one, a cancel or a fail leaves nothing behind, even if it comes before the start.
 - **Nothing is dropped.** What cannot be applied is kept as a [dead letter](#dead-letters).
+- **A message is small.** Its body, as Celery sends it, has at most {MAX_BODY_BYTES:,} bytes (64 KiB), and on Redis its
+  entry in the queue, with Celery's headers and the body in base64, at most {MOST_ENTRY_BYTES:,} (256 KiB). Valid fields
+  need less than half of that; a message that is larger becomes a dead letter, `too_large`.
 - A wallet comes into being with the first message that names its organization.
 
 | type | what it is |

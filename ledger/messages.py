@@ -361,10 +361,16 @@ class InvalidMessage:
     org_id: str | None
 
 
-def too_large(size: int, limit: int, digest: str) -> InvalidMessage:
-    """Why a message of `size` bytes, more than `limit`, is not read. `digest`: of all of it, in hexadecimal."""
-    kept = f"only the first {MAX_BODY_BYTES:,} are kept"
-    error = f"the message has {size:,} bytes, more than {limit:,}: {kept}; the digest of all is {digest}"
+def too_large_body(size: int, sha256: str) -> InvalidMessage:
+    """Why a body of `size` bytes, more than MAX_BODY_BYTES, is not read. `sha256`: of all of it, in hexadecimal."""
+    kept = f"only the first {MAX_BODY_BYTES:,} are kept; the SHA-256 of the whole body is {sha256}"
+    return InvalidMessage("too_large", f"the body has {size:,} bytes, more than {MAX_BODY_BYTES:,}: {kept}", None)
+
+
+def too_large_entry(size: int, limit: int, sha1: str) -> InvalidMessage:
+    """Why the body in an entry of the queue of `size` bytes, more than `limit`, is not read. `sha1`: of all of it."""
+    kept = f"only the body in its first {MAX_BODY_BYTES:,} is kept; the SHA-1 of the whole entry is {sha1}"
+    error = f"the message's entry in the queue has {size:,} bytes, more than {limit:,}: {kept}"
     return InvalidMessage("too_large", error, None)
 
 

@@ -23,7 +23,7 @@ from kombu.message import Message
 from kombu.utils.url import sanitize_url
 from redis.exceptions import ResponseError
 
-from ledger.messages import MAX_BODY_BYTES, InvalidMessage, too_large
+from ledger.messages import MAX_BODY_BYTES, InvalidMessage, too_large_body
 from ledger.store import Delivery
 from worker import metrics
 from worker.batching import Arrival, Batch, raw_body
@@ -151,7 +151,7 @@ def _known_problem(message: Message, raw: bytes) -> InvalidMessage | None:
     if isinstance(message, SetAside):
         return message.problem
     if len(raw) > MAX_BODY_BYTES:
-        return too_large(len(raw), MAX_BODY_BYTES, hashlib.sha256(raw).hexdigest())
+        return too_large_body(len(raw), hashlib.sha256(raw).hexdigest())
     if isinstance(message.delivery_info, dict) and message.delivery_info.get("routing_key") == DEAD_QUEUE:
         return DELIVERED_TOO_OFTEN
     return None

@@ -38,7 +38,7 @@ from redis import ConnectionPool, Redis
 from redis._parsers import _RESP2Parser
 from redis.exceptions import NoPermissionError, OutOfMemoryError, ResponseError
 
-from ledger.messages import MAX_BODY_BYTES, InvalidMessage, too_large
+from ledger.messages import MAX_BODY_BYTES, InvalidMessage, too_large_entry
 from worker.broker import DELIVERY_LIMIT, QUEUE
 
 logger = logging.getLogger(__name__)
@@ -470,9 +470,8 @@ class Channel(kombu_redis.Channel):
     def _message(self, tag: str, item: bytes, shortened: list[Any] | None, *, is_suspect: bool) -> virtual.Message:
         if shortened is not None:
             size, sha1, task = shortened
-            return SetAside(
-                self, tag, _body_of(item), task=task.decode(), problem=too_large(size, MOST_ENTRY_BYTES, sha1.decode())
-            )
+            problem = too_large_entry(size, MOST_ENTRY_BYTES, sha1.decode())
+            return SetAside(self, tag, _body_of(item), task=task.decode(), problem=problem)
         if is_suspect and _restored(item) >= DELIVERY_LIMIT:
             task = _TASK.search(item)
             return SetAside(

@@ -2,6 +2,7 @@
 
 import base64
 import bz2
+import hashlib
 import json
 import lzma
 import os
@@ -85,8 +86,10 @@ def test_large_messages_pile_up_while_the_database_is_down_and_the_good_one_amon
     assert len(letters) == len(large) + len(BOMBS)
     for code, _, error, length, attempts in letters:
         if code == "too_large":
-            assert re.match(
-                r"the message has 4,\d{3},\d{3} bytes, more than 262,144: only the first 65,536 are kept", error
+            assert re.fullmatch(
+                r"the message's entry in the queue has 4,\d{3},\d{3} bytes, more than 262,144: "
+                r"only the body in its first 65,536 is kept; the SHA-1 of the whole entry is [0-9a-f]{40}",
+                error,
             )
             assert 40_000 < length <= MAX_BODY_BYTES
             assert attempts == 1
@@ -139,6 +142,11 @@ def test_a_letter_that_is_too_large_is_shown_and_not_replayed(installation: Inst
     assert shown.stdout.endswith("xxx\n… and 63,536 characters more. Use --json to see all that is kept.\n")
     as_json = json.loads(commands.run("failed", "show", "2", "--json", env=installation.environment).stdout)
     assert base64.b64decode(as_json["body_base64"]) == cut[:MAX_BODY_BYTES]
+    assert {error for (error,) in sql(installation.engine, "SELECT error FROM dead_letters")} == {
+        f"the body has {len(large):,} bytes, more than 65,536: only the first 65,536 are kept; "
+        f"the SHA-256 of the whole body is {hashlib.sha256(large).hexdigest()}"
+        for large in (body, cut)
+    }
     replayed = commands.run("failed", "replay", "1", env=installation.environment)
     assert (replayed.returncode, replayed.stderr) == (
         1,

@@ -32,7 +32,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from kombu.asynchronous import Hub, get_event_loop, set_event_loop
 
-from ledger.messages import MAX_BODY_BYTES, too_large
+from ledger.messages import MAX_BODY_BYTES, too_large_entry
 from tests.acceptance.installation import environment, open_folder
 from tests.support import PATIENCE_S, eventually
 from worker.broker import DELIVERY_LIMIT, create_celery
@@ -652,7 +652,7 @@ def test_of_an_entry_that_is_too_large_only_the_first_part_is_taken(
         assert 40_000 < len(message.body) <= MAX_BODY_BYTES
         assert message.task == "wallet.grant"
         digest = hashlib.sha1(entry).hexdigest()
-        assert message.problem == too_large(len(entry), MOST_ENTRY_BYTES, digest)
+        assert message.problem == too_large_entry(len(entry), MOST_ENTRY_BYTES, digest)
     assert broker.lrange(QUEUE, 0, -1) == [entry]  # given back whole
     with working(url) as worker:
         worker.receive(1)

@@ -16,7 +16,8 @@ from ledger.messages import (
     WalletMessage,
     only_argument,
     parse,
-    too_large,
+    too_large_body,
+    too_large_entry,
 )
 
 CARRIED = {"source": "import", "occurred_at": "2026-01-31T11:00:00+02:00", "metadata": {"run": 7}}
@@ -603,11 +604,16 @@ def test_a_wallet_message_is_known_by_its_id_and_its_terms(
     assert (message.message_id, message.terms()) == (message_id, terms)
 
 
-def test_what_is_too_large_is_told_with_its_size_and_digest() -> None:
-    problem = too_large(3_000_000, MAX_BODY_BYTES, "ab12")
-    assert (problem.code, problem.org_id) == ("too_large", None)
-    assert problem.error == (
-        "the message has 3,000,000 bytes, more than 65,536: only the first 65,536 are kept; the digest of all is ab12"
+def test_what_is_too_large_is_told_with_what_was_measured_and_which_digest_it_has() -> None:
+    body, entry = too_large_body(3_000_000, "ab12"), too_large_entry(4_000_000, 262_144, "cd34")
+    assert {(problem.code, problem.org_id) for problem in (body, entry)} == {("too_large", None)}
+    assert body.error == (
+        "the body has 3,000,000 bytes, more than 65,536: only the first 65,536 are kept; "
+        "the SHA-256 of the whole body is ab12"
+    )
+    assert entry.error == (
+        "the message's entry in the queue has 4,000,000 bytes, more than 262,144: "
+        "only the body in its first 65,536 is kept; the SHA-1 of the whole entry is cd34"
     )
 
 
