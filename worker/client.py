@@ -37,6 +37,13 @@ from ledger.state import Result
 from worker.broker import QUEUE, REDIS_SCHEMES, create_celery
 from worker.publishing import BROKER_ERRORS, TIMEOUT_S, Encoded, Publisher
 
+# Kombu keeps a queue as a list and takes from its right end. What is there may be large, so it is not fetched. At the
+# end of an entry is the tag by which kombu tells equal messages apart.
+_OLDEST = """
+local entry = redis.call('LINDEX', KEYS[1], -1)
+return entry and redis.sha1hex(string.sub(entry, 1, 65536) .. string.sub(entry, -65536))
+"""
+
 
 class InvalidMessageError(ValueError):
     """The message is not valid; nothing was sent. The text says what is wrong with it."""
@@ -63,7 +70,7 @@ class DeadLetteredError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """What waits in a queue: how many messages, and the one that waits longest, as the broker has it (Redis only)."""
+    """What waits in a queue: how many messages, and a digest of the one that waits longest (Redis only)."""
 
     messages: int
     oldest: bytes | None
@@ -513,6 +520,5 @@ def _waiting(connection: Connection, queue: str) -> Waiting:
             count = int(channel.queue_declare(queue, passive=True).message_count)
         except connection.channel_errors:  # nothing was ever sent to it
             return Waiting(0, None)
-        # kombu keeps a queue as a list and takes from its right end; what is there is compared, never read.
         is_redis = connection.transport.driver_type == "redis"
-        return Waiting(count, channel.client.lindex(queue, -1) if is_redis else None)
+        return Waiting(count, channel.client.eval(_OLDEST, 1, queue) if is_redis else None)

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import zlib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -33,6 +34,7 @@ from tests.acceptance.installation import (
 from tests.acceptance.website import LETTERS, Visitor, form_token, operator_token, served
 from tests.support import EMBED, PATIENCE_S, eventually, sql
 from worker.broker import DELIVERY_LIMIT
+from worker.client import Client
 from worker.embedded import free_port
 from worker.process import Process
 from worker.transport import TAKES_MANY, TAKES_ONE
@@ -115,6 +117,23 @@ def test_an_entry_of_a_hundred_mib_is_never_in_the_memory_of_a_worker(
     eventually(lambda: installation.count("dead_letters") == 1)
     assert producer.answer("wallet.purchase", purchase("second"))["available"] == 10
     assert peak_memory(worker) < 200 * 2**20
+
+
+def test_who_asks_what_waits_is_not_sent_what_waits(installation: Installation) -> None:
+    """The API asks at every scrape, and whenever it tells whether it is ready."""
+
+    def sent_bytes() -> int:
+        return int(installation.broker.info("stats")["total_net_output_bytes"])  # type: ignore[index]
+
+    with Client(installation.broker_url) as client:
+        oldest = []
+        before = sent_bytes()
+        for body in (b"x" * 10_000_000, b"x" * 10_000_000, b"small"):
+            installation.broker.rpush("credits", entry(body))
+            oldest += [client.waiting()["credits"].oldest for _ in range(2)]
+        assert sent_bytes() - before < 1_000_000
+    assert None not in oldest
+    assert [first == second for first, second in pairwise(oldest)] == [True, False, True, False, True]
 
 
 def peak_memory(process: Process) -> int:
