@@ -50,9 +50,11 @@ _SESSION_OPTIONS = " ".join(
 # available (55), operator intervention (57), system (58); and files that are damaged (XX001, XX002).
 _TRANSIENT_CLASSES = frozenset({"08", "25", "26", "40", "42", "53", "55", "57", "58"})
 _TRANSIENT_STATES = frozenset({"XX001", "XX002"})
-# Of these, what may be the fault of one organization or one message: rows that somebody has locked, a statement that
-# takes too long, a deadlock, too little memory for what was asked, and a damaged page.
-_LOCAL_STATES = frozenset({"40001", "40P01", "53200", "55P03", "57014", "XX001", "XX002"})
+# Of these, what may be the fault of one organization or one message, such as rows that somebody has locked, a statement
+# that takes too long, a deadlock, too little memory for what was asked, or a damaged page. Whether it is shows when
+# others get through.
+_LOCAL_CLASSES = frozenset({"25", "40", "53", "55", "58"})
+_LOCAL_STATES = frozenset({"57014", "XX001", "XX002"})
 
 
 _abandoned: WeakSet[Engine] = WeakSet()
@@ -154,7 +156,10 @@ def is_transient(error: BaseException) -> bool:
 
 def may_be_local(error: BaseException) -> bool:
     """Whether `error`, which is transient, may be the fault of one organization or message, and others can go on."""
-    return is_lost_connection(error) or (isinstance(error, psycopg.Error) and error.sqlstate in _LOCAL_STATES)
+    if is_lost_connection(error):
+        return True
+    state = error.sqlstate if isinstance(error, psycopg.Error) else None
+    return state is not None and (state[:2] in _LOCAL_CLASSES or state in _LOCAL_STATES)
 
 
 def is_lost_connection(error: BaseException) -> bool:

@@ -33,6 +33,7 @@ from psycopg.rows import args_row
 from sqlalchemy import BigInteger, Dialect, Engine, Table, Text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
+from sqlalchemy.exc import DBAPIError
 
 from ledger import arrays, dead_letters, rules, tables, waiting
 from ledger.database import LOCK_TIMEOUT_S, describe, is_abandoned, is_lost_connection, is_transient, may_be_local
@@ -49,7 +50,7 @@ from ledger.messages import (
     parse,
 )
 from ledger.state import Event, PostedMessage, Refusal, Result, Subscription, Wallet, Workflow
-from ledger.waiting import NumberedMessage, WaitingMessage
+from ledger.waiting import NumberedMessage, Taken, WaitingMessage
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +72,12 @@ LONG_PATIENCE_S = 10.0
 PIECES = 32
 """Into how many parts a batch is split that fails for somebody's reason: two steps lead to the culprit."""
 
-MOST_CULPRITS_IN_A_ROW = 10
-"""How many stand alone, and none without a fault between them, before it is taken for everybody's fault."""
+MOST_CULPRITS = 10
+"""How many organizations fail alone, while nobody gets through, before it is taken for everybody's fault."""
 
-LOCKED = "somebody has locked its wallet"
+LOCKED = "its wallet is locked"
+RECORD_LOCKED = "one of its workflows or subscriptions is locked"
+BEING_CREATED = "its wallet is being created"
 BEHIND = "its earlier messages wait"
 MUCH_DUE = "more is due in its wallet than one transaction does"
 
@@ -133,24 +136,47 @@ def apply_batch(
     Organizations that are `known_to_wait` need not be found out about: their messages go behind those that wait, and
     no time is lost over their wallets. Raises a database error that is transient: see the module's description.
     """
-    return _in_transactions(engine, deliveries, partial(_apply, known_to_wait), _bury, _keep_waiting)
+    apply = partial(_apply, dict.fromkeys(known_to_wait, BEHIND))
+    # While somebody is in trouble, the next trouble is found sooner.
+    return _in_transactions(engine, deliveries, _org_id, apply, _bury, _keep_waiting, carefully=bool(known_to_wait))
 
 
 def apply_waiting(engine: Engine, org_id: str, *, limit: int, patience_s: float = PATIENCE_S) -> Applied:
     """Apply the first messages of `org_id` that wait, at most `limit`, in order and in one transaction.
 
     Each statement may take `patience_s` seconds. A message that cannot be applied even on its own becomes a dead
-    letter. Raises a database error that is transient.
+    letter, and so does one that has ended `waiting.MOST_ATTEMPTS` workers. Raises a database error that is transient.
     """
+    taken: Taken | None = None
     try:
         with _connection(engine) as connection:
-            return _apply_waiting(connection, org_id, limit, patience_s)
+            found = _take_waiting(connection, org_id, limit, patience_s)
+        if isinstance(found, Applied):
+            return found
+        taken = found
+        with _connection(engine) as connection:
+            if taken.attempts > waiting.MOST_ATTEMPTS:
+                return _bury_waiting(connection, org_id, taken, None)
+            applied = _apply_waiting(connection, org_id, taken, patience_s)
+        if applied.problem is not None:
+            _give_back(engine, org_id, taken)
+        return applied
     except Exception as error:
+        if taken is not None:
+            _give_back(engine, org_id, taken)
         if is_transient(error):
             raise
-        if limit > 1:
-            return apply_waiting(engine, org_id, limit=limit // 2, patience_s=patience_s)
-        return _bury_waiting(engine, org_id, error)
+        count = limit if taken is None else len(taken.numbers)
+        if count > 1:
+            return apply_waiting(engine, org_id, limit=count // 2, patience_s=patience_s)
+        with _connection(engine) as connection:
+            return _bury_waiting(connection, org_id, taken, error)
+
+
+def _give_back(engine: Engine, org_id: str, taken: Taken) -> None:
+    """This attempt has not ended the worker. If not even that can be written, it counts as if it had."""
+    with suppress(psycopg.Error, DBAPIError), _connection(engine) as connection:
+        waiting.give_back(connection, org_id, taken)
 
 
 def catch_up(engine: Engine, org_ids: Sequence[str], *, task: str) -> Iterator[int]:
@@ -170,60 +196,92 @@ def catch_up(engine: Engine, org_ids: Sequence[str], *, task: str) -> Iterator[i
         logger.warning("%s leaves out the organization %s this time: %s", task, org_id, describe(error))
         return _CaughtUp(0, ())
 
-    first = _in_transactions(engine, org_ids, _catch_up, bury, leave_out)
+    def leave_all_out(engine: Engine, org_ids: Sequence[str], error: Exception) -> list[_CaughtUp]:
+        return [leave_out(engine, org_id, error) for org_id in org_ids]
+
+    first = _in_transactions(engine, org_ids, str, _catch_up, bury, leave_all_out)
     yield sum(done.written for done in first)
     for done in first:
         for org_id in done.unfinished:
             written = MOST_DUE
             while written > 0:
-                written = sum(more.written for more in _in_transactions(engine, [org_id], _catch_up, bury, leave_out))
+                more = _in_transactions(engine, [org_id], str, _catch_up, bury, leave_all_out)
+                written = sum(done.written for done in more)
                 yield written
 
 
 def _in_transactions(
     engine: Engine,
     items: Sequence[Item],
+    org_id_of: Callable[[Item], str],
     apply: Callable[[Connection, Sequence[Item], bool], list[Answer]],
     bury: Callable[[Engine, Item, Exception], Answer],
-    keep_waiting: Callable[[Engine, Item, Exception], Answer],
+    keep_waiting: Callable[[Engine, Sequence[Item], Exception], Sequence[Answer]],
+    *,
+    carefully: bool = False,
 ) -> list[Answer]:
     """Apply `items` in as few transactions as possible.
 
-    An item that cannot be applied even on its own is buried; one that cannot be applied now is kept waiting. `apply`
-    is told whether it should leave out what somebody else has locked.
+    An item that cannot be applied even on its own is buried; an organization whose items cannot be applied now is kept
+    waiting, with all of them that are left. `apply` is told whether it should leave out what somebody else has locked.
     """
-    answers: list[Answer] = []
-    pending = [(batch, False) for batch in _parts(items, MAX_BATCH)]
-    culprits_in_a_row = 0
+    answers: dict[int, Answer] = {}
+    places: Sequence[int] = range(len(items))
+    pending = [(part, carefully) for part in _parts(places, MAX_BATCH)]
+    culprits: dict[str, Exception] = {}
     while pending:
-        batch, carefully = pending.pop()
+        places, carefully = pending.pop()
+        if culprits:
+            places = [place for place in places if org_id_of(items[place]) not in culprits]
+        if not places:
+            continue
         try:
             with _connection(engine) as connection:
-                answers += apply(connection, batch, carefully)
-            culprits_in_a_row = 0
+                answers |= zip(places, apply(connection, [items[place] for place in places], carefully), strict=True)
         except Exception as error:
+            fault = error
             if not is_transient(error):
-                if len(batch) > 1:
-                    pending += [(half, carefully) for half in _parts(batch, (len(batch) + 1) // 2)]
-                else:
-                    answers.append(bury(engine, batch[0], error))
-            elif not _others_can_go_on(engine, error):
-                raise
-            elif not carefully and not isinstance(error, QueryCanceled):
-                pending.append((batch, True))
-            elif len(batch) > 1:
-                pending += [(part, True) for part in _parts(batch, -(-len(batch) // PIECES))]
-            elif culprits_in_a_row < MOST_CULPRITS_IN_A_ROW:
-                culprits_in_a_row += 1
-                answers.append(keep_waiting(engine, batch[0], error))
+                if len(places) > 1:
+                    pending += [(half, carefully) for half in _parts(places, (len(places) + 1) // 2)]
+                    continue
+                try:
+                    answers[places[0]] = bury(engine, items[places[0]], error)
+                    continue
+                except psycopg.Error as second:
+                    fault = second
+            if not _others_can_go_on(engine, fault):
+                raise fault from None
+            if not carefully and not isinstance(fault, QueryCanceled):
+                pending.append((places, True))
+            elif len(places) > 1:
+                pending += [(part, True) for part in _dealt(places, lambda place: org_id_of(items[place]))]
+            elif answers or len(culprits) < MOST_CULPRITS:
+                culprits[org_id_of(items[places[0]])] = fault
             else:
                 raise
-    return answers
+    for org_id, fault in culprits.items():
+        left = [place for place, item in enumerate(items) if place not in answers and org_id_of(item) == org_id]
+        answers |= zip(left, keep_waiting(engine, [items[place] for place in left], fault), strict=True)
+    return [answers[place] for place in range(len(items))]
 
 
 def _parts(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
     """`items` in parts of at most `size`, the last part first, so that the first one is popped first."""
     return [items[first : first + size] for first in range(0, len(items), size)][::-1]
+
+
+def _dealt(places: Sequence[int], org_id_at: Callable[[int], str]) -> list[Sequence[int]]:
+    """`places` in `PIECES` parts, so that no organization is in two of them; those of a single one in order.
+
+    Neighbours get into different parts: what is wrong with one of them is often wrong with the other.
+    """
+    places_of: dict[str, list[int]] = {}
+    for place in places:
+        places_of.setdefault(org_id_at(place), []).append(place)
+    if len(places_of) == 1:
+        return _parts(places, -(-len(places) // PIECES))
+    groups = [places_of[org_id] for org_id in sorted(places_of)]
+    return [[place for group in groups[first::PIECES] for place in group] for first in range(min(PIECES, len(groups)))]
 
 
 def _others_can_go_on(engine: Engine, error: Exception) -> bool:
@@ -260,14 +318,14 @@ def _connection(engine: Engine) -> Iterator[Connection]:
 
 
 def _apply(
-    known_to_wait: Collection[str], connection: Connection, deliveries: Sequence[Delivery], skip_locked: bool
+    known_to_wait: Mapping[str, str], connection: Connection, deliveries: Sequence[Delivery], carefully: bool
 ) -> list[Result | DeadLettered | Waits]:
     messages = [parse(delivery.task, delivery.payload) for delivery in deliveries]
     work = _WorkingSet.load(
         connection,
         [message for message in messages if isinstance(message, Message)],
         known_to_wait=known_to_wait,
-        skip_locked=skip_locked,
+        carefully=carefully,
     )
     decided = work.decide(messages)
     if work.reasons_to_wait:
@@ -318,31 +376,51 @@ def _waiting_message(delivery: Delivery, message: Message | InvalidMessage, reas
     )
 
 
-def _keep_waiting(engine: Engine, delivery: Delivery, error: Exception) -> Waits:
-    """Keep a message that cannot be applied now although it stands alone."""
-    kept = _waiting_message(delivery, parse(delivery.task, delivery.payload), describe(error))
+def _org_id(delivery: Delivery) -> str:
+    """The organization whose trouble a message shares."""
+    return parse(delivery.task, delivery.payload).org_id or waiting.NOBODY
+
+
+def _keep_waiting(engine: Engine, deliveries: Sequence[Delivery], error: Exception) -> Sequence[Waits]:
+    """Keep the messages of one organization that cannot be applied now."""
+    kept = [
+        _waiting_message(delivery, parse(delivery.task, delivery.payload), describe(error)) for delivery in deliveries
+    ]
     with _connection(engine) as connection:
-        waiting.keep(connection, [kept])
-    return Waits(kept.org_id, kept.reason)
+        waiting.keep(connection, kept)
+    return [Waits(message.org_id, message.reason) for message in kept]
 
 
-def _apply_waiting(connection: Connection, org_id: str, limit: int, patience_s: float) -> Applied:
-    work, kept = _WorkingSet.load_waiting(connection, org_id, limit, patience_s)
-    deliveries = [_delivery(message) for message in kept]
+def _take_waiting(connection: Connection, org_id: str, limit: int, patience_s: float) -> Taken | Applied:
+    """Post what is due in the wallet of `org_id`, and note which of its messages are about to be applied.
+
+    Nothing is applied before that is committed, so a message that ends its worker has left a trace.
+    """
+    work = _WorkingSet.load_one(connection, org_id, patience_s)
+    if isinstance(work, Applied):
+        return work
+    taken = waiting.take(connection, org_id, limit)
+    work.write_and_commit(connection)
+    return taken or Applied([], None)
+
+
+def _apply_waiting(connection: Connection, org_id: str, taken: Taken, patience_s: float) -> Applied:
+    work = _WorkingSet.load_one(connection, org_id, patience_s)
+    if isinstance(work, Applied):
+        return work
+    deliveries = [_delivery(message) for message in waiting.read(connection, org_id, taken)]
     messages = [parse(delivery.task, delivery.payload) for delivery in deliveries]
     valid = [message for message in messages if isinstance(message, Message)]
-    if valid and not work.wallets:  # it is locked, or not there yet
+    if valid and not work.wallets:
         connection.execute("ROLLBACK")
-        if connection.execute(_THERE, [arrays.text([org_id])]).fetchall():
-            return Applied([], LOCKED)
         _WorkingSet.create(connection, [org_id])
-        return _apply_waiting(connection, org_id, limit, patience_s)
-    if org_id in work.reasons_to_wait:
-        work.write_and_commit(connection)
-        return Applied([], work.reasons_to_wait[org_id])
+        return _apply_waiting(connection, org_id, taken, patience_s)
     work.load_named(connection, valid)
+    if org_id in work.with_locked_records(connection):
+        connection.execute("ROLLBACK")
+        return Applied([], RECORD_LOCKED)
     decided = work.decide(messages)
-    waiting.remove(connection, org_id, [message.number for message in kept])
+    waiting.remove(connection, org_id, taken)
     answers = _write_and_commit(connection, work, deliveries, messages, decided)
     return Applied(list(zip(deliveries, answers, strict=True)), None)
 
@@ -367,9 +445,11 @@ class _CaughtUp(NamedTuple):
 
 
 def _catch_up(connection: Connection, org_ids: Sequence[str], _: bool) -> list[_CaughtUp]:
-    work = _WorkingSet.load_due(connection, org_ids)
+    work = _WorkingSet.load_due(connection, org_ids, LONG_PATIENCE_S)
     work.write_and_commit(connection)
-    return [_CaughtUp(len(work.events), tuple(work.reasons_to_wait))]
+    # One answer for all of them: the first one's.
+    unfinished = tuple(org_id for org_id, reason in work.reasons_to_wait.items() if reason == MUCH_DUE)
+    return [_CaughtUp(len(work.events), unfinished), *[_CaughtUp(0, ())] * (len(org_ids) - 1)]
 
 
 def _bury(engine: Engine, delivery: Delivery, error: Exception) -> DeadLettered:
@@ -377,16 +457,28 @@ def _bury(engine: Engine, delivery: Delivery, error: Exception) -> DeadLettered:
         return _record_unexpected(connection, delivery, error)
 
 
-def _bury_waiting(engine: Engine, org_id: str, error: Exception) -> Applied:
-    """Make a dead letter of the first message of `org_id` that waits."""
-    with _connection(engine) as connection:
-        connection.execute(_BEGIN)
-        kept = waiting.first(connection, org_id, 1).fetchall()
-        deliveries = [_delivery(message) for message in kept]
-        answers = [_record_unexpected(connection, delivery, error) for delivery in deliveries]
-        waiting.remove(connection, org_id, [message.number for message in kept])
-        connection.execute("COMMIT")
-    return Applied(list(zip(deliveries, answers, strict=True)), None)
+def _bury_waiting(connection: Connection, org_id: str, taken: Taken | None, error: Exception | None) -> Applied:
+    """Make a dead letter of the message that was taken alone, or of the first one.
+
+    Without an error, it has ended the workers that applied it, and is not read.
+    """
+    connection.execute(_BEGIN)
+    if taken is None and (taken := waiting.take(connection, org_id, 1)) is None:
+        connection.execute("ROLLBACK")
+        return Applied([], None)
+    [kept] = waiting.read(connection, org_id, taken)
+    if error is None:
+        delivery = Delivery(kept.task, None, kept.body, kept.answer_to)
+        task, text = kept.task[:MAX_TASK_LENGTH], "its worker ended each time it was applied"
+        letter = DeadLetter(task, kept.body, org_id or None, "delivery_limit", text)
+        [letter_id] = dead_letters.record(connection, [letter])
+        answer = DeadLettered(letter_id, letter.code, letter.error)
+    else:
+        delivery = _delivery(kept)
+        answer = _record_unexpected(connection, delivery, error)
+    waiting.remove(connection, org_id, taken)
+    connection.execute("COMMIT")
+    return Applied([(delivery, answer)], None)
 
 
 def _record_unexpected(connection: Connection, delivery: Delivery, error: Exception) -> DeadLettered:
@@ -452,17 +544,18 @@ class _WorkingSet:
         connection: Connection,
         messages: Sequence[Message],
         *,
-        known_to_wait: Collection[str],
-        skip_locked: bool,
+        known_to_wait: Mapping[str, str],
+        carefully: bool,
     ) -> "_WorkingSet":
         """Lock the wallets of `messages`, load all that deciding them needs, and post what is due.
 
-        An organization that has to wait is in `reasons_to_wait`: messages of it wait already, or somebody else has
-        locked its wallet. With `skip_locked`, a locked wallet is not waited for.
+        An organization that has to wait is in `reasons_to_wait`: it is one of those `known_to_wait`, with their
+        reasons, or messages of it wait already. `carefully`: what somebody else has locked is not waited for, and its
+        organization has to wait, too.
         """
         named_ids = {message.org_id for message in messages}
         org_ids = sorted(named_ids.difference(known_to_wait))
-        lock, read_clock = (_LOCK_WALLETS_THAT_CAN_BE, _CAREFUL_CLOCK) if skip_locked else (_LOCK_WALLETS, _CLOCK)
+        lock, read_clock = (_LOCK_WALLETS_THAT_CAN_BE, _CAREFUL_CLOCK) if carefully else (_LOCK_WALLETS, _CLOCK)
         with connection.pipeline():
             connection.execute(_BEGIN)
             locked = _select(connection, Wallet, lock, [arrays.text(org_ids)])
@@ -474,50 +567,67 @@ class _WorkingSet:
         work = cls(locked.fetchall(), now)
         if missing := [org_id for org_id in org_ids if org_id not in work.wallets]:
             there = {org_id for (org_id,) in connection.execute(_THERE, [arrays.text(missing)])}
-            if len(there) < len(missing) or not skip_locked:
-                # Those that are not there will be; one that is there by now was just created by somebody else.
-                connection.execute("ROLLBACK")
-                unknown = sorted(set(missing) - there)
-                if skip_locked:
-                    being_created = [org_id for org_id in unknown if not cls.can_create(connection, org_id)]
-                    known_to_wait = {*known_to_wait, *being_created}
-                else:
-                    cls.create(connection, unknown)
-                return cls.load(connection, messages, known_to_wait=known_to_wait, skip_locked=skip_locked)
-            work.reasons_to_wait = dict.fromkeys(missing, LOCKED)
+            # Those that are not there will be; one that is there by now was just created by somebody else.
+            connection.execute("ROLLBACK")
+            unknown = sorted(set(missing) - there)
+            if carefully:
+                being_created = [org_id for org_id in unknown if not cls.can_create(connection, org_id)]
+                known_to_wait = (
+                    dict.fromkeys(there, LOCKED) | dict.fromkeys(being_created, BEING_CREATED) | {**known_to_wait}
+                )
+            else:
+                cls.create(connection, unknown)
+            return cls.load(connection, messages, known_to_wait=known_to_wait, carefully=carefully)
+        work.reasons_to_wait = {org_id: reason for org_id, reason in known_to_wait.items() if org_id in named_ids}
         if somebody_waits:
             for (org_id,) in connection.execute(_WAITING, [arrays.text(sorted(named_ids))]):
                 work.reasons_to_wait[org_id] = BEHIND
-        work.reasons_to_wait |= dict.fromkeys(named_ids.difference(org_ids), BEHIND)
         work._keep_loaded(workflows(), posted())
         work._post_due(connection, named.subscriptions)
+        if carefully and (stuck := work.with_locked_records(connection)):
+            connection.execute("ROLLBACK")
+            known_to_wait = dict.fromkeys(stuck, RECORD_LOCKED) | {**known_to_wait}
+            return cls.load(connection, messages, known_to_wait=known_to_wait, carefully=True)
         return work
 
     @classmethod
-    def load_waiting(
-        cls, connection: Connection, org_id: str, limit: int, patience_s: float
-    ) -> tuple["_WorkingSet", Sequence[NumberedMessage]]:
-        """Lock the wallet of `org_id`, if it can be had, post what is due, and read the first messages that wait."""
-        with connection.pipeline():
-            connection.execute(_BEGIN)
-            locked = _select(connection, Wallet, _LOCK_WALLETS_THAT_CAN_BE, [arrays.text([org_id])])
-            clock = connection.execute(_clock(patience_s))
-            kept = waiting.first(connection, org_id, limit)
-        work = cls(locked.fetchall(), clock.fetchall()[0][0])
-        messages = kept.fetchall()
-        work._post_due(connection, set())
-        return work, messages
+    def load_one(cls, connection: Connection, org_id: str, patience_s: float) -> "_WorkingSet | Applied":
+        """Lock the wallet of `org_id`, if it is there, and post what is due; or end the transaction and say why not."""
+        work = cls.load_due(connection, [org_id], patience_s)
+        if not work.wallets and connection.execute(_THERE, [arrays.text([org_id])]).fetchall():
+            connection.execute("ROLLBACK")
+            return Applied([], work.reasons_to_wait.get(org_id, LOCKED))
+        if org_id in work.reasons_to_wait:
+            work.write_and_commit(connection)
+            return Applied([], work.reasons_to_wait[org_id])
+        return work
 
     @classmethod
-    def load_due(cls, connection: Connection, org_ids: Sequence[str]) -> "_WorkingSet":
+    def load_due(cls, connection: Connection, org_ids: Sequence[str], patience_s: float) -> "_WorkingSet":
         """Lock those of the wallets `org_ids` that nobody else holds, and post what is due in them."""
         with connection.pipeline():
             connection.execute(_BEGIN)
             locked = _select(connection, Wallet, _LOCK_WALLETS_THAT_CAN_BE, [arrays.text(sorted(org_ids))])
-            clock = connection.execute(_clock(LONG_PATIENCE_S))
+            clock = connection.execute(_clock(patience_s))
         work = cls(locked.fetchall(), clock.fetchall()[0][0])
         work._post_due(connection, set())
+        if stuck := work.with_locked_records(connection):
+            connection.execute("ROLLBACK")
+            work = cls.load_due(connection, sorted(set(org_ids) - stuck), patience_s)
+            work.reasons_to_wait |= dict.fromkeys(stuck, RECORD_LOCKED)
         return work
+
+    def with_locked_records(self, connection: Connection) -> set[str]:
+        """The organizations of which somebody else has locked a workflow or a subscription that is loaded."""
+        stuck: set[str] = set()
+        for loaded, lock in (
+            (self._loaded_workflows, _LOCK_WORKFLOWS_THAT_CAN_BE),
+            (self._loaded_subscriptions, _LOCK_SUBSCRIPTIONS_THAT_CAN_BE),
+        ):
+            if keys := sorted(key for key in loaded if key[0] in self.wallets):
+                can_be = connection.execute(lock, [arrays.text(column) for column in zip(*keys, strict=True)])
+                stuck |= {org_id for org_id, _ in set(keys).difference(can_be)}
+        return stuck
 
     @staticmethod
     def create(connection: Connection, org_ids: Collection[str]) -> None:
@@ -787,6 +897,14 @@ def _by_key(table: Table, record: type[Any]) -> str:
     )
 
 
+def _lock_that_can_be(table: Table) -> str:
+    keys = ", ".join(column.name for column in table.primary_key)
+    return (
+        f"SELECT {keys} FROM {table.name} JOIN unnest(%b::text[], %b::text[]) AS named ({keys}) USING ({keys})"
+        f" FOR NO KEY UPDATE OF {table.name} SKIP LOCKED"
+    )
+
+
 def _clock(statement_timeout_s: float) -> str:
     # Rows are looked up by their keys, one after the other; the planner takes that for dearer than it is, and would
     # rather read all of a table of some hundred thousand rows.
@@ -820,6 +938,8 @@ _EXPIRED_HOLDS = f"""
         ORDER BY expires_at OFFSET 0
     ) AS expired LIMIT %b
 """
+_LOCK_WORKFLOWS_THAT_CAN_BE = _lock_that_can_be(tables.workflows)
+_LOCK_SUBSCRIPTIONS_THAT_CAN_BE = _lock_that_can_be(tables.subscriptions)
 _NEXT_HOLD_EXPIRY = """
     SELECT org_id, (
         SELECT min(expires_at) FROM workflows

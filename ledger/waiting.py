@@ -3,11 +3,15 @@
 A message that cannot be applied now (somebody has locked the wallet, PostgreSQL takes too long over it) is kept in the
 table `waiting_messages` and acknowledged. While an organization has messages there, its later ones go behind them, so
 they are applied in the order of their arrival. `store.apply_waiting` applies them.
+
+Before a message is applied it is noted that this is attempted, and afterwards that the worker is still there. One that
+has ended `SUSPECT` workers is taken alone; one that has ended `MOST_ATTEMPTS` is applied no more.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import psycopg
@@ -22,6 +26,13 @@ NOBODY = ""
 
 MAX_NAMED = 10_000
 """The most organizations that `organizations` returns."""
+
+
+SUSPECT = 3
+"""How many workers have ended while they applied a message, before it is taken alone."""
+
+MOST_ATTEMPTS = 20
+"""How many may end before it becomes a dead letter."""
 
 
 class WaitingMessage(NamedTuple):
@@ -51,6 +62,14 @@ class NumberedMessage(NamedTuple):
     error: str | None
 
 
+class Taken(NamedTuple):
+    """Messages of one organization that are about to be applied."""
+
+    numbers: list[int]
+    attempts: int
+    """How often that was attempted with the first of them and has ended its worker, and this time."""
+
+
 @dataclass(frozen=True, slots=True)
 class WaitingOrganization:
     """An organization whose messages wait."""
@@ -71,9 +90,13 @@ _KEEP = """
       WITH ORDINALITY AS new (org_id, task, body, answer_to, error_code, error, reason, place)
     ORDER BY place
 """
-_FIRST = """
+_FIRST = "SELECT number, attempts FROM waiting_messages WHERE org_id = %b ORDER BY number LIMIT %b"
+_COUNT_ATTEMPT = """
+    UPDATE waiting_messages SET attempts = attempts + %b WHERE org_id = %b AND number = ANY(%b::bigint[])
+"""
+_READ = """
     SELECT number, task, body, answer_to, error_code, error FROM waiting_messages
-    WHERE org_id = %b ORDER BY number LIMIT %b
+    WHERE org_id = %b AND number = ANY(%b::bigint[]) ORDER BY number
 """
 _REMOVE = "DELETE FROM waiting_messages WHERE org_id = %b AND number = ANY(%b::bigint[])"
 
@@ -101,19 +124,47 @@ def keep(connection: psycopg.Connection[Any], messages: Sequence[WaitingMessage]
     connection.execute(_KEEP, [list(column) for column in zip(*messages, strict=True)])
 
 
-def first(connection: psycopg.Connection[Any], org_id: str, limit: int) -> "psycopg.Cursor[NumberedMessage]":
-    """The messages of `org_id` that wait longest, at most `limit`. Whoever holds its wallet's lock may apply them."""
+def take(connection: psycopg.Connection[Any], org_id: str, limit: int) -> Taken | None:
+    """Note, in the transaction of `connection`, that the first messages of `org_id` are about to be applied.
+
+    At most `limit` of them; one that is suspected of ending its worker is taken alone. None: no message waits. Whoever
+    holds the lock of the wallet may do it.
+    """
+    found = connection.execute(_FIRST, [org_id, limit]).fetchall()
+    if not found:
+        return None
+    (first, attempts), *rest = found
+    numbers = [first]
+    if attempts < SUSPECT:
+        numbers += [number for number, _ in takewhile(lambda row: row[1] < SUSPECT, rest)]
+    connection.execute(_COUNT_ATTEMPT, [1, org_id, arrays.bigint(numbers)])
+    return Taken(numbers, attempts + 1)
+
+
+def give_back(connection: psycopg.Connection[Any], org_id: str, taken: Taken) -> None:
+    """The messages were not applied, and the worker goes on: as if they had not been taken."""
+    connection.execute(_COUNT_ATTEMPT, [-1, org_id, arrays.bigint(taken.numbers)])
+
+
+def read(connection: psycopg.Connection[Any], org_id: str, taken: Taken) -> list[NumberedMessage]:
+    """The messages that were taken, in order. Raises SerializationFailure if somebody else has applied some of them."""
     cursor = connection.cursor(row_factory=args_row(NumberedMessage), binary=True)
-    return cursor.execute(_FIRST, [org_id, limit])
+    messages = cursor.execute(_READ, [org_id, arrays.bigint(taken.numbers)]).fetchall()
+    if len(messages) != len(taken.numbers):
+        raise SerializationFailure(_APPLIED)
+    return messages
 
 
-def remove(connection: psycopg.Connection[Any], org_id: str, numbers: Sequence[int]) -> None:
+def remove(connection: psycopg.Connection[Any], org_id: str, taken: Taken) -> None:
     """Have these messages of `org_id` wait no more, in the transaction of `connection`.
 
     Raises SerializationFailure if somebody else has done that already, as without a wallet they can.
     """
-    if connection.execute(_REMOVE, [org_id, arrays.bigint(numbers)]).rowcount != len(numbers):
-        raise SerializationFailure("somebody else has applied these messages")
+    if connection.execute(_REMOVE, [org_id, arrays.bigint(taken.numbers)]).rowcount != len(taken.numbers):
+        raise SerializationFailure(_APPLIED)
+
+
+_APPLIED = "somebody else has applied these messages"
 
 
 def organizations(connection: Connection, *, most: int = MAX_NAMED) -> list[WaitingOrganization]:

@@ -2,8 +2,8 @@
 
 Two threads of the worker, each with a database connection of its own. One looks twice a second for organizations whose
 messages wait (see `ledger.waiting`), applies them as soon as that is possible, and tells of those that wait on. The
-other one is patient: it takes the organizations that have failed so far, and does the runs of the scheduler, step by
-step.
+other one is patient: it takes the organizations for which PostgreSQL has taken too long, and does the runs of the
+scheduler, step by step.
 
 Guarantee: what waits is committed, so nothing is lost with these threads; whichever worker comes first goes on with it.
 A run that has not ended is lost with its worker, and changes nothing: the next one does the same.
@@ -13,15 +13,15 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from queue import Empty, SimpleQueue
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from typing import NamedTuple
 
-from psycopg.errors import LockNotAvailable
+from psycopg.errors import QueryCanceled
 from sqlalchemy import Engine
 
 from ledger import scheduler, waiting
 from ledger.database import describe, is_transient, may_be_local
-from ledger.store import LOCKED, LONG_PATIENCE_S, PATIENCE_S, Applied, DeadLettered, apply_waiting
+from ledger.store import LONG_PATIENCE_S, MUCH_DUE, SHORT_PATIENCE_S, Applied, DeadLettered, apply_waiting
 from ledger.waiting import WaitingOrganization
 from worker import metrics
 from worker.answers import Answers, tell_dead_letter
@@ -40,8 +40,8 @@ LOOK_S = 1.0
 MOST_MESSAGES = 500
 """How many waiting messages one transaction applies at most."""
 
-FIRST_DELAY_S, LONGEST_LOCKED_S, LONGEST_DELAY_S = 0.5, 1.0, 30.0
-"""How long an organization is left alone after a failure: twice as long each time. After a lock, not for so long."""
+FIRST_DELAY_S, LONGEST_DELAY_S, LONGEST_PATIENT_DELAY_S = 0.5, 1.0, 30.0
+"""How long an organization is left alone after a failure: twice as long each time."""
 
 TOLD_AFTER_S = 2.0
 """From when on the log tells of an organization that waits."""
@@ -60,32 +60,45 @@ class _Run(NamedTuple):
     answer_to: str | None
 
 
-class _Attempts:
-    """How it went with the waiting messages of one organization."""
+class _Pace:
+    """With how many messages of one organization a thread tries it, and when again."""
 
-    def __init__(self) -> None:
+    def __init__(self, longest_delay_s: float) -> None:
         self.limit = MOST_MESSAGES
-        self.next_at = self.served_at = 0.0
-        self.reason: str | None = None
-        self.is_in_trouble = False
-        """Whether the last attempt failed: PostgreSQL took too long, or the connection was lost."""
+        self.next_at = 0.0
+        self._longest_delay_s = longest_delay_s
         self._delay_s = FIRST_DELAY_S
 
     def succeeded(self) -> None:
         self.limit = min(2 * self.limit, MOST_MESSAGES)
-        self.is_in_trouble = False
         self._delay_s = FIRST_DELAY_S
 
-    def failed(self, error: Exception) -> None:
+    def failed(self) -> None:
         """Try with fewer messages; with a single one, later."""
-        self.reason = describe(error)
-        self.is_in_trouble = True
         if self.limit > 1:
             self.limit = max(1, self.limit // 8)
-            return
-        longest_s = LONGEST_LOCKED_S if isinstance(error, LockNotAvailable) else LONGEST_DELAY_S
-        self.next_at = time.monotonic() + min(self._delay_s, longest_s)
-        self._delay_s *= 2
+        else:
+            self.next_at = time.monotonic() + self._delay_s
+            self._delay_s = min(2 * self._delay_s, self._longest_delay_s)
+
+
+class _Attempts:
+    """How it went with the waiting messages of one organization."""
+
+    def __init__(self) -> None:
+        self.in_hand = Lock()
+        """Held by the thread that applies them."""
+        self.pace, self.patient_pace = _Pace(LONGEST_DELAY_S), _Pace(LONGEST_PATIENT_DELAY_S)
+        self.is_slow = False
+        """Whether PostgreSQL takes too long even over a single one."""
+        self.is_locked = False
+        self.reason: str | None = None
+        self.served_at = 0.0
+
+    @property
+    def turn(self) -> tuple[bool, bool, float]:
+        """By this they are sorted: who costs least comes first."""
+        return not self.is_locked, self.is_slow, self.served_at
 
 
 class Background:
@@ -156,21 +169,20 @@ class Background:
         self._tell(organizations)
         attempts = {one.org_id: self._attempts.setdefault(one.org_id, _Attempts()) for one in organizations}
         # To find a wallet locked still costs next to nothing.
-        in_order = sorted(attempts, key=lambda org_id: (attempts[org_id].reason != LOCKED, attempts[org_id].served_at))
+        in_order = sorted(attempts, key=lambda org_id: attempts[org_id].turn)
         is_busy = False
         for org_id in in_order:
             if time.monotonic() > looked_at + LOOK_S:
                 return True
-            if not attempts[org_id].is_in_trouble:
-                is_busy |= self._go_on_with(org_id, attempts[org_id], PATIENCE_S)
+            is_busy |= self._go_on_with(org_id, attempts[org_id], attempts[org_id].pace, SHORT_PATIENCE_S)
         return is_busy
 
     def _look_patiently(self) -> bool:
         """Do a little of all that may take its time; returns whether there is more."""
         is_busy = False
         for org_id, attempts in self._attempts.copy().items():
-            if attempts.is_in_trouble:
-                is_busy |= self._go_on_with(org_id, attempts, LONG_PATIENCE_S)
+            if attempts.is_slow:
+                is_busy |= self._go_on_with(org_id, attempts, attempts.patient_pace, LONG_PATIENCE_S)
         return self._go_on_with_run() or is_busy
 
     def _know(self, organizations: Sequence[WaitingOrganization], looked_at: float) -> None:
@@ -180,30 +192,40 @@ class Background:
                 self._known_to_wait.pop(org_id, None)
         self.note(now_waiting)
 
-    def _go_on_with(self, org_id: str, attempts: _Attempts, patience_s: float) -> bool:
+    def _go_on_with(self, org_id: str, attempts: _Attempts, pace: _Pace, patience_s: float) -> bool:
         """Apply what waits, for a while; returns whether there may be more that can be applied."""
-        for _ in _for_a_while(self._stopped.is_set):
-            if time.monotonic() < attempts.next_at:
-                return False
-            attempts.served_at = time.monotonic()
-            try:
-                applied = apply_waiting(self._engine, org_id, limit=attempts.limit, patience_s=patience_s)
-            except Exception as error:
-                if not is_transient(error):
-                    logger.exception("Unexpected, the organization %s waits", org_id)
-                elif not may_be_local(error):
-                    raise
-                attempts.failed(error)
-                return True
-            attempts.reason = applied.problem
-            if applied.problem == LOCKED:
-                return False
-            attempts.succeeded()
-            self._applied(applied)
-            if not applied.answers and applied.problem is None:
-                self._known_to_wait.pop(org_id, None)
-                return False
-        return True
+        if not attempts.in_hand.acquire(blocking=False):
+            return False
+        try:
+            for _ in _for_a_while(self._stopped.is_set):
+                if time.monotonic() < pace.next_at:
+                    return False
+                attempts.served_at = time.monotonic()
+                try:
+                    applied = apply_waiting(self._engine, org_id, limit=pace.limit, patience_s=patience_s)
+                except Exception as error:
+                    if not is_transient(error):
+                        logger.exception("Unexpected, the organization %s waits", org_id)
+                    elif not may_be_local(error):
+                        raise
+                    if pace.limit == 1 and pace is attempts.pace:
+                        attempts.is_slow = isinstance(error, QueryCanceled)
+                    attempts.reason, attempts.is_locked = describe(error), False
+                    pace.failed()
+                    return True
+                self._applied(applied)
+                attempts.reason = applied.problem
+                attempts.is_locked = applied.problem not in (None, MUCH_DUE)
+                if attempts.is_locked:
+                    return False
+                pace.succeeded()
+                attempts.is_slow &= pace is not attempts.pace
+                if not applied.answers and applied.problem is None:
+                    self._known_to_wait.pop(org_id, None)
+                    return False
+            return True
+        finally:
+            attempts.in_hand.release()
 
     def _applied(self, applied: Applied) -> None:
         for _, answer in applied.answers:

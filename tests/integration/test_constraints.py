@@ -112,8 +112,9 @@ GOOD: dict[str, Row] = {
         "answer_to": None,
         "error_code": None,
         "error": None,
-        "reason": "somebody has locked its wallet",
+        "reason": "its wallet is locked",
         "waiting_since": NOW,
+        "attempts": 0,
     },
 }
 
@@ -246,6 +247,7 @@ BAD: dict[str, dict[str, list[Row]]] = {
     "waiting_messages": {
         "waiting_messages_pkey": [{"task": "workflow.finish"}],
         "waiting_messages_error": [{"number": 2, "error_code": "undecodable"}, {"number": 2, "error": "not JSON"}],
+        "waiting_messages_attempts": [{"number": 2, "attempts": -1}],
     },
 }
 
@@ -287,7 +289,7 @@ ALSO_GOOD: dict[str, list[Row]] = {
         {"id": 4, "task": "workflow.finish", "attempts": 1_000},
     ],
     "waiting_messages": [
-        {"number": 2},
+        {"number": 2, "attempts": 20},
         {"org_id": "globex"},
         {"org_id": "", "error_code": "undecodable", "error": "not JSON", "answer_to": "somebody"},
     ],

@@ -264,6 +264,7 @@ MAY_BE_LOCAL = (
     deadlock,
     serialization_failure,
     statement_timeout,
+    read_only,
     admin_shutdown,
     damaged_file,
 )
