@@ -261,7 +261,10 @@ def _in_transactions(
                 raise
     for org_id, fault in culprits.items():
         left = [place for place, item in enumerate(items) if place not in answers and org_id_of(item) == org_id]
-        answers |= zip(left, keep_waiting(engine, [items[place] for place in left], fault), strict=True)
+        try:
+            answers |= zip(left, keep_waiting(engine, [items[place] for place in left], fault), strict=True)
+        except psycopg.Error as second:  # not even that can be written
+            raise fault from second
     return [answers[place] for place in range(len(items))]
 
 

@@ -266,7 +266,7 @@ waiting_messages = Table(
     _optional("error", Text),
     _column("reason", Text),
     Column("waiting_since", Instant, nullable=False, server_default=func.clock_timestamp()),
-    Column("attempts", BigInteger, nullable=False, server_default="0"),
+    Column("attempts", BigInteger, nullable=False, server_default=text("0")),
     PrimaryKeyConstraint("org_id", "number", name="waiting_messages_pkey"),
     _check("waiting_messages_error", "(error_code IS NULL) = (error IS NULL)"),
     _check("waiting_messages_attempts", "attempts >= 0"),
