@@ -209,6 +209,8 @@ def sent_with(letter: KeptLetter) -> tuple[list[Any], dict[str, Any]]:
     found = arguments(letter.body)
     if found is None:
         raise NotReplayableError(f"dead letter {letter.id} holds no message that could be sent again")
+    if not letter.task:
+        raise NotReplayableError(f"dead letter {letter.id} names no task, so it cannot be sent again")
     return found
 
 

@@ -40,6 +40,8 @@ AMQP_SCHEMES = ("amqp://", "amqps://")
 VISIBILITY_TIMEOUT_S = 60
 """After this, Redis delivers again what a worker took and never acknowledged."""
 
+UNKNOWN_COMPRESSION = "it is compressed in a way that is not supported: use gzip, bzip2 or lzma"
+
 _NO_LIMIT = 2**31 - 1
 
 _RABBITMQ_ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -73,7 +75,7 @@ def inflate_within(limit: int) -> None:
         return inflate
 
     def refuse(_: bytes) -> bytes:
-        raise ValueError("it is compressed in a way that is not supported: use gzip, bzip2 or lzma")
+        raise ValueError(UNKNOWN_COMPRESSION)
 
     decoders = {
         "application/x-gzip": bounded(zlib.decompressobj),

@@ -27,7 +27,7 @@ from ledger.messages import MAX_BODY_BYTES, InvalidMessage, too_large_body
 from ledger.store import Delivery
 from worker import metrics
 from worker.batching import Arrival, Batch, raw_body
-from worker.broker import DEAD_QUEUE, declare_queues
+from worker.broker import DEAD_QUEUE, UNKNOWN_COMPRESSION, declare_queues
 from worker.tasks import TASKS
 from worker.transport import DELIVERED_TOO_OFTEN, Channel, SetAside, UnsupportedServerError, read_json
 
@@ -97,7 +97,8 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
 
     def on_decode_error(self, message: Message, exc: Exception) -> None:
         """Kombu could not decompress its body."""
-        problem = InvalidMessage("undecodable_message", f"the body cannot be decoded: {exc}", None)
+        why = UNKNOWN_COMPRESSION if isinstance(exc, KeyError) else str(exc)[:200] or type(exc).__name__
+        problem = InvalidMessage("undecodable_message", f"the body cannot be decoded: {why}", None)
         self._keep(message, _known_problem(message, raw_body(message)) or problem)
 
     def ensure_connected(self, conn: Connection) -> Connection:
@@ -143,7 +144,8 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
         """Have the batch make a dead letter of it."""
         body = raw_body(message)
         message.body = b""  # which may be large, and is not needed to acknowledge it
-        self.batch.add(Arrival(message, Delivery(_named_task(message), problem, body[:MAX_BODY_BYTES]), None))
+        delivery = Delivery(_named_task(message), problem, body[:MAX_BODY_BYTES], _answer_to(message))
+        self.batch.add(Arrival(message, delivery, None))
 
 
 def _known_problem(message: Message, raw: bytes) -> InvalidMessage | None:
@@ -162,6 +164,15 @@ def _named_task(message: Message) -> str:
         return message.task
     task = message.headers.get("task") if isinstance(message.headers, dict) else None
     return task if isinstance(task, str) else ""
+
+
+def _answer_to(message: Message) -> str | None:
+    """The id under which its sender waits for an answer, if it does."""
+    headers = message.headers
+    if isinstance(message, SetAside) or not isinstance(headers, dict) or headers.get("ignore_result") is not False:
+        return None
+    task_id = headers.get("id")
+    return task_id if isinstance(task_id, str) and _is_text(task_id) else None
 
 
 def _task_and_body(message: Message, raw: bytes) -> tuple[str, list[Any]]:

@@ -31,6 +31,7 @@ from tests.acceptance.installation import (
 from tests.acceptance.story import STATES, STORY
 from tests.support import PATIENCE_S, eventually, sql
 from worker.app import create_app
+from worker.broker import UNKNOWN_COMPRESSION
 from worker.process import Process
 
 # The beat as it is, except that its minute lasts half a second.
@@ -306,6 +307,13 @@ def test_a_value_that_only_celery_knows_as_json_is_not_lost(running: Installatio
     assert "occurred_at must be an ISO 8601 string" in str(failure)
 
 
+def test_who_asked_for_an_answer_is_told_that_there_is_no_such_task(
+    running: Installation, workflow_engine: Producer
+) -> None:
+    failure = workflow_engine.ask("wallet.typo", {"org_id": "acme"}).get(timeout=PATIENCE_S, propagate=False)
+    assert "there is no task named 'wallet.typo'" in str(failure)
+
+
 LIST_ITEM = b"\xff no message at all"
 WHAT_CELERY_DROPS_OR_DIES_OF = {
     "unknown task": (
@@ -372,6 +380,10 @@ WHAT_CELERY_DROPS_OR_DIES_OF = {
     "compressed, it says": (
         envelope("[7]", headers={"task": "wallet.grant", "id": "1", "compression": "application/x-gzip"}),
         ("wallet.grant", "undecodable_message", None),
+    ),
+    "compressed in a way with a long name": (
+        envelope("[10]", headers={"task": "wallet.grant", "id": "1", "compression": "x" * 50_000}),
+        ("wallet.grant", "undecodable_message", f"the body cannot be decoded: {UNKNOWN_COMPRESSION}"),
     ),
     "a number too long to read": (
         envelope(f'[[{{"credits": {"9" * 5000}}}], {{}}, {{}}]'),

@@ -278,6 +278,14 @@ def test_what_is_no_message_is_not_sent(engine: Engine, body: bytes) -> None:
     assert marks(engine) == [(1, "open", 1, None, None)]
 
 
+def test_a_message_that_names_no_task_is_not_sent(engine: Engine) -> None:
+    nameless = InvalidMessage("undecodable_message", "the message names no task", None)
+    apply_batch(engine, [Delivery("", nameless, b"[[{}], {}, {}]")])
+    with pytest.raises(NotReplayableError, match=r"^dead letter 1 names no task, so it cannot be sent again$"):
+        replay(engine, 1, worker(engine))
+    assert marks(engine) == [(1, "open", 1, None, None)]
+
+
 def test_the_arguments_are_sent_as_they_came(engine: Engine) -> None:
     body = b'[[1, {"a": "\\ud800\\u0000"}], {"b": [NaN]}, {"callbacks": null}]'
     apply_batch(engine, [Delivery("wallet.\x1b", None, body)])
