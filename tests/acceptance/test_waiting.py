@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -12,12 +13,14 @@ from sqlalchemy import Engine, text
 from ledger import audit, migrations
 from ledger.database import connect
 from ledger.store import LOCKED
+from ledger.waiting import MOST_ATTEMPTS
 from tests.acceptance import commands
 from tests.acceptance.installation import (
     Installation,
     Producer,
     celery,
     installed,
+    log_of,
     open_folder,
     wait_for_workers,
     warnings_in,
@@ -108,6 +111,48 @@ def test_what_waits_when_its_worker_is_killed_another_one_applies(
     installation.start_worker("worker-2")
     assert asked.get(timeout=PATIENCE_S)["available"] == 2
     assert eventually(installation.is_drained)
+
+
+def test_a_waiting_message_that_ends_its_workers_becomes_a_dead_letter_and_the_one_behind_it_is_applied(
+    installation: Installation, producer: Producer
+) -> None:
+    """Whatever ends them: here they are killed while PostgreSQL takes its time over it."""
+    worker = installation.start_worker()
+    producer.answer("wallet.grant", grant("stuck", "first"))
+    with installation.locked("stuck"):
+        asked = [producer.ask("wallet.grant", grant("stuck", grant_id)) for grant_id in ("poison", "innocent")]
+        eventually(lambda: installation.count("waiting_messages") == 2)
+        worker.kill()
+    sql(
+        installation.engine,
+        """
+        CREATE FUNCTION act() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(5); RETURN NEW; END $$;
+        CREATE TRIGGER act BEFORE INSERT ON credit_events FOR EACH ROW
+        WHEN (NEW.metadata ->> 'grant_id' = 'poison') EXECUTE FUNCTION act()
+        """,
+    )
+
+    def ended() -> int:
+        [count] = sql(installation.engine, "SELECT attempts FROM waiting_messages ORDER BY number LIMIT 1")[0]
+        assert isinstance(count, int)
+        return count
+
+    sql(installation.engine, f"UPDATE waiting_messages SET attempts = {MOST_ATTEMPTS - 2}")
+    while (before := ended()) < MOST_ATTEMPTS:
+        worker = installation.start_worker(f"worker-{uuid4()}")
+        eventually(lambda before=before: ended() > before)
+        worker.kill()
+    last = installation.start_worker("last")
+    assert asked[1].get(timeout=PATIENCE_S)["available"] == 2
+    assert "its worker ended each time it was applied" in str(asked[0].get(timeout=PATIENCE_S, propagate=False))
+    assert eventually(installation.is_drained)
+    letters = sql(installation.engine, "SELECT error_code, org_id, task FROM dead_letters")
+    assert letters == [("delivery_limit", "stuck", "wallet.grant")]
+    assert "Traceback" not in log_of(last)
+    sql(installation.engine, "DROP TRIGGER act ON credit_events")
+    replayed = commands.run("failed", "replay", "1", env=installation.environment)
+    assert (replayed.returncode, replayed.stdout) == (0, "Dead letter 1: posted.\n")
+    assert audit.verify(installation.engine).is_clean
 
 
 def test_a_flood_of_expired_reservations_is_released_while_others_are_served(
