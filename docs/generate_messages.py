@@ -164,7 +164,7 @@ DEAD_LETTERS = {
         "Correct the sender and send a new message; discard this one, which cannot be replayed.",
     ),
     "delivery_limit": (
-        f"It was delivered again {DELIVERY_LIMIT} times, as each time its worker died.",
+        f"{DELIVERY_LIMIT} workers have died while they held it, or while they applied it after it had waited.",
         "Replay it. If workers die of it, report it.",
     ),
     "undecodable_message": (
