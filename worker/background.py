@@ -217,6 +217,7 @@ class Background:
                 attempts.reason = applied.problem
                 attempts.is_locked = applied.problem not in (None, MUCH_DUE)
                 if attempts.is_locked:
+                    pace.limit = 1  # taking them costs a write each
                     return False
                 pace.succeeded()
                 attempts.is_slow &= pace is not attempts.pace
