@@ -306,8 +306,8 @@ def test_verify_on_broken_books_names_the_offenders_and_is_exit_code_1(installat
 
 def test_migrate_twice_does_nothing_the_second_time(empty_database_url: str) -> None:
     first, second = (run("migrate", HOLDFAST_DATABASE_URL=empty_database_url) for _ in range(2))
-    assert (first.returncode, first.stdout, first.stderr) == (0, "The database is at 0003 now.\n", "")
-    assert (second.returncode, second.stdout, second.stderr) == (0, "The database was at 0003 already.\n", "")
+    assert (first.returncode, first.stdout, first.stderr) == (0, "The database is at 0004 now.\n", "")
+    assert (second.returncode, second.stdout, second.stderr) == (0, "The database was at 0004 already.\n", "")
 
 
 # What cannot be carried out
