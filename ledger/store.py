@@ -18,6 +18,7 @@ has happened, and applying it again is safe.
 
 import json
 import logging
+import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -63,8 +64,11 @@ MOST_DUE = 1_000
 PATIENCE_S = 1.0
 """How long a batch waits for one statement before it looks for the culprit."""
 
-SHORT_PATIENCE_S = 0.25
-"""The same while it looks for the culprit: many times what a few messages take, and others wait behind them."""
+SHORT_PATIENCE_S, SHORTEST_PATIENCE_S = 0.25, 0.05
+"""The same while it looks for one culprit, and for one of many: others wait behind them."""
+
+SECOND_LOOK_S = 0.1
+"""How long after a wallet was found locked it is looked at again: another worker has it for less than that."""
 
 LONG_PATIENCE_S = 10.0
 """How long one statement may take where nobody else waits for it."""
@@ -136,9 +140,7 @@ def apply_batch(
     Organizations that are `known_to_wait` need not be found out about: their messages go behind those that wait, and
     no time is lost over their wallets. Raises a database error that is transient: see the module's description.
     """
-    apply = partial(_apply, dict.fromkeys(known_to_wait, BEHIND))
-    # While somebody is in trouble, the next trouble is found sooner.
-    return _in_transactions(engine, deliveries, _org_id, apply, _bury, _keep_waiting, carefully=bool(known_to_wait))
+    return _in_transactions(engine, deliveries, _org_id, partial(_apply, known_to_wait), _bury, _keep_waiting)
 
 
 def apply_waiting(engine: Engine, org_id: str, *, limit: int, patience_s: float = PATIENCE_S) -> Applied:
@@ -214,20 +216,19 @@ def _in_transactions(
     engine: Engine,
     items: Sequence[Item],
     org_id_of: Callable[[Item], str],
-    apply: Callable[[Connection, Sequence[Item], bool], list[Answer]],
+    apply: Callable[[Connection, Sequence[Item], float | None], list[Answer]],
     bury: Callable[[Engine, Item, Exception], Answer],
     keep_waiting: Callable[[Engine, Sequence[Item], Exception], Sequence[Answer]],
-    *,
-    carefully: bool = False,
 ) -> list[Answer]:
     """Apply `items` in as few transactions as possible.
 
     An item that cannot be applied even on its own is buried; an organization whose items cannot be applied now is kept
-    waiting, with all of them that are left. `apply` is told whether it should leave out what somebody else has locked.
+    waiting, with all of them that are left. After a failure, `apply` is told to be careful: to leave out what somebody
+    else has locked, and how many seconds to wait for a statement.
     """
     answers: dict[int, Answer] = {}
     places: Sequence[int] = range(len(items))
-    pending = [(part, carefully) for part in _parts(places, MAX_BATCH)]
+    pending = [(part, False) for part in _parts(places, MAX_BATCH)]
     culprits: dict[str, Exception] = {}
     while pending:
         places, carefully = pending.pop()
@@ -235,9 +236,11 @@ def _in_transactions(
             places = [place for place in places if org_id_of(items[place]) not in culprits]
         if not places:
             continue
+        # The more are in trouble, the less each of them may cost the others.
+        patience_s = max(SHORT_PATIENCE_S / (1 + len(culprits)), SHORTEST_PATIENCE_S) if carefully else None
         try:
             with _connection(engine) as connection:
-                answers |= zip(places, apply(connection, [items[place] for place in places], carefully), strict=True)
+                answers |= zip(places, apply(connection, [items[place] for place in places], patience_s), strict=True)
         except Exception as error:
             fault = error
             if not is_transient(error):
@@ -321,14 +324,15 @@ def _connection(engine: Engine) -> Iterator[Connection]:
 
 
 def _apply(
-    known_to_wait: Mapping[str, str], connection: Connection, deliveries: Sequence[Delivery], carefully: bool
+    known_to_wait: Collection[str], connection: Connection, deliveries: Sequence[Delivery], patience_s: float | None
 ) -> list[Result | DeadLettered | Waits]:
     messages = [parse(delivery.task, delivery.payload) for delivery in deliveries]
+    concerned = {message.org_id or waiting.NOBODY for message in messages} if known_to_wait else ()
     work = _WorkingSet.load(
         connection,
         [message for message in messages if isinstance(message, Message)],
-        known_to_wait=known_to_wait,
-        carefully=carefully,
+        known_to_wait=dict.fromkeys(set(known_to_wait).intersection(concerned), BEHIND),
+        patience_s=patience_s,
     )
     decided = work.decide(messages)
     if work.reasons_to_wait:
@@ -447,7 +451,7 @@ class _CaughtUp(NamedTuple):
     """The wallets in which more is due."""
 
 
-def _catch_up(connection: Connection, org_ids: Sequence[str], _: bool) -> list[_CaughtUp]:
+def _catch_up(connection: Connection, org_ids: Sequence[str], _: float | None) -> list[_CaughtUp]:
     work = _WorkingSet.load_due(connection, org_ids, LONG_PATIENCE_S)
     work.write_and_commit(connection)
     # One answer for all of them: the first one's.
@@ -548,17 +552,21 @@ class _WorkingSet:
         messages: Sequence[Message],
         *,
         known_to_wait: Mapping[str, str],
-        carefully: bool,
+        patience_s: float | None,
+        looked_twice: bool = False,
     ) -> "_WorkingSet":
         """Lock the wallets of `messages`, load all that deciding them needs, and post what is due.
 
         An organization that has to wait is in `reasons_to_wait`: it is one of those `known_to_wait`, with their
-        reasons, or messages of it wait already. `carefully`: what somebody else has locked is not waited for, and its
-        organization has to wait, too.
+        reasons, or messages of it wait already. With `patience_s`, what somebody else has locked is not waited for, and
+        its organization has to wait, too.
         """
+        carefully = patience_s is not None
         named_ids = {message.org_id for message in messages}
         org_ids = sorted(named_ids.difference(known_to_wait))
-        lock, read_clock = (_LOCK_WALLETS_THAT_CAN_BE, _CAREFUL_CLOCK) if carefully else (_LOCK_WALLETS, _CLOCK)
+        lock, read_clock = (_LOCK_WALLETS, _CLOCK)
+        if patience_s is not None:
+            lock, read_clock = (_LOCK_WALLETS_THAT_CAN_BE, _clock(patience_s))
         with connection.pipeline():
             connection.execute(_BEGIN)
             locked = _select(connection, Wallet, lock, [arrays.text(org_ids)])
@@ -573,15 +581,20 @@ class _WorkingSet:
             # Those that are not there will be; one that is there by now was just created by somebody else.
             connection.execute("ROLLBACK")
             unknown = sorted(set(missing) - there)
-            if carefully:
+            if carefully and there and not looked_twice:
+                time.sleep(SECOND_LOOK_S)
+                looked_twice = True
+            elif carefully:
                 being_created = [org_id for org_id in unknown if not cls.can_create(connection, org_id)]
                 known_to_wait = (
                     dict.fromkeys(there, LOCKED) | dict.fromkeys(being_created, BEING_CREATED) | {**known_to_wait}
                 )
             else:
                 cls.create(connection, unknown)
-            return cls.load(connection, messages, known_to_wait=known_to_wait, carefully=carefully)
-        work.reasons_to_wait = {org_id: reason for org_id, reason in known_to_wait.items() if org_id in named_ids}
+            return cls.load(
+                connection, messages, known_to_wait=known_to_wait, patience_s=patience_s, looked_twice=looked_twice
+            )
+        work.reasons_to_wait = {**known_to_wait}
         if somebody_waits:
             for (org_id,) in connection.execute(_WAITING, [arrays.text(sorted(named_ids))]):
                 work.reasons_to_wait[org_id] = BEHIND
@@ -590,7 +603,9 @@ class _WorkingSet:
         if carefully and (stuck := work.with_locked_records(connection)):
             connection.execute("ROLLBACK")
             known_to_wait = dict.fromkeys(stuck, RECORD_LOCKED) | {**known_to_wait}
-            return cls.load(connection, messages, known_to_wait=known_to_wait, carefully=True)
+            return cls.load(
+                connection, messages, known_to_wait=known_to_wait, patience_s=patience_s, looked_twice=looked_twice
+            )
         return work
 
     @classmethod
@@ -646,7 +661,7 @@ class _WorkingSet:
     def can_create(cls, connection: Connection, org_id: str) -> bool:
         """Create a wallet, unless somebody else is about to create it and takes time over that."""
         connection.execute(_BEGIN)
-        connection.execute(_CAREFUL_CLOCK)
+        connection.execute(_clock(SHORT_PATIENCE_S))
         try:
             connection.execute(*_CREATE_WALLETS.of([Wallet(org_id)]))
         except (LockNotAvailable, QueryCanceled):
@@ -740,10 +755,10 @@ class _WorkingSet:
         return [self._decide(message) for message in messages]
 
     def _decide(self, message: Message | InvalidMessage) -> "_Decided":
-        if isinstance(message, InvalidMessage):
-            return message
-        reason = self.reasons_to_wait.get(message.org_id)
-        return self.apply(message) if reason is None else Waits(message.org_id, reason)
+        org_id = message.org_id or waiting.NOBODY
+        if org_id in self.reasons_to_wait:
+            return Waits(org_id, self.reasons_to_wait[org_id])
+        return message if isinstance(message, InvalidMessage) else self.apply(message)
 
     def apply(self, message: Message) -> Result | Refusal:
         """Decide `message` on the state that the messages before it have left."""
@@ -924,7 +939,7 @@ def _clock(statement_timeout_s: float) -> str:
 # Whatever the server's default: what is read once a lock is held is current.
 _BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 # The clock is read once the locks are held, and whether anybody waits at all; the settings are for what follows.
-_CLOCK, _CAREFUL_CLOCK = _clock(PATIENCE_S), _clock(SHORT_PATIENCE_S)
+_CLOCK = _clock(PATIENCE_S)
 _LOCK_WALLETS = f"SELECT {_names(Wallet)} FROM wallets WHERE org_id = ANY(%b::text[]) ORDER BY org_id FOR UPDATE"
 _LOCK_WALLETS_THAT_CAN_BE = f"{_LOCK_WALLETS} SKIP LOCKED"
 _THERE = "SELECT org_id FROM wallets WHERE org_id = ANY(%b::text[])"

@@ -856,7 +856,7 @@ def test_the_error_that_counts_is_the_first_one_however_much_is_on_its_way_behin
         assert isinstance(connection, psycopg.Connection)
         connection.autocommit = True
         with pytest.raises(psycopg.errors.RaiseException, match="never"):
-            store._apply({}, connection, messages, False)
+            store._apply((), connection, messages, None)
         pooled.invalidate()
 
 

@@ -172,6 +172,30 @@ def test_wallets_that_somebody_is_creating_are_not_taken_for_an_outage(engine: E
     assert is_sound(engine)
 
 
+def test_a_wallet_that_another_worker_has_for_a_moment_does_not_wait_with_a_locked_one(
+    engine: Engine, other: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply_batch(engine, [purchase("acme", "first"), purchase("globex", "first")])
+    with locked(other, "globex"), other.connect() as worker:
+        worker.execute(text("SELECT 1 FROM wallets WHERE org_id = 'acme' FOR UPDATE"))
+        monkeypatch.setattr(store.time, "sleep", lambda _: worker.rollback())
+        answers = apply_batch(engine, [purchase("acme", "second"), purchase("globex", "second")])
+    assert outcomes(answers) == ["posted", "Waits"]
+    assert outcomes(apply_all_waiting(engine, "globex")) == ["posted"]
+
+
+def test_a_message_that_will_be_a_dead_letter_waits_behind_what_waits_for_the_dead_letters(
+    engine: Engine, other: Engine
+) -> None:
+    bad = [purchase("acme", f"bad-{n}", credits=0) for n in range(2)]
+    apply_batch(engine, [purchase("acme", "first")])
+    with holding(other, "LOCK TABLE dead_letters"):
+        assert outcomes(apply_batch(engine, bad[:1])) == ["Waits"]
+        # Nothing is asked of the dead letters, which would take its time.
+        assert apply_batch(engine, bad[1:], known_to_wait={"acme"}) == [Waits("acme", BEHIND)]
+    assert outcomes(apply_all_waiting(engine, "acme")) == ["DeadLettered"] * 2
+
+
 SUBSCRIBE = {"subscription_id": "s1", "version": 1, "plan": "team", "monthly_credits": 100}
 
 
