@@ -19,6 +19,9 @@ LOCK_TIMEOUT_S = 0.5
 """How long to wait for a lock. Nobody of ours holds one for so long: a batch looks then for who has to wait."""
 
 STATEMENT_TIMEOUT_S = 60
+TRANSACTION_TIMEOUT_S = 60
+"""After this, PostgreSQL 17 or newer takes the locks from a worker that was frozen in its transaction."""
+
 POOL_TIMEOUT_S = 5
 """How long to wait for a connection while all are in use."""
 
@@ -39,6 +42,11 @@ _SESSION_OPTIONS = " ".join(
         f"lock_timeout={int(LOCK_TIMEOUT_S * 1_000)}ms",
         f"statement_timeout={STATEMENT_TIMEOUT_S}s",
         f"idle_in_transaction_session_timeout={STATEMENT_TIMEOUT_S}s",
+        # The server gives up a peer that vanished without a word, and its locks, within half a minute.
+        "tcp_keepalives_idle=10",
+        "tcp_keepalives_interval=5",
+        "tcp_keepalives_count=3",
+        "tcp_user_timeout=30s",
         # A plan made while the tables were empty must not outlive them.
         "plan_cache_mode=force_custom_plan",
         "timezone=UTC",
@@ -65,6 +73,10 @@ class DatabaseURLError(ValueError):
     """The database URL cannot be used; the message says why, without the password."""
 
 
+class UnsuitableDatabaseError(psycopg.OperationalError):
+    """The database can never be used; the message says why."""
+
+
 def parse_url(url: str) -> URL:
     """The parts of a database URL that `connect` can use. Raises DatabaseURLError."""
     try:
@@ -80,7 +92,13 @@ def parse_url(url: str) -> URL:
     return parsed
 
 
-def connect(url: str, *, keeps_connections: bool = True, checks_connections: bool = False) -> Engine:
+def connect(
+    url: str,
+    *,
+    keeps_connections: bool = True,
+    checks_connections: bool = False,
+    transaction_timeout_s: int | None = None,
+) -> Engine:
     """An engine for the PostgreSQL database at `url` (`postgresql+psycopg://…`). Does not connect yet.
 
     One that keeps no connections opens one whenever it is asked to: whether the database is there shows within
@@ -88,7 +106,10 @@ def connect(url: str, *, keeps_connections: bool = True, checks_connections: boo
 
     One that checks connections asks each, before it is used again, whether it is still there. If it broke meanwhile,
     all that are as old are given up and a new one is opened, once: nobody notices that the database was restarted, and
-    nothing is ever sent twice. Raises DatabaseURLError.
+    nothing is ever sent twice.
+
+    With `transaction_timeout_s`, PostgreSQL 17 or newer ends a transaction after so long, and the connection with it:
+    who was frozen in it has no locks any more. Raises DatabaseURLError.
     """
     pool: dict[str, Any] = {"pool_timeout": POOL_TIMEOUT_S} if keeps_connections else {"poolclass": NullPool}
     parsed = parse_url(url)
@@ -106,7 +127,7 @@ def connect(url: str, *, keeps_connections: bool = True, checks_connections: boo
 
     @event.listens_for(engine, "connect")
     def prepare(connection: psycopg.Connection[Any], _: object) -> None:
-        _refuse_pooler(connection)
+        _begin_session(connection, transaction_timeout_s)
         # One parameter type per statement, whatever the size of the numbers in it: one prepared statement, not many.
         connection.adapters.register_dumper(int, Int8BinaryDumper)
         connection.adapters.register_dumper(Array, ArrayDumper)
@@ -116,18 +137,52 @@ def connect(url: str, *, keeps_connections: bool = True, checks_connections: boo
     return engine
 
 
-def _refuse_pooler(connection: psycopg.Connection[Any]) -> None:
-    """Raise OperationalError if something between us and PostgreSQL shares its connections among clients.
+_KNOWS_TRANSACTION_TIMEOUT = 170_000
+_SESSION = """
+    SELECT pg_backend_pid(), current_setting('server_encoding'), set_config(
+        'synchronous_commit',
+        CASE current_setting('synchronous_commit') WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END,
+        false
+    )
+"""
 
-    Our prepared statements and settings belong to a session: on a shared one, a name may be another client's statement.
+
+def _begin_session(connection: psycopg.Connection[Any], transaction_timeout_s: int | None) -> None:
+    """Make sure that what is committed on `connection` is on disk, whatever the server's default.
+
+    Raises UnsuitableDatabaseError, or OperationalError if something between us and PostgreSQL shares its connections
+    among clients. Our prepared statements and settings belong to a session: on a shared one, a name may be another
+    client's statement.
     """
-    [server] = connection.execute("SELECT pg_backend_pid()").fetchone() or [None]
-    connection.rollback()
+    [(server, encoding, _)] = connection.execute(_SESSION).fetchall()
+    if transaction_timeout_s is not None and connection.info.server_version >= _KNOWS_TRANSACTION_TIMEOUT:
+        connection.execute("SELECT set_config('transaction_timeout', %s, false)", [f"{transaction_timeout_s}s"])
+    connection.commit()
     if server != connection.info.backend_pid:
         connection.close()
         raise psycopg.OperationalError(
             "the database URL leads to a connection pooler, such as PgBouncer; it must lead to PostgreSQL itself"
         )
+    if encoding != "UTF8":
+        name = connection.info.dbname
+        connection.close()
+        raise UnsuitableDatabaseError(
+            f"the database {name} has the encoding {encoding}; Holdfast needs one that was created"
+            " with ENCODING 'UTF8' TEMPLATE template0"
+        )
+
+
+def refuse_unsuitable(engine: Engine) -> None:
+    """Raise UnsuitableDatabaseError for a database that can never be used. One that cannot be asked may be well."""
+    try:
+        engine.connect().close()
+    except UnsuitableDatabaseError:
+        raise
+    except DBAPIError as error:
+        if isinstance(error.orig, UnsuitableDatabaseError):
+            raise error.orig from None
+    except psycopg.Error:
+        pass
 
 
 def is_abandoned(engine: Engine) -> bool:

@@ -5,13 +5,14 @@ import signal
 import sys
 from functools import partial
 from threading import Timer
+from typing import NoReturn
 
 from celery import Celery
 from celery.signals import beat_init, setup_logging, worker_init, worker_ready, worker_shutting_down
 from sqlalchemy import Engine
 
 from ledger import logs
-from ledger.database import abandon, connect
+from ledger.database import TRANSACTION_TIMEOUT_S, UnsuitableDatabaseError, abandon, connect, refuse_unsuitable
 from ledger.messages import MAX_BODY_BYTES
 from ledger.settings import Settings, SettingsError
 from worker import metrics
@@ -57,7 +58,7 @@ def create_app(settings: Settings) -> Celery:
     inflate_within(MAX_BODY_BYTES)
     app.events.dispatcher_cls = "worker.monitoring:Dispatcher"
     # Checking its connections would cost every batch a round trip; a batch that fails is applied again.
-    app.ledger_engine = connect(settings.database_url)
+    app.ledger_engine = connect(settings.database_url, transaction_timeout_s=TRANSACTION_TIMEOUT_S)
     register(app, app.ledger_engine)
     worker_shutting_down.connect(lambda **_: _end_in_time(app.ledger_engine), weak=False)
     worker_ready.connect(lambda **_: collect_garbage_seldom(), weak=False)
@@ -65,6 +66,7 @@ def create_app(settings: Settings) -> Celery:
     beat_init.connect(lambda **_: _confirm_publishing(app), weak=False)
     if not logs.are_for_a_person():
         setup_logging.connect(logs.set_up)
+    worker_init.connect(lambda **_: _refuse_unsuitable(app.ledger_engine), weak=False)
     if (address := settings.metrics_address) is not None:
         worker_init.connect(lambda **_: _serve_metrics(address), weak=False)
     # Loads its modules now: a signal during a later import would leave half a module, and an error at the end.
@@ -76,8 +78,19 @@ def _serve_metrics(address: str) -> None:
     try:
         metrics.serve(address)
     except SettingsError as error:
-        print(f"holdfast: {error}", file=sys.stderr)
-        raise SystemExit(2) from None  # an Exception would end only in Celery's log
+        _fail(error)
+
+
+def _refuse_unsuitable(engine: Engine) -> None:
+    try:
+        refuse_unsuitable(engine)
+    except UnsuitableDatabaseError as error:
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    print(f"holdfast: {error}", file=sys.stderr)
+    raise SystemExit(2) from None  # an Exception would end only in Celery's log
 
 
 def _end_in_time(engine: Engine) -> None:

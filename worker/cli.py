@@ -18,7 +18,7 @@ from rich.text import Text
 from sqlalchemy.exc import DBAPIError
 
 from ledger import audit, history, migrations
-from ledger.database import connect, describe
+from ledger.database import UnsuitableDatabaseError, connect, describe
 from ledger.dead_letters import described
 from ledger.history import EventFilter, Page, WalletView
 from ledger.readable import escaped
@@ -60,6 +60,8 @@ def main() -> None:
     except (SettingsError, ServiceError, NotSentError, NoAnswerError, DeadLetteredError, InvalidMessageError) as error:
         fail(str(error))
     except DBAPIError as error:
+        if isinstance(error.orig, UnsuitableDatabaseError):
+            fail(str(error.orig))
         fail(f"the database does not answer as it should: {describe(error)}")
 
 

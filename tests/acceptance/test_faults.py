@@ -126,6 +126,43 @@ def test_a_database_that_goes_away_costs_no_message(machine: Embedded, fragile: 
     assert audit.verify(fragile.engine).is_clean
 
 
+def test_what_was_answered_survives_a_crash_of_a_database_that_writes_late_by_default(
+    machine: Embedded, fragile: Installation
+) -> None:
+    with as_admin(machine) as admin:
+        admin.execute(text("ALTER ROLE holdfast SET synchronous_commit = off"))
+    fragile.start_worker()
+    with closing(Producer(fragile.broker_url)) as producer:
+        for number in range(10):
+            producer.answer("wallet.grant", grant("acme", str(number)))
+        machine.postgres.kill()
+        fragile.engine.dispose()
+        machine.postgres.start()
+        assert is_sound(fragile, events=10)
+    with as_admin(machine) as admin:
+        admin.execute(text("ALTER ROLE holdfast RESET synchronous_commit"))
+
+
+def test_a_database_that_cannot_hold_every_text_is_refused_at_the_start(
+    services: Embedded, installation: Installation
+) -> None:
+    with as_admin(services) as admin:
+        latin = "ENCODING 'LATIN1' LOCALE_PROVIDER libc LOCALE 'C' TEMPLATE template0"
+        admin.execute(text(f"CREATE DATABASE latin OWNER holdfast {latin}"))
+    url = services.postgres.url("holdfast", "latin")
+    refused = (
+        "holdfast: the database latin has the encoding LATIN1; Holdfast needs one that was created"
+        " with ENCODING 'UTF8' TEMPLATE template0"
+    )
+    worker = installation.start("latin", *celery("worker"), HOLDFAST_DATABASE_URL=url)
+    migrated = commands.run("migrate", env={**installation.environment, "HOLDFAST_DATABASE_URL": url})
+    assert (migrated.returncode, migrated.stdout, migrated.stderr) == (2, "", f"{refused}\n")
+    eventually(lambda: not worker.is_running)
+    assert log_of(worker).splitlines()[-1] == refused
+    with as_admin(services) as admin:
+        admin.execute(text("DROP DATABASE latin"))
+
+
 def test_a_worker_told_to_stop_while_the_database_is_away_gives_its_messages_back(
     machine: Embedded, fragile: Installation
 ) -> None:

@@ -2,18 +2,29 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 
 from ledger import arrays
 from ledger.arrays import Array
-from ledger.database import DatabaseURLError, connect, describe, is_transient, may_be_local
-from tests.support import PATIENCE_S, eventually, sql
+from ledger.database import (
+    DatabaseURLError,
+    UnsuitableDatabaseError,
+    connect,
+    describe,
+    is_transient,
+    may_be_local,
+    refuse_unsuitable,
+)
+from ledger.store import apply_batch
+from tests.support import PATIENCE_S, delivery, eventually, sql
+from worker.embedded import Embedded
 
 PURCHASE = "INSERT INTO posted_messages VALUES ('acme', 'purchase', 'p1', '{}', 'posted', NULL)"
 
@@ -85,6 +96,77 @@ def test_a_connection_pooler_is_refused(engine: Engine, database_url: str) -> No
         sql(pooled, "SELECT 1")
     pooled.dispose()
     assert is_transient(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("inherited", "used"), [("off", "on"), ("local", "on"), ("remote_write", "on"), ("remote_apply", "remote_apply")]
+)
+def test_what_is_committed_is_on_disk_whatever_the_default_is(
+    engine: Engine, database_url: str, inherited: str, used: str
+) -> None:
+    sql(engine, f"ALTER DATABASE {make_url(database_url).database} SET synchronous_commit = {inherited}")
+    own = connect(database_url)
+    assert sql(own, "SHOW synchronous_commit") == [(used,)]
+    with own.connect() as connection:
+        connection.execute(text("SELECT 1"))
+        connection.rollback()
+        assert connection.execute(text("SHOW synchronous_commit")).scalar() == used
+    own.dispose()
+
+
+def test_a_database_that_cannot_hold_every_text_is_refused(engine: Engine, services: Embedded) -> None:
+    admin = create_engine(services.admin_url, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text("DROP DATABASE IF EXISTS latin"))
+        latin = "ENCODING 'LATIN1' LOCALE_PROVIDER libc LOCALE 'C' TEMPLATE template0"
+        connection.execute(text(f"CREATE DATABASE latin OWNER holdfast {latin}"))
+    own = connect(services.postgres.url("holdfast", "latin"))
+    with pytest.raises(UnsuitableDatabaseError) as refused:
+        refuse_unsuitable(own)
+    own.dispose()
+    with admin.connect() as connection:
+        connection.execute(text("DROP DATABASE latin"))
+    admin.dispose()
+    assert str(refused.value) == (
+        "the database latin has the encoding LATIN1; Holdfast needs one that was created"
+        " with ENCODING 'UTF8' TEMPLATE template0"
+    )
+
+
+def test_a_database_that_is_not_there_may_be_suitable() -> None:
+    nowhere = connect("postgresql+psycopg://holdfast@127.0.0.1:1/holdfast")
+    refuse_unsuitable(nowhere)
+    nowhere.dispose()
+
+
+def test_a_worker_that_is_frozen_in_its_transaction_loses_its_locks(engine: Engine, database_url: str) -> None:
+    apply_batch(engine, [delivery("wallet.grant", org_id="acme", grant_id="first", credits=1)])
+    frozen = connect(database_url, transaction_timeout_s=1)
+    with frozen.connect() as pooled:
+        connection = pooled.connection.driver_connection
+        assert isinstance(connection, psycopg.Connection)
+        if connection.info.server_version < 170_000:
+            pytest.skip("PostgreSQL before 17 has no transaction_timeout")
+        connection.autocommit = True
+        with suppress(psycopg.Error), connection.pipeline() as pipeline:
+            connection.execute("BEGIN")
+            locked = connection.execute("SELECT 1 FROM wallets FOR UPDATE")
+            pipeline.sync()
+            locked.fetchall()
+            connection.execute("SELECT 2")  # a message without a Sync behind it: no idle timeout begins
+            connection.pgconn.send_flush_request()
+            connection.pgconn.flush()
+            free = "SELECT count(*) FROM (SELECT 1 FROM wallets FOR UPDATE SKIP LOCKED) AS free"
+            assert sql(engine, free) == [(0,)]
+            eventually(lambda: sql(engine, free) == [(1,)])
+        pooled.invalidate()
+    frozen.dispose()
+
+
+def test_a_peer_that_vanished_is_given_up_by_the_server_too(engine: Engine) -> None:
+    names = ["tcp_keepalives_idle", "tcp_keepalives_interval", "tcp_keepalives_count", "tcp_user_timeout"]
+    settings = "SELECT name, reset_val FROM pg_settings WHERE name = ANY(:names)"
+    assert dict(sql(engine, settings, names=names)) == dict(zip(names, ("10", "5", "3", "30000"), strict=True))
 
 
 @pytest.mark.parametrize(
