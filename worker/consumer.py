@@ -51,6 +51,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
         super().__init__(*args, without_mingle=True, without_gossip=True, **kwargs)
         self.batch = Batch(self)
         self._is_refused = False
+        self._risk: str | None = None
 
     def connect(self) -> Connection:
         """A new connection. The hub forgets what watched the one before."""
@@ -117,6 +118,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
             logger.warning("Connected to %s", broker)
         declare_queues(conn)
         if isinstance(channel := conn.default_channel, Channel):
+            channel.on_risk = self._tell_risk
             try:
                 channel.check_server()
             except UnsupportedServerError as error:
@@ -124,6 +126,14 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
                 raise WorkerShutdown(EXIT_UNSUPPORTED) from None
             channel.on_suspect = metrics.suspect_messages.inc
         return conn
+
+    def _tell_risk(self, risk: str | None) -> None:
+        """Say in the log, when that changes, and in a metric, how the broker may lose what it has taken."""
+        if risk != self._risk:
+            text = "Messages may be lost, as the broker is not durable" if risk else "The broker is durable again"
+            logger.warning("%s%s", text, f": {risk}" if risk else "")
+            self._risk = risk
+        metrics.broker_is_not_durable.set(risk is not None)
 
     def _receive(self, message: Message) -> None:
         raw = raw_body(message)

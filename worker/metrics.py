@@ -28,6 +28,9 @@ _waiting_since = Gauge(
 MOST_NAMED = 20
 """How many organizations the figures name."""
 
+broker_is_not_durable = Gauge(
+    "holdfast_broker_is_not_durable", "1 while the broker, as it is configured, may lose what it has taken."
+)
 waiting_for_database = Gauge("holdfast_waiting_for_database", "1 while the database does not answer this worker.")
 
 

@@ -184,6 +184,17 @@ def server_problem(info: Mapping[str, Any]) -> str | None:
     return None
 
 
+def server_risk(info: Mapping[str, Any]) -> str | None:
+    """How the server that tells this of itself may lose what it has taken, in words, and what to do."""
+    risks = []
+    if not info.get("aof_enabled"):
+        risks.append("it keeps no append-only file, so whatever ends it costs what it has taken: set appendonly yes")
+    policy = str(info.get("maxmemory_policy", "noeviction"))
+    if info.get("maxmemory") and policy.startswith("allkeys"):
+        risks.append(f"when its memory is full it removes messages: set maxmemory-policy noeviction, not {policy}")
+    return "; ".join(risks) or None
+
+
 def read_json(text: bytes) -> Any:
     """The value of a JSON text, read as Python's own `json` does, in half the time. Raises what that raises."""
     try:
@@ -230,7 +241,7 @@ class QoS(kombu_redis.QoS):
         """Whether the next message is to be held alone, or the one that is held."""
         self._bytes: dict[str, int] = {}
         self._held_bytes = 0
-        self._kept_alive_at = time.monotonic()
+        self._kept_alive_at = self._checked_at = time.monotonic()
 
     def append(self, message: virtual.Message, delivery_tag: str, *, size: int = 0) -> None:
         """Count the message as held. The script that took it has recorded it in Redis."""
@@ -276,6 +287,9 @@ class QoS(kombu_redis.QoS):
         if now - self._kept_alive_at > self.visibility_timeout / 6:
             self._kept_alive_at = now
             self.channel.keep_alive(list(self._delivered))
+        if now - self._checked_at > self.visibility_timeout:
+            self._checked_at = now
+            self.channel.check_risk()
         self.channel.restore_timed_out(self.visibility_timeout)
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
@@ -307,6 +321,8 @@ class Channel(kombu_redis.Channel):
         self._asked_at: dict[str, float] = {}
         self._ask_again_at: dict[str, float] = {}
         self._is_refused = False
+        self.on_risk: Callable[[str | None], object] = lambda _: None
+        """Called at first and every visibility timeout with how the server may lose messages; None: it does not."""
         self.on_suspect: Callable[[], object] = lambda: None
         """Called with each message that is taken alone."""
         owner = uuid4()
@@ -320,11 +336,18 @@ class Channel(kombu_redis.Channel):
     def check_server(self) -> None:
         """Raise UnsupportedServerError for a server that cannot do what this transport needs."""
         try:
-            problem = server_problem(self._redis.info())  # before Redis 7: one section, or none
+            info = self._redis.info()  # before Redis 7: one section, or none
         except NoPermissionError:
             return
+        problem = server_problem(info)
         if problem is not None:
             raise UnsupportedServerError(problem)
+        self.on_risk(server_risk(info))
+
+    def check_risk(self) -> None:
+        """Tell whether the server, as it is configured now, may lose what it has taken."""
+        with suppress(NoPermissionError):
+            self.on_risk(server_risk(self._redis.info()))
 
     def basic_consume(
         self,

@@ -7,6 +7,7 @@ Where a test waits for at most `SOON_S`, that is the promise: after a fault the 
 
 import re
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from ledger.store import LOCKED, apply_batch
 from tests.acceptance import commands, website
 from tests.acceptance.installation import (
     EMPTY,
+    IMPATIENT_WORKER,
     Installation,
     Producer,
     celery,
@@ -43,7 +45,7 @@ from tests.acceptance.installation import (
 from tests.acceptance.website import HISTORY, LETTERS, Visitor
 from tests.support import delivery, eventually, sql, suspended
 from worker.answers import PAUSE_S
-from worker.embedded import Broker, Embedded
+from worker.embedded import Broker, Embedded, free_port
 from worker.process import Process
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
@@ -583,6 +585,38 @@ def test_a_broker_that_refuses_writes_for_a_while_is_told_of_twice(engine: Engin
             assert (
                 producer.answer("wallet.grant", {"org_id": "refused", "grant_id": "3", "credits": 1})["available"] == 3
             )
+
+
+def test_a_broker_that_is_not_durable_is_told_of_at_the_start_and_whenever_that_changes(
+    engine: Engine, database_url: str
+) -> None:
+    with open_folder() as folder, closing_broker(folder) as broker:
+        broker.start()
+        with installed_on(database_url, broker.url) as installation, closing(Producer(broker.url)) as producer:
+            installation.broker.config_set("appendonly", "no")
+            port = free_port()
+            address = f"127.0.0.1:{port}"
+            worker = installation.start(
+                "worker", sys.executable, "-c", IMPATIENT_WORKER, HOLDFAST_METRICS_ADDRESS=address
+            )
+            producer.answer("wallet.grant", grant("acme"))
+
+            def figure() -> str:
+                page = httpx.get(f"http://{address}/metrics", trust_env=False).text
+                return next(line for line in page.splitlines() if line.startswith("holdfast_broker_is_not_durable "))
+
+            no_file = "it keeps no append-only file, so whatever ends it costs what it has taken: set appendonly yes"
+            not_durable = "Messages may be lost, as the broker is not durable"
+            assert warnings_in(worker) == [f"{not_durable}: {no_file}"]
+            assert figure().endswith(" 1.0")
+            installation.broker.config_set("appendonly", "yes")
+            eventually(lambda: figure().endswith(" 0.0"))
+            assert warnings_in(worker)[1:] == ["The broker is durable again"]
+            installation.broker.config_set("maxmemory", "1gb")
+            installation.broker.config_set("maxmemory-policy", "allkeys-lru")
+            eventually(lambda: figure().endswith(" 1.0"))
+            removes = "when its memory is full it removes messages: set maxmemory-policy noeviction, not allkeys-lru"
+            assert warnings_in(worker)[2:] == [f"{not_durable}: {removes}"]
 
 
 @contextmanager
