@@ -77,6 +77,10 @@ class UnsuitableDatabaseError(psycopg.OperationalError):
     """The database can never be used; the message says why."""
 
 
+class WrongClockError(Exception):
+    """The database's clock says something else than the others do; the message says what. It is waited for."""
+
+
 def parse_url(url: str) -> URL:
     """The parts of a database URL that `connect` can use. Raises DatabaseURLError."""
     try:
@@ -200,6 +204,8 @@ def abandon(engine: Engine) -> None:
 
 def is_transient(error: BaseException) -> bool:
     """Whether `error` is a fault of the database that passes, and not of what was asked of it."""
+    if isinstance(error, WrongClockError):
+        return True
     if isinstance(error, DBAPIError):
         return error.orig is not None and is_transient(error.orig)
     if not isinstance(error, psycopg.Error):

@@ -36,7 +36,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.exc import DBAPIError
 
-from ledger import arrays, dead_letters, rules, tables, waiting
+from ledger import arrays, clocks, dead_letters, rules, tables, waiting
 from ledger.database import LOCK_TIMEOUT_S, describe, is_abandoned, is_lost_connection, is_transient, may_be_local
 from ledger.dead_letters import DeadLetter
 from ledger.messages import (
@@ -575,6 +575,7 @@ class _WorkingSet:
             workflows = _find(connection, Workflow, _WORKFLOWS, named.workflows)
             posted = _find(connection, PostedMessage, _POSTED, named.posted)
         now, somebody_waits, *_ = clock.fetchall()[0]
+        clocks.check(now)
         work = cls(locked.fetchall(), now)
         if missing := [org_id for org_id in org_ids if org_id not in work.wallets]:
             there = {org_id for (org_id,) in connection.execute(_THERE, [arrays.text(missing)])}
@@ -627,7 +628,9 @@ class _WorkingSet:
             connection.execute(_BEGIN)
             locked = _select(connection, Wallet, _LOCK_WALLETS_THAT_CAN_BE, [arrays.text(sorted(org_ids))])
             clock = connection.execute(_clock(patience_s))
-        work = cls(locked.fetchall(), clock.fetchall()[0][0])
+        [(now, *_)] = clock.fetchall()
+        clocks.check(now)
+        work = cls(locked.fetchall(), now)
         work._post_due(connection, set())
         if stuck := work.with_locked_records(connection):
             connection.execute("ROLLBACK")

@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from celery import Celery
@@ -49,6 +50,13 @@ class Answers:
         except (RedisError, OSError) as error:
             logger.warning("Answers cannot be stored, none is for %d s: %s", PAUSE_S, error)
             self._again_at = time.monotonic() + PAUSE_S
+
+    def server_time(self) -> float | None:
+        """What time it is where answers are stored, in seconds since 1970; None: that is not known."""
+        with suppress(RedisError, OSError, AttributeError):
+            seconds, microseconds = self._app.backend.client.time()
+            return int(seconds) + int(microseconds) / 1e6
+        return None
 
 
 def tell_dead_letter(answer: DeadLettered) -> None:

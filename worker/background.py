@@ -19,7 +19,7 @@ from typing import NamedTuple
 from psycopg.errors import QueryCanceled
 from sqlalchemy import Engine
 
-from ledger import scheduler, waiting
+from ledger import clocks, scheduler, waiting
 from ledger.database import describe, is_transient, may_be_local
 from ledger.store import LONG_PATIENCE_S, MUCH_DUE, SHORT_PATIENCE_S, Applied, DeadLettered, apply_waiting
 from ledger.waiting import WaitingOrganization
@@ -48,6 +48,9 @@ TOLD_AFTER_S = 2.0
 
 MOST_NAMED = 10
 """How many organizations one line of the log names."""
+
+THIRD_CLOCK_EVERY_S = 60.0
+"""How often the third clock is asked."""
 
 END_WITHIN_S = 0.5
 """How long a worker that ends waits for this. What is broken off is rolled back, and done by another one."""
@@ -113,6 +116,7 @@ class Background:
         self._run: _Run | None = None
         self._steps: Iterator[int] = iter(())
         self._written = 0
+        self._third_clock_at = 0.0
         self._attempts: dict[str, _Attempts] = {}
         self._known_to_wait: dict[str, float] = {}
         """Who waits, and when that became known."""
@@ -125,6 +129,7 @@ class Background:
 
     def start(self) -> None:
         """Begin."""
+        self._ask_third_clock()
         for thread in self._threads:
             thread.start()
 
@@ -163,6 +168,8 @@ class Background:
     def _look(self) -> bool:
         """Do a little of all that can be done at once; returns whether there is more."""
         looked_at = time.monotonic()
+        if looked_at >= self._third_clock_at:
+            self._ask_third_clock()
         with self._outage.asking("waiting"), self._engine.connect() as connection:
             organizations = waiting.organizations(connection)
         self._know(organizations, looked_at)
@@ -184,6 +191,10 @@ class Background:
             if attempts.is_slow:
                 is_busy |= self._go_on_with(org_id, attempts, attempts.patient_pace, LONG_PATIENCE_S)
         return self._go_on_with_run() or is_busy
+
+    def _ask_third_clock(self) -> None:
+        clocks.heard(self._answers.server_time())
+        self._third_clock_at = time.monotonic() + THIRD_CLOCK_EVERY_S
 
     def _know(self, organizations: Sequence[WaitingOrganization], looked_at: float) -> None:
         now_waiting = {organization.org_id for organization in organizations}

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock, Thread
 
-from ledger.database import describe, is_transient
+from ledger.database import WrongClockError, describe, is_transient
 from worker import metrics
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,10 @@ class Outage(Thread):
 
     def failed(self, who: str, error: Exception) -> None:
         """The database has refused what `who` asked of it, or could not be reached."""
-        what = "The database does not answer" if is_transient(error) else "Nothing can be written"
+        if isinstance(error, WrongClockError):
+            what = "The database's clock is wrong"
+        else:
+            what = "The database does not answer" if is_transient(error) else "Nothing can be written"
         self._add(who, f"{what}, the messages wait: {describe(error)}", time.monotonic())
 
     def answered(self, who: str) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,42 @@ def test_a_database_that_cannot_hold_every_text_is_refused_at_the_start(
     assert log_of(worker).splitlines()[-1] == refused
     with as_admin(services) as admin:
         admin.execute(text("DROP DATABASE latin"))
+
+
+def test_a_database_whose_clock_is_a_month_ahead_is_waited_for(
+    services: Embedded, installation: Installation, producer: Producer
+) -> None:
+    worker = installation.start_worker()
+    subscribe = {"subscription_id": "s1", "version": 1, "plan": "team", "monthly_credits": 100}
+    anchor = f"{datetime.now(UTC) - timedelta(days=1):%Y-%m-%dT%H:%M:%SZ}"
+    assert producer.answer("wallet.subscribe", {"org_id": "acme", **subscribe, "anchor": anchor})["available"] == 100
+    producer.answer("workflow.start", {"org_id": "acme", "workflow_id": "run", "credits": 10, "expires_in_s": 86_400})
+    set_clock_ahead(services, installation, "31 days")
+    asked = producer.ask("wallet.grant", grant("acme"))
+    run = producer.ask("subscriptions.post_due")
+    eventually(lambda: warnings_in(worker))
+    [told] = warnings_in(worker)
+    assert re.match(r"The database's clock is wrong, the messages wait: it says 20.*, this worker's 20.*, and", told)
+    assert not asked.ready()
+    assert installation.count("credit_events") == 2
+    set_clock_ahead(services, installation, None)
+    assert asked.get(timeout=SOON_S)["available"] == 91
+    assert run.get(timeout=SOON_S) == 0
+    assert is_sound(installation, events=3)
+
+
+def set_clock_ahead(services: Embedded, installation: Installation, by: str | None) -> None:
+    """Have new sessions of this database find another clock first."""
+    name = installation.engine.url.database
+    if by is not None:
+        sql(installation.engine, "CREATE SCHEMA wrong")
+        ahead = f"RETURN pg_catalog.clock_timestamp() + interval '{by}'"
+        sql(installation.engine, f"CREATE FUNCTION wrong.clock_timestamp() RETURNS timestamptz LANGUAGE sql {ahead}")
+    installation.engine.dispose()
+    with as_admin(services) as admin:
+        path = "RESET search_path" if by is None else "SET search_path = wrong, pg_catalog, public"
+        admin.execute(text(f"ALTER DATABASE {name} {path}"))
+        admin.execute(text(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"))
 
 
 def test_a_worker_told_to_stop_while_the_database_is_away_gives_its_messages_back(
