@@ -125,7 +125,7 @@ class Postgres(Process):
 
     def _is_ready(self) -> bool:
         lines = _read(self.data / "postmaster.pid").splitlines()
-        return len(lines) >= 8 and lines[0].strip() == str(self.pid) and lines[7].strip() == "ready"
+        return len(lines) >= 8 and lines[0].strip() == str(self.pid) and lines[7].strip() in ("ready", "standby")
 
     def _create_database(self) -> None:
         admin = f"host='{self.sockets}' port=5432 user=postgres dbname=postgres"

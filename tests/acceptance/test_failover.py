@@ -1,0 +1,131 @@
+"""A replica of the database takes over: the worker follows by itself, and what was lost can be sent again."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any
+from urllib.parse import quote
+
+import psycopg
+import pytest
+
+from ledger import audit, migrations
+from ledger.database import connect
+from tests.acceptance.installation import Installation, Producer, installed_on, open_folder, wait_for_workers
+from tests.support import PATIENCE_S, eventually, sql
+from worker.embedded import Embedded, Postgres
+
+pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
+
+
+@contextmanager
+def as_admin(server: Postgres) -> Iterator[psycopg.Connection[Any]]:
+    with psycopg.connect(f"host={server.sockets} port=5432 user=postgres", autocommit=True) as connection:
+        yield connection
+
+
+def configure(server: Postgres, name: str, value: str) -> None:
+    with as_admin(server) as admin:
+        admin.execute(f"ALTER SYSTEM SET {name} = '{value}'")  # type: ignore[call-overload]
+        admin.execute("SELECT pg_reload_conf()")
+
+
+def become_replica(server: Postgres, primary: Postgres) -> None:
+    """Replace the data of `server` by a base backup of `primary`, and follow that from now on."""
+    server.stop()
+    shutil.rmtree(server.data)
+    with as_admin(primary) as admin:
+        admin.execute("SELECT pg_backup_start('replica', true)")
+        shutil.copytree(primary.data, server.data, ignore=shutil.ignore_patterns("postmaster.*"))
+        [label] = admin.execute("SELECT labelfile FROM pg_backup_stop()").fetchall()[0]
+    server.data.joinpath("backup_label").write_text(label)
+    server.data.joinpath("standby.signal").touch()
+    with server.data.joinpath("postgresql.auto.conf").open("a") as settings:
+        source = f"host={primary.sockets} port=5432 user=postgres application_name=replica"
+        settings.write(f"primary_conninfo = '{source}'\n")
+    owner = primary.data.stat()
+    for path in (server.data, *server.data.rglob("*")):
+        os.chown(path, owner.st_uid, owner.st_gid)
+    server.start()
+
+
+@pytest.fixture
+def two() -> Iterator[tuple[Embedded, Postgres, Installation, Producer]]:
+    """A primary with a replica, and a ledger whose URL names both."""
+    with ExitStack() as stack:
+        services, other = (
+            stack.enter_context(Embedded(stack.enter_context(open_folder()), durable=False)) for _ in range(2)
+        )
+        engine = connect(services.database_url)
+        migrations.upgrade(engine)
+        engine.dispose()
+        become_replica(other.postgres, services.postgres)
+        hosts = "&".join(f"host={quote(str(one.postgres.sockets))}:5432" for one in (services, other))
+        url = f"postgresql+psycopg://holdfast@/holdfast?{hosts}&target_session_attrs=read-write"
+        installation = stack.enter_context(installed_on(url, services.broker.url))
+        producer = stack.enter_context(closing(Producer(services.broker.url)))
+        installation.start_worker()
+        wait_for_workers(producer)
+        yield services, other.postgres, installation, producer
+
+
+def grant(number: int) -> dict[str, Any]:
+    return {"org_id": f"org-{number % 7}", "grant_id": str(number), "credits": 1}
+
+
+def granted(installation: Installation) -> list[int]:
+    ids = sql(installation.engine, "SELECT (metadata ->> 'grant_id')::int FROM credit_events ORDER BY 1")
+    return [number for (number,) in ids]
+
+
+def fail_over(primary: Postgres, replica: Postgres, installation: Installation) -> None:
+    primary.kill()
+    installation.engine.dispose()
+    with as_admin(replica) as admin:
+        admin.execute("SELECT pg_promote()")
+
+
+def test_what_was_answered_is_on_a_synchronous_replica_that_takes_over(two: Any) -> None:
+    services, replica, installation, producer = two
+    configure(services.postgres, "synchronous_standby_names", "replica")
+    followers = "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'"
+    with as_admin(services.postgres) as admin:
+        eventually(lambda: admin.execute(followers).fetchall() == [(1,)])
+    asked = [producer.ask("wallet.grant", grant(number)) for number in range(500)]
+    eventually(lambda: sum(one.ready() for one in asked) > 0)
+    services.postgres.kill()
+    answered = [number for number, one in enumerate(asked) if one.ready()]
+    fail_over(services.postgres, replica, installation)
+    kept = granted(installation)
+    assert set(answered) <= set(kept)
+    for one in asked:
+        assert one.get(timeout=PATIENCE_S)["outcome"] == "posted"
+    assert granted(installation) == list(range(500))
+    eventually(installation.is_drained)
+    assert audit.verify(installation.engine).is_clean
+
+
+def test_what_an_asynchronous_replica_has_missed_is_sent_again_and_applied_once(two: Any) -> None:
+    services, replica, installation, producer = two
+    for number in range(10):
+        producer.answer("wallet.grant", grant(number))
+    with as_admin(replica) as standby:
+        eventually(lambda: standby.execute("SELECT count(*) FROM pg_stat_wal_receiver").fetchall() == [(1,)])
+    with psycopg.connect(f"host={replica.sockets} port=5432 user=postgres dbname=holdfast", autocommit=True) as standby:
+        eventually(lambda: standby.execute("SELECT count(*) FROM credit_events").fetchall() == [(10,)])
+    configure(replica, "primary_conninfo", "")  # it falls behind
+    with as_admin(replica) as standby:
+        eventually(lambda: standby.execute("SELECT count(*) FROM pg_stat_wal_receiver").fetchall() == [(0,)])
+    for number in range(10, 30):
+        producer.answer("wallet.grant", grant(number))
+    fail_over(services.postgres, replica, installation)
+    asked = producer.ask("wallet.grant", grant(30))
+    assert asked.get(timeout=PATIENCE_S)["outcome"] == "posted"
+    assert granted(installation) == [*range(10), 30]
+    assert audit.verify(installation.engine).is_clean
+    for number in range(31):  # the engine's own records say what it has sent
+        producer.answer("wallet.grant", grant(number))
+    assert granted(installation) == list(range(31))
+    eventually(installation.is_drained)
+    assert audit.verify(installation.engine).is_clean
