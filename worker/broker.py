@@ -22,6 +22,7 @@ from celery import Celery
 from kombu import compression
 from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
+from kombu.utils.url import sanitize_url
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,11 @@ def create_celery(name: str, broker_url: str, result_url: str | None) -> Celery:
         broker_transport_options=_redis_options() if is_redis else _rabbitmq_options(),
     )
     return app
+
+
+def masked(url: str) -> str:
+    """A broker's URL without its passwords, whether it names one server or, separated by semicolons, several."""
+    return ";".join(sanitize_url(part) for part in url.split(";"))
 
 
 def _verified(url: str) -> str:

@@ -20,14 +20,13 @@ from celery.worker.consumer import Consumer as CeleryConsumer
 from celery.worker.state import maybe_shutdown
 from kombu.connection import Connection
 from kombu.message import Message
-from kombu.utils.url import sanitize_url
 from redis.exceptions import ResponseError
 
 from ledger.messages import MAX_BODY_BYTES, InvalidMessage, too_large_body
 from ledger.store import Delivery
 from worker import metrics
 from worker.batching import Arrival, Batch, raw_body
-from worker.broker import DEAD_QUEUE, UNKNOWN_COMPRESSION, declare_queues
+from worker.broker import DEAD_QUEUE, UNKNOWN_COMPRESSION, declare_queues, masked
 from worker.tasks import TASKS
 from worker.transport import DELIVERED_TOO_OFTEN, Channel, SetAside, UnsupportedServerError, read_json
 
@@ -68,7 +67,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
     def on_connection_error_before_connected(self, exc: Exception) -> None:
         """The broker is there, but refuses what a consumer needs. It is tried again in a second."""
         if not self._is_refused:
-            logger.warning("Cannot consume from %s, trying again: %s", sanitize_url(self.app.conf.broker_url), exc)
+            logger.warning("Cannot consume from %s, trying again: %s", masked(self.app.conf.broker_url), exc)
         self._is_refused = True
         time.sleep(1)
 
@@ -91,7 +90,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
     def create_task_handler(self, *_: Any, **__: Any) -> Callable[[Message], None]:
         """What is called with every message; asked for at the beginning of each connection."""
         if self._is_refused:
-            logger.warning("Consuming from %s again", sanitize_url(self.app.conf.broker_url))
+            logger.warning("Consuming from %s again", masked(self.app.conf.broker_url))
         self._is_refused = False
         self.batch.reconnected()
         return self._receive
@@ -104,7 +103,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
 
     def ensure_connected(self, conn: Connection) -> Connection:
         """Connect to the broker, whenever it is there. Ends the worker if it can never be the broker."""
-        broker = sanitize_url(self.app.conf.broker_url)
+        broker = masked(self.app.conf.broker_url)
         is_told = False
 
         def tell(error: Exception, _: float) -> None:

@@ -23,10 +23,9 @@ from kombu.messaging import Producer
 from kombu.pools import ProducerPool
 from kombu.serialization import dumps
 from kombu.utils.json import dumps as to_json
-from kombu.utils.url import sanitize_url
 from redis.exceptions import RedisError
 
-from worker.broker import QUEUE, declare_queues
+from worker.broker import QUEUE, declare_queues, masked
 
 TIMEOUT_S = 5.0
 """How long the broker may be silent."""
@@ -94,7 +93,7 @@ class Publisher:
     @property
     def broker(self) -> str:
         """Its URL, without the password."""
-        return str(sanitize_url(self._app.conf.broker_url))
+        return masked(self._app.conf.broker_url)
 
     def encode(self, task: str, args: list[Any], kwargs: dict[str, Any], *, task_id: str | None = None) -> Encoded:
         """The message for one run of `task`; its result is stored only under a given `task_id`. Raises EncodeError."""

@@ -4,7 +4,7 @@ import ssl
 
 import pytest
 
-from worker.broker import create_celery
+from worker.broker import create_celery, masked
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,15 @@ def test_with_tls_the_server_is_checked_unless_the_url_says_otherwise(query: str
     with create_celery("holdfast", url, url) as app:
         assert app.connection_for_write().ssl["ssl_cert_reqs"] == check
         assert app.backend.connparams["ssl_cert_reqs"] == check
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://:sekrit@host:1/0", "redis://:**@host:1/0"),
+        ("amqp://ann:sekrit@a//", "amqp://ann:**@a//"),
+        ("amqp://ann:sekrit@a:1//;amqp://bob:other@b:2//", "amqp://ann:**@a:1//;amqp://bob:**@b:2//"),
+    ],
+)
+def test_no_password_is_shown(url: str, shown: str) -> None:
+    assert masked(url) == shown
