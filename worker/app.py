@@ -3,11 +3,14 @@
 import os
 import signal
 import sys
+import time
+from datetime import UTC, datetime
 from functools import partial
 from threading import Timer
 from typing import NoReturn
 
 from celery import Celery
+from celery.schedules import schedule
 from celery.signals import beat_init, setup_logging, worker_init, worker_ready, worker_shutting_down
 from sqlalchemy import Engine
 
@@ -22,6 +25,8 @@ from worker.tasks import SCHEDULER_TASKS, register
 
 DATABASE_PATIENCE_S, PATIENCE_S = 6.0, 9.0
 """How long a worker that was told to stop waits for the database, and for everything."""
+
+BEAT_INTERVAL_S = 60.0
 
 
 def create_app(settings: Settings) -> Celery:
@@ -52,7 +57,11 @@ def create_app(settings: Settings) -> Celery:
         worker_cancel_long_running_tasks_on_connection_loss=False,
         # Nothing about time is kept between two runs of the beat: whatever is due is found in the database.
         beat_scheduler="celery.beat:Scheduler",
-        beat_schedule={name: {"task": name, "schedule": 60.0} for name in SCHEDULER_TASKS},
+        # By the wall clock, the beat would stand still for as long as somebody sets that back.
+        beat_schedule={
+            name: {"task": name, "schedule": schedule(BEAT_INTERVAL_S, nowfun=_monotonic_now)}
+            for name in SCHEDULER_TASKS
+        },
         timezone="UTC",
     )
     inflate_within(MAX_BODY_BYTES)
@@ -72,6 +81,11 @@ def create_app(settings: Settings) -> Celery:
     # Loads its modules now: a signal during a later import would leave half a module, and an error at the end.
     assert app.backend is not None
     return app
+
+
+def _monotonic_now() -> datetime:
+    """A time from which intervals are measured, and nothing else: it begins anywhere, and nobody can set it."""
+    return datetime.fromtimestamp(time.monotonic(), UTC)
 
 
 def _serve_metrics(address: str) -> None:

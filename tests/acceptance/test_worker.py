@@ -14,6 +14,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from celery.schedules import schedule
 
 from ledger import audit
 from ledger.settings import Settings
@@ -36,9 +37,10 @@ from worker.process import Process
 
 # The beat as it is, except that its minute lasts half a second.
 FAST_BEAT = """
+import datetime
 from worker import celery
 for entry in celery.conf.beat_schedule.values():
-    entry["schedule"] = 0.5
+    entry["schedule"].run_every = datetime.timedelta(seconds=0.5)
 celery.Beat(loglevel="INFO").run()
 """
 
@@ -52,6 +54,21 @@ def _put(*args, **kwargs):
     finally:
         raise ValueError("I/O operation on closed file.")
 transport.Channel._put = _put
+"""
+
+# A wall clock that goes back by two days once there is a file `stepped`; what measures intervals is not touched.
+STEPPING_CLOCK = """
+import datetime, os, time
+real, real_ns = time.time, time.time_ns
+def step_s():
+    return -2 * 86400 if os.path.exists("stepped") else 0
+class Stepping(datetime.datetime):
+    __slots__ = ()
+    @classmethod
+    def now(cls, tz=None):
+        return super().now(tz) + datetime.timedelta(seconds=step_s())
+datetime.datetime = Stepping
+time.time, time.time_ns = lambda: real() + step_s(), lambda: real_ns() + step_s() * 10**9
 """
 
 POST_DUE, RELEASE_EXPIRED = "subscriptions.post_due", "reservations.release_expired"
@@ -507,6 +524,19 @@ def test_two_beats_begin_each_period_once(installation: Installation, producer: 
     assert audit.verify(installation.engine).is_clean
 
 
+def test_a_beat_whose_clock_goes_back_by_two_days_goes_on(installation: Installation) -> None:
+    beat = installation.start("beat", sys.executable, "-c", STEPPING_CLOCK + FAST_BEAT)
+    eventually(lambda: log_of(beat).count("Sending due task") >= 2)
+    (installation.folder / "stepped").touch()
+    sent = log_of(beat).count("Sending due task")
+    eventually(lambda: log_of(beat).count("Sending due task") >= sent + 6)
+    terminate(beat)
+    assert exit_code(beat) == 0, beat.last_words()
+    lines = [json.loads(line) for line in log_of(beat).splitlines() if line.startswith("{")]
+    times = [datetime.fromisoformat(line["time"]) for line in lines]
+    assert max(times) - times[-1] > timedelta(days=1)  # so it is this clock that the process has
+
+
 def test_a_beat_that_is_told_to_end_while_it_sends_ends(installation: Installation) -> None:
     beat = installation.start("beat", sys.executable, "-c", TOLD_WHILE_SENDING + FAST_BEAT)
     assert exit_code(beat) == 0, beat.last_words()
@@ -517,8 +547,8 @@ def test_the_schedule_is_both_runs_every_minute_to_the_ledgers_own_queue() -> No
     settings = Settings(database_url="postgresql+psycopg://u@127.0.0.1:1/d", broker_url="redis://127.0.0.1:1/0")
     with create_app(settings) as app:
         assert app.conf.beat_schedule == {
-            "subscriptions.post_due": {"task": "subscriptions.post_due", "schedule": 60.0},
-            "reservations.release_expired": {"task": "reservations.release_expired", "schedule": 60.0},
+            "subscriptions.post_due": {"task": "subscriptions.post_due", "schedule": schedule(60.0)},
+            "reservations.release_expired": {"task": "reservations.release_expired", "schedule": schedule(60.0)},
         }
         queues = [app.amqp.router.route({}, name)["queue"].name for name in app.conf.beat_schedule]
     assert queues == ["credits", "credits"]

@@ -46,9 +46,10 @@ celery.worker_main(["worker", "--hostname", sys.argv[1]])
 
 # The beat as it is, except that its minute lasts a second.
 BEAT = """
+import datetime
 from worker import celery
 for entry in celery.conf.beat_schedule.values():
-    entry["schedule"] = 1.0
+    entry["schedule"].run_every = datetime.timedelta(seconds=1)
 celery.Beat(loglevel="INFO").run()
 """
 
