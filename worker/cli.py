@@ -39,6 +39,7 @@ from worker.terminal import (
     open_ledger,
     print_json,
     properties,
+    say,
     table,
     when,
 )
@@ -57,7 +58,15 @@ def main() -> None:
     """Run the command line; every error is one line and an exit code."""
     try:
         app()
-    except (SettingsError, ServiceError, NotSentError, NoAnswerError, DeadLetteredError, InvalidMessageError) as error:
+    except (
+        SettingsError,
+        ServiceError,
+        migrations.LockedError,
+        NotSentError,
+        NoAnswerError,
+        DeadLetteredError,
+        InvalidMessageError,
+    ) as error:
         fail(str(error))
     except DBAPIError as error:
         if isinstance(error.orig, UnsuitableDatabaseError):
@@ -67,10 +76,10 @@ def main() -> None:
 
 @app.command(epilog="Example: HOLDFAST_DATABASE_URL=postgresql+psycopg://… holdfast migrate")
 def migrate() -> None:
-    """Bring the database's schema up to date. Does nothing if it is."""
+    """Bring the database's schema up to date, while workers run. Does nothing if it is."""
     with open_ledger() as engine:
         before = migrations.current_revision(engine)
-        migrations.upgrade(engine)
+        migrations.upgrade(engine, say=say)
     after = migrations.head_revision()
     console.print(f"The database was at {after} already." if before == after else f"The database is at {after} now.")
 

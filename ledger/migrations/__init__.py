@@ -1,17 +1,55 @@
 """The schema's history, as Alembic revisions, and how to bring a database to one of them.
 
-Two migrations at once are one after the other: each holds an advisory lock while it runs.
+Guarantee: a migration stops nobody. Each revision after 0002 is one short transaction, or builds one index without one:
+
+- A table that is in use is changed by one statement with one action that looks at no row: a CHECK or a foreign key is
+  `NOT VALID`, a column's default is a constant.
+- The next revision says `VALIDATE CONSTRAINT` and nothing else, while everybody reads and writes. So does the one that
+  says `CREATE INDEX CONCURRENTLY`, in an `autocommit_block`, after `DROP INDEX CONCURRENTLY IF EXISTS`: what an attempt
+  that failed has left. Nobody waits behind these two, so both begin with `SET lock_timeout = 0`.
+- Everything else waits for a lock no longer than LOCK_WAIT_S, gives up, lets the others through, and tries again.
+
+tests/integration/test_migrations.py reads what each revision sends for it. Two migrations at once are one after the
+other. One that ends early has done some of the revisions, each of them whole; the next one goes on from there.
 """
 
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psycopg
 from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import OperationalError
+
+LOCK_WAIT_S = 0.2
+"""How long a change waits for a lock, and everybody else behind it: less than workers have patience for."""
+
+PAUSE_S = 1.0
+"""How long the others are let through before it is tried again."""
+
+PATIENCE_S = 300.0
+"""How long one revision is tried."""
+
+Say = Callable[[str], object]
 
 _LOCK_ID = 4_877_001
+_logger = logging.getLogger(__name__)
+
+# Whatever the server's or our own defaults are: to validate a large table takes as long as it takes.
+_WITHOUT_TIMEOUTS = text("""
+    SELECT set_config(name, '0', false) FROM pg_settings
+    WHERE name IN ('statement_timeout', 'transaction_timeout', 'idle_in_transaction_session_timeout')
+""")
+
+
+class LockedError(Exception):
+    """A migration did not get a lock that it needs; the text says what to do. What it had done before stays."""
 
 
 def _config() -> Config:
@@ -30,25 +68,86 @@ def head_revision() -> str:
 def current_revision(engine: Engine) -> str | None:
     """The database's revision. None: it was never migrated."""
     with engine.connect() as connection:
-        return MigrationContext.configure(connection).get_current_revision()
+        return _revision(connection)
 
 
-def upgrade(engine: Engine, revision: str = "head") -> None:
-    """Bring the database up to `revision`. Does nothing if it is there."""
-    _run(engine, command.upgrade, revision)
+def upgrade(engine: Engine, revision: str = "head", *, say: Say = _logger.warning) -> None:
+    """Bring the database up to `revision`. Does nothing if it is there.
+
+    `say` gets a line when it has to wait. Raises LockedError after PATIENCE_S.
+    """
+    _run(engine, command.upgrade, "+1", revision, say)
 
 
-def downgrade(engine: Engine, revision: str) -> None:
-    """Take the database down to `revision` (`base`: drop everything, data included)."""
-    _run(engine, command.downgrade, revision)
+def downgrade(engine: Engine, revision: str, *, say: Say = _logger.warning) -> None:
+    """Take the database down to `revision` (`base`: drop everything, data included). Waits and raises as `upgrade`."""
+    _run(engine, command.downgrade, "-1", revision, say)
 
 
-def _run(engine: Engine, migrate: object, revision: str) -> None:
-    assert callable(migrate)
+def _revision(connection: Connection) -> str | None:
+    revision = MigrationContext.configure(connection).get_current_revision()
+    connection.rollback()
+    return revision
+
+
+def _run(engine: Engine, migrate: Callable[[Config, str], None], step: str, target: str, say: Say) -> None:
     config = _config()
-    with engine.begin() as connection:
-        # The lock may be held, and a statement may take, as long as somebody else's migration does.
-        connection.execute(text("SET LOCAL lock_timeout = 0; SET LOCAL statement_timeout = 0"))
-        connection.execute(text("SELECT pg_advisory_xact_lock(:id)"), {"id": _LOCK_ID})
+    last = ScriptDirectory.from_config(config).as_revision_number(target)
+    with _alone(engine, say) as connection:
         config.attributes["connection"] = connection
-        migrate(config, revision)
+        while _revision(connection) != last:
+            _patiently(connection, lambda: migrate(config, step), say)
+
+
+@contextmanager
+def _alone(engine: Engine, say: Say) -> Iterator[Connection]:
+    """A connection for as long as no other migration has one."""
+    with engine.connect() as connection:
+        try:
+            _take_turn(connection, say)
+            connection.execute(_WITHOUT_TIMEOUTS)
+            connection.commit()
+            yield connection
+        finally:
+            connection.invalidate()  # what it holds, and what is set on it, ends with it
+
+
+def _take_turn(connection: Connection, say: Say) -> None:
+    is_told = False
+    # In tries: a statement that waits would be an open transaction, for which CREATE INDEX CONCURRENTLY waits.
+    while not connection.scalar(text("SELECT pg_try_advisory_lock(:id)"), {"id": _LOCK_ID}):
+        connection.rollback()
+        if not is_told:
+            say("Another migration is running: this one waits until it has ended.")
+        is_told = True
+        time.sleep(PAUSE_S)
+
+
+def _patiently(connection: Connection, migrate: Callable[[], None], say: Say) -> None:
+    """One revision, tried until it gets its locks."""
+    deadline, is_told = time.monotonic() + PATIENCE_S, False
+    while True:
+        connection.execute(
+            text("SELECT set_config('lock_timeout', :wait, false)"), {"wait": f"{LOCK_WAIT_S * 1e3:.0f}"}
+        )
+        connection.commit()
+        try:
+            migrate()
+        except OperationalError as error:
+            connection.rollback()
+            if not isinstance(error.orig, psycopg.errors.LockNotAvailable):
+                raise
+        else:
+            return
+        if time.monotonic() > deadline:
+            raise LockedError(
+                f"for {PATIENCE_S:g} seconds, somebody's open transaction has locked a table that the migration "
+                "changes; end that transaction (pg_stat_activity shows it), and run `holdfast migrate` again"
+            )
+        if not is_told:
+            say(
+                "Somebody's open transaction has locked a table that the migration changes: trying again every "
+                f"{PAUSE_S:g} s, for at most {PATIENCE_S:g} s."
+            )
+        is_told = True
+        time.sleep(PAUSE_S)

@@ -1,18 +1,26 @@
 """The schema's history: it makes exactly the tables that `ledger.tables` describes, and can be taken back."""
 
-from collections.abc import Iterator
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Barrier
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, text
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from sqlalchemy import Engine, event, text
 
 from ledger import audit, migrations
 from ledger.database import connect
-from ledger.store import apply_batch
+from ledger.state import Result
+from ledger.store import DeadLettered, Waits, apply_batch
 from ledger.tables import metadata
 from tests.support import PATIENCE_S, delivery, eventually, sql
+from worker import cli
 
 TABLES = [
     "credit_events",
@@ -155,21 +163,238 @@ def test_two_migrations_at_once_both_succeed(empty_engine: Engine, empty_databas
     assert sql(empty_engine, "SELECT count(*) FROM alembic_version") == [(1,)]
 
 
-def test_a_migration_waits_for_another_longer_than_any_lock_timeout(
-    empty_engine: Engine, empty_database_url: str
+def test_a_migration_waits_for_another_and_says_so_once(
+    empty_engine: Engine, empty_database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(migrations, "PAUSE_S", 0.01)
     own = connect(empty_database_url)
-    sql(own, "SET lock_timeout = '1s'; SET statement_timeout = '1s'")  # of its pooled connection
-    waiting = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'advisory'"
-    long_enough = f"{waiting} AND clock_timestamp() - query_start > interval '1500 ms'"
+    said: list[str] = []
+    tries: list[str] = []
+    event.listen(own, "before_cursor_execute", lambda *sent: tries.append(sent[2]))
     try:
         with ThreadPoolExecutor(1) as threads, empty_engine.connect() as holder:
             holder.execute(text("SELECT pg_advisory_xact_lock(:id)"), {"id": migrations._LOCK_ID})
-            migrating = threads.submit(migrations.upgrade, own)
-            eventually(lambda: migrating.done() or sql(empty_engine, long_enough))
+            migrating = threads.submit(migrations.upgrade, own, say=said.append)
+            eventually(lambda: migrating.done() or len(tries) >= 5)
             assert not migrating.done()
             holder.rollback()
             migrating.result(PATIENCE_S)
     finally:
         own.dispose()
     assert tables(empty_engine) == ["alembic_version", *TABLES]
+    assert said == ["Another migration is running: this one waits until it has ended."]
+
+
+# A live ledger
+
+Revise = Callable[[str], None]
+
+LATER = """
+from alembic import op
+revision, down_revision, branch_labels, depends_on = "later", "{head}", None, None
+def upgrade():
+{body}
+"""
+
+ADD_COLUMN = """
+    op.execute("ALTER TABLE wallets ADD COLUMN later BIGINT")
+"""
+
+CREATE_INDEX = """
+    with op.get_context().autocommit_block():
+        op.execute("SET lock_timeout = 0")
+        op.execute("DROP INDEX CONCURRENTLY IF EXISTS later")
+        op.execute("CREATE INDEX CONCURRENTLY later ON wallets (credit_limit)")
+"""
+
+WAITS_FOR_WALLETS = "SELECT pid FROM pg_locks WHERE relation = 'wallets'::regclass AND NOT granted"
+WAITS_FOR_TRANSACTIONS = """
+    SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'virtualxid'
+    AND clock_timestamp() - query_start > interval '400 ms'
+"""
+
+
+@pytest.fixture
+def add_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Revise:
+    """Adds a revision after the newest, with this body of its `upgrade`, as a later version of Holdfast has it."""
+
+    def add(body: str) -> None:
+        (tmp_path / "later.py").write_text(LATER.format(head=migrations.head_revision(), body=body))
+        ours = migrations._config
+
+        def config() -> Config:
+            config = ours()
+            versions = Path(migrations.__file__).with_name("versions")
+            config.set_main_option("path_separator", "os")
+            config.set_main_option("version_locations", f"{versions}{os.pathsep}{tmp_path}")
+            return config
+
+        monkeypatch.setattr(migrations, "_config", config)
+        monkeypatch.setattr(migrations, "PAUSE_S", 0.1)
+
+    return add
+
+
+def purchase(engine: Engine, number: int) -> Result | DeadLettered | Waits:
+    [answer] = apply_batch(engine, [delivery("wallet.purchase", org_id="acme", purchase_id=f"p{number}", credits=1)])
+    return answer
+
+
+def test_while_a_migration_waits_for_a_long_transaction_everybody_else_goes_on(
+    engine: Engine, database_url: str, add_revision: Revise
+) -> None:
+    before = migrations.head_revision()
+    add_revision(ADD_COLUMN)
+    own = connect(database_url)
+    said: list[str] = []
+    with ThreadPoolExecutor(1) as threads, engine.connect() as reader:
+        reader.execute(text("SELECT count(*) FROM wallets"))
+        migrating = threads.submit(migrations.upgrade, own, say=said.append)
+        for number in range(5):
+            eventually(lambda: migrating.done() or sql(engine, WAITS_FOR_WALLETS))
+            answer = purchase(engine, number)
+            assert (answer.outcome, answer.available) == ("posted", number + 1)  # type: ignore[union-attr]
+        assert migrations.current_revision(engine) == before
+        assert not migrating.done()
+        reader.rollback()
+        migrating.result(PATIENCE_S)
+    own.dispose()
+    assert migrations.current_revision(engine) == "later"
+    [line] = said
+    assert line == (
+        "Somebody's open transaction has locked a table that the migration changes: "
+        "trying again every 0.1 s, for at most 300 s."
+    )
+
+
+def test_a_migration_that_never_gets_its_lock_ends_with_one_sentence_and_changes_nothing(
+    engine: Engine,
+    database_url: str,
+    add_revision: Revise,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = migrations.head_revision()
+    add_revision(ADD_COLUMN)
+    monkeypatch.setattr(migrations, "PATIENCE_S", 0.5)
+    monkeypatch.setenv("HOLDFAST_DATABASE_URL", database_url)
+    monkeypatch.setattr(sys, "argv", ["holdfast", "migrate"])
+    with engine.connect() as reader:
+        reader.execute(text("SELECT count(*) FROM wallets"))
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "holdfast: for 0.5 seconds, somebody's open transaction has locked a table that the migration changes; end "
+        "that transaction (pg_stat_activity shows it), and run `holdfast migrate` again\n"
+    )
+    assert migrations.current_revision(engine) == before
+    migrations.upgrade(engine)
+    assert migrations.current_revision(engine) == "later"
+
+
+def test_an_index_is_built_after_long_transactions_while_everybody_else_and_another_migration_wait_for_nothing(
+    engine: Engine, database_url: str, add_revision: Revise
+) -> None:
+    add_revision(CREATE_INDEX)
+    sql(engine, "CREATE INDEX later ON wallets (period_cap)")  # as an attempt that failed may have left one
+    both = connect(database_url), connect(database_url)
+    with ThreadPoolExecutor(2) as threads, engine.connect() as writer:
+        writer.execute(text("UPDATE wallets SET last_seq = 0 WHERE false"))
+        migrating = [threads.submit(migrations.upgrade, own) for own in both]
+        eventually(lambda: any(one.done() for one in migrating) or sql(engine, WAITS_FOR_TRANSACTIONS))
+        assert purchase(engine, 1).outcome == "posted"  # type: ignore[union-attr]
+        writer.rollback()
+        for one in migrating:
+            one.result(PATIENCE_S)
+    for own in both:
+        own.dispose()
+    valid = "SELECT indisvalid, pg_get_indexdef(indexrelid) FROM pg_index WHERE indexrelid = 'later'::regclass"
+    assert sql(engine, valid) == [(True, "CREATE INDEX later ON public.wallets USING btree (credit_limit)")]
+
+
+# What may be in a migration after 0002. Whatever is not here may lock a table for as long as it has rows.
+CONSTANT = r"(-?\d+|'[^']*'|true|false)"
+TYPE = r"(BIGINT|INTEGER|BOOLEAN|TEXT|BYTEA|JSONB|TIMESTAMP WITH TIME ZONE)"
+PARENTHESES = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
+QUICK = [
+    rf"ALTER TABLE (\w+) ADD COLUMN \w+ {TYPE}( DEFAULT {CONSTANT}( NOT NULL)?)?",
+    rf"ALTER TABLE (\w+) ADD CONSTRAINT \w+ CHECK {PARENTHESES} NOT VALID",
+    r"ALTER TABLE (\w+) ADD CONSTRAINT \w+ (UNIQUE|PRIMARY KEY) USING INDEX \w+",
+    r"ALTER TABLE (\w+) DROP (CONSTRAINT|COLUMN) \w+",
+    rf"ALTER TABLE (\w+) ALTER COLUMN \w+ (DROP NOT NULL|DROP DEFAULT|SET DEFAULT {CONSTANT})",
+]
+CREATE = r"CREATE TABLE (\w+) \(.*\)"
+WITHOUT_LIMIT = r"SET (LOCAL )?lock_timeout = 0"
+SLOW = [
+    [WITHOUT_LIMIT, r"ALTER TABLE \w+ VALIDATE CONSTRAINT \w+"],
+    [WITHOUT_LIMIT, r"DROP INDEX CONCURRENTLY IF EXISTS (\w+)", r"CREATE (UNIQUE )?INDEX CONCURRENTLY \w+ ON .*"],
+]
+
+
+def may_stop_somebody(statements: list[str]) -> list[str]:
+    """Which statements of a revision may keep others from a table that they use for longer than a moment."""
+    one_by_one = [" ".join(part.split()) for statement in statements for part in statement.split(";") if part.strip()]
+    for forms in SLOW:
+        if len(forms) == len(one_by_one) and all(map(re.fullmatch, forms, one_by_one)):
+            return []
+    created = {found[1] for part in one_by_one if (found := re.fullmatch(CREATE, part))}
+    changed: set[str] = set()
+    refused = []
+    for part in one_by_one:
+        named = re.match(r"(?:CREATE TABLE|ALTER TABLE|CREATE (?:UNIQUE )?INDEX \w+ ON) (\w+)", part)
+        if named and named[1] in created:
+            continue
+        if not any(re.fullmatch(form, part) for form in QUICK):
+            refused.append(part)
+        elif named:
+            changed.add(named[1])
+    return refused + ([f"changes {len(changed)} tables"] if len(changed) > 1 else [])
+
+
+def test_no_migration_after_0002_stops_anybody(empty_engine: Engine) -> None:
+    sent: list[str] = []
+    migrations.upgrade(empty_engine, "0002")
+    event.listen(empty_engine, "before_cursor_execute", lambda *given: sent.append(given[2].strip()))
+    later = [*ScriptDirectory.from_config(migrations._config()).iterate_revisions("head", "0002")]
+    assert [script.revision for script in later][-2:] == ["0004", "0003"]
+    for script in reversed(later):
+        sent.clear()
+        migrations.upgrade(empty_engine, script.revision)
+        own = [one for one in sent if not one.startswith("SELECT") and "alembic_version" not in one]
+        assert own
+        assert (script.revision, may_stop_somebody(own)) == (script.revision, [])
+
+
+@pytest.mark.parametrize(
+    ("statements", "refused"),
+    [
+        (["ALTER TABLE t ADD CONSTRAINT c CHECK (a > (1 + b))"], 1),
+        (["ALTER TABLE t ADD CONSTRAINT c CHECK (a > (1 + b)) NOT VALID"], 0),
+        (["ALTER TABLE t ADD CONSTRAINT c CHECK (a > 1), ADD CONSTRAINT d CHECK (b > 1) NOT VALID"], 1),
+        (["ALTER TABLE t ADD CONSTRAINT c CHECK (a > 1) NOT VALID", "ALTER TABLE t VALIDATE CONSTRAINT c"], 1),
+        (["ALTER TABLE t VALIDATE CONSTRAINT c"], 1),
+        (["SET LOCAL lock_timeout = 0", "ALTER TABLE t VALIDATE CONSTRAINT c"], 0),
+        (["SET LOCAL lock_timeout = 0", "ALTER TABLE t ADD COLUMN c TEXT"], 1),
+        (["ALTER TABLE t ADD COLUMN c TEXT", "ALTER TABLE u ADD COLUMN c TEXT"], 1),
+        (["ALTER TABLE t ADD COLUMN c TEXT; UPDATE t SET c = 'x'"], 1),
+        (["ALTER TABLE t ADD COLUMN c TEXT DEFAULT clock_timestamp()"], 1),
+        (["ALTER TABLE t ADD COLUMN c BIGINT GENERATED ALWAYS AS IDENTITY"], 1),
+        (["ALTER TABLE t ADD COLUMN c BIGINT NOT NULL"], 1),
+        (["ALTER TABLE t ADD COLUMN c BIGINT DEFAULT 0 NOT NULL"], 0),
+        (["ALTER TABLE t ADD COLUMN c BIGINT DEFAULT 0 CHECK (c >= 0)"], 1),
+        (["ALTER TABLE t ADD COLUMN c BIGINT UNIQUE"], 1),
+        (["ALTER TABLE t ALTER COLUMN c TYPE TEXT"], 1),
+        (["ALTER TABLE t ALTER COLUMN c SET NOT NULL"], 1),
+        (["ALTER TABLE t ADD CONSTRAINT c PRIMARY KEY (a)"], 1),
+        (["ALTER TABLE t ADD CONSTRAINT c PRIMARY KEY USING INDEX i"], 0),
+        (["CREATE INDEX i ON t (a)"], 1),
+        (["CREATE INDEX CONCURRENTLY i ON t (a)"], 1),
+        (["SET lock_timeout = 0", "DROP INDEX CONCURRENTLY IF EXISTS i", "CREATE INDEX CONCURRENTLY i ON t (a)"], 0),
+        (["CREATE TABLE t (a BIGINT)", "CREATE INDEX i ON t (a)", "ALTER TABLE u ADD COLUMN c TEXT"], 0),
+        (["DELETE FROM t"], 1),
+        (["LOCK TABLE t"], 1),
+    ],
+)
+def test_what_may_stop_somebody_is_seen(statements: list[str], refused: int) -> None:
+    assert len(may_stop_somebody(statements)) == refused, statements

@@ -9,11 +9,8 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.execute("""
-        ALTER TABLE waiting_messages
-            ADD COLUMN attempts BIGINT DEFAULT 0 NOT NULL,
-            ADD CONSTRAINT waiting_messages_attempts CHECK (attempts >= 0)
-    """)
+    op.execute("ALTER TABLE waiting_messages ADD COLUMN attempts BIGINT DEFAULT 0 NOT NULL")
+    op.execute("ALTER TABLE waiting_messages ADD CONSTRAINT waiting_messages_attempts CHECK (attempts >= 0) NOT VALID")
 
 
 def downgrade() -> None:
