@@ -33,7 +33,7 @@ from ledger.history import EventFilter, WalletView
 from ledger.messages import ID_PATTERN, MAX_CREDITS, MESSAGES, InvalidMessage, parse
 from ledger.settings import Settings, SettingsError
 from ledger.state import EventType
-from worker.client import NotSentError
+from worker.client import BrokerUnavailableError, Client, NotSentError, UnsupportedBrokerError
 
 MAX_BODY_BYTES = 64 * 1024
 """The largest request body; the largest message is well below it."""
@@ -284,13 +284,25 @@ def _integer(digits: str) -> int:
 
 
 def __getattr__(name: str) -> FastAPI:
-    """`app`, made when a server asks for it; wrong settings are one line and exit code 2."""
+    """`app`, made when a server asks for it; wrong settings, or a wrong broker, are one line and exit code 2."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if not logs.are_for_a_person():
         logs.reformat("uvicorn", "uvicorn.access")
     try:
-        return create_app(Settings.load("database_url", "broker_url"))
-    except SettingsError as error:
+        app = create_app(Settings.load("database_url", "broker_url"))
+        _refuse_unsupported(app.state.services.client)
+    except (SettingsError, UnsupportedBrokerError) as error:
         print(f"holdfast: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    return app
+
+
+def _refuse_unsupported(broker: Client) -> None:
+    """Raise UnsupportedBrokerError if the broker is there, and can never be used."""
+    try:
+        broker.waiting()
+    except UnsupportedBrokerError:
+        raise
+    except BrokerUnavailableError:
+        pass  # it may come; then it is checked before anything is sent to it

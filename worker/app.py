@@ -7,7 +7,7 @@ import time
 from datetime import UTC, datetime
 from functools import partial
 from threading import Timer
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from celery import Celery
 from celery.schedules import schedule
@@ -22,6 +22,7 @@ from worker import metrics
 from worker.batching import collect_garbage_seldom
 from worker.broker import create_celery, inflate_within, queues
 from worker.tasks import SCHEDULER_TASKS, register
+from worker.transport import Channel, UnsupportedServerError
 
 DATABASE_PATIENCE_S, PATIENCE_S = 6.0, 9.0
 """How long a worker that was told to stop waits for the database, and for everything."""
@@ -73,6 +74,7 @@ def create_app(settings: Settings) -> Celery:
     worker_ready.connect(lambda **_: collect_garbage_seldom(), weak=False)
     beat_init.connect(_end_when_told, weak=False)
     beat_init.connect(lambda **_: _confirm_publishing(app), weak=False)
+    beat_init.connect(_end_if_unsupported, weak=False)
     if not logs.are_for_a_person():
         setup_logging.connect(logs.set_up)
     worker_init.connect(lambda **_: _refuse_unsuitable(app.ledger_engine), weak=False)
@@ -122,6 +124,17 @@ def _confirm_publishing(app: Celery) -> None:
     has no room, as it is the worker that makes room.
     """
     app.conf.broker_transport_options = {**app.conf.broker_transport_options, "confirm_publish": True}
+
+
+def _end_if_unsupported(sender: Any, **_: object) -> None:
+    """End the beat, once its broker is there, if that can never be the broker."""
+    channel = sender.scheduler.producer.channel
+    if isinstance(channel, Channel):
+        try:
+            channel.check_server()
+        except UnsupportedServerError as error:
+            print(f"holdfast: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
 
 
 def _end_when_told(**_: object) -> None:

@@ -34,8 +34,9 @@ from redis.retry import Retry
 
 from ledger.messages import InvalidMessage, parse
 from ledger.state import Result
-from worker.broker import QUEUE, REDIS_SCHEMES, create_celery
+from worker.broker import AMQP_SCHEMES, QUEUE, REDIS_SCHEMES, create_celery
 from worker.publishing import BROKER_ERRORS, TIMEOUT_S, Encoded, Publisher
+from worker.transport import UnsupportedServerError
 
 # Kombu keeps a queue as a list and takes from its right end. What is there may be large, so it is not fetched. At the
 # end of an entry is the tag by which kombu tells equal messages apart.
@@ -62,6 +63,10 @@ class NoAnswerError(Exception):
 
 class BrokerUnavailableError(Exception):
     """The broker does not answer."""
+
+
+class UnsupportedBrokerError(BrokerUnavailableError):
+    """The broker answers, and can never be used. The text says why."""
 
 
 class DeadLetteredError(Exception):
@@ -387,7 +392,12 @@ class Client(Messages):
     """
 
     def __init__(self, broker_url: str, *, result_url: str | None = None) -> None:
-        """`result_url`: where answers are kept, `redis://`; default: the broker, if that is Redis."""
+        """`result_url`: where answers are kept, `redis://`; default: the broker, if that is Redis.
+
+        Raises ValueError for the URL of what can never be the broker, such as `sentinel://`.
+        """
+        if not broker_url.startswith((*REDIS_SCHEMES, *AMQP_SCHEMES)):
+            raise ValueError("the broker's URL must begin with redis://, rediss://, amqp:// or amqps://")
         if result_url is None and broker_url.startswith(REDIS_SCHEMES):
             result_url = broker_url
         self._celery = create_celery("holdfast-client", broker_url, None)
@@ -429,11 +439,13 @@ class Client(Messages):
             self._publish(f"a batch of {len(messages):,} messages, of which some may have arrived,", messages)
 
     def waiting(self) -> dict[str, Waiting]:
-        """What waits in each queue of the ledger. Raises BrokerUnavailableError."""
+        """What waits in each queue of the ledger. Raises BrokerUnavailableError, or UnsupportedBrokerError."""
         try:
             with self._publisher.connections.acquire(block=True) as connection:
                 connection.ensure_connection(max_retries=0, timeout=TIMEOUT_S)
                 return {QUEUE: _waiting(connection, QUEUE)}
+        except UnsupportedServerError as error:
+            raise UnsupportedBrokerError(str(error)) from error
         except BROKER_ERRORS as error:
             raise BrokerUnavailableError(str(error)) from error
 
@@ -515,10 +527,12 @@ def _next_message(announced: PubSub, wait_s: float) -> dict[str, Any] | None:
 
 
 def _waiting(connection: Connection, queue: str) -> Waiting:
+    is_redis = connection.transport.driver_type == "redis"
     with connection.channel() as channel:  # of its own, as RabbitMQ closes it if there is no such queue
+        if is_redis:
+            channel.check_server()
         try:
             count = int(channel.queue_declare(queue, passive=True).message_count)
         except connection.channel_errors:  # nothing was ever sent to it
             return Waiting(0, None)
-        is_redis = connection.transport.driver_type == "redis"
         return Waiting(count, channel.client.eval(_OLDEST, 1, queue) if is_redis else None)

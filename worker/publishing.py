@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from amqp.exceptions import AMQPError
 from celery import Celery
@@ -26,6 +26,7 @@ from kombu.utils.json import dumps as to_json
 from redis.exceptions import RedisError
 
 from worker.broker import QUEUE, declare_queues, masked
+from worker.transport import UnsupportedServerError
 
 TIMEOUT_S = 5.0
 """How long the broker may be silent."""
@@ -45,8 +46,8 @@ class UnconfirmedError(Exception):
     """RabbitMQ did not confirm a message. The text says why."""
 
 
-BROKER_ERRORS = (KombuError, RedisError, AMQPError, OSError, UnconfirmedError)
-"""What `publish` may raise: the broker is away, silent, full, or lets nobody in."""
+BROKER_ERRORS = (KombuError, RedisError, AMQPError, OSError, UnconfirmedError, UnsupportedServerError)
+"""What `publish` may raise: the broker is away, silent, full, lets nobody in, or can never be the broker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,7 @@ class Publisher:
         self._connections: ConnectionPool = _Connections(_connection(self._app), POOL_LIMIT)  # type: ignore[no-untyped-call]
         self._producers = ProducerPool(self._connections, limit=POOL_LIMIT)
         self._confirms: WeakKeyDictionary[Any, _Confirms] = WeakKeyDictionary()
+        self._checked: WeakSet[Any] = WeakSet()
 
     def _reopen_after_fork(self) -> None:
         if self._process != os.getpid():  # what is open is the parent's
@@ -130,6 +132,9 @@ class Publisher:
 
     def _pushed(self, producer: Producer, chunk: list[Encoded]) -> None:
         channel = producer.channel
+        if channel not in self._checked:  # a cluster would take what no worker will
+            channel.check_server()
+            self._checked.add(channel)
         channel.client.lpush(QUEUE, *[_envelope(channel, message) for message in chunk])
 
     def _confirmed(self, producer: Producer, chunk: list[Encoded]) -> None:

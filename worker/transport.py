@@ -181,6 +181,8 @@ def server_problem(info: Mapping[str, Any]) -> str | None:
         return f"the broker is Redis {version}; Holdfast needs 6.2 or newer, or Valkey"
     if info.get("cluster_enabled"):
         return "the broker is a Redis cluster; Holdfast needs a single server"
+    if "sentinel" in (info.get("redis_mode"), info.get("server_mode")):  # the latter is Valkey's
+        return "the broker is a Redis Sentinel; Holdfast needs the server itself"
     return None
 
 

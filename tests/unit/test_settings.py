@@ -182,6 +182,10 @@ def test_a_setting_like_no_other_is_told_all_there_are(environment: Environment)
             "HOLDFAST_BROKER_URL must begin with redis:// or rediss:// or amqp:// or amqps:// and name a host",
         ),
         (
+            {"BROKER_URL": "sentinel://:sekrit@host:26379"},
+            "HOLDFAST_BROKER_URL must begin with redis:// or rediss:// or amqp:// or amqps:// and name a host",
+        ),
+        (
             {"BROKER_URL": "redis:///0"},
             "HOLDFAST_BROKER_URL must begin with redis:// or rediss:// or amqp:// or amqps:// and name a host",
         ),

@@ -1,0 +1,105 @@
+"""A server that can never be the broker is refused by everybody: nobody takes a message that no worker would take."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import redis
+
+from tests.acceptance.installation import celery, environment, exit_code, log_of, open_folder
+from tests.support import eventually
+from worker.client import Client, NotSentError, UnsupportedBrokerError
+from worker.embedded import _valkey_binary, free_port
+from worker.process import Process
+
+CLUSTER = "the broker is a Redis cluster; Holdfast needs a single server"
+SENTINEL = "the broker is a Redis Sentinel; Holdfast needs the server itself"
+DATABASE = "postgresql+psycopg://u@127.0.0.1:1/d"
+API = [sys.executable, "-m", "uvicorn", "api_stub.app:app", "--port", "0"]
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    with open_folder() as folder:
+        yield folder
+
+
+def serving(folder: Path, name: str, *arguments: str) -> Iterator[str]:
+    """The URL of a server with these arguments."""
+    port = free_port()
+    config = folder / f"{name}.conf"
+    config.write_text(f"bind 127.0.0.1\nport {port}\ndir {folder}\n")
+    process = Process(name, [str(_valkey_binary()), str(config), *arguments], folder)
+    process.start()
+    try:
+        with closing(redis.Redis(port=port)) as server:
+            eventually(lambda: "ready" in log_of(process).lower() or "Sentinel ID" in log_of(process))
+            if name == "cluster":  # of one, which takes whatever is sent to it
+                server.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+                eventually(lambda: server.cluster("info")["cluster_state"] == "ok")
+        yield f"redis://127.0.0.1:{port}/0"
+    finally:
+        process.stop()
+
+
+@pytest.fixture(scope="module")
+def cluster(folder: Path) -> Iterator[str]:
+    yield from serving(folder, "cluster", "--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+
+
+@pytest.fixture(scope="module")
+def sentinel(folder: Path) -> Iterator[str]:
+    yield from serving(folder, "sentinel", "--sentinel")
+
+
+@pytest.fixture(params=["cluster", "sentinel"])
+def unsupported(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """The URL of such a server, and what is said of it."""
+    return request.getfixturevalue(request.param), {"cluster": CLUSTER, "sentinel": SENTINEL}[request.param]
+
+
+@pytest.mark.parametrize("argv", [celery("worker"), celery("beat"), API], ids=["worker", "beat", "api"])
+def test_every_process_ends_with_one_line(folder: Path, unsupported: tuple[str, str], argv: list[str]) -> None:
+    url, problem = unsupported
+    secret = "s" * 32
+    process = Process(
+        "refused",
+        argv,
+        folder,
+        env=environment(HOLDFAST_DATABASE_URL=DATABASE, HOLDFAST_BROKER_URL=url, HOLDFAST_JWT_SECRET=secret),
+    )
+    process.log_file.unlink(missing_ok=True)
+    process.start()
+    try:
+        assert exit_code(process) == 2, log_of(process)
+    finally:
+        process.kill()
+    assert log_of(process).count(problem) == 1
+    assert "Traceback" not in log_of(process)
+
+
+def test_the_client_sends_nothing(unsupported: tuple[str, str]) -> None:
+    url, problem = unsupported
+    with Client(url) as client:
+        for _ in range(2):
+            with pytest.raises(NotSentError, match=problem):
+                client.grant(org_id="acme", grant_id="gift", credits=1)
+        with pytest.raises(NotSentError, match=problem), client.batch() as batch:
+            batch.grant(org_id="acme", grant_id="gift", credits=1)
+        with pytest.raises(UnsupportedBrokerError, match=problem):
+            client.waiting()
+
+
+def test_nothing_was_left_in_the_cluster(cluster: str) -> None:
+    with Client(cluster) as client, pytest.raises(NotSentError):
+        client.grant(org_id="acme", grant_id="gift", credits=1)
+    with closing(redis.Redis.from_url(cluster)) as server:
+        assert server.exists("credits") == 0
+
+
+@pytest.mark.parametrize("url", ["sentinel://127.0.0.1:26379", "kafka://host", "127.0.0.1:6379"])
+def test_the_client_refuses_the_url_of_anything_else(url: str) -> None:
+    with pytest.raises(ValueError, match=r"the broker's URL must begin with redis://, rediss://, amqp:// or amqps://"):
+        Client(url)
