@@ -530,7 +530,7 @@ def _waiting(connection: Connection, queue: str) -> Waiting:
     is_redis = connection.transport.driver_type == "redis"
     with connection.channel() as channel:  # of its own, as RabbitMQ closes it if there is no such queue
         if is_redis:
-            channel.check_server()
+            channel.check_server(channel.client)
         try:
             count = int(channel.queue_declare(queue, passive=True).message_count)
         except connection.channel_errors:  # nothing was ever sent to it

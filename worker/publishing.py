@@ -133,7 +133,7 @@ class Publisher:
     def _pushed(self, producer: Producer, chunk: list[Encoded]) -> None:
         channel = producer.channel
         if channel not in self._checked:  # a cluster would take what no worker will
-            channel.check_server()
+            channel.check_server(channel.client)
             self._checked.add(channel)
         channel.client.lpush(QUEUE, *[_envelope(channel, message) for message in chunk])
 

@@ -335,10 +335,13 @@ class Channel(kombu_redis.Channel):
         self._begin_again = self._redis.register_script(_KEEP_ALIVE)
         self._restore_to = self._redis.register_script(_RESTORE)
 
-    def check_server(self) -> None:
-        """Raise UnsupportedServerError for a server that cannot do what this transport needs."""
+    def check_server(self, client: Redis | None = None) -> None:
+        """Raise UnsupportedServerError for a server that cannot do what this transport needs.
+
+        It is asked by `client`, for who only sends: the channel's own would open another connection.
+        """
         try:
-            info = self._redis.info()  # before Redis 7: one section, or none
+            info = (client or self._redis).info()  # before Redis 7: one section, or none
         except NoPermissionError:
             return
         problem = server_problem(info)
