@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import Engine, select, text
 
-from ledger import audit, scheduler, store, tables
+from ledger import audit, clocks, scheduler, store, tables
 from ledger.state import Event, Result
 from tests.property.model import Answer, Model, check_history
 from tests.support import delivery
@@ -282,8 +282,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 @pytest.fixture
-def clocked_engine(engine: Engine) -> Engine:
-    """The test's own database, in which it is whatever time `our.clock` says."""
+def clocked_engine(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """The test's own database, in which it is whatever time `our.clock` says, and nobody doubts it."""
+    monkeypatch.setattr(clocks, "MOST_APART_S", float("inf"))
     with engine.begin() as connection:
         for statement in (
             "CREATE SCHEMA our",
