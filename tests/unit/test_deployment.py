@@ -158,10 +158,20 @@ def test_the_readme_tells_every_variable_and_how_to_make_them() -> None:
 
 
 def test_the_readme_names_services_and_commands_that_exist() -> None:
-    assert re.findall(r"--scale (\w+)=", DEPLOYING) == ["worker"]
+    assert set(re.findall(r"--scale (\w+)=", DEPLOYING)) == {"worker"}
     assert re.findall(r"^docker compose exec (\w+) holdfast (\w+)$", DEPLOYING, re.MULTILINE) == [("api", "verify")]
     assert "`holdfast_backend`" in DEPLOYING
     assert COMPOSE["name"] == "holdfast"
+
+
+def test_an_update_migrates_first_and_replaces_nothing_if_that_fails() -> None:
+    [update] = [block for block in re.findall(r"^```shell\n(.*?)^```$", DEPLOYING, re.M | re.S) if "git pull" in block]
+    assert [step.split() for step in update.split("&&")] == [
+        ["git", "pull"],
+        ["docker", "compose", "build"],
+        ["docker", "compose", "run", "--rm", "migrate"],
+        ["docker", "compose", "up", "--detach", "--wait", "--scale", "worker=2"],
+    ]
 
 
 def test_the_file_of_secrets_reaches_neither_git_nor_the_image() -> None:
