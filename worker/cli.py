@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
+from psycopg.errors import RaiseException
 from rich.table import Table
 from rich.text import Text
 from sqlalchemy.exc import DBAPIError
@@ -62,6 +63,7 @@ def main() -> None:
         SettingsError,
         ServiceError,
         migrations.LockedError,
+        migrations.NewerSchemaError,
         NotSentError,
         NoAnswerError,
         DeadLetteredError,
@@ -75,12 +77,26 @@ def main() -> None:
 
 
 @app.command(epilog="Example: HOLDFAST_DATABASE_URL=postgresql+psycopg://… holdfast migrate")
-def migrate() -> None:
+def migrate(
+    to: Annotated[
+        str | None,
+        typer.Option(metavar="REVISION", help="Take it back to this older revision, for an older version of Holdfast."),
+    ] = None,
+) -> None:
     """Bring the database's schema up to date, while workers run. Does nothing if it is."""
+    known = migrations.revisions()
+    after = known[-1] if to is None else to
+    if after not in known:
+        raise typer.BadParameter(f"{escaped(after)} is none of {', '.join(known)}", param_hint="--to")
     with open_ledger() as engine:
         before = migrations.current_revision(engine)
-        migrations.upgrade(engine, say=say)
-    after = migrations.head_revision()
+        takes_back = before in known and known.index(before) > known.index(after)
+        try:
+            (migrations.downgrade if takes_back else migrations.upgrade)(engine, after, say=say)
+        except DBAPIError as error:
+            if not isinstance(error.orig, RaiseException):  # how a migration says that it must not be taken back
+                raise
+            fail(describe(error))
     console.print(f"The database was at {after} already." if before == after else f"The database is at {after} now.")
 
 

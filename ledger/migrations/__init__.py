@@ -52,6 +52,17 @@ class LockedError(Exception):
     """A migration did not get a lock that it needs; the text says what to do. What it had done before stays."""
 
 
+class NewerSchemaError(Exception):
+    """The database is at a revision that this version of Holdfast does not know: a newer one has migrated it."""
+
+    def __init__(self, current: str) -> None:
+        head = head_revision()
+        super().__init__(
+            f"the database is at revision {current}, and this version of Holdfast knows none after {head}: run the "
+            f"newer version again, or have it take the database back first, with `holdfast migrate --to {head}`"
+        )
+
+
 def _config() -> Config:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent))
@@ -65,6 +76,12 @@ def head_revision() -> str:
     return head
 
 
+def revisions() -> list[str]:
+    """Every revision that this version of Holdfast knows, the oldest first."""
+    scripts = ScriptDirectory.from_config(_config()).walk_revisions()
+    return [script.revision for script in scripts][::-1]
+
+
 def current_revision(engine: Engine) -> str | None:
     """The database's revision. None: it was never migrated."""
     with engine.connect() as connection:
@@ -74,7 +91,7 @@ def current_revision(engine: Engine) -> str | None:
 def upgrade(engine: Engine, revision: str = "head", *, say: Say = _logger.warning) -> None:
     """Bring the database up to `revision`. Does nothing if it is there.
 
-    `say` gets a line when it has to wait. Raises LockedError after PATIENCE_S.
+    `say` gets a line when it has to wait. Raises NewerSchemaError, and LockedError after PATIENCE_S.
     """
     _run(engine, command.upgrade, "+1", revision, say)
 
@@ -94,6 +111,9 @@ def _run(engine: Engine, migrate: Callable[[Config, str], None], step: str, targ
     config = _config()
     last = ScriptDirectory.from_config(config).as_revision_number(target)
     with _alone(engine, say) as connection:
+        current = _revision(connection)
+        if current is not None and current not in revisions():
+            raise NewerSchemaError(current)
         config.attributes["connection"] = connection
         while _revision(connection) != last:
             _patiently(connection, lambda: migrate(config, step), say)

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from sqlalchemy import Engine
 
-from ledger import migrations
+from ledger import audit, migrations
 from ledger.store import DeadLettered, apply_batch
 from tests.acceptance import commands
 from tests.acceptance.commands import Ended, drawn
@@ -310,6 +310,47 @@ def test_migrate_twice_does_nothing_the_second_time(empty_database_url: str) -> 
     first, second = (run("migrate", HOLDFAST_DATABASE_URL=empty_database_url) for _ in range(2))
     assert (first.returncode, first.stdout, first.stderr) == (0, f"The database is at {head} now.\n", "")
     assert (second.returncode, second.stdout, second.stderr) == (0, f"The database was at {head} already.\n", "")
+
+
+def test_an_older_program_refuses_a_newer_schema_in_one_line_that_tells_the_way_back(
+    database_url: str, engine: Engine
+) -> None:
+    sql(engine, "UPDATE alembic_version SET version_num = '9999'")
+    for arguments in (["migrate"], ["migrate", "--to", "0001"]):
+        assert_one_line(
+            run(*arguments, HOLDFAST_DATABASE_URL=database_url),
+            "the database is at revision 9999, and this version of Holdfast knows none after "
+            rf"{migrations.head_revision()}: .*`holdfast migrate --to {migrations.head_revision()}`.*",
+        )
+    assert sql(engine, "SELECT version_num FROM alembic_version") == [("9999",)]
+
+
+def test_a_schema_is_taken_back_and_forth_with_what_is_in_it(database_url: str, engine: Engine) -> None:
+    apply_batch(engine, [delivery("wallet.purchase", org_id="acme", purchase_id="p-1", credits=500)])
+    back, same, forth = (
+        run("migrate", *to, HOLDFAST_DATABASE_URL=database_url) for to in (["--to", "0003"], ["--to", "0003"], [])
+    )
+    assert (back.returncode, back.stdout, back.stderr) == (0, "The database is at 0003 now.\n", "")
+    assert (same.returncode, same.stdout, same.stderr) == (0, "The database was at 0003 already.\n", "")
+    assert (forth.returncode, forth.stderr) == (0, "")
+    assert migrations.current_revision(engine) == migrations.head_revision()
+    assert audit.verify(engine).is_clean
+    assert sql(engine, "SELECT prepaid_balance FROM wallets") == [(500,)]
+
+
+def test_a_schema_is_not_taken_back_where_that_would_lose_something(database_url: str, engine: Engine) -> None:
+    sql(
+        engine,
+        "INSERT INTO waiting_messages (org_id, task, body, reason) VALUES ('acme', 'wallet.grant', '', 'locked')",
+    )
+    refused = run("migrate", "--to", "0002", HOLDFAST_DATABASE_URL=database_url)
+    assert_one_line(refused, "messages still wait in waiting_messages: let the workers apply them first")
+    assert migrations.current_revision(engine) == "0003"  # each step is one of its own
+    for nonsense in ("base", "head", "-1", "9999"):  # what Alembic knows too would drop everything
+        refused = run("migrate", f"--to={nonsense}", HOLDFAST_DATABASE_URL=database_url)
+        assert refused.returncode == 2
+        assert f"{nonsense} is none of 0001, 0002" in refused.stderr
+    assert sql(engine, "SELECT org_id FROM waiting_messages") == [("acme",)]
 
 
 # What cannot be carried out

@@ -30,6 +30,7 @@ def downgrade() -> None:
     # A message that waits was acknowledged: it is nowhere else.
     op.execute("""
         DO $$ BEGIN
+            LOCK TABLE waiting_messages;
             IF EXISTS (SELECT FROM waiting_messages) THEN
                 RAISE EXCEPTION 'messages still wait in waiting_messages: let the workers apply them first';
             END IF;
