@@ -1,7 +1,7 @@
 """docker-compose.yml and Dockerfile name only what there is: commands, ports, settings, files.
 
-There is no Docker where these tests run: nothing is built or started. What a health check or the broker's script does
-is run here without its container; the file as a whole is held against the schema of the Compose specification.
+There is no Docker where these tests run: nothing is built or started. What a health check or a service's script does is
+run here without its container; the file as a whole is held against the schema of the Compose specification.
 """
 
 import http.server
@@ -13,6 +13,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import tomllib
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import click
+import psycopg
 import pytest
 import typer
 import uvicorn
@@ -31,7 +33,7 @@ from uvicorn.importer import import_from_string
 
 from ledger.settings import PREFIX, Settings
 from worker import cli
-from worker.embedded import INITDB_OPTIONS, POSTGRES_MAJOR
+from worker.embedded import INITDB_OPTIONS, POSTGRES_MAJOR, Embedded, Postgres
 
 ROOT = Path(__file__).parents[2]
 COMPOSE_TEXT = (ROOT / "docker-compose.yml").read_text()
@@ -128,7 +130,7 @@ def test_docker_compose_itself_accepts_the_file() -> None:
 
 
 def test_there_are_these_services() -> None:
-    assert list(SERVICES) == ["postgres", "broker", "migrate", "worker", "beat", "api"]
+    assert list(SERVICES) == ["postgres", "broker", "database", "migrate", "worker", "beat", "api"]
 
 
 # Secrets
@@ -221,7 +223,7 @@ def test_the_settings_lead_to_the_services_with_their_passwords(service_settings
     settings = service_settings("worker")
     database, broker = urlsplit(settings.database_url), urlsplit(settings.broker_url)
     assert (database.hostname, database.port, database.path) == ("postgres", 5432, "/holdfast")
-    assert (database.username, database.password) == ("holdfast", environment("postgres")["DATABASE_PASSWORD"])
+    assert (database.username, database.password) == ("holdfast", environment("database")["DATABASE_PASSWORD"])
     assert (broker.hostname, broker.port, broker.path) == ("broker", 6379, "/0")
     assert broker.password == environment("broker")["BROKER_PASSWORD"]
 
@@ -280,11 +282,11 @@ def test_postgres_is_initialized_as_the_one_that_every_test_runs_on() -> None:
     assert environment("postgres")["POSTGRES_INITDB_ARGS"].split() == list(INITDB_OPTIONS)
 
 
-def test_postgres_is_asked_for_holdfasts_database_and_not_while_it_initializes() -> None:
+def test_postgres_is_not_asked_while_it_initializes_nor_for_what_is_not_there_yet() -> None:
     assert health_check("postgres") == [
         *("pg_isready", "--quiet"),
         "--host=127.0.0.1",  # the server that initializes the volume listens on a socket alone
-        *("--username=holdfast", "--dbname=holdfast"),
+        *("--username=postgres", "--dbname=postgres"),
     ]
 
 
@@ -359,6 +361,7 @@ def test_the_api_is_healthy_when_it_says_that_it_is_ready(status: int, healthy: 
 
 def test_every_image_is_pinned_to_a_version_that_the_code_is_for() -> None:
     assert SERVICES["postgres"]["image"].startswith(f"postgres:{POSTGRES_MAJOR}.")
+    assert SERVICES["database"]["image"] == SERVICES["postgres"]["image"]
     assert re.fullmatch(r"valkey/valkey:\d+\.\d+\.\d+", SERVICES["broker"]["image"])
     assert {SERVICES[service]["image"] for service in OURS} == {f"holdfast:{PROJECT['project']['version']}"}
 
@@ -393,20 +396,79 @@ def test_data_is_kept_in_named_volumes_where_the_images_have_it() -> None:
     assert SERVICES["postgres"]["volumes"][0] == "postgres:/var/lib/postgresql"
     assert SERVICES["broker"]["volumes"] == ["broker:/data"]
     assert set(COMPOSE["volumes"]) == {"postgres", "broker"}
-    for service in OURS:
+    for service in ("database", *OURS):
         assert "volumes" not in SERVICES[service]
+    assert "/var/lib/postgresql" in SERVICES["database"]["tmpfs"], "else each run leaves a volume of the image's"
 
 
-def test_the_database_is_holdfasts_own_and_holdfast_is_no_superuser() -> None:
-    source, target, mode = SERVICES["postgres"]["volumes"][1].split(":")
-    assert (target, mode) == ("/docker-entrypoint-initdb.d/holdfast.sql", "ro")
-    statements = [line for line in (ROOT / source).read_text().splitlines() if not line.startswith("--")]
-    assert statements == [
-        r"\getenv password DATABASE_PASSWORD",
-        "CREATE ROLE holdfast LOGIN PASSWORD :'password';",
-        "CREATE DATABASE holdfast OWNER holdfast;",
-    ]
-    assert "DATABASE_PASSWORD" in environment("postgres")
+def test_nothing_is_read_from_the_checkout_which_the_containers_may_not_be_allowed_to_read() -> None:
+    for service in SERVICES.values():
+        assert all(re.match(r"\w+:/", volume) for volume in service.get("volumes", []))
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL in which Holdfast has nothing yet, that wants a password of its role."""
+    with tempfile.TemporaryDirectory(prefix="holdfast-tests-") as folder:
+        Path(folder).chmod(0o711)  # as root, PostgreSQL runs as an account that has to pass through
+        with Embedded(Path(folder), durable=False) as running:
+            rules = "local all holdfast scram-sha-256\nlocal all postgres trust\n"
+            (running.postgres.data / "pg_hba.conf").write_text(rules)
+            with administrator(running.postgres) as connection:
+                connection.execute("SELECT pg_reload_conf()")
+                connection.execute("DROP DATABASE holdfast")
+                connection.execute("DROP ROLE holdfast")
+            yield running.postgres
+
+
+def administrator(postgres: Postgres) -> psycopg.Connection[Any]:
+    return psycopg.connect(f"host={postgres.sockets} port=5432 user=postgres dbname=postgres", autocommit=True)
+
+
+def make_the_database(postgres: Postgres, password: str) -> subprocess.CompletedProcess[str]:
+    """What the service `database` does."""
+    service = SERVICES["database"]
+    own = {"PGHOST": str(postgres.sockets), "DATABASE_PASSWORD": password}
+    path = f"{Path(postgres.argv[0]).parent}:{os.defpath}"
+    return subprocess.run(
+        [*service["entrypoint"], *map(interpolated, service["command"])],
+        env={**environment("database"), **own, "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("half", ["", "CREATE ROLE holdfast", "CREATE ROLE holdfast LOGIN PASSWORD 'an older one'"])
+def test_the_database_is_holdfasts_own_whatever_of_it_was_there(half: str, postgres: Postgres) -> None:
+    with administrator(postgres) as admin:
+        admin.execute(half)
+        for password in ("first", "it's rotated"):
+            made = make_the_database(postgres, password)
+            assert (made.returncode, made.stdout, made.stderr) == (0, "", "")
+            login = {"user": "holdfast", "dbname": "holdfast", "host": str(postgres.sockets), "port": 5432}
+            with psycopg.connect(**login, password=password) as own:
+                own.execute("CREATE TABLE IF NOT EXISTS kept ()")
+                owner = own.execute(
+                    "SELECT pg_get_userbyid(datdba), rolsuper, rolcreatedb, rolcreaterole"
+                    " FROM pg_database, pg_roles WHERE datname = current_database() AND rolname = current_user"
+                )
+                assert owner.fetchone() == ("holdfast", False, False, False)
+            with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
+                psycopg.connect(**login, password="another one")
+        admin.execute("DROP DATABASE holdfast")
+        admin.execute("DROP ROLE holdfast")
+
+
+def test_the_database_that_cannot_be_made_is_an_error(postgres: Postgres) -> None:
+    with administrator(postgres) as admin:
+        admin.execute("ALTER DATABASE postgres SET default_transaction_read_only = on")
+        try:
+            made = make_the_database(postgres, "first")
+        finally:
+            admin.execute("SET default_transaction_read_only = off")
+            admin.execute("ALTER DATABASE postgres RESET default_transaction_read_only")
+    assert made.returncode == 3
+    assert "cannot execute CREATE ROLE in a read-only transaction" in made.stderr
 
 
 # How they run
@@ -420,7 +482,7 @@ def test_every_service_runs_with_no_right_it_does_not_need(service: str) -> None
     assert running["security_opt"] == ["no-new-privileges:true"]
     assert "/tmp" in running.get("tmpfs", []) or service == "broker"
     assert not {"privileged", "cap_add", "container_name", "network_mode", "pid"} & set(running)
-    assert service in OURS or running["user"] == service.replace("broker", "valkey")
+    assert service in OURS or running["user"] == running["image"].split(":")[0].split("/")[0]
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -431,7 +493,7 @@ def test_the_logs_of_every_service_are_bounded(service: str) -> None:
 def test_what_is_meant_to_run_is_started_again_and_the_migration_is_not() -> None:
     assert {name: service["restart"] for name, service in SERVICES.items()} == {
         **dict.fromkeys(LONG_RUNNING, "unless-stopped"),
-        "migrate": "no",
+        **dict.fromkeys(["database", "migrate"], "no"),
     }
 
 
@@ -444,7 +506,8 @@ def test_only_the_api_can_be_reached_and_only_from_this_machine() -> None:
 
 
 def test_nothing_starts_before_what_it_needs() -> None:
-    assert SERVICES["migrate"]["depends_on"] == {"postgres": {"condition": "service_healthy"}}
+    assert SERVICES["database"]["depends_on"] == {"postgres": {"condition": "service_healthy"}}
+    assert SERVICES["migrate"]["depends_on"] == {"database": {"condition": "service_completed_successfully"}}
     for service in ("worker", "beat", "api"):
         assert SERVICES[service]["depends_on"] == {
             "migrate": {"condition": "service_completed_successfully"},
@@ -462,7 +525,7 @@ def test_signals_and_orphans_are_taken_care_of() -> None:
     # PostgreSQL is the first process of its container by intention.
     assert {name: service["init"] for name, service in SERVICES.items()} == {
         "postgres": False,
-        **dict.fromkeys(["broker", *OURS], True),
+        **dict.fromkeys(["broker", "database", *OURS], True),
     }
 
 
