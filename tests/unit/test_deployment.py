@@ -17,23 +17,29 @@ import tempfile
 import threading
 import tomllib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import click
+import psutil
 import psycopg
 import pytest
+import redis
 import typer
 import uvicorn
 from celery.app.utils import find_app
 from celery.bin.celery import celery as celery_command
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from ruamel.yaml import YAML
 from uvicorn.importer import import_from_string
 
 from ledger.settings import PREFIX, Settings
 from worker import cli
-from worker.embedded import INITDB_OPTIONS, POSTGRES_MAJOR, Embedded, Postgres
+from worker.embedded import INITDB_OPTIONS, POSTGRES_MAJOR, Embedded, Postgres, _valkey_binary, free_port
+from worker.process import Process
 
 ROOT = Path(__file__).parents[2]
 COMPOSE_TEXT = (ROOT / "docker-compose.yml").read_text()
@@ -61,12 +67,14 @@ SECRETS = {
     "HOLDFAST_JWT_SECRET": "44" * 32,
 }
 OPTIONAL = ["HOLDFAST_JWT_PUBLIC_KEY", "HOLDFAST_JWT_AUDIENCE", "HOLDFAST_JWT_ISSUER"]
+DEFAULTS = {"BROKER_MEMORY_MB": "1024"}
 VARIABLE = re.compile(r"(?<!\$)\$\{(\w+)([^}]*)\}")
 
 
 def interpolated(value: str) -> str:
-    """As Compose passes it on, with SECRETS as its environment, in which nothing OPTIONAL is set."""
-    return VARIABLE.sub(lambda found: "" if found[1] in OPTIONAL else SECRETS[found[1]], value).replace("$$", "$")
+    """As Compose passes it on, with SECRETS as its environment, in which nothing else is set."""
+    values = {**dict.fromkeys(OPTIONAL, ""), **DEFAULTS, **SECRETS}
+    return VARIABLE.sub(lambda found: values[found[1]], value).replace("$$", "$")
 
 
 def environment(service: str) -> dict[str, str]:
@@ -138,9 +146,12 @@ def test_there_are_these_services() -> None:
 
 def test_every_secret_is_required_and_none_has_a_default() -> None:
     variables = VARIABLE.findall(COMPOSE_TEXT)
-    assert {name for name, _ in variables} == {*SECRETS, *OPTIONAL}
+    assert {name for name, _ in variables} == {*SECRETS, *OPTIONAL, *DEFAULTS}
     assert {rest for name, rest in variables if name in SECRETS} == {':?see "Deploying" in README.md'}
     assert {rest for name, rest in variables if name in OPTIONAL} == {":-"}
+    assert {(name, rest) for name, rest in variables if name in DEFAULTS} == {
+        (name, f":-{default}") for name, default in DEFAULTS.items()
+    }
 
 
 def test_no_secret_is_written_in_the_file() -> None:
@@ -155,6 +166,8 @@ def test_no_secret_is_written_in_the_file() -> None:
 def test_the_readme_tells_every_variable_and_how_to_make_them() -> None:
     for name in (*SECRETS, *OPTIONAL):
         assert f"`{name}`" in DEPLOYING
+    for name, default in DEFAULTS.items():
+        assert re.search(rf"^\| .*`{name}`.*default: {default}\b", DEPLOYING, re.MULTILINE)
     [names] = re.findall(r"^ *for name in (.*); do$", DEPLOYING, re.MULTILINE)
     assert names.split() == list(SECRETS)
 
@@ -387,8 +400,45 @@ def test_the_broker_keeps_what_it_was_given(tmp_path: Path) -> None:
         "appendonly yes",
         "appendfsync everysec",
         'save ""',
+        "maxmemory 512mb",
         "maxmemory-policy noeviction",
     ]
+    assert interpolated(service["mem_limit"]) == "1024m"
+
+
+def test_the_broker_refuses_what_it_has_no_memory_for_and_gives_back_the_rest(tmp_path: Path) -> None:
+    port, settings = free_port(), tmp_path / "settings"
+    # What a container has of its own: a folder /data, and all ports.
+    own = f"{{ sed 's|^dir /data$|dir {tmp_path}|'; echo bind 127.0.0.1; echo port {port}; }} >{settings}"
+    path = with_program("valkey-server", f'{own}; exec "{_valkey_binary()}" {settings}', tmp_path)
+    service = SERVICES["broker"]
+    server = Process(
+        "broker",
+        [*service["entrypoint"], *map(interpolated, service["command"])],
+        tmp_path,
+        env={**environment("broker"), "MEMORY_MB": "40", "PATH": path},
+    )
+    server.start()
+    url = f"redis://:{environment('broker')['BROKER_PASSWORD']}@127.0.0.1:{port}"
+    try:
+        with redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0)) as broker:
+            server.wait_until(lambda: answers(broker))
+            taken = 0
+            with suppress(redis.exceptions.OutOfMemoryError):
+                while taken < 400:
+                    taken = broker.lpush("credits", bytes(100_000))
+            assert 100 < taken < 400
+            assert psutil.Process(server.pid).memory_info().rss < 40 * 2**20
+            assert [broker.rpop("credits") is not None for _ in range(taken)] == [True] * taken
+            assert broker.lpush("credits", b"one more") == 1
+    finally:
+        server.stop()
+
+
+def answers(broker: redis.Redis) -> bool:
+    with suppress(redis.ConnectionError):
+        return bool(broker.ping())
+    return False
 
 
 def test_data_is_kept_in_named_volumes_where_the_images_have_it() -> None:
