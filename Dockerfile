@@ -23,6 +23,8 @@ FROM python:3.13.15-slim-trixie
 COPY --from=build /opt/holdfast /opt/holdfast
 # Unbuffered, or the last lines before a crash are lost. Bytecode was written by pip; the running container writes nothing.
 ENV PATH=/opt/holdfast/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+# Celery takes a group that has no entry for one of a superuser, and warns.
+RUN ["groupadd", "--system", "--gid", "10001", "holdfast"]
 # By number: no such account exists, and none is needed.
 USER 10001:10001
 # In exec form, so that SIGTERM reaches the program and no shell stands between.

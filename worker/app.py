@@ -1,5 +1,6 @@
 """The Celery app of the worker and the beat: every option that matters, with its reason."""
 
+import logging
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ from functools import partial
 from threading import Timer
 from typing import Any, NoReturn
 
+import celery.apps.worker
 from celery import Celery
 from celery.schedules import schedule
 from celery.signals import beat_init, setup_logging, worker_init, worker_ready, worker_shutting_down
@@ -70,6 +72,7 @@ def create_app(settings: Settings) -> Celery:
     # Checking its connections would cost every batch a round trip; a batch that fails is applied again.
     app.ledger_engine = connect(settings.database_url, transaction_timeout_s=TRANSACTION_TIMEOUT_S)
     register(app, app.ledger_engine)
+    worker_init.connect(_say_that_all_is_well, weak=False)
     worker_shutting_down.connect(lambda **_: _end_in_time(app.ledger_engine), weak=False)
     worker_ready.connect(lambda **_: collect_garbage_seldom(), weak=False)
     beat_init.connect(_end_when_told, weak=False)
@@ -77,6 +80,7 @@ def create_app(settings: Settings) -> Celery:
     beat_init.connect(_end_if_unsupported, weak=False)
     if not logs.are_for_a_person():
         setup_logging.connect(logs.set_up)
+        celery.apps.worker.safe_say = logs.write
     worker_init.connect(lambda **_: _refuse_unsuitable(app.ledger_engine), weak=False)
     if (address := settings.metrics_address) is not None:
         worker_init.connect(lambda **_: _serve_metrics(address), weak=False)
@@ -107,6 +111,12 @@ def _refuse_unsuitable(engine: Engine) -> None:
 def _fail(error: Exception) -> NoReturn:
     print(f"holdfast: {error}", file=sys.stderr)
     raise SystemExit(2) from None  # an Exception would end only in Celery's log
+
+
+def _say_that_all_is_well(sender: Any, **_: object) -> None:
+    """What our own modules say at level INFO is few lines: it is said at Celery's level, WARNING, too."""
+    if sender.loglevel <= logging.WARNING:
+        logging.getLogger(__package__).setLevel(min(sender.loglevel, logging.INFO))
 
 
 def _end_in_time(engine: Engine) -> None:

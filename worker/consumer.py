@@ -89,8 +89,11 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
 
     def create_task_handler(self, *_: Any, **__: Any) -> Callable[[Message], None]:
         """What is called with every message; asked for at the beginning of each connection."""
+        broker = masked(self.app.conf.broker_url)
         if self._is_refused:
-            logger.warning("Consuming from %s again", masked(self.app.conf.broker_url))
+            logger.warning("Consuming from %s again", broker)
+        else:
+            logger.info("Connected and ready: takes messages from %s", broker)
         self._is_refused = False
         self.batch.reconnected()
         return self._receive

@@ -177,9 +177,25 @@ def test_its_log_is_one_line_of_json_for_an_event(installation: Installation, pr
     program = [sys.executable, "-W", "ignore", "-m", "celery", "--quiet", "-A", "worker", "worker"]
     worker = installation.start("worker", *program)
     producer.ask("wallet.grant", {}).get(timeout=PATIENCE_S, propagate=False)
-    eventually(lambda: log_of(worker))
+    terminate(worker)
+    assert exit_code(worker) == 0
     lines = [json.loads(line) for line in log_of(worker).splitlines()]
-    assert [line["level"] for line in lines] == ["WARNING"]
+    assert [(line["level"], line["message"].split(":")[0]) for line in lines] == [
+        ("INFO", "Connected and ready"),
+        ("WARNING", "Dead letter 1, invalid_message"),
+        ("INFO", "worker"),
+    ]
+    assert lines[0]["message"].startswith("Connected and ready: takes messages from redis://:**@127.0.0.1:")
+    assert lines[2]["message"] == "worker: Warm shutdown (MainProcess)"
+    assert len({tuple(line) for line in lines}) == 1, "all have the same fields"
+
+
+def test_a_worker_that_is_told_to_say_less_does_not_say_that_it_is_well(
+    installation: Installation, producer: Producer
+) -> None:
+    worker = installation.start("worker", *celery("worker"), "--loglevel", "ERROR")
+    producer.answer("wallet.grant", {"org_id": "acme", "grant_id": "gift", "credits": 1})
+    assert "ready" not in log_of(worker)
 
 
 # What cannot be applied

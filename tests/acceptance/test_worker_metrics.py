@@ -34,7 +34,7 @@ def test_a_worker_counts_what_it_answered(installation: Installation) -> None:
         "holdfast_batch_seconds_count 3.0",
     ):
         assert line in told
-    [warning] = [json.loads(line) for line in log_of(worker).splitlines() if line.startswith("{")]
+    _, warning = [json.loads(line) for line in log_of(worker).splitlines() if line.startswith("{")]
     assert set(warning) == {"time", "level", "logger", "message", "process"}
     assert warning["message"] == (
         "Dead letter 1, conflict: wallet.grant: gift was applied with credits 5, so this message contradicts it"

@@ -616,7 +616,7 @@ def test_both_stages_are_of_one_pinned_python_that_holdfast_supports() -> None:
 
 
 def test_everything_is_installed_from_the_lock_file_by_its_hash() -> None:
-    _, install, project, _ = map(json.loads, instructions("RUN"))
+    _, install, project, *_ = map(json.loads, instructions("RUN"))
     pip = ["pip", "--python", "/opt/holdfast/bin/python", "install"]
     options = ["--require-hashes", "--only-binary", ":all:", "--requirement", "requirements.txt"]
     assert install == [*pip, *options]
@@ -624,15 +624,16 @@ def test_everything_is_installed_from_the_lock_file_by_its_hash() -> None:
 
 
 def test_the_image_leaves_behind_what_only_building_and_holdfast_up_need() -> None:
-    *_, last = map(json.loads, instructions("RUN"))
-    uninstalled = last[last.index("--yes") + 1 :]
+    [uninstall] = [words for words in map(json.loads, instructions("RUN")) if "uninstall" in words]
+    uninstalled = uninstall[uninstall.index("--yes") + 1 :]
     unneeded = PROJECT["project"]["optional-dependencies"]["embedded"] + PROJECT["dependency-groups"]["build"]
     assert sorted(uninstalled) == sorted(re.split("[~=<>]", requirement)[0] for requirement in unneeded)
 
 
-def test_the_final_stage_has_no_build_step_and_runs_as_nobody() -> None:
+def test_the_final_stage_builds_nothing_and_runs_as_nobody_in_a_group_that_celery_finds() -> None:
     final = INSTRUCTIONS[[name for name, _ in INSTRUCTIONS].index("FROM", 1) :]
-    assert [name for name, _ in final] == ["FROM", "COPY", "ENV", "USER", "CMD"]
+    assert [name for name, _ in final] == ["FROM", "COPY", "ENV", "RUN", "USER", "CMD"]
+    assert json.loads(dict(final)["RUN"]) == ["groupadd", "--system", "--gid", "10001", "holdfast"]
     assert dict(final)["USER"] == "10001:10001"
     assert "PYTHONUNBUFFERED=1" in dict(final)["ENV"].split()
 
