@@ -2,8 +2,10 @@
 
 import asyncio
 import io
+import json
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -24,7 +26,7 @@ from ledger.messages import MESSAGES
 from ledger.rules import SCHEDULER
 from ledger.store import apply_batch
 from tests.acceptance import website
-from tests.acceptance.installation import installed
+from tests.acceptance.installation import Installation, installed, log_of
 from tests.acceptance.website import FUTURE, HISTORY, SECRET, Patient, served, serving, token
 from tests.support import PATIENCE_S, delivery, eventually, sql, suspended
 from worker.embedded import Embedded
@@ -494,6 +496,23 @@ def test_health_and_metrics_need_no_token(api: Api, history: None) -> None:
     assert "holdfast_dead_letters_open 0.0" in metrics
     assert "holdfast_wallets_overdue_period 0.0" in metrics
     assert "acme" not in metrics
+
+
+def test_the_log_of_the_server_has_no_health_check_that_went_well(installation: Installation) -> None:
+    server = installation.start(
+        "api", sys.executable, "-m", "uvicorn", "api_stub.app:app", "--port", "0", HOLDFAST_JWT_SECRET=SECRET
+    )
+    address = eventually(lambda: re.search(r"http://127\.0\.0\.1:\d+", log_of(server)))[0]
+    for path in ("/healthz", "/readyz", "/readyz?by=docker", "/api/organizations/acme/credits"):
+        httpx.get(address + path, timeout=PATIENCE_S)
+    sql(installation.engine, "UPDATE alembic_version SET version_num = '9999'")
+    assert httpx.get(f"{address}/readyz", timeout=PATIENCE_S).status_code == 503
+    eventually(lambda: "503" in log_of(server))
+    messages = [json.loads(line)["message"] for line in log_of(server).splitlines()]
+    assert [re.sub(".* - ", "", message) for message in messages if "HTTP/" in message] == [
+        '"GET /api/organizations/acme/credits HTTP/1.1" 401',
+        '"GET /readyz HTTP/1.1" 503',
+    ]
 
 
 def test_without_its_database_the_api_says_so(api: Api, engine: Engine, services: Embedded) -> None:
