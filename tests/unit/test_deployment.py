@@ -5,6 +5,7 @@ run here without its container; the file as a whole is held against the schema o
 """
 
 import http.server
+import importlib.metadata
 import json
 import os
 import re
@@ -31,6 +32,8 @@ import typer
 import uvicorn
 from celery.app.utils import find_app
 from celery.bin.celery import celery as celery_command
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from ruamel.yaml import YAML
@@ -67,7 +70,13 @@ SECRETS = {
     "HOLDFAST_JWT_SECRET": "44" * 32,
 }
 OPTIONAL = ["HOLDFAST_JWT_PUBLIC_KEY", "HOLDFAST_JWT_AUDIENCE", "HOLDFAST_JWT_ISSUER"]
-DEFAULTS = {"BROKER_MEMORY_MB": "1024"}
+DEFAULTS = {
+    "BROKER_MEMORY_MB": "1024",
+    **dict.fromkeys(["POSTGRES_MEMORY", "WORKER_MEMORY", "API_MEMORY"], "0"),
+    **dict.fromkeys(["POSTGRES_CPUS", "BROKER_CPUS", "WORKER_CPUS", "API_CPUS"], "0"),
+    "PIDS_LIMIT": "512",
+    "API_PORT": "8000",
+}
 VARIABLE = re.compile(r"(?<!\$)\$\{(\w+)([^}]*)\}")
 
 
@@ -130,7 +139,9 @@ def test_docker_compose_itself_accepts_the_file() -> None:
     docker = shutil.which("docker")
     if docker is None or subprocess.run([docker, "compose", "version"], capture_output=True).returncode != 0:
         pytest.skip("there is no Docker Compose here")
-    command = [docker, "compose", "--file", str(ROOT / "docker-compose.yml"), "config", "--quiet"]
+    # The checkout may have an .env, which Compose would read.
+    options = ["--env-file", os.devnull, "--file", str(ROOT / "docker-compose.yml")]
+    command = [docker, "compose", *options, "config", "--quiet"]
     accepted = subprocess.run(command, env={**os.environ, **SECRETS}, capture_output=True, text=True)
     assert accepted.returncode == 0, accepted.stderr
     refused = subprocess.run(command, env=os.environ, capture_output=True, text=True)
@@ -170,6 +181,26 @@ def test_the_readme_tells_every_variable_and_how_to_make_them() -> None:
         assert re.search(rf"^\| .*`{name}`.*default: {default}\b", DEPLOYING, re.MULTILINE)
     [names] = re.findall(r"^ *for name in (.*); do$", DEPLOYING, re.MULTILINE)
     assert names.split() == list(SECRETS)
+
+
+@pytest.mark.parametrize("shell", ["bash", "sh"])
+def test_the_secrets_are_made_with_what_every_system_has_and_never_again(shell: str, tmp_path: Path) -> None:
+    [snippet] = re.findall(r"^\( umask .*? > \.env \)$", DEPLOYING, re.MULTILINE | re.DOTALL)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("od", "tr"):
+        (programs / name).symlink_to(str(shutil.which(name)))
+    command, env = [str(shutil.which(shell)), "-c", snippet], {"PATH": str(programs)}
+    subprocess.run(command, cwd=tmp_path, env=env, check=True)
+    made = (tmp_path / ".env").read_text()
+    secrets = dict(line.split("=") for line in made.splitlines())
+    assert list(secrets) == list(SECRETS)
+    assert all(re.fullmatch("[0-9a-f]{64}", secret) for secret in secrets.values())
+    assert len(set(secrets.values())) == len(SECRETS)
+    assert (tmp_path / ".env").stat().st_mode & 0o777 == 0o600
+    again = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True)
+    assert again.returncode != 0
+    assert (tmp_path / ".env").read_text() == made
 
 
 def test_the_readme_names_services_and_commands_that_exist() -> None:
@@ -266,7 +297,7 @@ def test_uvicorn_finds_the_api_and_listens_where_it_is_published(service_setting
     assert unknown_options(uvicorn.main, options) == []
     given = dict(zip(options[::2], options[1::2], strict=True))
     assert (given["--host"], given["--port"]) == ("0.0.0.0", "8000")
-    assert SERVICES["api"]["ports"] == ["127.0.0.1:8000:8000"]
+    assert list(map(interpolated, SERVICES["api"]["ports"])) == ["127.0.0.1:8000:8000"]
     assert int(given["--timeout-graceful-shutdown"]) < seconds(SERVICES["api"]["stop_grace_period"])
     service_settings("api")
     assert "/readyz" in import_from_string(target).openapi()["paths"]
@@ -535,6 +566,18 @@ def test_every_service_runs_with_no_right_it_does_not_need(service: str) -> None
     assert service in OURS or running["user"] == running["image"].split(":")[0].split("/")[0]
 
 
+@pytest.mark.parametrize("service", LONG_RUNNING)
+def test_every_long_running_service_has_limits_that_can_be_set(service: str) -> None:
+    assert SERVICES[service]["pids_limit"] == "${PIDS_LIMIT:-512}"
+    for limit in ("cpus", "mem_limit"):
+        [(variable, _)] = VARIABLE.findall(SERVICES[service][limit])
+        assert variable.split("_")[0] == service.replace("beat", "worker").upper()
+
+
+def test_postgres_alone_may_use_the_folder_of_its_socket() -> None:
+    assert SERVICES["postgres"]["tmpfs"] == ["/tmp", "/var/run/postgresql:uid=999,gid=999,mode=3775"]
+
+
 @pytest.mark.parametrize("service", SERVICES)
 def test_the_logs_of_every_service_are_bounded(service: str) -> None:
     assert SERVICES[service]["logging"] == {"driver": "json-file", "options": {"max-size": "10m", "max-file": "5"}}
@@ -623,11 +666,28 @@ def test_everything_is_installed_from_the_lock_file_by_its_hash() -> None:
     assert project == [*pip, "--no-deps", "--no-build-isolation", "."]
 
 
-def test_the_image_leaves_behind_what_only_building_and_holdfast_up_need() -> None:
+def test_only_what_runs_is_in_the_image() -> None:
     [uninstall] = [words for words in map(json.loads, instructions("RUN")) if "uninstall" in words]
-    uninstalled = uninstall[uninstall.index("--yes") + 1 :]
-    unneeded = PROJECT["project"]["optional-dependencies"]["embedded"] + PROJECT["dependency-groups"]["build"]
-    assert sorted(uninstalled) == sorted(re.split("[~=<>]", requirement)[0] for requirement in unneeded)
+    # What has a marker is for other systems or older Pythons, and is not installed there.
+    locked = re.findall(r"^([\w.-]+)(?:\[.*\])?==[^ ]+ \\$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    unneeded = {canonicalize_name(name) for name in locked} - what_runs(PROJECT["project"]["dependencies"])
+    assert sorted(uninstall[uninstall.index("--yes") + 1 :]) == sorted(unneeded)
+
+
+def what_runs(requirements: list[str]) -> set[str]:
+    """The packages that these requirements lead to, as those that are installed here tell."""
+    missing = [Requirement(line) for line in requirements]
+    found: set[tuple[str, frozenset[str]]] = set()
+    while missing:
+        needed = missing.pop()
+        key = (canonicalize_name(needed.name), frozenset(needed.extras))
+        if key not in found:
+            found.add(key)
+            for further in map(Requirement, importlib.metadata.requires(needed.name) or []):
+                extras = ["", *needed.extras]
+                if further.marker is None or any(further.marker.evaluate({"extra": extra}) for extra in extras):
+                    missing.append(further)
+    return {name for name, _ in found}
 
 
 def test_the_final_stage_builds_nothing_and_runs_as_nobody_in_a_group_that_celery_finds() -> None:
