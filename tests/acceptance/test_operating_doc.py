@@ -1,0 +1,176 @@
+"""Every command of docs/operating.md is run, on a PostgreSQL of this file's own.
+
+There is no Docker here: a program `docker` runs without a container what is to run in one, and only notes the rest.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+from sqlalchemy import Engine
+
+from ledger import migrations
+from ledger.database import connect
+from ledger.store import apply_batch
+from tests.support import PATIENCE_S, delivery, sql
+from worker.embedded import Embedded
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT = (ROOT / "docs" / "operating.md").read_text()
+SERVICES = YAML(typ="safe").load((ROOT / "docker-compose.yml").read_text())["services"]
+
+DOCKER = """#!/bin/sh
+case "$*" in
+  "compose exec -T "*) shift 4; exec "$@" ;;
+  "compose run --rm database") exec sh -euc "$SCRIPT_OF_DATABASE" ;;
+  "compose run --rm migrate") exec holdfast migrate ;;
+  "compose run --rm migrate "*) shift 4; exec "$@" ;;
+  *) echo "docker $*" >> "$NOTES" ;;
+esac
+"""
+GIT = '#!/bin/sh\necho "git $*" >> "$NOTES"\n'
+
+CLEAN = "Verified: every invariant holds (1 wallets, 1 events, 0 open dead letters)."
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where an operator types: a folder, and what the commands find there."""
+
+    folder: Path
+    environment: dict[str, str]
+    engine: Engine
+
+    def run(self, script: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["sh", "-c", script],
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+        )
+
+    def notes(self) -> list[str]:
+        return (self.folder / "notes").read_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def own_services() -> Iterator[Embedded]:
+    with tempfile.TemporaryDirectory(prefix="holdfast-tests-") as folder:
+        Path(folder).chmod(0o711)  # as root, PostgreSQL runs as an account that has to pass through
+        with Embedded(Path(folder), durable=False) as running:
+            yield running
+
+
+@pytest.fixture
+def machine(own_services: Embedded, tmp_path: Path) -> Iterator[Machine]:
+    for name, program in (("docker", DOCKER), ("git", GIT)):
+        (tmp_path / name).write_text(program)
+        (tmp_path / name).chmod(0o755)
+    postgres = own_services.postgres
+    programs = [tmp_path, Path(postgres.argv[0]).parent, Path(sys.executable).parent]
+    [script] = SERVICES["database"]["command"]
+    environment = {
+        "PATH": ":".join([*map(str, programs), os.defpath]),
+        "NOTES": str(tmp_path / "notes"),
+        "SCRIPT_OF_DATABASE": script,
+        "PGHOST": str(postgres.sockets),
+        "PGUSER": "postgres",
+        "DATABASE_PASSWORD": "sekrit",
+        "HOLDFAST_DATABASE_URL": own_services.database_url,
+    }
+    engine = connect(own_services.database_url, checks_connections=True)
+    migrations.upgrade(engine)
+    purchase(engine, "before", 500)
+    yield Machine(tmp_path, environment, engine)
+    migrations.downgrade(engine, "base")
+    engine.dispose()
+
+
+def purchase(engine: Engine, purchase_id: str, credits: int) -> None:
+    apply_batch(engine, [delivery("wallet.purchase", org_id="acme", purchase_id=purchase_id, credits=credits)])
+
+
+def block(heading: str, number: int = 0) -> str:
+    section = DOCUMENT.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(r"^```\w+\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)[number]
+
+
+def test_a_backup_is_restored(machine: Machine) -> None:
+    saved = machine.run(block("Backup"))
+    assert (saved.returncode, saved.stdout, saved.stderr) == (0, "", "")
+    assert (machine.folder / "holdfast.dump").stat().st_mode & 0o777 == 0o600
+    purchase(machine.engine, "after", 7)
+    restored = machine.run(block("Restore"))
+    assert (restored.returncode, restored.stderr) == (0, "")
+    assert CLEAN in restored.stdout
+    assert sql(machine.engine, "SELECT prepaid_balance FROM wallets") == [(500,)]
+    purchase(machine.engine, "before", 500)
+    purchase(machine.engine, "after", 7)
+    assert sql(machine.engine, "SELECT prepaid_balance FROM wallets") == [(507,)]
+    assert machine.notes() == [
+        "docker compose stop worker beat api",
+        "docker compose up --detach --wait postgres",
+        "docker compose up --detach --wait --scale worker=2",
+    ]
+
+
+def test_a_backup_that_is_cut_short_is_an_error_and_nothing_starts_on_it(machine: Machine) -> None:
+    assert machine.run(block("Backup")).returncode == 0
+    dump = machine.folder / "holdfast.dump"
+    dump.write_bytes(dump.read_bytes()[: dump.stat().st_size // 2])
+    failed = machine.run(block("Restore"))
+    assert failed.returncode != 0
+    assert "pg_restore: error: " in failed.stderr
+    assert not any("--scale" in line for line in machine.notes())
+    sql(machine.engine, "DROP SCHEMA public CASCADE")
+    sql(machine.engine, "CREATE SCHEMA public")
+    migrations.upgrade(machine.engine)
+
+
+def test_the_nightly_check_prints_only_what_is_wrong(machine: Machine) -> None:
+    line = block("Every night").strip()
+    schedule, folder, command = re.fullmatch(r"(\S+ \S+ \* \* \*) cd (\S+) && (.*)", line).groups()
+    assert (schedule, folder) == ("30 3 * * *", "/srv/holdfast")
+    assert "%" not in command, "which cron takes for the end of the line"
+    clean = machine.run(command)
+    assert (clean.returncode, clean.stdout, clean.stderr) == (0, "", "")
+    sql(machine.engine, "UPDATE wallets SET prepaid_balance = 501")
+    assert "acme: events add up to 500, available is 501" in machine.run(command).stdout
+    machine.environment["HOLDFAST_DATABASE_URL"] = "postgresql+psycopg://holdfast@127.0.0.1:1/holdfast"
+    assert "Connection refused" in machine.run(command).stdout
+
+
+def test_the_way_back_to_an_older_version(machine: Machine) -> None:
+    listing = machine.run(block("Back to an older version"))
+    assert listing.returncode == 0
+    back = machine.run(block("Back to an older version", 1))
+    assert (back.returncode, back.stderr) == (0, "")
+    assert back.stdout.splitlines()[0] == "The database is at 0003 now."
+    assert machine.notes() == [
+        "git ls-tree --name-only OLD ledger/migrations/versions/",
+        "docker compose stop worker beat api",
+        "git checkout OLD",
+        "docker compose build",
+        "docker compose up --detach --wait --scale worker=2",
+    ]
+    [folder] = [ROOT / word for word in machine.notes()[0].split() if "/" in word]
+    assert sorted(path.name[:4] for path in folder.glob("0*.py")) == migrations.revisions()
+
+
+def test_the_services_and_the_addresses_are_those_of_the_compose_file() -> None:
+    scripts = re.findall(r"^docker compose (?:exec -T|run --rm|stop) (.*)$", DOCUMENT, re.MULTILINE)
+    assert {words.split()[0] for words in scripts} <= set(SERVICES)
+    assert "reverse_proxy 127.0.0.1:8000\n" in block("HTTPS")
+    assert SERVICES["api"]["ports"] == ["127.0.0.1:${API_PORT:-8000}:8000"]
+    assert "path /metrics /readyz\n" in block("HTTPS")
+    assert "`BROKER_MEMORY_MB`" in DOCUMENT
+    assert SERVICES["broker"]["mem_limit"].startswith("${BROKER_MEMORY_MB:-")
