@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ledger.messages import (
+    DELIVERY_LIMIT,
     MAX_BODY_BYTES,
     MAX_CREDITS,
     MAX_METADATA_BYTES,
@@ -22,7 +23,7 @@ from ledger.messages import (
     WorkflowMessage,
 )
 from ledger.state import EventType, Result
-from worker.broker import DELIVERY_LIMIT, QUEUE
+from worker.broker import QUEUE
 from worker.transport import MOST_ENTRY_BYTES
 
 PAGE = Path(__file__).with_name("messages.md")

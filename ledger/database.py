@@ -180,13 +180,9 @@ def refuse_unsuitable(engine: Engine) -> None:
     """Raise UnsuitableDatabaseError for a database that can never be used. One that cannot be asked may be well."""
     try:
         engine.connect().close()
-    except UnsuitableDatabaseError:
-        raise
     except DBAPIError as error:
         if isinstance(error.orig, UnsuitableDatabaseError):
             raise error.orig from None
-    except psycopg.Error:
-        pass
 
 
 def is_abandoned(engine: Engine) -> bool:

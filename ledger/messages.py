@@ -30,6 +30,9 @@ MAX_CREDITS = 2**53 - 1
 MAX_BODY_BYTES = 64 * 1024
 """The largest body of a message, as it is sent. A valid one has at most 24 KiB, even with every character escaped."""
 
+SUSPECT, DELIVERY_LIMIT = 3, 20
+"""How many workers may end over a message before it is taken alone, and before it becomes a dead letter."""
+
 MAX_METADATA_BYTES = 8 * 1024
 """The largest metadata of a message, as compact JSON in UTF-8."""
 

@@ -40,6 +40,7 @@ from ledger import arrays, clocks, dead_letters, rules, tables, waiting
 from ledger.database import LOCK_TIMEOUT_S, describe, is_abandoned, is_lost_connection, is_transient, may_be_local
 from ledger.dead_letters import DeadLetter
 from ledger.messages import (
+    DELIVERY_LIMIT,
     InvalidMessage,
     Message,
     Refund,
@@ -147,7 +148,7 @@ def apply_waiting(engine: Engine, org_id: str, *, limit: int, patience_s: float 
     """Apply the first messages of `org_id` that wait, at most `limit`, in order and in one transaction.
 
     Each statement may take `patience_s` seconds. A message that cannot be applied even on its own becomes a dead
-    letter, and so does one that has ended `waiting.MOST_ATTEMPTS` workers. Raises a database error that is transient.
+    letter, and so does one that has ended `DELIVERY_LIMIT` workers. Raises a database error that is transient.
     """
     taken: Taken | None = None
     try:
@@ -157,7 +158,7 @@ def apply_waiting(engine: Engine, org_id: str, *, limit: int, patience_s: float 
             return found
         taken = found
         with _connection(engine) as connection:
-            if taken.attempts > waiting.MOST_ATTEMPTS:
+            if taken.attempts > DELIVERY_LIMIT:
                 return _bury_waiting(connection, org_id, taken, None)
             applied = _apply_waiting(connection, org_id, taken, patience_s)
         if applied.problem is not None:
@@ -194,20 +195,17 @@ def catch_up(engine: Engine, org_ids: Sequence[str], *, task: str) -> Iterator[i
         _bury(engine, Delivery(task, payload, json.dumps([[payload], {}, {}]).encode()), error)
         return _CaughtUp(0, ())
 
-    def leave_out(_: Engine, org_id: str, error: Exception) -> _CaughtUp:
-        logger.warning("%s leaves out the organization %s this time: %s", task, org_id, describe(error))
-        return _CaughtUp(0, ())
+    def leave_out(_: Engine, org_ids: Sequence[str], error: Exception) -> list[_CaughtUp]:
+        logger.warning("%s leaves out the organization %s this time: %s", task, org_ids[0], describe(error))
+        return [_CaughtUp(0, ())] * len(org_ids)
 
-    def leave_all_out(engine: Engine, org_ids: Sequence[str], error: Exception) -> list[_CaughtUp]:
-        return [leave_out(engine, org_id, error) for org_id in org_ids]
-
-    first = _in_transactions(engine, org_ids, str, _catch_up, bury, leave_all_out)
+    first = _in_transactions(engine, org_ids, str, _catch_up, bury, leave_out)
     yield sum(done.written for done in first)
     for done in first:
         for org_id in done.unfinished:
             written = MOST_DUE
             while written > 0:
-                more = _in_transactions(engine, [org_id], str, _catch_up, bury, leave_all_out)
+                more = _in_transactions(engine, [org_id], str, _catch_up, bury, leave_out)
                 written = sum(done.written for done in more)
                 yield written
 
@@ -241,7 +239,7 @@ def _in_transactions(
         try:
             with _connection(engine) as connection:
                 answers |= zip(places, apply(connection, [items[place] for place in places], patience_s), strict=True)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - what cannot be isolated is raised, as `fault`
             fault = error
             if not is_transient(error):
                 if len(places) > 1:
@@ -261,7 +259,7 @@ def _in_transactions(
             elif answers or len(culprits) < MOST_CULPRITS:
                 culprits[org_id_of(items[places[0]])] = fault
             else:
-                raise
+                raise fault from None
     for org_id, fault in culprits.items():
         left = [place for place, item in enumerate(items) if place not in answers and org_id_of(item) == org_id]
         try:
@@ -528,6 +526,7 @@ class _WorkingSet:
     """What one transaction has locked and loaded, and what it is going to write."""
 
     def __init__(self, locked: Iterable[Wallet], database_now: datetime) -> None:
+        clocks.check(database_now)
         self.wallets = {wallet.org_id: wallet for wallet in locked}
         # The database's clock, but never before what the wallet has already seen.
         self.now = {
@@ -561,12 +560,13 @@ class _WorkingSet:
         reasons, or messages of it wait already. With `patience_s`, what somebody else has locked is not waited for, and
         its organization has to wait, too.
         """
-        carefully = patience_s is not None
+        again = partial(cls.load, connection, messages, patience_s=patience_s)
         named_ids = {message.org_id for message in messages}
         org_ids = sorted(named_ids.difference(known_to_wait))
-        lock, read_clock = (_LOCK_WALLETS, _CLOCK)
-        if patience_s is not None:
-            lock, read_clock = (_LOCK_WALLETS_THAT_CAN_BE, _clock(patience_s))
+        if carefully := patience_s is not None:
+            lock, read_clock = _LOCK_WALLETS_THAT_CAN_BE, _clock(patience_s)
+        else:
+            lock, read_clock = _LOCK_WALLETS, _CLOCK
         with connection.pipeline():
             connection.execute(_BEGIN)
             locked = _select(connection, Wallet, lock, [arrays.text(org_ids)])
@@ -575,7 +575,6 @@ class _WorkingSet:
             workflows = _find(connection, Workflow, _WORKFLOWS, named.workflows)
             posted = _find(connection, PostedMessage, _POSTED, named.posted)
         now, somebody_waits, *_ = clock.fetchall()[0]
-        clocks.check(now)
         work = cls(locked.fetchall(), now)
         if missing := [org_id for org_id in org_ids if org_id not in work.wallets]:
             there = {org_id for (org_id,) in connection.execute(_THERE, [arrays.text(missing)])}
@@ -587,15 +586,12 @@ class _WorkingSet:
                 looked_twice = True
             elif carefully:
                 being_created = [org_id for org_id in unknown if not cls.can_create(connection, org_id)]
-                known_to_wait = (
-                    dict.fromkeys(there, LOCKED) | dict.fromkeys(being_created, BEING_CREATED) | {**known_to_wait}
-                )
+                found_out = dict.fromkeys(there, LOCKED) | dict.fromkeys(being_created, BEING_CREATED)
+                known_to_wait = {**known_to_wait, **found_out}
             else:
                 cls.create(connection, unknown)
-            return cls.load(
-                connection, messages, known_to_wait=known_to_wait, patience_s=patience_s, looked_twice=looked_twice
-            )
-        work.reasons_to_wait = {**known_to_wait}
+            return again(known_to_wait=known_to_wait, looked_twice=looked_twice)
+        work.reasons_to_wait = dict(known_to_wait)
         if somebody_waits:
             for (org_id,) in connection.execute(_WAITING, [arrays.text(sorted(named_ids))]):
                 work.reasons_to_wait[org_id] = BEHIND
@@ -603,10 +599,8 @@ class _WorkingSet:
         work._post_due(connection, named.subscriptions)
         if carefully and (stuck := work.with_locked_records(connection)):
             connection.execute("ROLLBACK")
-            known_to_wait = dict.fromkeys(stuck, RECORD_LOCKED) | {**known_to_wait}
-            return cls.load(
-                connection, messages, known_to_wait=known_to_wait, patience_s=patience_s, looked_twice=looked_twice
-            )
+            known_to_wait = {**known_to_wait, **dict.fromkeys(stuck, RECORD_LOCKED)}
+            return again(known_to_wait=known_to_wait, looked_twice=looked_twice)
         return work
 
     @classmethod
@@ -629,7 +623,6 @@ class _WorkingSet:
             locked = _select(connection, Wallet, _LOCK_WALLETS_THAT_CAN_BE, [arrays.text(sorted(org_ids))])
             clock = connection.execute(_clock(patience_s))
         [(now, *_)] = clock.fetchall()
-        clocks.check(now)
         work = cls(locked.fetchall(), now)
         work._post_due(connection, set())
         if stuck := work.with_locked_records(connection):

@@ -5,7 +5,7 @@ table `waiting_messages` and acknowledged. While an organization has messages th
 they are applied in the order of their arrival. `store.apply_waiting` applies them.
 
 Before a message is applied it is noted that this is attempted, and afterwards that the worker is still there. One that
-has ended `SUSPECT` workers is taken alone; one that has ended `MOST_ATTEMPTS` is applied no more.
+has ended `SUSPECT` workers is taken alone; one that has ended `DELIVERY_LIMIT` is applied no more.
 """
 
 from collections.abc import Sequence
@@ -20,19 +20,13 @@ from psycopg.rows import args_row
 from sqlalchemy import Connection, text
 
 from ledger import arrays
+from ledger.messages import SUSPECT
 
 NOBODY = ""
 """Stands for the organization of a message that names none."""
 
 MAX_NAMED = 10_000
 """The most organizations that `organizations` returns."""
-
-
-SUSPECT = 3
-"""How many workers have ended while they applied a message, before it is taken alone."""
-
-MOST_ATTEMPTS = 20
-"""How many may end before it becomes a dead letter."""
 
 
 class WaitingMessage(NamedTuple):

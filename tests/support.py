@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 
 import psutil
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, create_engine, text
 
 from ledger.store import Delivery
+from worker.embedded import Embedded
 
 Value = TypeVar("Value")
 
@@ -55,3 +56,31 @@ def sql(engine: Engine, statement: str, **parameters: Any) -> list[tuple[Any, ..
     with engine.begin() as connection:
         result = connection.execute(text(statement), parameters)
         return [tuple(row) for row in result] if result.returns_rows else []
+
+
+def on_insert_into(engine: Engine, table: str, act: str, *, when: str = "true") -> None:
+    """Have PostgreSQL do something for every row."""
+    sql(
+        engine,
+        f"""
+        CREATE FUNCTION act() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {act}; RETURN NEW; END $$;
+        CREATE TRIGGER act BEFORE INSERT ON {table} FOR EACH ROW WHEN ({when}) EXECUTE FUNCTION act()
+        """,
+    )
+
+
+def no_more_acting(engine: Engine, table: str) -> None:
+    sql(engine, f"DROP TRIGGER act ON {table}")
+
+
+@contextmanager
+def latin_database(services: Embedded) -> Iterator[str]:
+    """The URL of a database that cannot hold every text."""
+    admin = create_engine(services.admin_url, isolation_level="AUTOCOMMIT")
+    encoding = "ENCODING 'LATIN1' LOCALE_PROVIDER libc LOCALE 'C' TEMPLATE template0"
+    sql(admin, f"CREATE DATABASE latin OWNER holdfast {encoding}")
+    try:
+        yield services.postgres.url("holdfast", "latin")
+    finally:
+        sql(admin, "DROP DATABASE latin WITH (FORCE)")
+        admin.dispose()

@@ -143,8 +143,7 @@ def _end_if_unsupported(sender: Any, **_: object) -> None:
         try:
             channel.check_server()
         except UnsupportedServerError as error:
-            print(f"holdfast: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+            _fail(error)
 
 
 def _end_when_told(**_: object) -> None:

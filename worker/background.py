@@ -208,36 +208,39 @@ class Background:
         if not attempts.in_hand.acquire(blocking=False):
             return False
         try:
-            for _ in _for_a_while(self._stopped.is_set):
-                if time.monotonic() < pace.next_at:
-                    return False
-                attempts.served_at = time.monotonic()
-                try:
-                    applied = apply_waiting(self._engine, org_id, limit=pace.limit, patience_s=patience_s)
-                except Exception as error:
-                    if not is_transient(error):
-                        logger.exception("Unexpected, the organization %s waits", org_id)
-                    elif not may_be_local(error):
-                        raise
-                    if pace.limit == 1 and pace is attempts.pace:
-                        attempts.is_slow = isinstance(error, QueryCanceled)
-                    attempts.reason, attempts.is_locked = describe(error), False
-                    pace.failed()
-                    return True
-                self._applied(applied)
-                attempts.reason = applied.problem
-                attempts.is_locked = applied.problem not in (None, MUCH_DUE)
-                if attempts.is_locked:
-                    pace.limit = 1  # taking them costs a write each
-                    return False
-                pace.succeeded()
-                attempts.is_slow &= pace is not attempts.pace
-                if not applied.answers and applied.problem is None:
-                    self._known_to_wait.pop(org_id, None)
-                    return False
-            return True
+            return self._apply_for_a_while(org_id, attempts, pace, patience_s)
         finally:
             attempts.in_hand.release()
+
+    def _apply_for_a_while(self, org_id: str, attempts: _Attempts, pace: _Pace, patience_s: float) -> bool:
+        for _ in _for_a_while(self._stopped.is_set):
+            if time.monotonic() < pace.next_at:
+                return False
+            attempts.served_at = time.monotonic()
+            try:
+                applied = apply_waiting(self._engine, org_id, limit=pace.limit, patience_s=patience_s)
+            except Exception as error:
+                if not is_transient(error):
+                    logger.exception("Unexpected, the organization %s waits", org_id)
+                elif not may_be_local(error):
+                    raise
+                if pace.limit == 1 and pace is attempts.pace:
+                    attempts.is_slow = isinstance(error, QueryCanceled)
+                attempts.reason, attempts.is_locked = describe(error), False
+                pace.failed()
+                return True
+            self._applied(applied)
+            attempts.reason = applied.problem
+            attempts.is_locked = applied.problem not in (None, MUCH_DUE)
+            if attempts.is_locked:
+                pace.limit = 1  # taking them costs a write each
+                return False
+            pace.succeeded()
+            attempts.is_slow &= pace is not attempts.pace
+            if not applied.answers and applied.problem is None:
+                self._known_to_wait.pop(org_id, None)
+                return False
+        return True
 
     def _applied(self, applied: Applied) -> None:
         for _, answer in applied.answers:

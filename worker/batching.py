@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from celery import Celery, Task
 from celery.worker.consumer import Consumer
@@ -64,6 +64,26 @@ def raw_body(message: Message) -> bytes:
         return str(body).encode(errors="surrogatepass")
 
 
+def answer_to(message: Message) -> str | None:
+    """The id under which its sender waits for an answer, if it does."""
+    headers = message.headers
+    if not isinstance(headers, dict) or headers.get("ignore_result") is not False:
+        return None
+    task_id = headers.get("id")
+    return task_id if is_text(task_id) else None
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """Whether it is a string that can be sent and stored, which one with half of a surrogate pair cannot."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def strategy(task: Task, _app: Celery, consumer: Consumer) -> Callable[..., None]:
     """How the messages of `task` are taken: Celery's hook, set as the task's `Strategy`."""
     batch: Batch = consumer.batch
@@ -71,11 +91,10 @@ def strategy(task: Task, _app: Celery, consumer: Consumer) -> Callable[..., None
     def receive(message: Message, body: Sequence[Any], *_: object) -> None:
         args, kwargs, _embed = body
         payload = None if task.name in SCHEDULER_TASKS else only_argument(task.name, args, kwargs)
-        wants_answer = message.headers.get("ignore_result") is False
         batch.add(
             Arrival(
                 message,
-                Delivery(task.name, payload, raw_body(message), message.headers["id"] if wants_answer else None),
+                Delivery(task.name, payload, raw_body(message), answer_to(message)),
                 Monitored.received(task, message, consumer),
             )
         )

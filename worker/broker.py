@@ -24,6 +24,8 @@ from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
 from kombu.utils.url import sanitize_url
 
+from ledger.messages import DELIVERY_LIMIT
+
 logger = logging.getLogger(__name__)
 
 QUEUE = "credits"
@@ -31,9 +33,6 @@ QUEUE = "credits"
 
 DEAD_QUEUE = "credits.dead"
 """Where RabbitMQ puts what was delivered too often. The worker consumes it too."""
-
-DELIVERY_LIMIT = 20
-"""How often RabbitMQ delivers a message again. Each worker that dies counts against all that it held, guilty or not."""
 
 REDIS_SCHEMES = ("redis://", "rediss://")
 AMQP_SCHEMES = ("amqp://", "amqps://")
@@ -48,6 +47,7 @@ _NO_LIMIT = 2**31 - 1
 _RABBITMQ_ARGUMENTS: dict[str, dict[str, Any]] = {
     QUEUE: {
         "x-queue-type": "quorum",
+        # Each worker that dies counts against all that it held, guilty or not.
         "x-delivery-limit": DELIVERY_LIMIT,
         "x-dead-letter-exchange": "",
         "x-dead-letter-routing-key": DEAD_QUEUE,

@@ -25,7 +25,7 @@ from redis.exceptions import ResponseError
 from ledger.messages import MAX_BODY_BYTES, InvalidMessage, too_large_body
 from ledger.store import Delivery
 from worker import metrics
-from worker.batching import Arrival, Batch, raw_body
+from worker.batching import Arrival, Batch, answer_to, is_text, raw_body
 from worker.broker import DEAD_QUEUE, UNKNOWN_COMPRESSION, declare_queues, masked
 from worker.tasks import TASKS
 from worker.transport import DELIVERED_TOO_OFTEN, Channel, SetAside, UnsupportedServerError, read_json
@@ -132,8 +132,8 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
     def _tell_risk(self, risk: str | None) -> None:
         """Say in the log, when that changes, and in a metric, how the broker may lose what it has taken."""
         if risk != self._risk:
-            text = "Messages may be lost, as the broker is not durable" if risk else "The broker is durable again"
-            logger.warning("%s%s", text, f": {risk}" if risk else "")
+            not_durable = f"Messages may be lost, as the broker is not durable: {risk}"
+            logger.warning("%s", "The broker is durable again" if risk is None else not_durable)
             self._risk = risk
         metrics.broker_is_not_durable.set(risk is not None)
 
@@ -156,7 +156,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
         """Have the batch make a dead letter of it."""
         body = raw_body(message)
         message.body = b""  # which may be large, and is not needed to acknowledge it
-        delivery = Delivery(_named_task(message), problem, body[:MAX_BODY_BYTES], _answer_to(message))
+        delivery = Delivery(_named_task(message), problem, body[:MAX_BODY_BYTES], answer_to(message))
         self.batch.add(Arrival(message, delivery, None))
 
 
@@ -178,15 +178,6 @@ def _named_task(message: Message) -> str:
     return task if isinstance(task, str) else ""
 
 
-def _answer_to(message: Message) -> str | None:
-    """The id under which its sender waits for an answer, if it does."""
-    headers = message.headers
-    if isinstance(message, SetAside) or not isinstance(headers, dict) or headers.get("ignore_result") is not False:
-        return None
-    task_id = headers.get("id")
-    return task_id if isinstance(task_id, str) and _is_text(task_id) else None
-
-
 def _task_and_body(message: Message, raw: bytes) -> tuple[str, list[Any]]:
     """The task that a message names, and its [args, kwargs, embed]. Raises ValueError, which says what is wrong."""
     headers = message.headers
@@ -202,7 +193,7 @@ def _task_and_body(message: Message, raw: bytes) -> tuple[str, list[Any]]:
         return _first_protocol(message, body)
     if not isinstance(headers["task"], str):
         raise ValueError("the message's header task must be a string")
-    if not (isinstance(headers.get("id"), str) and _is_text(headers["id"])):
+    if not is_text(headers.get("id")):
         raise ValueError("the message's header id must be a string")
     for name in ("eta", "expires"):
         if headers.get(name) is None:
@@ -222,16 +213,8 @@ def _first_protocol(message: Message, body: object) -> tuple[str, list[Any]]:
     match body:
         case {"task": str(task), "id": str(task_id), "args": list(args), **rest} if isinstance(
             kwargs := rest.get("kwargs", {}), dict
-        ) and _is_text(task_id):
+        ) and is_text(task_id):
             message.headers["id"] = task_id
             return task, [args, kwargs, {}]
         case _:
             raise ValueError("the message names no task")
-
-
-def _is_text(string: str) -> bool:
-    try:
-        string.encode()
-    except UnicodeEncodeError:  # half a surrogate pair
-        return False
-    return True

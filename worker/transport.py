@@ -38,8 +38,8 @@ from redis import ConnectionPool, Redis
 from redis._parsers import _RESP2Parser
 from redis.exceptions import NoPermissionError, OutOfMemoryError, ResponseError
 
-from ledger.messages import MAX_BODY_BYTES, InvalidMessage, too_large_entry
-from worker.broker import DELIVERY_LIMIT, QUEUE
+from ledger.messages import DELIVERY_LIMIT, MAX_BODY_BYTES, SUSPECT, InvalidMessage, too_large_entry
+from worker.broker import QUEUE
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +60,6 @@ MOST_ENTRY_BYTES = 256 * 2**10
 
 UNACKED, UNACKED_INDEX = "credits.unacked", "credits.unacked_index"
 """What is taken and not acknowledged, by its tag, and when each was taken."""
-
-SUSPECT = 3
-"""How often a message is restored before it is taken alone."""
 
 TAKES_ONE = (
     f"Taking messages one by one: the next came back from workers that died, {SUSPECT} times or more, and may be why "
@@ -340,14 +337,12 @@ class Channel(kombu_redis.Channel):
 
         It is asked by `client`, for who only sends: the channel's own would open another connection.
         """
-        try:
+        with suppress(NoPermissionError):
             info = (client or self._redis).info()  # before Redis 7: one section, or none
-        except NoPermissionError:
-            return
-        problem = server_problem(info)
-        if problem is not None:
-            raise UnsupportedServerError(problem)
-        self.on_risk(server_risk(info))
+            problem = server_problem(info)
+            if problem is not None:
+                raise UnsupportedServerError(problem)
+            self.on_risk(server_risk(info))
 
     def check_risk(self) -> None:
         """Tell whether the server, as it is configured now, may lose what it has taken."""

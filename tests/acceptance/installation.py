@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import httpx
 import redis
 from celery import Celery
 from celery.result import AsyncResult
@@ -24,7 +25,7 @@ from sqlalchemy import Engine, text
 from ledger.database import connect
 from tests.support import PATIENCE_S, eventually, sql
 from worker.broker import QUEUE
-from worker.embedded import Embedded
+from worker.embedded import Embedded, free_port
 from worker.process import Process
 from worker.transport import UNACKED
 
@@ -96,6 +97,15 @@ class Installation:
 
     def start_worker(self, name: str = "worker") -> Process:
         return self.start(name, *celery("worker"))
+
+    @contextmanager
+    def serving_figures(self, *argv: str) -> Iterator[tuple[Process, httpx.Client]]:
+        """A worker, and who reads its figures; it is killed at the end."""
+        address = f"127.0.0.1:{free_port()}"
+        worker = self.start("worker", *(argv or celery("worker")), HOLDFAST_METRICS_ADDRESS=address)
+        with httpx.Client(base_url=f"http://{address}", trust_env=False, timeout=PATIENCE_S) as figures:
+            yield worker, figures
+        worker.kill()
 
     def waiting(self) -> dict[str, int]:
         """How many messages are in the queue, and how many a worker holds."""

@@ -44,9 +44,9 @@ from tests.acceptance.installation import (
     warnings_in,
 )
 from tests.acceptance.website import HISTORY, LETTERS, Visitor
-from tests.support import delivery, eventually, sql, suspended
+from tests.support import delivery, eventually, latin_database, sql, suspended
 from worker.answers import PAUSE_S
-from worker.embedded import Broker, Embedded, free_port
+from worker.embedded import Broker, Embedded
 from worker.process import Process
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
@@ -149,21 +149,16 @@ def test_what_was_answered_survives_a_crash_of_a_database_that_writes_late_by_de
 def test_a_database_that_cannot_hold_every_text_is_refused_at_the_start(
     services: Embedded, installation: Installation
 ) -> None:
-    with as_admin(services) as admin:
-        latin = "ENCODING 'LATIN1' LOCALE_PROVIDER libc LOCALE 'C' TEMPLATE template0"
-        admin.execute(text(f"CREATE DATABASE latin OWNER holdfast {latin}"))
-    url = services.postgres.url("holdfast", "latin")
     refused = (
         "holdfast: the database latin has the encoding LATIN1; Holdfast needs one that was created"
         " with ENCODING 'UTF8' TEMPLATE template0"
     )
-    worker = installation.start("latin", *celery("worker"), HOLDFAST_DATABASE_URL=url)
-    migrated = commands.run("migrate", env={**installation.environment, "HOLDFAST_DATABASE_URL": url})
-    assert (migrated.returncode, migrated.stdout, migrated.stderr) == (2, "", f"{refused}\n")
-    eventually(lambda: not worker.is_running)
+    with latin_database(services) as url:
+        worker = installation.start("latin", *celery("worker"), HOLDFAST_DATABASE_URL=url)
+        migrated = commands.run("migrate", env={**installation.environment, "HOLDFAST_DATABASE_URL": url})
+        assert (migrated.returncode, migrated.stdout, migrated.stderr) == (2, "", f"{refused}\n")
+        eventually(lambda: not worker.is_running)
     assert log_of(worker).splitlines()[-1] == refused
-    with as_admin(services) as admin:
-        admin.execute(text("DROP DATABASE latin"))
 
 
 def test_a_database_whose_clock_is_a_month_ahead_is_waited_for(
@@ -519,34 +514,40 @@ def killed_at_the_end(process: Process) -> Iterator[None]:
         process.kill()
 
 
-def test_a_worker_told_to_stop_while_its_broker_is_stuck_ends_in_time(engine: Engine, database_url: str) -> None:
+Mortal = tuple[Broker, Installation, Producer]
+
+
+@pytest.fixture
+def mortal(engine: Engine, database_url: str) -> Iterator[Mortal]:
+    """A broker that may be killed, and a ledger on it. The `engine` makes its database."""
     with open_folder() as folder, closing_broker(folder) as broker:
         broker.start()
         with installed_on(database_url, broker.url) as installation, closing(Producer(broker.url)) as producer:
-            worker = installation.start_worker()
-            producer.answer("wallet.grant", grant("before"))
-            assert broker.pid is not None
-            with suspended(broker.pid):
-                terminate(worker)
-                assert exit_code(worker, within_s=GRACE_S) == 0, worker.last_words()
+            yield broker, installation, producer
 
 
-def test_a_broker_that_goes_away_while_a_batch_is_applied_is_noticed_and_a_stop_too(
-    engine: Engine, database_url: str
-) -> None:
-    with open_folder() as folder, closing_broker(folder) as broker:
-        broker.start()
-        with installed_on(database_url, broker.url) as installation, closing(Producer(broker.url)) as producer:
-            worker = installation.start_worker()
-            producer.answer("wallet.grant", grant("before"))
-            assert worker.pid is not None
-            with suspended(worker.pid):  # as long as a batch that takes its time
-                broker.kill()
-                stopped_at = time.monotonic()
-                eventually(lambda: time.monotonic() > stopped_at + 3)  # Celery's heartbeat is due
-            eventually(lambda: any("Connection to broker lost" in line for line in warnings_in(worker)))
-            terminate(worker)
-            assert exit_code(worker) == 0, worker.last_words()
+def test_a_worker_told_to_stop_while_its_broker_is_stuck_ends_in_time(mortal: Mortal) -> None:
+    broker, installation, producer = mortal
+    worker = installation.start_worker()
+    producer.answer("wallet.grant", grant("before"))
+    assert broker.pid is not None
+    with suspended(broker.pid):
+        terminate(worker)
+        assert exit_code(worker, within_s=GRACE_S) == 0, worker.last_words()
+
+
+def test_a_broker_that_goes_away_while_a_batch_is_applied_is_noticed_and_a_stop_too(mortal: Mortal) -> None:
+    broker, installation, producer = mortal
+    worker = installation.start_worker()
+    producer.answer("wallet.grant", grant("before"))
+    assert worker.pid is not None
+    with suspended(worker.pid):  # as long as a batch that takes its time
+        broker.kill()
+        stopped_at = time.monotonic()
+        eventually(lambda: time.monotonic() > stopped_at + 3)  # Celery's heartbeat is due
+    eventually(lambda: any("Connection to broker lost" in line for line in warnings_in(worker)))
+    terminate(worker)
+    assert exit_code(worker) == 0, worker.last_words()
 
 
 def test_what_a_worker_held_when_its_broker_restarted_does_not_wait_for_a_timeout(
@@ -600,62 +601,51 @@ def test_a_worker_waits_for_its_broker_and_outlives_its_end(engine: Engine, data
         assert "AttributeError" not in log_of(worker)
 
 
-def test_a_broker_that_refuses_writes_for_a_while_is_told_of_twice(engine: Engine, database_url: str) -> None:
-    with open_folder() as folder, closing_broker(folder) as broker:
-        broker.start()
-        with installed_on(database_url, broker.url) as installation, closing(Producer(broker.url)) as producer:
-            worker = installation.start_worker()
-            producer.answer("wallet.grant", {"org_id": "refused", "grant_id": "1", "credits": 1})
-            with engine.begin() as connection:  # the worker has to wait for this transaction
-                connection.execute(text("SELECT 1 FROM wallets WHERE org_id = 'refused' FOR UPDATE"))
-                producer.send("wallet.grant", {"org_id": "refused", "grant_id": "2", "credits": 1})
-                eventually(lambda: installation.waiting()["unacked"] == 1)
-                installation.broker.config_set("min-replicas-to-write", 1)
-            eventually(lambda: warnings_in(worker))
-            refused_at = time.monotonic()
-            eventually(lambda: time.monotonic() > refused_at + 3)  # it tries every second
-            installation.broker.config_set("min-replicas-to-write", 0)
-            eventually(installation.is_drained)
-            eventually(lambda: len(warnings_in(worker)) == 2)
-            refused, again = warnings_in(worker)
-            assert refused.startswith("Cannot consume from redis://:**@127.0.0.1")
-            assert "NOREPLICAS" in refused
-            assert again.startswith("Consuming from redis://:**@127.0.0.1")
-            assert (
-                producer.answer("wallet.grant", {"org_id": "refused", "grant_id": "3", "credits": 1})["available"] == 3
-            )
+def test_a_broker_that_refuses_writes_for_a_while_is_told_of_twice(engine: Engine, mortal: Mortal) -> None:
+    _, installation, producer = mortal
+    worker = installation.start_worker()
+    producer.answer("wallet.grant", {"org_id": "refused", "grant_id": "1", "credits": 1})
+    with engine.begin() as connection:  # the worker has to wait for this transaction
+        connection.execute(text("SELECT 1 FROM wallets WHERE org_id = 'refused' FOR UPDATE"))
+        producer.send("wallet.grant", {"org_id": "refused", "grant_id": "2", "credits": 1})
+        eventually(lambda: installation.waiting()["unacked"] == 1)
+        installation.broker.config_set("min-replicas-to-write", 1)
+    eventually(lambda: warnings_in(worker))
+    refused_at = time.monotonic()
+    eventually(lambda: time.monotonic() > refused_at + 3)  # it tries every second
+    installation.broker.config_set("min-replicas-to-write", 0)
+    eventually(installation.is_drained)
+    eventually(lambda: len(warnings_in(worker)) == 2)
+    refused, again = warnings_in(worker)
+    assert refused.startswith("Cannot consume from redis://:**@127.0.0.1")
+    assert "NOREPLICAS" in refused
+    assert again.startswith("Consuming from redis://:**@127.0.0.1")
+    assert producer.answer("wallet.grant", {"org_id": "refused", "grant_id": "3", "credits": 1})["available"] == 3
 
 
 def test_a_broker_that_is_not_durable_is_told_of_at_the_start_and_whenever_that_changes(
-    engine: Engine, database_url: str
+    mortal: Mortal,
 ) -> None:
-    with open_folder() as folder, closing_broker(folder) as broker:
-        broker.start()
-        with installed_on(database_url, broker.url) as installation, closing(Producer(broker.url)) as producer:
-            installation.broker.config_set("appendonly", "no")
-            port = free_port()
-            address = f"127.0.0.1:{port}"
-            worker = installation.start(
-                "worker", sys.executable, "-c", IMPATIENT_WORKER, HOLDFAST_METRICS_ADDRESS=address
-            )
-            producer.answer("wallet.grant", grant("acme"))
+    _, installation, producer = mortal
+    installation.broker.config_set("appendonly", "no")
+    with installation.serving_figures(sys.executable, "-c", IMPATIENT_WORKER) as (worker, figures):
+        producer.answer("wallet.grant", grant("acme"))
 
-            def figure() -> str:
-                page = httpx.get(f"http://{address}/metrics", trust_env=False).text
-                return next(line for line in page.splitlines() if line.startswith("holdfast_broker_is_not_durable "))
+        def is_told_of(value: int) -> bool:
+            return f"holdfast_broker_is_not_durable {value}.0" in figures.get("/metrics").text
 
-            no_file = "it keeps no append-only file, so whatever ends it costs what it has taken: set appendonly yes"
-            not_durable = "Messages may be lost, as the broker is not durable"
-            assert warnings_in(worker) == [f"{not_durable}: {no_file}"]
-            assert figure().endswith(" 1.0")
-            installation.broker.config_set("appendonly", "yes")
-            eventually(lambda: figure().endswith(" 0.0"))
-            assert warnings_in(worker)[1:] == ["The broker is durable again"]
-            installation.broker.config_set("maxmemory", "1gb")
-            installation.broker.config_set("maxmemory-policy", "allkeys-lru")
-            eventually(lambda: figure().endswith(" 1.0"))
-            removes = "when its memory is full it removes messages: set maxmemory-policy noeviction, not allkeys-lru"
-            assert warnings_in(worker)[2:] == [f"{not_durable}: {removes}"]
+        no_file = "it keeps no append-only file, so whatever ends it costs what it has taken: set appendonly yes"
+        not_durable = "Messages may be lost, as the broker is not durable"
+        assert warnings_in(worker) == [f"{not_durable}: {no_file}"]
+        assert is_told_of(1)
+        installation.broker.config_set("appendonly", "yes")
+        eventually(lambda: is_told_of(0))
+        assert warnings_in(worker)[1:] == ["The broker is durable again"]
+        installation.broker.config_set("maxmemory", "1gb")
+        installation.broker.config_set("maxmemory-policy", "allkeys-lru")
+        eventually(lambda: is_told_of(1))
+        removes = "when its memory is full it removes messages: set maxmemory-policy noeviction, not allkeys-lru"
+        assert warnings_in(worker)[2:] == [f"{not_durable}: {removes}"]
 
 
 @contextmanager

@@ -20,22 +20,19 @@ import psutil
 import pytest
 
 from ledger import audit
-from ledger.messages import MAX_BODY_BYTES
+from ledger.messages import DELIVERY_LIMIT, MAX_BODY_BYTES
 from tests.acceptance import commands
 from tests.acceptance.installation import (
     IMPATIENT_WORKER,
     Installation,
     Producer,
-    celery,
     envelope,
     log_of,
     warnings_in,
 )
 from tests.acceptance.website import LETTERS, Visitor, form_token, operator_token, served
-from tests.support import EMBED, PATIENCE_S, eventually, sql
-from worker.broker import DELIVERY_LIMIT
+from tests.support import EMBED, eventually, sql
 from worker.client import Client
-from worker.embedded import free_port
 from worker.process import Process
 from worker.transport import TAKES_MANY, TAKES_ONE
 
@@ -312,11 +309,9 @@ def test_what_a_worker_held_that_was_killed_three_times_is_taken_one_by_one_with
     for number in range(300):
         suspect = entry(json.dumps([[purchase(str(number))], {}, EMBED]).encode())
         installation.broker.lpush("credits", f'{{"restored": 3, {suspect[1:]}')
-    port = free_port()
-    worker = installation.start("worker", *celery("worker"), HOLDFAST_METRICS_ADDRESS=f"127.0.0.1:{port}")
-    assert producer.answer("wallet.purchase", purchase("last"))["available"] == 1_505
-    eventually(installation.is_drained)
-    assert installation.count("dead_letters") == 0
-    assert warnings_in(worker) == [TAKES_ONE, TAKES_MANY]
-    figures = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False, timeout=PATIENCE_S).text
-    assert "holdfast_suspect_messages_total 300.0" in figures
+    with installation.serving_figures() as (worker, figures):
+        assert producer.answer("wallet.purchase", purchase("last"))["available"] == 1_505
+        eventually(installation.is_drained)
+        assert installation.count("dead_letters") == 0
+        assert warnings_in(worker) == [TAKES_ONE, TAKES_MANY]
+        assert "holdfast_suspect_messages_total 300.0" in figures.get("/metrics").text

@@ -14,12 +14,13 @@ from celery import Celery
 from kombu import Connection, Queue
 from kombu.message import Message
 
+from ledger.messages import DELIVERY_LIMIT
 from tests import rabbitmq
 from tests.acceptance.installation import SENT_BY_FORKS, send_from_forks
 from tests.cut import cut_way_to
 from tests.rabbitmq import RabbitMQ
 from tests.support import PATIENCE_S, eventually
-from worker.broker import DEAD_QUEUE, DELIVERY_LIMIT, QUEUE, declare_queues, queues
+from worker.broker import DEAD_QUEUE, QUEUE, declare_queues, queues
 from worker.client import BrokerUnavailableError, Client, NotSentError, Waiting
 from worker.failed_cli import _Sender
 from worker.publishing import TIMEOUT_S

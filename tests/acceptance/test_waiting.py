@@ -1,35 +1,32 @@
 """Nobody waits for somebody else: real workers beside a locked wallet, a flood of sweeps, a silent database."""
 
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing
 from typing import Any
 from uuid import uuid4
 
-import httpx
 import pytest
+from celery.result import AsyncResult
 from sqlalchemy import Engine, text
 
 from ledger import audit, migrations
 from ledger.database import connect
+from ledger.messages import DELIVERY_LIMIT
 from ledger.store import LOCKED
-from ledger.waiting import MOST_ATTEMPTS
 from tests.acceptance import commands
 from tests.acceptance.installation import (
     Installation,
     Producer,
-    celery,
     installed,
     log_of,
     open_folder,
     wait_for_workers,
     warnings_in,
 )
-from tests.support import PATIENCE_S, eventually, sql
+from tests.support import PATIENCE_S, eventually, no_more_acting, on_insert_into, sql
 from worker.client import Client
-from worker.embedded import Embedded, free_port
+from worker.embedded import Embedded
 from worker.outage import SILENT_S
-from worker.process import Process
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
 
@@ -45,24 +42,11 @@ def send_grants(client: Client, org_ids: list[str], numbers: range) -> None:
                 batch.grant(**grant(org_id, f"{number:05}"))
 
 
-@contextmanager
-def serving_figures(installation: Installation, name: str = "worker") -> Iterator[tuple[Process, httpx.Client]]:
-    """A worker, and who reads its figures."""
-    port = free_port()
-    environment = installation.environment | {"HOLDFAST_METRICS_ADDRESS": f"127.0.0.1:{port}"}
-    worker = Process(name, celery("worker"), installation.folder, env=environment)
-    with ExitStack() as cleanup:
-        cleanup.callback(worker.kill)
-        worker.start()
-        base_url = f"http://127.0.0.1:{port}"
-        yield worker, cleanup.enter_context(httpx.Client(base_url=base_url, trust_env=False, timeout=PATIENCE_S))
-
-
 def test_while_one_wallet_is_locked_and_flooded_everybody_else_goes_on(
     installation: Installation, producer: Producer
 ) -> None:
     others = [f"org-{number}" for number in range(10)]
-    with serving_figures(installation) as (worker, figures), Client(installation.broker_url) as client:
+    with installation.serving_figures() as (worker, figures), Client(installation.broker_url) as client:
         for org_id in ("stuck", *others):
             producer.answer("wallet.grant", grant(org_id, "first"))
         with installation.locked("stuck"):
@@ -99,15 +83,21 @@ def test_while_one_wallet_is_locked_and_flooded_everybody_else_goes_on(
     assert (ended.returncode, ended.stdout) == (0, "No message waits for its organization.\n")
 
 
-def test_what_waits_when_its_worker_is_killed_another_one_applies(
-    installation: Installation, producer: Producer
-) -> None:
+def left_waiting(installation: Installation, producer: Producer, *grant_ids: str) -> list[AsyncResult]:
+    """Grants to the organization stuck, that waited for its wallet when their worker was killed."""
     worker = installation.start_worker()
     producer.answer("wallet.grant", grant("stuck", "first"))
     with installation.locked("stuck"):
-        asked = producer.ask("wallet.grant", grant("stuck", "second"))
-        eventually(lambda: installation.count("waiting_messages") == 1)
+        asked = [producer.ask("wallet.grant", grant("stuck", grant_id)) for grant_id in grant_ids]
+        eventually(lambda: installation.count("waiting_messages") == len(grant_ids))
         worker.kill()
+    return asked
+
+
+def test_what_waits_when_its_worker_is_killed_another_one_applies(
+    installation: Installation, producer: Producer
+) -> None:
+    [asked] = left_waiting(installation, producer, "second")
     installation.start_worker("worker-2")
     assert asked.get(timeout=PATIENCE_S)["available"] == 2
     assert eventually(installation.is_drained)
@@ -117,39 +107,28 @@ def test_a_waiting_message_that_ends_its_workers_becomes_a_dead_letter_and_the_o
     installation: Installation, producer: Producer
 ) -> None:
     """Whatever ends them: here they are killed while PostgreSQL takes its time over it."""
-    worker = installation.start_worker()
-    producer.answer("wallet.grant", grant("stuck", "first"))
-    with installation.locked("stuck"):
-        asked = [producer.ask("wallet.grant", grant("stuck", grant_id)) for grant_id in ("poison", "innocent")]
-        eventually(lambda: installation.count("waiting_messages") == 2)
-        worker.kill()
-    sql(
-        installation.engine,
-        """
-        CREATE FUNCTION act() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(5); RETURN NEW; END $$;
-        CREATE TRIGGER act BEFORE INSERT ON credit_events FOR EACH ROW
-        WHEN (NEW.metadata ->> 'grant_id' = 'poison') EXECUTE FUNCTION act()
-        """,
-    )
+    poison, innocent = left_waiting(installation, producer, "poison", "innocent")
+    when = "NEW.metadata ->> 'grant_id' = 'poison'"
+    on_insert_into(installation.engine, "credit_events", "PERFORM pg_sleep(5)", when=when)
 
     def ended() -> int:
         [count] = sql(installation.engine, "SELECT attempts FROM waiting_messages ORDER BY number LIMIT 1")[0]
         assert isinstance(count, int)
         return count
 
-    sql(installation.engine, f"UPDATE waiting_messages SET attempts = {MOST_ATTEMPTS - 2}")
-    while (before := ended()) < MOST_ATTEMPTS:
+    sql(installation.engine, f"UPDATE waiting_messages SET attempts = {DELIVERY_LIMIT - 2}")
+    while (before := ended()) < DELIVERY_LIMIT:
         worker = installation.start_worker(f"worker-{uuid4()}")
         eventually(lambda before=before: ended() > before)
         worker.kill()
     last = installation.start_worker("last")
-    assert asked[1].get(timeout=PATIENCE_S)["available"] == 2
-    assert "its worker ended each time it was applied" in str(asked[0].get(timeout=PATIENCE_S, propagate=False))
+    assert innocent.get(timeout=PATIENCE_S)["available"] == 2
+    assert "its worker ended each time it was applied" in str(poison.get(timeout=PATIENCE_S, propagate=False))
     assert eventually(installation.is_drained)
     letters = sql(installation.engine, "SELECT error_code, org_id, task FROM dead_letters")
     assert letters == [("delivery_limit", "stuck", "wallet.grant")]
     assert "Traceback" not in log_of(last)
-    sql(installation.engine, "DROP TRIGGER act ON credit_events")
+    no_more_acting(installation.engine, "credit_events")
     replayed = commands.run("failed", "replay", "1", env=installation.environment)
     assert (replayed.returncode, replayed.stdout) == (0, "Dead letter 1: posted.\n")
     assert audit.verify(installation.engine).is_clean
@@ -239,7 +218,7 @@ def test_a_commit_that_hangs_is_told_of(services: Embedded) -> None:
                     connection.execute(text("SELECT pg_reload_conf()"))
                 admin.dispose()
 
-            with serving_figures(installation) as (worker, figures):
+            with installation.serving_figures() as (worker, figures):
                 wait_for_workers(producer)
                 producer.answer("wallet.grant", grant("acme", "first"))
                 assert "holdfast_waiting_for_database 0.0" in figures.get("/metrics").text

@@ -3,24 +3,14 @@
 import json
 import socket
 import subprocess
-from contextlib import ExitStack, closing
-
-import httpx
+from contextlib import closing
 
 from tests.acceptance.installation import Installation, Producer, celery, log_of
 from tests.support import PATIENCE_S, eventually
-from worker.embedded import free_port
-from worker.process import Process
 
 
 def test_a_worker_counts_what_it_answered(installation: Installation) -> None:
-    port = free_port()
-    figures = httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=PATIENCE_S)
-    with ExitStack() as cleanup, closing(Producer(installation.broker_url)) as producer, figures:
-        told_to_serve = installation.environment | {"HOLDFAST_METRICS_ADDRESS": f"127.0.0.1:{port}"}
-        worker = Process("worker", celery("worker"), installation.folder, env=told_to_serve)
-        cleanup.callback(worker.kill)
-        worker.start()
+    with closing(Producer(installation.broker_url)) as producer, installation.serving_figures() as (worker, figures):
         grant = {"org_id": "acme", "grant_id": "gift", "credits": 5}
         producer.answer("wallet.grant", grant)
         producer.answer("wallet.grant", grant)

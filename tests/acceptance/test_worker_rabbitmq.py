@@ -13,7 +13,7 @@ import pytest
 from kombu import Connection
 
 from ledger import audit
-from ledger.messages import MAX_BODY_BYTES
+from ledger.messages import DELIVERY_LIMIT, MAX_BODY_BYTES
 from tests import rabbitmq
 from tests.acceptance.installation import (
     Installation,
@@ -26,7 +26,7 @@ from tests.acceptance.installation import (
 )
 from tests.rabbitmq import RabbitMQ
 from tests.support import PATIENCE_S, eventually, sql
-from worker.broker import DEAD_QUEUE, DELIVERY_LIMIT, QUEUE, declare_queues
+from worker.broker import DEAD_QUEUE, QUEUE, declare_queues
 from worker.client import Client
 from worker.embedded import Embedded
 from worker.process import Process

@@ -8,7 +8,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import Connection, Engine, create_engine, make_url, text
+from sqlalchemy import Connection, Engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 
 from ledger import arrays
@@ -23,7 +23,7 @@ from ledger.database import (
     refuse_unsuitable,
 )
 from ledger.store import apply_batch
-from tests.support import PATIENCE_S, delivery, eventually, sql
+from tests.support import PATIENCE_S, delivery, eventually, latin_database, sql
 from worker.embedded import Embedded
 
 PURCHASE = "INSERT INTO posted_messages VALUES ('acme', 'purchase', 'p1', '{}', 'posted', NULL)"
@@ -114,19 +114,12 @@ def test_what_is_committed_is_on_disk_whatever_the_default_is(
     own.dispose()
 
 
-def test_a_database_that_cannot_hold_every_text_is_refused(engine: Engine, services: Embedded) -> None:
-    admin = create_engine(services.admin_url, isolation_level="AUTOCOMMIT")
-    with admin.connect() as connection:
-        connection.execute(text("DROP DATABASE IF EXISTS latin"))
-        latin = "ENCODING 'LATIN1' LOCALE_PROVIDER libc LOCALE 'C' TEMPLATE template0"
-        connection.execute(text(f"CREATE DATABASE latin OWNER holdfast {latin}"))
-    own = connect(services.postgres.url("holdfast", "latin"))
-    with pytest.raises(UnsuitableDatabaseError) as refused:
-        refuse_unsuitable(own)
-    own.dispose()
-    with admin.connect() as connection:
-        connection.execute(text("DROP DATABASE latin"))
-    admin.dispose()
+def test_a_database_that_cannot_hold_every_text_is_refused(services: Embedded) -> None:
+    with latin_database(services) as url:
+        own = connect(url)
+        with pytest.raises(UnsuitableDatabaseError) as refused:
+            refuse_unsuitable(own)
+        own.dispose()
     assert str(refused.value) == (
         "the database latin has the encoding LATIN1; Holdfast needs one that was created"
         " with ENCODING 'UTF8' TEMPLATE template0"

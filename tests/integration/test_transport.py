@@ -32,10 +32,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from kombu.asynchronous import Hub, get_event_loop, set_event_loop
 
-from ledger.messages import MAX_BODY_BYTES, too_large_entry
+from ledger.messages import DELIVERY_LIMIT, MAX_BODY_BYTES, SUSPECT, too_large_entry
 from tests.acceptance.installation import environment, open_folder
 from tests.support import PATIENCE_S, eventually
-from worker.broker import DELIVERY_LIMIT, create_celery
+from worker.broker import create_celery
 from worker.embedded import Broker, Embedded, free_port
 from worker.transport import (
     DELIVERED_TOO_OFTEN,
@@ -44,7 +44,6 @@ from worker.transport import (
     MOST_HELD_BYTES,
     MOST_TAKEN,
     NO_MESSAGE,
-    SUSPECT,
     TAKES_MANY,
     TAKES_ONE,
     UNACKED,

@@ -10,7 +10,7 @@ from sqlalchemy import Engine, text
 
 from ledger import audit, rules, scheduler, store, waiting
 from ledger.database import connect, is_transient
-from ledger.messages import InvalidMessage
+from ledger.messages import DELIVERY_LIMIT, InvalidMessage
 from ledger.state import Result
 from ledger.store import (
     BEHIND,
@@ -25,7 +25,7 @@ from ledger.store import (
     apply_batch,
     apply_waiting,
 )
-from tests.support import delivery, sql
+from tests.support import delivery, no_more_acting, on_insert_into, sql
 
 
 def purchase(org_id: str, purchase_id: str, credits: int = 10) -> Delivery:
@@ -55,21 +55,6 @@ def holding(other: Engine, statement: str) -> Iterator[None]:
 
 def locked(other: Engine, org_id: str) -> Any:
     return holding(other, f"SELECT 1 FROM wallets WHERE org_id = '{org_id}' FOR UPDATE")
-
-
-def on_insert_into(engine: Engine, table: str, act: str, *, when: str = "true") -> None:
-    """Have PostgreSQL do something for every row."""
-    sql(
-        engine,
-        f"""
-        CREATE FUNCTION act() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {act}; RETURN NEW; END $$;
-        CREATE TRIGGER act BEFORE INSERT ON {table} FOR EACH ROW WHEN ({when}) EXECUTE FUNCTION act()
-        """,
-    )
-
-
-def no_more_acting(engine: Engine, table: str) -> None:
-    sql(engine, f"DROP TRIGGER act ON {table}")
 
 
 def outcomes(answers: Sequence[Any]) -> list[str]:
@@ -461,7 +446,7 @@ def test_a_waiting_message_that_ends_its_workers_becomes_a_dead_letter_and_the_o
             answers += applied.answers
             if not applied.answers:
                 break
-    assert ended == waiting.MOST_ATTEMPTS
+    assert ended == DELIVERY_LIMIT
     assert outcomes([answer for _, answer in answers]) == [*["posted"] * 3, "DeadLettered", *["posted"] * 2]
     assert [asked.answer_to for asked, _ in answers] == [f"p{n}" for n in range(6)]
     assert purchases_in_order(engine, "acme") == ["first", "p0", "p1", "p2", "p4", "p5"]
@@ -486,7 +471,7 @@ def test_an_attempt_that_fails_and_lets_its_worker_live_does_not_count(
     assert attempts(engine) == [1, 1]
     ends_its_worker.clear()
     on_insert_into(engine, "credit_events", "RAISE EXCEPTION 'not now' USING ERRCODE = '40001'")
-    for _ in range(waiting.MOST_ATTEMPTS + 1):
+    for _ in range(DELIVERY_LIMIT + 1):
         with pytest.raises(psycopg.errors.SerializationFailure):
             apply_waiting(engine, "acme", limit=500)
     with locked(other, "acme"):
