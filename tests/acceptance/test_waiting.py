@@ -218,16 +218,25 @@ def test_a_commit_that_hangs_is_told_of(services: Embedded) -> None:
                     connection.execute(text("SELECT pg_reload_conf()"))
                 admin.dispose()
 
+            asked: list[AsyncResult] = []
+
+            def hangs() -> bool:
+                """Whether a commit waits: each process of the server reads the new setting when it gets to it."""
+                asked.append(producer.ask("wallet.grant", grant("acme", str(len(asked)))))
+                return bool(sql(installation.engine, "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"))
+
             with installation.serving_figures() as (worker, figures):
                 wait_for_workers(producer)
                 producer.answer("wallet.grant", grant("acme", "first"))
                 assert "holdfast_waiting_for_database 0.0" in figures.get("/metrics").text
                 set_replicas("gone")
-                asked = producer.ask("wallet.grant", grant("acme", "second"))
-                told = f"The database has been silent for more than {SILENT_S:g} s, the messages wait"
-                eventually(lambda: told in warnings_in(worker))
-                assert "holdfast_waiting_for_database 1.0" in figures.get("/metrics").text
-                set_replicas("")
-                assert asked.get(timeout=PATIENCE_S)["available"] == 2
+                try:
+                    eventually(hangs)
+                    told = f"The database has been silent for more than {SILENT_S:g} s, the messages wait"
+                    eventually(lambda: told in warnings_in(worker))
+                    assert "holdfast_waiting_for_database 1.0" in figures.get("/metrics").text
+                finally:
+                    set_replicas("")
+                assert asked[-1].get(timeout=PATIENCE_S)["available"] == 1 + len(asked)
                 eventually(lambda: re.match(r"The database answers again after \d", warnings_in(worker)[-1]))
                 eventually(lambda: "holdfast_waiting_for_database 0.0" in figures.get("/metrics").text)
