@@ -216,9 +216,20 @@ def person(chrome: Chrome, address: str) -> Iterator[Person]:
     assert person.complaints() == []
 
 
+@pytest.fixture(scope="module")
+def cookies() -> list[dict[str, Any]]:
+    """What a customer's browser keeps after the first of them has signed in."""
+    return []
+
+
 @pytest.fixture
-def customer(person: Person) -> Person:
-    person.sign_in(token(sub="ann@acme.example"), HISTORY)
+def customer(person: Person, cookies: list[dict[str, Any]]) -> Person:
+    if not cookies:
+        person.sign_in(token(sub="ann@acme.example"), HISTORY)
+        cookies += person.driver.get_cookies()
+    for cookie in cookies:
+        person.driver.add_cookie(cookie)
+    person.open(HISTORY)
     return person
 
 

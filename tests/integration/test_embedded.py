@@ -22,6 +22,8 @@ from worker import embedded
 from worker.embedded import Embedded, default_data_dir
 from worker.process import Process, ServiceError
 
+pytestmark = pytest.mark.timeout(300)  # seconds, on a slow machine
+
 IS_ROOT = os.geteuid() == 0
 as_root = pytest.mark.skipif(not IS_ROOT, reason="needs root, to run PostgreSQL as another account")
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals the children of a dead parent")

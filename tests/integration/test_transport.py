@@ -53,6 +53,8 @@ from worker.transport import (
     server_problem,
 )
 
+pytestmark = pytest.mark.timeout(300)  # seconds, on a slow machine
+
 OURS = "worker.transport:Transport"
 QUEUE, SECOND = "credits", "second"
 CLUSTER = {"cluster-enabled": "yes"}

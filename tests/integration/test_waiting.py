@@ -27,6 +27,8 @@ from ledger.store import (
 )
 from tests.support import delivery, no_more_acting, on_insert_into, sql
 
+pytestmark = pytest.mark.timeout(300)  # seconds, on a slow machine
+
 
 def purchase(org_id: str, purchase_id: str, credits: int = 10) -> Delivery:
     return delivery("wallet.purchase", org_id=org_id, purchase_id=purchase_id, credits=credits)

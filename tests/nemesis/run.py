@@ -30,7 +30,7 @@ ANSWERED_WITHIN_S = 15.0
 NEIGHBOUR_WITHIN_S = 60.0
 STOPPED_WITHIN_S = 10.0
 DUE_WITHIN_S = 5.0
-POLL_S = 0.01
+POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
