@@ -268,7 +268,9 @@ if sent.get(timeout=10)["state"] == "reserved":
   once and answered as the first time, but for the workflow's `state`, which is told as it is now. The same ids with
   other `credits`, or with anything else changed in a wallet message's own fields, are a [conflict](#dead-letters).
 - **No order is needed.** What a workflow does to the balances depends on the set of its messages alone: a finish always
-  charges, once; without one, a cancel or a fail leaves nothing behind, even if it comes before the start.
+  charges, once; without one, a cancel or a fail leaves nothing behind, even if it comes before the start. None is kept
+  either: two messages that are on their way at once may be applied in either order, as several workers take them. Where
+  one has to come first, as a purchase before the start that needs it, wait for its answer.
 - **Nothing is dropped.** What cannot be applied is kept as a [dead letter](#dead-letters).
 - **A message is small.** Its body, as Celery sends it, has at most {MAX_BODY_BYTES:,} bytes (64 KiB), and on Redis its
   entry in the queue, with Celery's headers and the body in base64, at most {MOST_ENTRY_BYTES:,} (256 KiB). Valid fields

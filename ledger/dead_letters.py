@@ -9,12 +9,12 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from typing import Any
 
 import psycopg
-from sqlalchemy import Connection, Engine, Update, func, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Engine, Update, func, or_, select, update
 
 from ledger.readable import escaped, escaped_json, readable_json
 from ledger.state import Result
@@ -132,20 +132,34 @@ def letters(
 ) -> list[KeptLetter]:
     """The dead letters that match, newest first; with `before_id`, those older than that."""
     columns = dead_letters.c
-    query = select(*(columns[field.name] for field in fields(KeptLetter))).order_by(columns.id.desc()).limit(limit)
-    for name, value in (
-        ("status", matching.status),
-        ("error_code", matching.code),
-        ("task", matching.task),
-        ("org_id", matching.org_id),
-    ):
-        if value is not None:
-            query = query.where(columns[name] == value)
-    if matching.failed_since is not None:
-        query = query.where(columns.last_failed_at >= matching.failed_since)
+    query = select(*(columns[field.name] for field in fields(KeptLetter))).where(*_conditions(matching))
     if before_id is not None:
         query = query.where(columns.id < before_id)
-    return [KeptLetter(*row) for row in connection.execute(query)]
+    return [KeptLetter(*row) for row in connection.execute(query.order_by(columns.id.desc()).limit(limit))]
+
+
+def count_without_organization(connection: Connection, matching: LetterFilter) -> int:
+    """How many dead letters match in everything else and name no organization."""
+    conditions = _conditions(replace(matching, org_id=None))
+    query = select(func.count()).where(dead_letters.c.org_id.is_(None), *conditions)
+    return connection.execute(query).scalar_one()
+
+
+def _conditions(matching: LetterFilter) -> list[ColumnElement[bool]]:
+    columns = dead_letters.c
+    conditions = [
+        columns[name] == value
+        for name, value in (
+            ("status", matching.status),
+            ("error_code", matching.code),
+            ("task", matching.task),
+            ("org_id", matching.org_id),
+        )
+        if value is not None
+    ]
+    if matching.failed_since is not None:
+        conditions.append(columns.last_failed_at >= matching.failed_since)
+    return conditions
 
 
 def letter(connection: Connection, letter_id: int) -> KeptLetter:

@@ -85,6 +85,8 @@ RECORD_LOCKED = "one of its workflows or subscriptions is locked"
 BEING_CREATED = "its wallet is being created"
 BEHIND = "its earlier messages wait"
 MUCH_DUE = "more is due in its wallet than one transaction does"
+SLOW = "the database takes too long over its messages"
+BLOCKED = "a row that its messages need is locked"
 
 MAX_TASK_LENGTH = 256
 """How much of a task's name a dead letter keeps: it is part of an index."""
@@ -388,12 +390,21 @@ def _org_id(delivery: Delivery) -> str:
 
 def _keep_waiting(engine: Engine, deliveries: Sequence[Delivery], error: Exception) -> Sequence[Waits]:
     """Keep the messages of one organization that cannot be applied now."""
-    kept = [
-        _waiting_message(delivery, parse(delivery.task, delivery.payload), describe(error)) for delivery in deliveries
-    ]
+    reason = reason_to_wait(error)
+    kept = [_waiting_message(delivery, parse(delivery.task, delivery.payload), reason) for delivery in deliveries]
     with _connection(engine) as connection:
         waiting.keep(connection, kept)
     return [Waits(message.org_id, message.reason) for message in kept]
+
+
+def reason_to_wait(error: Exception) -> str:
+    """Why an organization waits whose messages failed with `error`, for a person."""
+    original = error.orig if isinstance(error, DBAPIError) else error
+    if isinstance(original, QueryCanceled):
+        return SLOW
+    if isinstance(original, LockNotAvailable):
+        return BLOCKED
+    return f"the database does not apply its messages: {describe(error)}"
 
 
 def _take_waiting(connection: Connection, org_id: str, limit: int, patience_s: float) -> Taken | Applied:

@@ -20,8 +20,16 @@ from psycopg.errors import QueryCanceled
 from sqlalchemy import Engine
 
 from ledger import clocks, scheduler, waiting
-from ledger.database import describe, is_transient, may_be_local
-from ledger.store import LONG_PATIENCE_S, MUCH_DUE, SHORT_PATIENCE_S, Applied, DeadLettered, apply_waiting
+from ledger.database import is_transient, may_be_local
+from ledger.store import (
+    LONG_PATIENCE_S,
+    MUCH_DUE,
+    SHORT_PATIENCE_S,
+    Applied,
+    DeadLettered,
+    apply_waiting,
+    reason_to_wait,
+)
 from ledger.waiting import WaitingOrganization
 from worker import metrics
 from worker.answers import Answers, tell_dead_letter
@@ -226,7 +234,7 @@ class Background:
                     raise
                 if pace.limit == 1 and pace is attempts.pace:
                     attempts.is_slow = isinstance(error, QueryCanceled)
-                attempts.reason, attempts.is_locked = describe(error), False
+                attempts.reason, attempts.is_locked = reason_to_wait(error), False
                 pace.failed()
                 return True
             self._applied(applied)
@@ -275,7 +283,7 @@ class Background:
         waiting_ids = {organization.org_id for organization in organizations}
         for org_id in self._seen_at.keys() - waiting_ids:
             if org_id in self._told:
-                logger.warning("%s after %.1f s", f"{_named(org_id)} goes on", now - self._seen_at[org_id])
+                logger.warning("%s: nothing waits any more, after %.1f s", _named(org_id), now - self._seen_at[org_id])
             del self._seen_at[org_id]
             self._attempts.pop(org_id, None)
         self._told &= waiting_ids
@@ -301,7 +309,7 @@ class Background:
 
 
 def _named(org_id: str) -> str:
-    return "No organization" if org_id == waiting.NOBODY else f"The organization {org_id}"
+    return "Messages that name no organization" if org_id == waiting.NOBODY else f"The organization {org_id}"
 
 
 def _for_a_while(is_stopped: Callable[[], bool]) -> Iterator[None]:

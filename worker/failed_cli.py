@@ -102,19 +102,22 @@ def list_letters(
     limit: Annotated[int, typer.Option(min=1, max=MAX_LISTED, help="How many, at most.")] = 100,
     as_json: AsJson = False,
 ) -> None:
-    """List dead letters, newest first: the open ones, unless --status says otherwise."""
+    """List dead letters, newest first: the open ones, unless --status says otherwise. `show` has the messages."""
     matching = LetterFilter(None if status is Status.ALL else status, code, task, org_id, moment(since, "--since"))
     with open_ledger() as engine, engine.connect() as connection:
         found = dead_letters.letters(connection, matching, limit=limit + 1)
+        nameless = 0 if org_id is None else dead_letters.count_without_organization(connection, matching)
     shown = found[:limit]
     if as_json:
-        print_json({"items": [_item(letter) for letter in shown], "has_more": len(found) > limit})
+        print_json({"items": [_fields(letter) for letter in shown], "has_more": len(found) > limit})
     elif shown:
         which = "Dead letters" if status is Status.ALL else f"{status.capitalize()} dead letters"
         count = f"the newest {limit}, of more" if len(found) > limit else str(len(shown))
         console.print(table(f"{which}, newest first: {count}", _COLUMNS, map(asdict, shown)))
     else:
         say("No dead letters." if matching == LetterFilter(None) else "No dead letters match.")
+    if nameless and not as_json:
+        say(f"Besides, {_counted(nameless)} without an organization: see all without --org.")
 
 
 @app.command(epilog="Example: holdfast failed show 7")
@@ -316,13 +319,18 @@ def _counted(count: int) -> str:
 # Showing
 
 
-def _item(letter: KeptLetter) -> dict[str, Any]:
-    """A dead letter as JSON values: the message as it was sent, if it is one, and its bytes in any case."""
-    values = asdict(letter)
-    body: bytes = values.pop("body")
-    args, kwargs = dead_letters.arguments(body) or (None, None)
+def _fields(letter: KeptLetter) -> dict[str, Any]:
+    """A dead letter as JSON values, without its message and the traceback, which may be large."""
+    values = {name: value for name, value in asdict(letter).items() if name not in ("body", "traceback")}
     times = {name: value.isoformat() for name, value in values.items() if isinstance(value, datetime)}
-    return {**values, **times, "args": args, "kwargs": kwargs, "body_base64": base64.b64encode(body).decode()}
+    return {**values, **times}
+
+
+def _item(letter: KeptLetter) -> dict[str, Any]:
+    """All of it: the message as it was sent, if it is one, and its bytes in any case."""
+    args, kwargs = dead_letters.arguments(letter.body) or (None, None)
+    body = base64.b64encode(letter.body).decode()
+    return {**_fields(letter), "traceback": letter.traceback, "args": args, "kwargs": kwargs, "body_base64": body}
 
 
 def _show_text(title: str, text: str, most: int) -> None:

@@ -137,11 +137,12 @@ def waiting(as_json: AsJson = False) -> None:
     with open_ledger() as engine, engine.connect() as connection:
         found = ledger_waiting.counted(connection, ledger_waiting.organizations(connection))
     found.sort(key=lambda organization: organization.since)
+    items = [{**asdict(organization), "org_id": organization.org_id or None} for organization in found]
     if as_json:
-        print_json({"items": [asdict(organization) for organization in found]})
+        print_json({"items": items})
     elif found:
         now = datetime.now(UTC)
-        rows = [{**asdict(organization), "age": span(now - organization.since)} for organization in found]
+        rows = [{**item, "age": span(now - item["since"])} for item in items]
         console.print(table(f"Organizations that wait, the longest wait first: {len(found)}", _WAITING_COLUMNS, rows))
     else:
         say("No message waits for its organization.")

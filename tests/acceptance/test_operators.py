@@ -115,6 +115,20 @@ def test_dead_letters_are_listed_by_every_filter(desk: Desk) -> None:
     assert found == cases
 
 
+def test_a_list_of_one_organization_tells_of_letters_that_name_none(desk: Desk) -> None:
+    for org_id in ("acme", "nobody"):
+        shown = desk.holdfast("failed", "list", "--org", org_id)
+        assert shown.stdout.endswith("\nBesides, 1 dead letter without an organization: see all without --org.\n")
+    assert "Besides" not in desk.holdfast("failed", "list", "--org", "acme", "--error", "conflict").stdout
+
+
+def test_a_list_as_json_is_small_however_large_the_messages_are(desk: Desk) -> None:
+    listed = json.loads(desk.holdfast("failed", "list", "--json").stdout)["items"][0]
+    shown = json.loads(desk.holdfast("failed", "show", str(listed["id"]), "--json").stdout)
+    assert shown.keys() - listed.keys() == {"args", "kwargs", "body_base64", "traceback"}
+    assert listed == {name: shown[name] for name in listed}
+
+
 def test_a_list_shows_markup_as_it_is_and_control_characters_as_escapes(desk: Desk) -> None:
     shown = desk.holdfast("failed", "list")
     assert (shown.returncode, shown.stderr) == (0, "")

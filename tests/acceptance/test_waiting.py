@@ -70,7 +70,7 @@ def test_while_one_wallet_is_locked_and_flooded_everybody_else_goes_on(
         assert asked.get(timeout=PATIENCE_S)["outcome"] == "reserved"
         eventually(installation.is_drained)
         eventually(lambda: len(warnings_in(worker)) > 1)
-        assert re.fullmatch(r"The organization stuck goes on after \d+\.\d s", warnings_in(worker)[1])
+        assert re.fullmatch(r"The organization stuck: nothing waits any more, after \d+\.\d s", warnings_in(worker)[1])
         eventually(lambda: "holdfast_waiting_organizations 0.0" in figures.get("/metrics").text)
         assert waiting_since not in figures.get("/metrics").text
     events = (
