@@ -14,9 +14,10 @@ other. One that ends early has done some of the revisions, each of them whole; t
 """
 
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psycopg
@@ -32,6 +33,9 @@ LOCK_WAIT_S = 0.2
 
 PAUSE_S = 1.0
 """How long the others are let through before it is tried again."""
+
+VACUUM_WAIT_S = 5.0
+"""How long to wait for a vacuum to give way; PostgreSQL asks it to after its `deadlock_timeout`, a second."""
 
 PATIENCE_S = 300.0
 """How long one revision is tried."""
@@ -157,6 +161,7 @@ def _patiently(connection: Connection, migrate: Callable[[], None], say: Say) ->
             connection.rollback()
             if not isinstance(error.orig, psycopg.errors.LockNotAvailable):
                 raise
+            statement = error.statement or ""
         else:
             return
         if time.monotonic() > deadline:
@@ -171,3 +176,17 @@ def _patiently(connection: Connection, migrate: Callable[[], None], say: Say) ->
             )
         is_told = True
         time.sleep(PAUSE_S)
+        _end_vacuum(connection, statement)
+
+
+def _end_vacuum(connection: Connection, statement: str) -> None:
+    """Have PostgreSQL end a vacuum that it runs by itself on the table that `statement` changes.
+
+    It does so for a statement that waits for its lock, but only after a longer time than a change may wait. This one
+    holds up neither readers nor writers.
+    """
+    changed = re.match(r"\s*ALTER TABLE (\w+)", statement)
+    if changed is not None:
+        with suppress(OperationalError), connection.begin():
+            connection.execute(text(f"SET LOCAL lock_timeout = {VACUUM_WAIT_S * 1_000:.0f}"))
+            connection.execute(text(f"LOCK TABLE {changed[1]} IN SHARE UPDATE EXCLUSIVE MODE"))

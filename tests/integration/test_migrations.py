@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -21,6 +22,7 @@ from ledger.store import DeadLettered, Waits, apply_batch
 from ledger.tables import metadata
 from tests.support import PATIENCE_S, delivery, eventually, sql
 from worker import cli
+from worker.embedded import Embedded
 
 TABLES = [
     "credit_events",
@@ -208,6 +210,9 @@ CREATE_INDEX = """
 """
 
 WAITS_FOR_WALLETS = "SELECT pid FROM pg_locks WHERE relation = 'wallets'::regclass AND NOT granted"
+IS_VACUUMED = """
+    SELECT pid FROM pg_locks WHERE relation = 'wallets'::regclass AND mode = 'ShareUpdateExclusiveLock' AND granted
+"""
 WAITS_FOR_TRANSACTIONS = """
     SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'virtualxid'
     AND clock_timestamp() - query_start > interval '400 ms'
@@ -290,6 +295,43 @@ def test_a_migration_that_never_gets_its_lock_ends_with_one_sentence_and_changes
     )
     assert migrations.current_revision(engine) == before
     migrations.upgrade(engine)
+    assert migrations.current_revision(engine) == "later"
+
+
+@contextmanager
+def vacuumed_slowly(engine: Engine, services: Embedded) -> Iterator[None]:
+    """PostgreSQL vacuums `wallets` by itself, for longer than a test lasts."""
+    admin = connect(services.admin_url, keeps_connections=False).execution_options(isolation_level="AUTOCOMMIT")
+    columns = "org_id, last_seq, prepaid_balance, subscription_balance, reserved, period_usage, credit_limit"
+    sql(
+        engine,
+        f"INSERT INTO wallets ({columns}, config_version)"
+        " SELECT 'org-' || n, 0, 0, 0, 0, 0, 0, 0 FROM generate_series(1, 20000) AS n",
+    )
+    sql(
+        engine,
+        "ALTER TABLE wallets SET (autovacuum_vacuum_threshold = 1, autovacuum_vacuum_scale_factor = 0,"
+        " autovacuum_vacuum_cost_delay = 100, autovacuum_vacuum_cost_limit = 1)",
+    )
+    sql(engine, "UPDATE wallets SET config_version = 1")
+    with admin.connect() as connection:
+        connection.execute(text("ALTER SYSTEM SET autovacuum_naptime = '1s'"))
+        connection.execute(text("SELECT pg_reload_conf()"))
+        try:
+            eventually(lambda: sql(engine, IS_VACUUMED))
+            yield
+        finally:
+            connection.execute(text("ALTER SYSTEM RESET autovacuum_naptime"))
+            connection.execute(text("SELECT pg_reload_conf()"))
+
+
+def test_a_vacuum_of_postgresqls_own_gives_way_to_a_migration(
+    engine: Engine, services: Embedded, add_revision: Revise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_revision(ADD_COLUMN)
+    monkeypatch.setattr(migrations, "PATIENCE_S", 15.0)
+    with vacuumed_slowly(engine, services):
+        migrations.upgrade(engine)
     assert migrations.current_revision(engine) == "later"
 
 
