@@ -518,7 +518,7 @@ class Channel(kombu_redis.Channel):
             pipe.zrem(unacked_index, *delivery_tags)
             pipe.execute()
 
-    def keep_alive(self, delivery_tags: Sequence[str]) -> None:
+    def keep_alive(self, delivery_tags: Sequence[Any]) -> None:
         """Have the visibility timeout of what is held begin again."""
         if delivery_tags:
             self._begin_again(keys=self._kept_keys(), args=list(delivery_tags))
@@ -541,6 +541,9 @@ class Channel(kombu_redis.Channel):
         """Put back what any worker of ours took more than `timeout_s` seconds ago, and count that."""
         index = self._key(self.unacked_index_key)
         seconds, _ = self._redis.time()
+        # Taken before the server's clock was set back: what no living worker keeps alive times out from now on.
+        if tags := self._redis.zrange(index, seconds + timeout_s, "+inf", byscore=True, offset=0, num=MOST_TAKEN):
+            self.keep_alive(tags)
         while tags := self._redis.zrange(
             index, seconds - timeout_s, "-inf", desc=True, byscore=True, offset=0, num=MOST_TAKEN
         ):

@@ -266,6 +266,22 @@ def test_what_a_killed_worker_held_is_delivered_again(url: str, broker: redis.Re
     assert (broker.llen(QUEUE), held(broker)) == (0, 0)
 
 
+def test_what_a_killed_worker_held_is_delivered_again_though_the_servers_clock_was_set_back(
+    url: str, broker: redis.Redis, producer: Celery
+) -> None:
+    send(producer, *range(20))
+    killed = Worker(url)
+    killed.receive(20)
+    killed.is_killed()
+    eventually(lambda: held(broker) == 20)
+    a_month_later = time.time() + 31 * 86_400
+    broker.zadd(UNACKED_INDEX, dict.fromkeys(broker.zrange(UNACKED_INDEX, 0, -1), a_month_later))  # type: ignore[arg-type]
+    with working(url, visibility_timeout=1) as worker:
+        assert sorted(numbers(worker.receive(20))) == list(range(20))
+        worker.acknowledge()
+    assert (broker.llen(QUEUE), held(broker)) == (0, 0)
+
+
 @pytest.mark.parametrize(("first", "second"), [(OURS, None), (None, OURS)], ids=["ours", "stock"])
 def test_what_a_worker_holds_one_of_another_application_leaves_alone(
     url: str, broker: redis.Redis, producer: Celery, first: str | None, second: str | None
