@@ -698,7 +698,7 @@ def test_a_commit_that_fails_leaves_nothing_of_its_transaction(engine: Engine) -
     )
     answers = apply_batch(engine, TWO_WALLETS)
     sql(engine, "DROP TRIGGER fail ON credit_events")
-    assert_only_globex_waits(engine, answers, "too late")
+    assert_only_globex_waits(engine, answers, "the database does not apply its messages: too late")
 
 
 def test_messages_of_a_database_without_tables_are_kept_for_later(empty_database_url: str) -> None:
