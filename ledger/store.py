@@ -254,8 +254,13 @@ def _in_transactions(
                     fault = second
             if not _others_can_go_on(engine, fault):
                 raise fault from None
-            if not carefully and not isinstance(fault, QueryCanceled):
+            is_slow = isinstance(fault, QueryCanceled)
+            concerned = {org_id_of(items[place]) for place in places}
+            if not carefully and not is_slow:
                 pending.append((places, True))
+            elif is_slow and answers and (len(concerned) == 1 or len(culprits) >= MOST_CULPRITS):
+                # Each further try costs the others time. Who waits is tried by itself, with fewer messages at a time.
+                culprits |= dict.fromkeys(concerned, fault)
             elif len(places) > 1:
                 pending += [(part, True) for part in _dealt(places, lambda place: org_id_of(items[place]))]
             elif answers or len(culprits) < MOST_CULPRITS:

@@ -25,6 +25,7 @@ from ledger.store import (
     LONG_PATIENCE_S,
     MUCH_DUE,
     SHORT_PATIENCE_S,
+    SHORTEST_PATIENCE_S,
     Applied,
     DeadLettered,
     apply_waiting,
@@ -101,7 +102,7 @@ class _Attempts:
         """Held by the thread that applies them."""
         self.pace, self.patient_pace = _Pace(LONGEST_DELAY_S), _Pace(LONGEST_PATIENT_DELAY_S)
         self.is_slow = False
-        """Whether PostgreSQL takes too long even over a single one."""
+        """Whether PostgreSQL took too long over them last."""
         self.is_locked = False
         self.reason: str | None = None
         self.served_at = 0.0
@@ -189,7 +190,10 @@ class Background:
         for org_id in in_order:
             if time.monotonic() > looked_at + LOOK_S:
                 return True
-            is_busy |= self._go_on_with(org_id, attempts[org_id], attempts[org_id].pace, SHORT_PATIENCE_S)
+            one = attempts[org_id]
+            # Most of many that were put aside at once are in no trouble: they need not wait for those that are.
+            patience_s = SHORTEST_PATIENCE_S if one.reason is None else SHORT_PATIENCE_S
+            is_busy |= self._go_on_with(org_id, one, one.pace, patience_s)
         return is_busy
 
     def _look_patiently(self) -> bool:
@@ -232,7 +236,7 @@ class Background:
                     logger.exception("Unexpected, the organization %s waits", org_id)
                 elif not may_be_local(error):
                     raise
-                if pace.limit == 1 and pace is attempts.pace:
+                if pace is attempts.pace:
                     attempts.is_slow = isinstance(error, QueryCanceled)
                 attempts.reason, attempts.is_locked = reason_to_wait(error), False
                 pace.failed()

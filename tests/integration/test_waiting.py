@@ -295,6 +295,25 @@ def test_organizations_that_are_all_slow_one_after_the_other_delay_nobody_for_lo
     assert is_sound(engine)
 
 
+def test_of_many_slow_organizations_not_every_one_is_looked_for_and_nothing_is_lost(engine: Engine) -> None:
+    organizations = [f"org-{n:03}" for n in range(60)]
+    apply_batch(engine, [purchase(org_id, "first") for org_id in organizations])
+    on_insert_into(engine, "credit_events", "PERFORM pg_sleep(5)", when="NEW.org_id < 'org-040'")
+    messages = [purchase(org_id, purchase_id) for purchase_id in ("second", "third") for org_id in organizations]
+    answers = dict(
+        zip([message.payload["org_id"] for message in messages], apply_batch(engine, messages), strict=False)
+    )
+    assert {answers[org_id] for org_id in organizations[:40]} == {Waits(org_id, SLOW) for org_id in organizations[:40]}
+    # Whoever is left when so many are in trouble is tried by itself, and soon applied.
+    for org_id in organizations[40:]:
+        assert outcomes(apply_all_waiting(engine, org_id)) in ([], ["posted"] * 2)
+    no_more_acting(engine, "credit_events")
+    for org_id in organizations[:40]:
+        assert outcomes(apply_all_waiting(engine, org_id)) == ["posted"] * 2
+        assert purchases_in_order(engine, org_id) == ["first", "second", "third"]
+    assert is_sound(engine)
+
+
 def test_a_statement_that_takes_too_long_for_one_organization_delays_nobody_else(engine: Engine) -> None:
     organizations = [f"org-{n:03}" for n in range(200)]
     apply_batch(engine, [purchase(org_id, "first") for org_id in organizations])
