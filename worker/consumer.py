@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, ClassVar
 
+from amqp.exceptions import IrrecoverableConnectionError
 from celery.exceptions import CPendingDeprecationWarning, WorkerShutdown
 from celery.utils.time import maybe_iso8601
 from celery.worker.consumer import Consumer as CeleryConsumer
@@ -73,7 +74,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """The connection is lost; or there is one, and the broker refuses what a consumer needs."""
-        if isinstance(exc, ResponseError):
+        if isinstance(exc, (ResponseError, IrrecoverableConnectionError)):  # such as a queue that has no leader
             with suppress(Exception):
                 self.connection.collect()
             self.on_connection_error_before_connected(exc)
@@ -89,14 +90,18 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
 
     def create_task_handler(self, *_: Any, **__: Any) -> Callable[[Message], None]:
         """What is called with every message; asked for at the beginning of each connection."""
+        self.batch.reconnected()
+        return self._receive
+
+    def on_ready(self) -> None:
+        """Messages arrive from here on, by each connection."""
         broker = masked(self.app.conf.broker_url)
         if self._is_refused:
             logger.warning("Consuming from %s again", broker)
         else:
             logger.info("Connected and ready: takes messages from %s", broker)
         self._is_refused = False
-        self.batch.reconnected()
-        return self._receive
+        super().on_ready()
 
     def on_decode_error(self, message: Message, exc: Exception) -> None:
         """Kombu could not decompress its body."""
@@ -111,13 +116,21 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
 
         def tell(error: Exception, _: float) -> None:
             nonlocal is_told
-            if not is_told:
+            if not (is_told or self._is_refused):
                 logger.warning("Cannot connect to %s, trying again: %s", broker, error)
                 is_told = True
 
         conn.ensure_connection(tell, interval_start=0.1, interval_step=0.3, interval_max=2.0, callback=maybe_shutdown)
         if is_told:
             logger.warning("Connected to %s", broker)
+        try:
+            self._prepare(conn)
+        except BaseException:
+            conn.collect()  # nobody else knows it
+            raise
+        return conn
+
+    def _prepare(self, conn: Connection) -> None:
         declare_queues(conn)
         if isinstance(channel := conn.default_channel, Channel):
             channel.on_risk = self._tell_risk
@@ -127,7 +140,6 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
                 logger.critical("%s", error)
                 raise WorkerShutdown(EXIT_UNSUPPORTED) from None
             channel.on_suspect = metrics.suspect_messages.inc
-        return conn
 
     def _tell_risk(self, risk: str | None) -> None:
         """Say in the log, when that changes, and in a metric, how the broker may lose what it has taken."""

@@ -205,3 +205,27 @@ def test_a_broker_without_room_is_drained(
     terminate(worker)
     assert exit_code(worker) == 0, worker.last_words()
     assert is_sound(ledger, events=1_000)
+
+
+def test_a_worker_that_is_refused_leaks_neither_connections_nor_passwords(
+    ledger: Installation, rabbitmq_server: RabbitMQ, rabbitmq_url: str, client: Client
+) -> None:
+    def times_refused() -> int:
+        return log_of(rabbitmq_server.server).count("caused a channel exception resource_locked")
+
+    url = f"amqp://ann:sekrit-1@127.0.0.1:1//;{rabbitmq_url};amqp://bob:sekrit-2@127.0.0.1:1//"
+    worker = start_worker(ledger, url, "worker", "--loglevel=debug")
+    beat = ledger.start("beat", *celery("beat"), "--loglevel=debug", HOLDFAST_BROKER_URL=url)
+    grant_many(client, 0, 1)
+    eventually(lambda: ledger.count("credit_events") == 1)
+    with Connection(rabbitmq_url) as owner, owner.channel() as channel:
+        channel.queue_delete(QUEUE)
+        channel.queue_declare(QUEUE, durable=True, exclusive=True, auto_delete=False)
+        eventually(lambda: times_refused() > 2)
+        descriptors = psutil.Process(worker.pid).num_fds()
+        eventually(lambda: times_refused() > 9)
+        assert psutil.Process(worker.pid).num_fds() < descriptors + 4
+    eventually(lambda: "Consuming from amqp://ann:**@" in log_of(worker))
+    for process in (worker, beat):
+        assert ":**@127.0.0.1" in log_of(process)
+        assert "sekrit" not in log_of(process)
