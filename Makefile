@@ -27,6 +27,7 @@ test: lint ## every check: lint, types, all tests, every branch of the core
 	$(BIN)/pytest --ignore=tests/unit --numprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 soak: $(VENV)/dev.stamp ## half an hour of faults: nothing lost, nothing applied twice
+	$(BIN)/pytest -m soak
 	$(BIN)/python -m tests.nemesis --minutes 30
 
 bench: $(VENV)/runtime.stamp ## measure it, against the naive way: the table of docs/performance.md

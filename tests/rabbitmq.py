@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,13 @@ from worker.process import Process
 # Debian's commands in the path insist on the account rabbitmq and on its folders; this is what they call.
 _SERVER = shutil.which("rabbitmq-server", path="/usr/lib/rabbitmq/bin:" + os.environ["PATH"])
 _CONTROL = shutil.which("rabbitmqctl", path="/usr/lib/rabbitmq/bin:" + os.environ["PATH"])
+_QUEUES = shutil.which("rabbitmq-queues", path="/usr/lib/rabbitmq/bin:" + os.environ["PATH"])
 _PORT_MAPPER = shutil.which("epmd")
 
 START_TIMEOUT_S = 300.0
+
+# One scheduler, which sleeps when it has nothing to do: a node is cheap then.
+ERLANG_ARGUMENTS = "-kernel inet_dist_use_interface {127,0,0,1} +S 1:1 +sbwt none +sbwtdcpu none +sbwtdio none"
 
 CONFIGURATION = """\
 listeners.tcp.1 = 127.0.0.1:{port}
@@ -47,6 +51,10 @@ class RabbitMQ:
     port: int
     server: Process
     environment: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        return self.environment["RABBITMQ_NODENAME"]
 
     @property
     def url(self) -> str:
@@ -79,47 +87,93 @@ class RabbitMQ:
         assert _CONTROL is not None
         subprocess.run([_CONTROL, *command], env=self.environment, check=True, capture_output=True, timeout=300)
 
+    def queues(self, *command: str) -> str:
+        """Have `rabbitmq-queues` do something; returns what it prints."""
+        assert _QUEUES is not None
+        command = (_QUEUES, *command)
+        done = subprocess.run(command, env=self.environment, check=True, capture_output=True, timeout=300, text=True)
+        return done.stdout
+
+    def start(self) -> None:
+        self.server.start()
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until it takes connections."""
+        self.server.wait_until(self.answers, timeout_s=START_TIMEOUT_S)
+
     def restart(self) -> None:
         self.server.stop()
-        self.server.start()
-        self.server.wait_until(self.answers, timeout_s=START_TIMEOUT_S)
+        self.start()
 
 
 @contextmanager
 def running() -> Iterator[RabbitMQ]:
     """Start one, with nothing in it."""
-    assert _SERVER is not None
+    with cluster(1) as [broker]:
+        yield broker
+
+
+@contextmanager
+def cluster(
+    size: int = 3, *, while_first_is_alone: Callable[[RabbitMQ], None] = lambda _: None
+) -> Iterator[list[RabbitMQ]]:
+    """Start so many nodes of one cluster, with nothing in it but what is done while there is only the first."""
     assert _PORT_MAPPER is not None
     with ExitStack() as cleanup:
         folder = Path(tempfile.mkdtemp(prefix="rabbitmq-"))
         cleanup.callback(shutil.rmtree, folder)
-        port, distribution_port, mapper_port = free_port(), free_port(), free_port()
-        configuration = folder / "rabbitmq.conf"
-        configuration.write_text(CONFIGURATION.format(port=port))
         plugins = folder / "enabled_plugins"
         plugins.write_text("[].")
+        ports = [free_port() for _ in range(size)]
+        mapper_port = free_port()
         environment = {
             "PATH": os.environ["PATH"],
             "LANG": "C.UTF-8",
             "HOME": str(folder),  # where Erlang keeps the cookie
             "ERL_EPMD_PORT": str(mapper_port),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
-            "RABBITMQ_NODENAME": f"tests-{port}@localhost",
-            "RABBITMQ_NODE_PORT": str(port),
-            "RABBITMQ_DIST_PORT": str(distribution_port),
-            "RABBITMQ_CONFIG_FILE": str(configuration),
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(plugins),
             "RABBITMQ_MNESIA_BASE": str(folder / "data"),
             "RABBITMQ_LOG_BASE": str(folder / "logs"),
-            "RABBITMQ_PID_FILE": str(folder / "pid"),
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": ERLANG_ARGUMENTS,
             "RUNNING_UNDER_SYSTEMD": "true",  # no shell between us and the server
         }
         mapper = Process("epmd", [_PORT_MAPPER], folder, env=environment)
-        server = Process("rabbitmq", [_SERVER], folder, env=environment, cwd=folder)
-        for process in (mapper, server):
-            cleanup.callback(process.kill)
-            process.start()
-        broker = RabbitMQ(port, server, environment)
-        server.wait_until(broker.answers, timeout_s=START_TIMEOUT_S)
-        yield broker
+        cleanup.callback(mapper.kill)
+        mapper.start()
+        nodes = [_node(port, ports, folder, environment) for port in ports]
+        first, *others = nodes
+        for node in nodes:
+            cleanup.callback(node.server.kill)
+        first.start()
+        while_first_is_alone(first)
+        for node in others:  # which join it, at the same time
+            node.server.start()
+        for node in others:
+            node.wait()
+        yield nodes
+
+
+def _node(port: int, ports: list[int], folder: Path, environment: dict[str, str]) -> RabbitMQ:
+    assert _SERVER is not None
+    configuration = folder / f"{port}.conf"
+    members = enumerate(ports, start=1)
+    configuration.write_text(
+        CONFIGURATION.format(port=port)
+        + "cluster_formation.peer_discovery_backend = classic_config\n"
+        + "".join(f"cluster_formation.classic_config.nodes.{number} = {_name(one)}\n" for number, one in members)
+    )
+    own = {
+        **environment,
+        "RABBITMQ_NODENAME": _name(port),
+        "RABBITMQ_NODE_PORT": str(port),
+        "RABBITMQ_DIST_PORT": str(free_port()),
+        "RABBITMQ_CONFIG_FILE": str(configuration),
+        "RABBITMQ_PID_FILE": str(folder / f"{port}.pid"),
+    }
+    return RabbitMQ(port, Process(f"rabbitmq-{port}", [_SERVER], folder, env=own, cwd=folder), own)
+
+
+def _name(port: int) -> str:
+    return f"tests-{port}@localhost"

@@ -57,6 +57,8 @@ def create_app(settings: Settings) -> Celery:
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_channel_error_retry=True,
+        # RabbitMQ and a worker notice within three quarters of a minute that the other one is silent, or gone.
+        broker_heartbeat=20,
         worker_cancel_long_running_tasks_on_connection_loss=False,
         # Nothing about time is kept between two runs of the beat: whatever is due is found in the database.
         beat_scheduler="celery.beat:Scheduler",

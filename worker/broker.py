@@ -111,8 +111,19 @@ def create_celery(name: str, broker_url: str, result_url: str | None) -> Celery:
     return app
 
 
+def names_nodes_well(url: str) -> bool:
+    """Whether a broker's URL names one server or, each by a whole URL, with semicolons, the nodes of one RabbitMQ.
+
+    `ledger.settings` asks the same of the setting.
+    """
+    nodes = [node.partition("://") for node in url.split(";")]
+    if len(nodes) > 1 and (len({scheme for scheme, _, _ in nodes}) > 1 or not url.startswith(AMQP_SCHEMES)):
+        return False
+    return not any("," in (host.partition("@")[2] or host) for _, _, host in nodes)
+
+
 def masked(url: str) -> str:
-    """A broker's URL without its passwords, whether it names one server or, separated by semicolons, several."""
+    """A broker's URL without its passwords, of however many nodes."""
     return ";".join(sanitize_url(part) for part in url.split(";"))
 
 
@@ -176,4 +187,4 @@ def _redis_options() -> dict[str, Any]:
 
 
 def _rabbitmq_options() -> dict[str, Any]:
-    return {"write_timeout": 5}  # nobody waits for ever for a broker that takes nothing
+    return {"read_timeout": 5, "write_timeout": 5}  # nobody waits for ever for a broker that is stuck

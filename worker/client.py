@@ -34,8 +34,8 @@ from redis.retry import Retry
 
 from ledger.messages import InvalidMessage, parse
 from ledger.state import Result
-from worker.broker import AMQP_SCHEMES, QUEUE, REDIS_SCHEMES, create_celery
-from worker.publishing import BROKER_ERRORS, TIMEOUT_S, Encoded, Publisher
+from worker.broker import AMQP_SCHEMES, QUEUE, REDIS_SCHEMES, create_celery, names_nodes_well
+from worker.publishing import BROKER_ERRORS, TIMEOUT_S, Encoded, Publisher, connect, leave
 from worker.transport import UnsupportedServerError
 
 # Kombu keeps a queue as a list and takes from its right end. What is there may be large, so it is not fetched. At the
@@ -394,10 +394,17 @@ class Client(Messages):
     def __init__(self, broker_url: str, *, result_url: str | None = None) -> None:
         """`result_url`: where answers are kept, `redis://`; default: the broker, if that is Redis.
 
+        `broker_url`: of a RabbitMQ cluster, those of all nodes with semicolons between them.
+
         Raises ValueError for the URL of what can never be the broker, such as `sentinel://`.
         """
         if not broker_url.startswith((*REDIS_SCHEMES, *AMQP_SCHEMES)):
             raise ValueError("the broker's URL must begin with redis://, rediss://, amqp:// or amqps://")
+        if not names_nodes_well(broker_url):
+            raise ValueError(
+                "the broker's URL must name one server, or the nodes of one RabbitMQ by whole URLs with semicolons "
+                "between them: amqp://user:password@a//;amqp://user:password@b//"
+            )
         if result_url is None and broker_url.startswith(REDIS_SCHEMES):
             result_url = broker_url
         self._celery = create_celery("holdfast-client", broker_url, None)
@@ -442,8 +449,12 @@ class Client(Messages):
         """What waits in each queue of the ledger. Raises BrokerUnavailableError, or UnsupportedBrokerError."""
         try:
             with self._publisher.connections.acquire(block=True) as connection:
-                connection.ensure_connection(max_retries=0, timeout=TIMEOUT_S)
-                return {QUEUE: _waiting(connection, QUEUE)}
+                try:
+                    connect(connection)
+                    return {QUEUE: _waiting(connection, QUEUE)}
+                except BROKER_ERRORS:
+                    leave(connection)
+                    raise
         except UnsupportedServerError as error:
             raise UnsupportedBrokerError(str(error)) from error
         except BROKER_ERRORS as error:
@@ -528,11 +539,13 @@ def _next_message(announced: PubSub, wait_s: float) -> dict[str, Any] | None:
 
 def _waiting(connection: Connection, queue: str) -> Waiting:
     is_redis = connection.transport.driver_type == "redis"
-    with connection.channel() as channel:  # of its own, as RabbitMQ closes it if there is no such queue
-        if is_redis:
-            channel.check_server(channel.client)
-        try:
-            count = int(channel.queue_declare(queue, passive=True).message_count)
-        except connection.channel_errors:  # nothing was ever sent to it
-            return Waiting(0, None)
-        return Waiting(count, channel.client.eval(_OLDEST, 1, queue) if is_redis else None)
+    channel = connection.channel()  # of its own, as RabbitMQ closes it if there is no such queue
+    if is_redis:
+        channel.check_server(channel.client)
+    try:
+        count = int(channel.queue_declare(queue, passive=True).message_count)
+    except connection.channel_errors:  # nothing was ever sent to it
+        return Waiting(0, None)
+    waiting = Waiting(count, channel.client.eval(_OLDEST, 1, queue) if is_redis else None)
+    channel.close()  # only if all went well: a broker that is silent would not answer this either
+    return waiting

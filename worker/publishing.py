@@ -17,7 +17,7 @@ from amqp.exceptions import AMQPError
 from celery import Celery
 from celery.app.amqp import AMQP
 from celery.utils import uuid
-from kombu.connection import Connection, ConnectionPool
+from kombu.connection import Connection, ConnectionPool, PooledConnection
 from kombu.exceptions import KombuError
 from kombu.messaging import Producer
 from kombu.pools import ProducerPool
@@ -29,7 +29,7 @@ from worker.broker import QUEUE, declare_queues, masked
 from worker.transport import UnsupportedServerError
 
 TIMEOUT_S = 5.0
-"""How long the broker may be silent."""
+"""How long the broker, or one of its nodes, may be silent."""
 
 POOL_LIMIT = 10
 """The most connections of one client; further threads wait for one."""
@@ -39,7 +39,7 @@ CHUNK_BYTES = 4 * 2**20
 """The most that goes in one round trip: so much is not felt by others who use the broker."""
 
 _PERSISTENT = 2  # AMQP's delivery mode of what outlives a restart of the broker
-_RETRIES = {"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1.0}
+_RETRIES: dict[str, Any] = {"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1.0}
 
 
 class UnconfirmedError(Exception):
@@ -61,10 +61,22 @@ class Encoded:
     properties: dict[str, Any]
 
 
+class _Connection(PooledConnection):
+    """Leaves a node of the broker at once, whatever that is doing, when there is another one to go to."""
+
+    def switch(self, conn_str: str) -> None:
+        self.collect()  # type: ignore[no-untyped-call] # to close it in order, a node that is silent would be waited for
+        super().switch(conn_str)  # type: ignore[no-untyped-call]
+
+
 class _Connections(ConnectionPool):
     """Connections that a fork leaves alone: to close its copies, as kombu would, ends AMQP's for the parent too."""
 
     close_after_fork = False
+
+    def new(self) -> _Connection:
+        like = self.connection._info(resolve=False)  # noqa: SLF001 # as its base class does
+        return _Connection(self, **dict(like))  # type: ignore[no-untyped-call]
 
 
 class Publisher:
@@ -121,7 +133,7 @@ class Publisher:
                 for chunk in _chunks(messages):
                     patiently(producer, chunk)
             except BROKER_ERRORS:
-                producer.connection.collect()  # to close it in order would be to wait for a broker that may be silent
+                leave(producer.connection)
                 raise
 
     def close(self) -> None:
@@ -201,15 +213,36 @@ class _Confirms:
         self._returned += 1
 
 
+def leave(connection: Connection) -> None:
+    """Be done with a connection that has failed. Used again, it goes to the broker's next node if there is one."""
+    connection.collect()  # to close it in order would be to wait for a broker that may be silent
+    connection.maybe_switch_next()
+
+
+def connect(connection: Connection) -> None:
+    """Try each of the broker's nodes once, for TIMEOUT_S at most. Raises one of BROKER_ERRORS."""
+    nodes = _nodes(connection)
+    connection.ensure_connection(max_retries=nodes - 1, timeout=nodes * TIMEOUT_S)
+
+
+def _nodes(connection: Connection) -> int:
+    return len(connection.alt) or 1
+
+
 def _connection(app: Celery) -> Connection:
     connection: Connection = app.connection_for_write(
         heartbeat=0,  # nobody is there to send one while the client is idle; a dead connection is found when used
         connect_timeout=TIMEOUT_S,
     )
     is_rabbitmq = connection.transport.driver_type == "amqp"
+    nodes = _nodes(connection)
     connection.transport_options = {
         **(connection.transport_options or {}),
-        **_RETRIES,  # kombu reads from here how often it may try to connect; without, it tries for ever
+        # Kombu reads from here how often it may try to connect, and for how long, all nodes of the broker together.
+        # Without the one it tries for ever; without the other it ends when the first node has been silent.
+        **_RETRIES,
+        "max_retries": nodes * (_RETRIES["max_retries"] + 1) - 1,
+        "connect_retries_timeout": nodes * TIMEOUT_S,
         # The one would wait for each message, which `_Confirms` does not; the other is Redis's own.
         **({"confirm_publish": False} if is_rabbitmq else {"socket_timeout": TIMEOUT_S}),
     }
