@@ -14,6 +14,11 @@ from ledger.database import parse_url
 
 PREFIX = "HOLDFAST_"
 BROKER_SCHEMES = ("redis", "rediss", "amqp", "amqps")
+AMQP_SCHEMES = {"amqp", "amqps"}
+SEVERAL_NODES = (
+    "must name one server, or the nodes of one RabbitMQ by whole URLs with semicolons between them: "
+    "amqp://user:password@a//;amqp://user:password@b//"
+)
 CERTIFICATE_CHECKS = ("required", "optional", "none")
 RESULT_SCHEMES = ("redis", "rediss")
 MIN_SECRET_LENGTH = 32
@@ -40,7 +45,11 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, env_ignore_empty=True)
 
     database_url: str | None = Field(None, description="PostgreSQL: `postgresql+psycopg://user:password@host/database`")
-    broker_url: str | None = Field(None, description="The broker: `redis://`, `rediss://`, `amqp://` or `amqps://`")
+    broker_url: str | None = Field(
+        None,
+        description="The broker: `redis://`, `rediss://`, `amqp://` or `amqps://`; of a RabbitMQ cluster "
+        "all nodes, with semicolons: `amqp://user:password@a//;amqp://user:password@b//`",
+    )
     result_url: str | None = Field(
         None,
         description="Where results are kept for who waits for them: `redis://`; default: the broker, if it is Redis",
@@ -96,7 +105,18 @@ class Settings(BaseSettings):
     @field_validator("broker_url")
     @classmethod
     def _is_broker(cls, url: str | None) -> str | None:
-        return _with_scheme(url, BROKER_SCHEMES)
+        if url is None:
+            return None
+        nodes = url.split(";")
+        kinds = {node.partition("://")[0] for node in nodes}
+        if len(nodes) > 1 and not (len(kinds) == 1 and kinds <= AMQP_SCHEMES):
+            raise ValueError(SEVERAL_NODES)
+        for node in nodes:
+            host = node.partition("://")[2]
+            if "," in (host.partition("@")[2] or host):
+                raise ValueError(SEVERAL_NODES)
+            _with_scheme(node, BROKER_SCHEMES)
+        return url
 
     @field_validator("result_url")
     @classmethod

@@ -1,5 +1,6 @@
 """A server that can never be the broker is refused by everybody: nobody takes a message that no worker would take."""
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -8,8 +9,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from tests.acceptance.installation import celery, environment, exit_code, log_of, open_folder
-from tests.support import eventually
+from tests.acceptance.installation import HOLDFAST, celery, environment, exit_code, log_of, open_folder
+from tests.support import PATIENCE_S, eventually
 from worker.client import Client, NotSentError, UnsupportedBrokerError
 from worker.embedded import _valkey_binary, free_port
 from worker.process import Process
@@ -18,6 +19,7 @@ CLUSTER = "the broker is a Redis cluster; Holdfast needs a single server"
 SENTINEL = "the broker is a Redis Sentinel; Holdfast needs the server itself"
 DATABASE = "postgresql+psycopg://u@127.0.0.1:1/d"
 API = [sys.executable, "-m", "uvicorn", "api_stub.app:app", "--port", "0"]
+REPLAY = [HOLDFAST, "failed", "replay", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +105,21 @@ def test_nothing_was_left_in_the_cluster(cluster: str) -> None:
 def test_the_client_refuses_the_url_of_anything_else(url: str) -> None:
     with pytest.raises(ValueError, match=r"the broker's URL must begin with redis://, rediss://, amqp:// or amqps://"):
         Client(url)
+
+
+def test_the_client_refuses_several_servers_but_by_whole_urls_with_semicolons() -> None:
+    with pytest.raises(ValueError, match=r"^the broker's URL must name one server, or .*with semicolons"):
+        Client("amqp://a,b,c")
+    with Client("amqp://a//;amqp://b//"):
+        pass
+
+
+@pytest.mark.parametrize("argv", [celery("worker"), celery("beat"), API, REPLAY], ids=["worker", "beat", "api", "cli"])
+def test_every_process_refuses_several_servers_with_commas(folder: Path, argv: list[str]) -> None:
+    settings = environment(
+        HOLDFAST_DATABASE_URL=DATABASE, HOLDFAST_BROKER_URL="amqp://u:sekrit@a,b//", HOLDFAST_JWT_SECRET="s" * 32
+    )
+    ended = subprocess.run(argv, env=settings, cwd=folder, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("holdfast: HOLDFAST_BROKER_URL must name one server, or ")
+    assert ended.stderr.count("\n") == 1

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ledger.settings import Settings, SettingsError
+from worker.broker import names_nodes_well
 
 DATABASE = "postgresql+psycopg://user:sekrit@host/holdfast"
 REDIS = "redis://:sekrit@host:6379/0"
@@ -52,22 +53,15 @@ def test_an_empty_setting_is_not_set(environment: Environment) -> None:
     environment(BROKER_URL="")
     assert Settings.load().broker_url is None
     assert refusal("broker_url") == (
-        "HOLDFAST_BROKER_URL is not set; The broker: `redis://`, `rediss://`, `amqp://` or `amqps://`"
+        "HOLDFAST_BROKER_URL is not set; The broker: `redis://`, `rediss://`, `amqp://` or `amqps://`; "
+        "of a RabbitMQ cluster all nodes, with semicolons: `amqp://user:password@a//;amqp://user:password@b//`"
     )
 
 
-@pytest.mark.parametrize(
-    ("needed", "line"),
-    [
-        (
-            "database_url",
-            "HOLDFAST_DATABASE_URL is not set; PostgreSQL: `postgresql+psycopg://user:password@host/database`",
-        ),
-        ("broker_url", "HOLDFAST_BROKER_URL is not set; The broker: `redis://`, `rediss://`, `amqp://` or `amqps://`"),
-    ],
-)
-def test_a_missing_setting_says_what_it_is(environment: Environment, needed: str, line: str) -> None:
-    assert refusal(needed) == line
+def test_a_missing_setting_says_what_it_is(environment: Environment) -> None:
+    assert refusal("database_url") == (
+        "HOLDFAST_DATABASE_URL is not set; PostgreSQL: `postgresql+psycopg://user:password@host/database`"
+    )
 
 
 @pytest.mark.parametrize(
@@ -250,6 +244,42 @@ def test_what_a_token_must_say_is_not_looked_at_unless_it_is_set(environment: En
 def test_every_documented_broker_is_accepted(environment: Environment, scheme: str) -> None:
     environment(BROKER_URL=f"{scheme}://user:sekrit@host:1/0")
     assert Settings.load("broker_url").broker_url == f"{scheme}://user:sekrit@host:1/0"
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["amqp://u:p,w@a//;amqp://u:sekrit@b//", "amqps://u:sekrit@a:1/v;amqps://u:sekrit@b:2/v;amqps://u:sekrit@c:3/v"],
+)
+def test_nodes_of_a_cluster_are_separated_by_semicolons(environment: Environment, url: str) -> None:
+    environment(BROKER_URL=url)
+    assert Settings.load("broker_url").broker_url == url
+    assert names_nodes_well(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "amqp://a,b,c",
+        "amqp://u:sekrit@a,b//",
+        "amqp://u:sekrit@a:5672,b:5672//",
+        "amqp://u:sekrit@a,u:sekrit@b//",
+        "amqp://u:sekrit@a//,amqp://u:sekrit@b//",
+        "amqp://u:sekrit@a//;u:sekrit@b//",
+        "amqp://u:sekrit@a//;b",
+        "amqp://u:sekrit@a//;",
+        "amqp://u:sekrit@a//;amqps://u:sekrit@b//",
+        "amqp://u:sekrit@a//;redis://:sekrit@b",
+        "redis://:sekrit@a;redis://:sekrit@b",
+        "redis://:sekrit@a,b/0",
+    ],
+)
+def test_several_servers_in_any_other_way_are_refused(environment: Environment, url: str) -> None:
+    environment(BROKER_URL=url)
+    assert refusal() == (
+        "HOLDFAST_BROKER_URL must name one server, or the nodes of one RabbitMQ by whole URLs with semicolons "
+        "between them: amqp://user:password@a//;amqp://user:password@b//"
+    )
+    assert not names_nodes_well(url)
 
 
 @pytest.mark.parametrize(
