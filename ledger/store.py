@@ -255,12 +255,11 @@ def _in_transactions(
             if not _others_can_go_on(engine, fault):
                 raise fault from None
             is_slow = isinstance(fault, QueryCanceled)
-            concerned = {org_id_of(items[place]) for place in places}
             if not carefully and not is_slow:
                 pending.append((places, True))
-            elif is_slow and answers and (len(concerned) == 1 or len(culprits) >= MOST_CULPRITS):
-                # Each further try costs the others time. Who waits is tried by itself, with fewer messages at a time.
-                culprits |= dict.fromkeys(concerned, fault)
+            elif is_slow and answers and _slow_ones(culprits) >= MOST_CULPRITS:
+                # Each further try costs the others time. Those that are left are tried by themselves.
+                culprits |= {org_id_of(items[place]): fault for place in places}
             elif len(places) > 1:
                 pending += [(part, True) for part in _dealt(places, lambda place: org_id_of(items[place]))]
             elif answers or len(culprits) < MOST_CULPRITS:
@@ -274,6 +273,10 @@ def _in_transactions(
         except psycopg.Error as second:  # not even that can be written
             raise fault from second
     return [answers[place] for place in range(len(items))]
+
+
+def _slow_ones(culprits: Mapping[str, Exception]) -> int:
+    return sum(isinstance(fault, QueryCanceled) for fault in culprits.values())
 
 
 def _parts(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
