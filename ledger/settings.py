@@ -10,15 +10,11 @@ from urllib.parse import parse_qsl, urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from ledger.broker_urls import SEVERAL_NODES, names_nodes_well
 from ledger.database import parse_url
 
 PREFIX = "HOLDFAST_"
 BROKER_SCHEMES = ("redis", "rediss", "amqp", "amqps")
-AMQP_SCHEMES = {"amqp", "amqps"}
-SEVERAL_NODES = (
-    "must name one server, or the nodes of one RabbitMQ by whole URLs with semicolons between them: "
-    "amqp://user:password@a//;amqp://user:password@b//"
-)
 CERTIFICATE_CHECKS = ("required", "optional", "none")
 RESULT_SCHEMES = ("redis", "rediss")
 MIN_SECRET_LENGTH = 32
@@ -107,14 +103,9 @@ class Settings(BaseSettings):
     def _is_broker(cls, url: str | None) -> str | None:
         if url is None:
             return None
-        nodes = url.split(";")
-        kinds = {node.partition("://")[0] for node in nodes}
-        if len(nodes) > 1 and not (len(kinds) == 1 and kinds <= AMQP_SCHEMES):
+        if not names_nodes_well(url):
             raise ValueError(SEVERAL_NODES)
-        for node in nodes:
-            host = node.partition("://")[2]
-            if "," in (host.partition("@")[2] or host):
-                raise ValueError(SEVERAL_NODES)
+        for node in url.split(";"):
             _with_scheme(node, BROKER_SCHEMES)
         return url
 

@@ -24,6 +24,7 @@ from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
 from kombu.utils.url import sanitize_url
 
+from ledger.broker_urls import AMQP_SCHEMES, SEVERAL_NODES, names_nodes_well
 from ledger.messages import DELIVERY_LIMIT
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,6 @@ DEAD_QUEUE = "credits.dead"
 """Where RabbitMQ puts what was delivered too often. The worker consumes it too."""
 
 REDIS_SCHEMES = ("redis://", "rediss://")
-AMQP_SCHEMES = ("amqp://", "amqps://")
 
 VISIBILITY_TIMEOUT_S = 60
 """After this, Redis delivers again what a worker took and never acknowledged."""
@@ -111,15 +111,12 @@ def create_celery(name: str, broker_url: str, result_url: str | None) -> Celery:
     return app
 
 
-def names_nodes_well(url: str) -> bool:
-    """Whether a broker's URL names one server or, each by a whole URL, with semicolons, the nodes of one RabbitMQ.
-
-    `ledger.settings` asks the same of the setting.
-    """
-    nodes = [node.partition("://") for node in url.split(";")]
-    if len(nodes) > 1 and (len({scheme for scheme, _, _ in nodes}) > 1 or not url.startswith(AMQP_SCHEMES)):
-        return False
-    return not any("," in (host.partition("@")[2] or host) for _, _, host in nodes)
+def refuse_no_broker(url: str) -> None:
+    """Raise ValueError for the URL of what can never be the broker."""
+    if not url.startswith((*REDIS_SCHEMES, *AMQP_SCHEMES)):
+        raise ValueError("the broker's URL must begin with redis://, rediss://, amqp:// or amqps://")
+    if not names_nodes_well(url):
+        raise ValueError(f"the broker's URL {SEVERAL_NODES}")
 
 
 def masked(url: str) -> str:

@@ -34,7 +34,7 @@ from redis.retry import Retry
 
 from ledger.messages import InvalidMessage, parse
 from ledger.state import Result
-from worker.broker import AMQP_SCHEMES, QUEUE, REDIS_SCHEMES, create_celery, names_nodes_well
+from worker.broker import QUEUE, REDIS_SCHEMES, create_celery, refuse_no_broker
 from worker.publishing import BROKER_ERRORS, TIMEOUT_S, Encoded, Publisher, connect, leave
 from worker.transport import UnsupportedServerError
 
@@ -398,13 +398,7 @@ class Client(Messages):
 
         Raises ValueError for the URL of what can never be the broker, such as `sentinel://`.
         """
-        if not broker_url.startswith((*REDIS_SCHEMES, *AMQP_SCHEMES)):
-            raise ValueError("the broker's URL must begin with redis://, rediss://, amqp:// or amqps://")
-        if not names_nodes_well(broker_url):
-            raise ValueError(
-                "the broker's URL must name one server, or the nodes of one RabbitMQ by whole URLs with semicolons "
-                "between them: amqp://user:password@a//;amqp://user:password@b//"
-            )
+        refuse_no_broker(broker_url)
         if result_url is None and broker_url.startswith(REDIS_SCHEMES):
             result_url = broker_url
         self._celery = create_celery("holdfast-client", broker_url, None)

@@ -106,7 +106,8 @@ def list_letters(
     matching = LetterFilter(None if status is Status.ALL else status, code, task, org_id, moment(since, "--since"))
     with open_ledger() as engine, engine.connect() as connection:
         found = dead_letters.letters(connection, matching, limit=limit + 1)
-        nameless = 0 if org_id is None else dead_letters.count_without_organization(connection, matching)
+        is_told = org_id is not None and not as_json
+        nameless = dead_letters.count_without_organization(connection, matching) if is_told else 0
     shown = found[:limit]
     if as_json:
         print_json({"items": [_fields(letter) for letter in shown], "has_more": len(found) > limit})
@@ -116,7 +117,7 @@ def list_letters(
         console.print(table(f"{which}, newest first: {count}", _COLUMNS, map(asdict, shown)))
     else:
         say("No dead letters." if matching == LetterFilter(None) else "No dead letters match.")
-    if nameless and not as_json:
+    if nameless:
         say(f"Besides, {_counted(nameless)} without an organization: see all without --org.")
 
 

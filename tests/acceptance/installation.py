@@ -98,6 +98,11 @@ class Installation:
     def start_worker(self, name: str = "worker") -> Process:
         return self.start(name, *celery("worker"))
 
+    def start_worker_on(self, rabbitmq_url: str, name: str = "worker", *flags: str) -> Process:
+        """A worker whose broker is RabbitMQ; answers are kept in Redis beside it."""
+        settings = {"HOLDFAST_BROKER_URL": rabbitmq_url, "HOLDFAST_RESULT_URL": self.broker_url}
+        return self.start(name, *celery("worker"), *flags, **settings)
+
     @contextmanager
     def serving_figures(self, *argv: str) -> Iterator[tuple[Process, httpx.Client]]:
         """A worker, and who reads its figures; it is killed at the end."""

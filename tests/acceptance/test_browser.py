@@ -217,16 +217,15 @@ def person(chrome: Chrome, address: str) -> Iterator[Person]:
 
 
 @pytest.fixture(scope="module")
-def cookies() -> list[dict[str, Any]]:
-    """What a customer's browser keeps after the first of them has signed in."""
-    return []
+def cookies(chrome: Chrome, address: str) -> list[dict[str, Any]]:
+    """What a customer's browser keeps after signing in."""
+    person = Person(chrome, address)
+    person.sign_in(token(sub="ann@acme.example"), HISTORY)
+    return list(chrome.get_cookies())
 
 
 @pytest.fixture
 def customer(person: Person, cookies: list[dict[str, Any]]) -> Person:
-    if not cookies:
-        person.sign_in(token(sub="ann@acme.example"), HISTORY)
-        cookies += person.driver.get_cookies()
     for cookie in cookies:
         person.driver.add_cookie(cookie)
     person.open(HISTORY)

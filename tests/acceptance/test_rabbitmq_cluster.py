@@ -13,13 +13,12 @@ from kombu import Connection, Queue
 
 from ledger import audit
 from tests import rabbitmq
-from tests.acceptance.installation import Installation, celery, installed, log_of
+from tests.acceptance.installation import Installation, log_of
 from tests.rabbitmq import RabbitMQ
 from tests.support import PATIENCE_S, eventually
 from worker.app import _confirm_publishing
 from worker.broker import DEAD_QUEUE, QUEUE, create_celery, declare_queues
 from worker.client import BrokerUnavailableError, Client, NotSentError
-from worker.embedded import Embedded
 
 pytestmark = [
     pytest.mark.timeout(600),  # seconds, for whole systems that start on a slow machine
@@ -53,12 +52,6 @@ def nodes(cluster: list[RabbitMQ]) -> list[RabbitMQ]:
     cluster[0].clear()
     declare(cluster[1])
     return cluster
-
-
-@pytest.fixture
-def ledger(services: Embedded) -> Iterator[Installation]:
-    with installed(services) as own:
-        yield own
 
 
 def url_of(nodes: list[RabbitMQ]) -> str:
@@ -115,10 +108,10 @@ def test_client_and_beat_leave_a_node_that_hangs(nodes: list[RabbitMQ]) -> None:
 
 @pytest.mark.parametrize("victims", [1, pytest.param(3, marks=pytest.mark.soak)])
 def test_nodes_that_are_killed_under_load_cost_nothing(
-    nodes: list[RabbitMQ], ledger: Installation, victims: int
+    nodes: list[RabbitMQ], installation: Installation, victims: int
 ) -> None:
     url = url_of(nodes)
-    worker = ledger.start("worker", *celery("worker"), HOLDFAST_BROKER_URL=url, HOLDFAST_RESULT_URL=ledger.broker_url)
+    worker = installation.start_worker_on(url)
     sent = 0
 
     def send(client: Client) -> None:
@@ -143,20 +136,19 @@ def test_nodes_that_are_killed_under_load_cost_nothing(
                 if not node.server.is_running:
                     node.start()
             send(client)
-            eventually(lambda: ledger.count("credit_events") > sent - 1_000)
+            eventually(lambda: installation.count("credit_events") > sent - 1_000)
             victim.server.kill()
             send(client)
-            eventually(lambda: ledger.count("credit_events") == sent)
+            eventually(lambda: installation.count("credit_events") == sent)
     assert worker.is_running
-    assert ledger.count("dead_letters") == 0
-    assert audit.verify(ledger.engine).is_clean
+    assert installation.count("dead_letters") == 0
+    assert audit.verify(installation.engine).is_clean
 
 
 @pytest.mark.soak
-def test_a_worker_leaves_a_node_that_hangs(nodes: list[RabbitMQ], ledger: Installation) -> None:
-    url = url_of(nodes)
-    worker = ledger.start("worker", *celery("worker"), HOLDFAST_BROKER_URL=url, HOLDFAST_RESULT_URL=ledger.broker_url)
+def test_a_worker_leaves_a_node_that_hangs(nodes: list[RabbitMQ], installation: Installation) -> None:
+    worker = installation.start_worker_on(url_of(nodes))
     eventually(lambda: "Connected and ready" in log_of(worker))
     with nodes[0].silent(), Client(nodes[1].url) as client:
         grant(client, "gift")
-        eventually(lambda: ledger.count("credit_events") == 1, timeout_s=2 * PATIENCE_S)
+        eventually(lambda: installation.count("credit_events") == 1, timeout_s=2 * PATIENCE_S)

@@ -29,7 +29,6 @@ from tests.support import PATIENCE_S, eventually, sql
 from worker.broker import DEAD_QUEUE, QUEUE, declare_queues
 from worker.client import Client
 from worker.embedded import Embedded
-from worker.process import Process
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
 
@@ -39,11 +38,6 @@ def ledger(services: Embedded, rabbitmq_url: str) -> Iterator[Installation]:
     """A ledger whose broker is RabbitMQ; answers are kept in Redis beside it."""
     with installed(services) as own:
         yield own
-
-
-def start_worker(ledger: Installation, rabbitmq_url: str, name: str = "worker", *flags: str) -> Process:
-    settings = {"HOLDFAST_BROKER_URL": rabbitmq_url, "HOLDFAST_RESULT_URL": ledger.broker_url}
-    return ledger.start(name, *celery("worker"), *flags, **settings)
 
 
 @pytest.fixture
@@ -76,7 +70,7 @@ def is_sound(ledger: Installation, *, events: int) -> bool:
 
 def test_messages_are_applied_in_batches_and_answered(ledger: Installation, rabbitmq_url: str, client: Client) -> None:
     grant_many(client, 0, 5_000)
-    start_worker(ledger, rabbitmq_url)
+    ledger.start_worker_on(rabbitmq_url)
     eventually(lambda: ledger.count("credit_events") == 5_000)
     [(transactions,)] = sql(ledger.engine, "SELECT count(DISTINCT xmin::text) FROM credit_events")
     assert transactions < 500, "less than ten messages in a batch"
@@ -92,7 +86,7 @@ def test_what_killed_and_stopped_workers_held_is_applied_once(
     grant_many(client, 0, 4_000)
     for number in range(4):
         before = ledger.count("credit_events")
-        worker = start_worker(ledger, rabbitmq_url, f"worker-{number}")
+        worker = ledger.start_worker_on(rabbitmq_url, f"worker-{number}")
         eventually(lambda before=before: ledger.count("credit_events") > before)
         if number % 2:
             terminate(worker)
@@ -100,7 +94,7 @@ def test_what_killed_and_stopped_workers_held_is_applied_once(
         else:
             os.kill(worker.pid, signal.SIGKILL)
         grant_many(client, 4_000 + 1_000 * number, 1_000)
-    start_worker(ledger, rabbitmq_url)
+    ledger.start_worker_on(rabbitmq_url)
     eventually(lambda: ledger.count("credit_events") == 8_000)
     eventually(lambda: is_drained(rabbitmq_url))
     assert is_sound(ledger, events=8_000)
@@ -129,7 +123,7 @@ def test_what_is_no_message_is_a_dead_letter_with_its_bytes(ledger: Installation
         declare_queues(connection)
         for body, properties in odd:
             channel.basic_publish(channel.prepare_message(body, **properties), exchange="", routing_key=QUEUE)
-    worker = start_worker(ledger, rabbitmq_url)
+    worker = ledger.start_worker_on(rabbitmq_url)
     eventually(lambda: ledger.count("dead_letters") == len(odd))
     letters = {bytes(body): code for body, code in sql(ledger.engine, "SELECT body, error_code FROM dead_letters")}
     codes = ["undecodable_message"] * 3 + ["unknown_task"] + ["undecodable_message"] * 2 + ["too_large"] * 2
@@ -146,7 +140,7 @@ def test_what_ends_its_worker_each_time_is_a_dead_letter_that_can_be_replayed(
     sql(ledger.engine, "ALTER TABLE wallets RENAME TO away")  # nothing can be applied, so it is held
     client.grant(org_id="acme", grant_id="poison", credits=5)
     eventually(lambda: waiting(rabbitmq_url)[QUEUE] == 1)
-    first = start_worker(ledger, rabbitmq_url, "first")
+    first = ledger.start_worker_on(rabbitmq_url, "first")
     eventually(lambda: warnings_in(first))
     os.kill(first.pid, signal.SIGKILL)
     for _ in range(DELIVERY_LIMIT):  # further workers that die of it
@@ -157,7 +151,7 @@ def test_what_ends_its_worker_each_time_is_a_dead_letter_that_can_be_replayed(
     for number in range(3):
         client.grant(org_id="acme", grant_id=f"gift-{number}", credits=1)
     sql(ledger.engine, "ALTER TABLE away RENAME TO wallets")
-    worker = start_worker(ledger, rabbitmq_url)
+    worker = ledger.start_worker_on(rabbitmq_url)
     eventually(lambda: ledger.count("dead_letters") == 1 and ledger.count("credit_events") == 3)
     [(code, task, body)] = sql(ledger.engine, "SELECT error_code, task, body FROM dead_letters")
     assert (code, task) == ("delivery_limit", "wallet.grant")
@@ -172,7 +166,7 @@ def test_neither_the_end_of_the_broker_nor_that_of_the_database_costs_a_message(
     services: Embedded, ledger: Installation
 ) -> None:
     with rabbitmq.running() as broker, Client(broker.url, result_url=ledger.broker_url) as client:
-        worker = start_worker(ledger, broker.url)
+        worker = ledger.start_worker_on(broker.url)
         client.grant(org_id="acme", grant_id="gift", credits=5, wait_s=PATIENCE_S)
         with ledger.engine.connect() as rival, rival.begin():
             rival.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")  # a broker may take its time
@@ -197,7 +191,7 @@ def test_a_broker_without_room_is_drained(
     grant_many(client, 0, 1_000)
     rabbitmq_server.control("set_vm_memory_high_watermark", "0.0001")
     try:
-        worker = start_worker(ledger, rabbitmq_url, "worker", "-E")
+        worker = ledger.start_worker_on(rabbitmq_url, "worker", "-E")
         eventually(lambda: is_drained(rabbitmq_url))
         assert worker.is_running
     finally:
@@ -214,7 +208,7 @@ def test_a_worker_that_is_refused_leaks_neither_connections_nor_passwords(
         return log_of(rabbitmq_server.server).count("caused a channel exception resource_locked")
 
     url = f"amqp://ann:sekrit-1@127.0.0.1:1//;{rabbitmq_url};amqp://bob:sekrit-2@127.0.0.1:1//"
-    worker = start_worker(ledger, url, "worker", "--loglevel=debug")
+    worker = ledger.start_worker_on(url, "worker", "--loglevel=debug")
     beat = ledger.start("beat", *celery("beat"), "--loglevel=debug", HOLDFAST_BROKER_URL=url)
     grant_many(client, 0, 1)
     eventually(lambda: ledger.count("credit_events") == 1)

@@ -300,9 +300,7 @@ def test_of_many_slow_organizations_not_every_one_is_looked_for_and_nothing_is_l
     apply_batch(engine, [purchase(org_id, "first") for org_id in organizations])
     on_insert_into(engine, "credit_events", "PERFORM pg_sleep(5)", when="NEW.org_id < 'org-040'")
     messages = [purchase(org_id, purchase_id) for purchase_id in ("second", "third") for org_id in organizations]
-    answers = dict(
-        zip([message.payload["org_id"] for message in messages], apply_batch(engine, messages), strict=False)
-    )
+    answers = dict(zip([message.payload["org_id"] for message in messages], apply_batch(engine, messages), strict=True))
     assert {answers[org_id] for org_id in organizations[:40]} == {Waits(org_id, SLOW) for org_id in organizations[:40]}
     # Whoever is left when so many are in trouble is tried by itself, and soon applied.
     for org_id in organizations[40:]:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ledger.broker_urls import names_nodes_well
 from ledger.settings import Settings, SettingsError
-from worker.broker import names_nodes_well
 
 DATABASE = "postgresql+psycopg://user:sekrit@host/holdfast"
 REDIS = "redis://:sekrit@host:6379/0"
