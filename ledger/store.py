@@ -236,8 +236,9 @@ def _in_transactions(
             places = [place for place in places if org_id_of(items[place]) not in culprits]
         if not places:
             continue
-        # The more are in trouble, the less each of them may cost the others.
-        patience_s = max(SHORT_PATIENCE_S / (1 + len(culprits)), SHORTEST_PATIENCE_S) if carefully else None
+        # The more had to be waited for, the less each of them may cost the others.
+        waited_for = _how_many(culprits, QueryCanceled, LockNotAvailable)
+        patience_s = max(SHORT_PATIENCE_S / (1 + waited_for), SHORTEST_PATIENCE_S) if carefully else None
         try:
             with _connection(engine) as connection:
                 answers |= zip(places, apply(connection, [items[place] for place in places], patience_s), strict=True)
@@ -257,7 +258,7 @@ def _in_transactions(
             is_slow = isinstance(fault, QueryCanceled)
             if not carefully and not is_slow:
                 pending.append((places, True))
-            elif is_slow and answers and _slow_ones(culprits) >= MOST_CULPRITS:
+            elif is_slow and answers and _how_many(culprits, QueryCanceled) >= MOST_CULPRITS:
                 # Each further try costs the others time. Those that are left are tried by themselves.
                 culprits |= {org_id_of(items[place]): fault for place in places}
             elif len(places) > 1:
@@ -275,8 +276,8 @@ def _in_transactions(
     return [answers[place] for place in range(len(items))]
 
 
-def _slow_ones(culprits: Mapping[str, Exception]) -> int:
-    return sum(isinstance(fault, QueryCanceled) for fault in culprits.values())
+def _how_many(culprits: Mapping[str, Exception], *kinds: type[Exception]) -> int:
+    return sum(isinstance(fault, kinds) for fault in culprits.values())
 
 
 def _parts(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
