@@ -59,7 +59,8 @@ MOST_ENTRY_BYTES = 256 * 2**10
 """The largest entry of a queue that is taken whole; of a larger one a worker gets the first part."""
 
 UNACKED, UNACKED_INDEX = "credits.unacked", "credits.unacked_index"
-"""What is taken and not acknowledged, by its tag, and when each was taken."""
+"""What is taken and not acknowledged, by its tag, and when each was taken. One that is too large to be taken whole is
+in a list of its own, `credits.unacked.<tag>`: it is moved there and back, and never copied."""
 
 TAKES_ONE = (
     f"Taking messages one by one: the next came back from workers that died, {SUSPECT} times or more, and may be why "
@@ -91,35 +92,44 @@ for list = 3, #KEYS do redis.call('LLEN', KEYS[list]) end
 local taken, held, index, large, bytes, suspect, full = {}, {}, {}, {}, 0, 0, false
 for list = 3, #KEYS do
   while not full and #taken < limit do
-    local items = redis.call('RPOP', KEYS[list], math.min(limit - #taken, 20))
-    if not items then break end
-    for at, item in ipairs(items) do
-      local restored = 0
+    local items = redis.call('LRANGE', KEYS[list], -math.min(limit - #taken, 20), -1)
+    local done = 0 -- how many of the list's last are taken and still in it
+    for at = #items, 1, -1 do
+      local item, restored = items[at], 0
       if keep and string.sub(item, 1, 13) == '{"restored": ' then
         restored = tonumber(string.match(item, '^{"restored": (%d+), ')) or 0
       end
-      if not full and restored >= suspect_from then
+      if restored >= suspect_from then
         suspect = 1
         full = #taken > 0 or not holds_nothing
+        if full then break end
       end
-      if full then
-        for back = #items, at, -1 do redis.call('RPUSH', KEYS[list], items[back]) end
-        break
+      done = done + 1
+      local own_tag = tag .. string.format('%03d', #taken + 1) -- in this order they are restored
+      local kept = item
+      if #item > most_entry then
+        kept = '' -- it is kept as it is, under a key of its own: a copy would take the server's time
+        local task_at = string.find(item, '"task": "', 1, true)
+        local task = task_at and string.match(item, '^"task": "([%w_.]+)"', task_at) or ''
+        large[#large + 1] = {#taken + 1, #item, redis.sha1hex(item), task}
+        item = string.sub(item, 1, first_part)
+        if keep then
+          redis.call('LTRIM', KEYS[list], 0, -done)
+          redis.call('LMOVE', KEYS[list], unacked .. '.' .. own_tag, 'RIGHT', 'LEFT')
+          done = 0
+        end
       end
       taken[#taken + 1] = item
       bytes = bytes + #item
-      local own_tag = tag .. string.format('%03d', #taken) -- in this order they are restored
       held[#held + 1] = own_tag
-      held[#held + 1] = '[' .. item .. tail
+      held[#held + 1] = '[' .. kept .. tail
       index[#index + 1] = now
       index[#index + 1] = own_tag
-      if #item > most_entry then
-        bytes = bytes - #item + first_part
-        taken[#taken] = string.sub(item, 1, first_part)
-        large[#large + 1] = {#taken, #item, redis.sha1hex(item), string.match(item, '"task": "([%w_.]+)"') or ''}
-      end
       full = bytes >= most or suspect == 1
+      if full then break end
     end
+    if done > 0 then redis.call('LTRIM', KEYS[list], 0, -1 - done) end
+    if #items == 0 then break end
   end
 end
 if keep and #taken > 0 then
@@ -139,12 +149,17 @@ for at = 5, #ARGV do
   if held then
     local item, came_from = string.match(held, '^%[(.*), "", "([^"]*)"%]$')
     if not item then item, came_from = held, queue end
-    if counts and string.sub(item, 1, 1) == '{' then
-      local restored, rest = string.match(item, '^{"restored": (%d+), (.*)$')
-      item = '{"restored": ' .. (restored or 0) + 1 .. ', ' .. (rest or string.sub(item, 2))
-    end
+    local own_key = unacked .. '.' .. tag
     -- The push goes first: what fails there is still held.
-    redis.call(push, prefix .. came_from, item)
+    if item == '' and redis.call('EXISTS', own_key) == 1 then -- it is large
+      redis.call('LMOVE', own_key, prefix .. came_from, 'LEFT', push == 'LPUSH' and 'LEFT' or 'RIGHT')
+    else
+      if counts and string.sub(item, 1, 1) == '{' then
+        local restored, rest = string.match(item, '^{"restored": (%d+), (.*)$')
+        item = '{"restored": ' .. (restored or 0) + 1 .. ', ' .. (rest or string.sub(item, 2))
+      end
+      redis.call(push, prefix .. came_from, item)
+    end
   end
   redis.call('HDEL', unacked, tag)
   redis.call('ZREM', unacked_index, tag)
@@ -158,7 +173,7 @@ for _, tag in ipairs(ARGV) do redis.call('ZADD', KEYS[2], 'XX', clock[1], tag) e
 """
 
 # A script that has written may go on when the memory is full. These two, which add nothing, therefore begin with a
-# write that changes nothing.
+# write that changes nothing; taking begins with LTRIM.
 
 _RESTORED = re.compile(rb'{"restored": (\d{1,9}), ')
 _TASK = re.compile(rb'"task": "([\w.]{1,256})"')
@@ -265,7 +280,9 @@ class QoS(kombu_redis.QoS):
 
     def acknowledge(self, delivery_tags: Sequence[str]) -> None:
         """Acknowledge messages, all in one round trip."""
-        self.channel.forget(delivery_tags)
+        # What was larger than an entry that is taken whole, and perhaps more, is set aside.
+        large = [tag for tag in delivery_tags if isinstance(self._delivered.get(tag), SetAside)]
+        self.channel.forget(delivery_tags, large)
         for tag in delivery_tags:
             self._delivered.pop(tag, None)
         self._held_bytes -= sum([self._bytes.pop(tag, 0) for tag in delivery_tags])
@@ -507,15 +524,17 @@ class Channel(kombu_redis.Channel):
         except Exception:  # noqa: BLE001 - what is in the envelope decides what is raised
             return SetAside(self, tag, item, task="", problem=NO_MESSAGE)
 
-    def forget(self, delivery_tags: Sequence[str]) -> None:
-        """Remove messages from what is unacknowledged, in one round trip."""
+    def forget(self, delivery_tags: Sequence[str], large: Sequence[str]) -> None:
+        """Remove messages from what is unacknowledged, in one round trip. `large`: which may have keys of their own."""
         if self.connection is None:
             raise ConnectionError("the connection to the broker is closed")
         unacked, unacked_index = self._kept_keys()
-        with self._redis.pipeline(transaction=False) as pipe:
+        with self._redis.pipeline(transaction=bool(large)) as pipe:
             # In this order: of one that is half done, nothing stays that no timeout finds.
             pipe.hdel(unacked, *delivery_tags)
             pipe.zrem(unacked_index, *delivery_tags)
+            if large:
+                pipe.unlink(*(f"{unacked}.{tag}" for tag in large))
             pipe.execute()
 
     def keep_alive(self, delivery_tags: Sequence[Any]) -> None:

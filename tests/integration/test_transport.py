@@ -677,6 +677,31 @@ def test_of_an_entry_that_is_too_large_only_the_first_part_is_taken(
     assert (broker.llen(QUEUE), held(broker)) == (0, 0)
 
 
+def test_what_is_too_large_is_moved_and_never_written_again(url: str, broker: redis.Redis) -> None:
+    """Else the server would be busy with it for seconds, and the worker give up before it has an answer."""
+
+    def written_bytes() -> int:
+        return int(broker.info("persistence")["aof_current_size"])
+
+    entries = [b"first", b"x" * 5_000_000, b"second", b"y" * 5_000_000, b"", b"third"]
+    broker.lpush(QUEUE, *entries)
+    before = written_bytes()
+    with working(url) as worker:
+        assert [len(message.body) for message in worker.receive(6)] == [5, MAX_BODY_BYTES, 6, MAX_BODY_BYTES, 0, 5]
+        assert len(broker.keys(f"{UNACKED}.*")) == 2  # type: ignore[arg-type]
+    assert broker.lrange(QUEUE, 0, -1) == entries[::-1]  # given back
+    give_up(url, broker, 6)
+    assert broker.lrange(QUEUE, 0, -1) == entries[::-1]  # timed out
+    with working(url) as worker:
+        worker.channel.restore([worker.receive(6)[1].delivery_tag], leftmost=True)
+    assert broker.lrange(QUEUE, 0, -1) == [entries[1], *reversed(entries[2:]), entries[0]]  # to be taken last
+    with working(url) as worker:
+        worker.receive(6)
+        worker.acknowledge()
+    assert written_bytes() - before < 1_000_000
+    assert broker.keys("credits*") == []
+
+
 def test_what_a_wait_is_answered_with_is_read_unless_it_is_too_large_and_only_then_the_wait_has_a_new_connection(
     url: str, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
