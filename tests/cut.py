@@ -1,43 +1,68 @@
-"""A way to a broker on which every connection breaks at the worst moment: the broker has it, the sender is not told."""
+"""A way to a broker on which connections break: when the broker has it and the sender is not told, or when a test says.
+
+A connection is broken by a reset, as by a firewall or a host that is gone.
+"""
 
 import selectors
 import socket
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from threading import Thread
+
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, and no time to send what is left
+
+
+@dataclass
+class Way:
+    """The `port` that leads to another one."""
+
+    port: int
+    _brokers: list[socket.socket] = field(default_factory=list)
+
+    def reset(self) -> None:
+        """Break every connection; new ones can be made."""
+        while self._brokers:
+            with suppress(OSError):  # it has ended by itself
+                self._brokers.pop().shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager
-def cut_way_to(port: int, *, after_bytes: int) -> Iterator[int]:
-    """A port that leads to `port`. Who has sent more than `after_bytes` is cut off instead of answered."""
+def cut_way_to(port: int, *, after_bytes: float = float("inf")) -> Iterator[Way]:
+    """A way to `port`. Who has sent more than `after_bytes` is cut off instead of answered."""
     with socket.create_server(("127.0.0.1", 0)) as entrance:
-        relay = Thread(target=_accept, args=(entrance, port, after_bytes))
+        way = Way(entrance.getsockname()[1])
+        relay = Thread(target=_accept, args=(entrance, port, after_bytes, way))
         relay.start()
         try:
-            yield entrance.getsockname()[1]
+            yield way
         finally:
             entrance.shutdown(socket.SHUT_RDWR)
+            way.reset()
             relay.join()
 
 
-def _accept(entrance: socket.socket, port: int, after_bytes: int) -> None:
+def _accept(entrance: socket.socket, port: int, after_bytes: float, way: Way) -> None:
     relays: list[Thread] = []
     with suppress(OSError):  # the end of the test
         while True:
             sender, _ = entrance.accept()
-            relays.append(Thread(target=_relay, args=(sender, port, after_bytes)))
+            sender.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            relays.append(Thread(target=_relay, args=(sender, port, after_bytes, way)))
             relays[-1].start()
     for relay in relays:
         relay.join()
 
 
-def _relay(sender: socket.socket, port: int, after_bytes: int) -> None:
+def _relay(sender: socket.socket, port: int, after_bytes: float, way: Way) -> None:
     with (
         suppress(OSError),
         sender,
         socket.create_connection(("127.0.0.1", port)) as broker,
         selectors.DefaultSelector() as ready,
     ):
+        way._brokers.append(broker)
         ready.register(sender, selectors.EVENT_READ)
         ready.register(broker, selectors.EVENT_READ)
         sent = 0

@@ -86,7 +86,15 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
     def register_with_event_loop(self, hub: Any) -> None:
         """The event loop begins."""
         super().register_with_event_loop(hub)
-        hub.on_tick.add(self.batch.flush)
+        hub.on_tick.add(self._flush)
+
+    def _flush(self) -> None:
+        try:
+            self.batch.flush()
+        except self.connection_errors:
+            # To read on from the lost connection would be another error, with a traceback.
+            self.hub._pop_ready()  # noqa: SLF001 - kombu has no other way to forget it
+            raise
 
     def create_task_handler(self, *_: Any, **__: Any) -> Callable[[Message], None]:
         """What is called with every message; asked for at the beginning of each connection."""

@@ -261,8 +261,8 @@ def test_a_connection_that_breaks_meanwhile_raises_and_sending_again_is_safe(
     address = urlsplit(running.broker_url)
     assert address.port is not None
     with (
-        cut_way_to(address.port, after_bytes=50_000) as port,
-        Client(address._replace(netloc=address.netloc.replace(str(address.port), str(port))).geturl()) as unlucky,
+        cut_way_to(address.port, after_bytes=50_000) as way,
+        Client(address._replace(netloc=address.netloc.replace(str(address.port), str(way.port))).geturl()) as unlucky,
         pytest.raises(NotSentError, match=r"^a batch of 100 messages, of which some may have arrived, could not be"),
     ):
         grant_all(unlucky)

@@ -173,8 +173,8 @@ def test_a_connection_that_breaks_meanwhile_raises_and_sending_again_completes_i
 ) -> None:
     grant(client, 0)
     with (
-        cut_way_to(rabbitmq_server.port, after_bytes=100_000) as port,
-        Client(f"amqp://127.0.0.1:{port}//") as unlucky,
+        cut_way_to(rabbitmq_server.port, after_bytes=100_000) as way,
+        Client(f"amqp://127.0.0.1:{way.port}//") as unlucky,
         pytest.raises(NotSentError) as failed,
     ):
         grant_many(unlucky, 500)

@@ -24,6 +24,7 @@ from tests.acceptance.installation import (
     terminate,
     warnings_in,
 )
+from tests.cut import cut_way_to
 from tests.rabbitmq import RabbitMQ
 from tests.support import PATIENCE_S, eventually, sql
 from worker.broker import DEAD_QUEUE, QUEUE, declare_queues
@@ -183,6 +184,27 @@ def test_neither_the_end_of_the_broker_nor_that_of_the_database_costs_a_message(
         terminate(worker)
         assert exit_code(worker) == 0
     assert is_sound(ledger, events=103)
+
+
+def test_a_connection_that_is_reset_while_a_batch_is_applied_is_one_line_in_the_log(
+    ledger: Installation, rabbitmq_server: RabbitMQ, client: Client
+) -> None:
+    is_locked_out = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    with cut_way_to(rabbitmq_server.port) as way:
+        worker = ledger.start_worker_on(f"amqp://127.0.0.1:{way.port}//")
+        client.grant(org_id="acme", grant_id="gift", credits=5, wait_s=PATIENCE_S)
+        os.kill(worker.pid, signal.SIGSTOP)
+        for number in range(3):  # it will read them one after the other, and ask for more
+            client.grant(org_id="acme", grant_id=f"gift-{number}", credits=5)
+        with ledger.locked("acme"):
+            os.kill(worker.pid, signal.SIGCONT)
+            eventually(lambda: sql(ledger.engine, is_locked_out))
+            way.reset()
+        eventually(lambda: ledger.count("credit_events") == 4)
+        assert client.grant(org_id="acme", grant_id="last", credits=5, wait_s=PATIENCE_S).available == 25
+        [lost] = warnings_in(worker)
+        assert "Connection to broker lost" in lost
+    assert is_sound(ledger, events=5)
 
 
 def test_a_broker_without_room_is_drained(
