@@ -2,12 +2,14 @@
 
 import os
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import psycopg
-from psycopg import conninfo
+from psycopg import conninfo, pq
+from psycopg.errors import Diagnostic, OperatorIntervention
 from psycopg.types.numeric import Int8BinaryDumper
 from sqlalchemy import URL, Engine, NullPool, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
@@ -24,6 +26,9 @@ TRANSACTION_TIMEOUT_S = 60
 
 POOL_TIMEOUT_S = 5
 """How long to wait for a connection while all are in use."""
+
+_WAITS_FOR_REPLICA = "SyncRepWaitForLSN"
+"""The function of PostgreSQL in which a commit waits, whatever the language of its messages."""
 
 _CONNECTION = {
     "connect_timeout": CONNECT_TIMEOUT_S,
@@ -77,6 +82,37 @@ class UnsuitableDatabaseError(psycopg.OperationalError):
     """The database can never be used; the message says why."""
 
 
+class LedgerConnection(psycopg.Connection[Any]):
+    """A connection on which a commit that no synchronous replica has confirmed is an error.
+
+    PostgreSQL only warns of it, when somebody cancels a session that waits for the replica. What was committed is
+    there, but would be gone if the replica took over now. Whoever asks again waits for the replica again.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._unconfirmed = unconfirmed = list[Diagnostic]()
+
+        def listen(notice: Diagnostic) -> None:
+            if notice.source_function == _WAITS_FOR_REPLICA:
+                unconfirmed.append(notice)
+
+        self.add_notice_handler(listen)
+
+    def commit(self) -> None:
+        """Commit. Raises OperatorIntervention if no replica has confirmed it."""
+        super().commit()
+        self.refuse_unconfirmed()
+
+    def refuse_unconfirmed(self) -> None:
+        """Raise OperatorIntervention if the commit that was sent last is one that no replica has confirmed."""
+        if self._unconfirmed:
+            self._unconfirmed.clear()
+            raise OperatorIntervention(
+                "somebody canceled a commit that waited for the synchronous replica, which may not have it"
+            )
+
+
 class WrongClockError(Exception):
     """The database's clock says something else than the others do; the message says what. It is waited for."""
 
@@ -89,10 +125,19 @@ def parse_url(url: str) -> URL:
         raise DatabaseURLError("is not a URL; it looks like postgresql+psycopg://user:password@host/database") from None
     if parsed.drivername != "postgresql+psycopg":
         raise DatabaseURLError(f"must begin with postgresql+psycopg://, not {parsed.drivername}://")
+    hosts = (parsed.host or "", str(parsed.query.get("host", "")))
+    if any("@" in host for host in hosts):
+        raise DatabaseURLError("names a host with an @ in it; in a user's name or a password, write %40 for @")
     try:
-        conninfo.make_conninfo(**{name: str(value) for name, value in parsed.query.items()})
+        options = conninfo.make_conninfo(**{name: str(value) for name, value in parsed.query.items()})
     except psycopg.ProgrammingError as error:
         raise DatabaseURLError(f"has an option that PostgreSQL does not know: {describe(error)}") from None
+    # There is nothing to connect to, and what is wrong with the options is found before that.
+    attempt = pq.PGconn.connect_start(conninfo.make_conninfo(options, host=os.devnull, hostaddr="", port="").encode())
+    problem = attempt.error_message.decode(errors="replace").strip()
+    attempt.finish()
+    if problem.startswith("invalid "):
+        raise DatabaseURLError(f"has an option with a wrong value: {problem}")
     return parsed
 
 
@@ -129,13 +174,15 @@ def connect(
 
     connections: WeakSet[psycopg.Connection[Any]] = WeakSet()
 
-    @event.listens_for(engine, "connect")
-    def prepare(connection: psycopg.Connection[Any], _: object) -> None:
+    @event.listens_for(engine, "do_connect")
+    def open_session(_: object, __: object, args: Sequence[Any], options: dict[str, Any]) -> LedgerConnection:
+        connection = LedgerConnection.connect(*args, **options)
         _begin_session(connection, transaction_timeout_s)
         # One parameter type per statement, whatever the size of the numbers in it: one prepared statement, not many.
         connection.adapters.register_dumper(int, Int8BinaryDumper)
         connection.adapters.register_dumper(Array, ArrayDumper)
         connections.add(connection)
+        return connection
 
     _connections[engine] = connections
     return engine
@@ -143,7 +190,7 @@ def connect(
 
 _KNOWS_TRANSACTION_TIMEOUT = 170_000
 _SESSION = """
-    SELECT pg_backend_pid(), current_setting('server_encoding'), set_config(
+    SELECT pg_backend_pid(), set_config(
         'synchronous_commit',
         CASE current_setting('synchronous_commit') WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END,
         false
@@ -151,14 +198,15 @@ _SESSION = """
 """
 
 
-def _begin_session(connection: psycopg.Connection[Any], transaction_timeout_s: int | None) -> None:
+def _begin_session(connection: LedgerConnection, transaction_timeout_s: int | None) -> None:
     """Make sure that what is committed on `connection` is on disk, whatever the server's default.
 
     Raises UnsuitableDatabaseError, or OperationalError if something between us and PostgreSQL shares its connections
     among clients. Our prepared statements and settings belong to a session: on a shared one, a name may be another
     client's statement.
     """
-    [(server, encoding, _)] = connection.execute(_SESSION).fetchall()
+    encoding = connection.info.parameter_status("server_encoding")
+    [(server, _)] = connection.execute(_SESSION).fetchall()
     if transaction_timeout_s is not None and connection.info.server_version >= _KNOWS_TRANSACTION_TIMEOUT:
         connection.execute("SELECT set_config('transaction_timeout', %s, false)", [f"{transaction_timeout_s}s"])
     connection.commit()

@@ -37,7 +37,15 @@ from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.exc import DBAPIError
 
 from ledger import arrays, clocks, dead_letters, rules, tables, waiting
-from ledger.database import LOCK_TIMEOUT_S, describe, is_abandoned, is_lost_connection, is_transient, may_be_local
+from ledger.database import (
+    LOCK_TIMEOUT_S,
+    LedgerConnection,
+    describe,
+    is_abandoned,
+    is_lost_connection,
+    is_transient,
+    may_be_local,
+)
 from ledger.dead_letters import DeadLetter
 from ledger.messages import (
     DELIVERY_LIMIT,
@@ -318,10 +326,11 @@ def _connection(engine: Engine) -> Iterator[Connection]:
     """A psycopg connection that begins no transaction by itself. One that failed is closed, not used again."""
     with engine.connect() as pooled:
         connection = pooled.connection.driver_connection
-        assert isinstance(connection, psycopg.Connection)
+        assert isinstance(connection, LedgerConnection)
         try:
             connection.autocommit = True  # the BEGIN that psycopg would send costs a round trip of its own
             yield connection
+            connection.refuse_unconfirmed()
             connection.autocommit = False
         except BaseException:
             # The server ends a connection that was closed a moment later; until then, it would hold the locks.

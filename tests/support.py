@@ -75,13 +75,13 @@ def no_more_acting(engine: Engine, table: str) -> None:
 
 
 @contextmanager
-def latin_database(services: Embedded) -> Iterator[str]:
-    """The URL of a database that cannot hold every text."""
+def database_encoded_in(encoding: str, services: Embedded) -> Iterator[str]:
+    """The URL of a database `encoded`, which cannot hold every text, or does not know what it holds."""
     admin = create_engine(services.admin_url, isolation_level="AUTOCOMMIT")
-    encoding = "ENCODING 'LATIN1' LOCALE_PROVIDER libc LOCALE 'C' TEMPLATE template0"
-    sql(admin, f"CREATE DATABASE latin OWNER holdfast {encoding}")
+    options = f"ENCODING '{encoding}' LOCALE_PROVIDER libc LOCALE 'C' TEMPLATE template0"
+    sql(admin, f"CREATE DATABASE encoded OWNER holdfast {options}")
     try:
-        yield services.postgres.url("holdfast", "latin")
+        yield services.postgres.url("holdfast", "encoded")
     finally:
-        sql(admin, "DROP DATABASE latin WITH (FORCE)")
+        sql(admin, "DROP DATABASE encoded WITH (FORCE)")
         admin.dispose()

@@ -44,7 +44,7 @@ from tests.acceptance.installation import (
     warnings_in,
 )
 from tests.acceptance.website import HISTORY, LETTERS, Visitor
-from tests.support import delivery, eventually, latin_database, sql, suspended
+from tests.support import database_encoded_in, delivery, eventually, sql, suspended
 from worker.answers import PAUSE_S
 from worker.embedded import Broker, Embedded
 from worker.process import Process
@@ -150,11 +150,11 @@ def test_a_database_that_cannot_hold_every_text_is_refused_at_the_start(
     services: Embedded, installation: Installation
 ) -> None:
     refused = (
-        "holdfast: the database latin has the encoding LATIN1; Holdfast needs one that was created"
+        "holdfast: the database encoded has the encoding SQL_ASCII; Holdfast needs one that was created"
         " with ENCODING 'UTF8' TEMPLATE template0"
     )
-    with latin_database(services) as url:
-        worker = installation.start("latin", *celery("worker"), HOLDFAST_DATABASE_URL=url)
+    with database_encoded_in("SQL_ASCII", services) as url:
+        worker = installation.start("encoded", *celery("worker"), HOLDFAST_DATABASE_URL=url)
         migrated = commands.run("migrate", env={**installation.environment, "HOLDFAST_DATABASE_URL": url})
         assert (migrated.returncode, migrated.stdout, migrated.stderr) == (2, "", f"{refused}\n")
         eventually(lambda: not worker.is_running)

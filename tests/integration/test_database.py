@@ -1,13 +1,16 @@
 """Connecting to PostgreSQL, and telling the faults that pass from the errors that stay, by real errors."""
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta, timezone
+from functools import partial
 from typing import Any
 
 import psycopg
 import pytest
+from psycopg.errors import OperatorIntervention
 from sqlalchemy import Connection, Engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 
@@ -22,8 +25,9 @@ from ledger.database import (
     may_be_local,
     refuse_unsuitable,
 )
+from ledger.state import Result
 from ledger.store import apply_batch
-from tests.support import PATIENCE_S, delivery, eventually, latin_database, sql
+from tests.support import PATIENCE_S, database_encoded_in, delivery, eventually, sql
 from worker.embedded import Embedded
 
 PURCHASE = "INSERT INTO posted_messages VALUES ('acme', 'purchase', 'p1', '{}', 'posted', NULL)"
@@ -46,6 +50,14 @@ PURCHASE = "INSERT INTO posted_messages VALUES ('acme', 'purchase', 'p1', '{}', 
         (
             "postgresql+psycopg://ann:p@ss:secret@host/credits",  # an @ that should be %40
             "is not a URL; it looks like postgresql+psycopg://user:password@host/database",
+        ),
+        (
+            "postgresql+psycopg://ann:pass@secret@host/credits",
+            "names a host with an @ in it; in a user's name or a password, write %40 for @",
+        ),
+        (
+            "postgresql+psycopg://ann:secret@/credits?host=one&host=two&target_session_attrs=read_write",
+            'has an option with a wrong value: invalid target_session_attrs value: "read_write"',
         ),
     ],
 )
@@ -114,16 +126,62 @@ def test_what_is_committed_is_on_disk_whatever_the_default_is(
     own.dispose()
 
 
-def test_a_database_that_cannot_hold_every_text_is_refused(services: Embedded) -> None:
-    with latin_database(services) as url:
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_a_database_that_cannot_hold_every_text_is_refused(services: Embedded, encoding: str) -> None:
+    with database_encoded_in(encoding, services) as url:
         own = connect(url)
         with pytest.raises(UnsuitableDatabaseError) as refused:
             refuse_unsuitable(own)
         own.dispose()
     assert str(refused.value) == (
-        "the database latin has the encoding LATIN1; Holdfast needs one that was created"
+        f"the database encoded has the encoding {encoding}; Holdfast needs one that was created"
         " with ENCODING 'UTF8' TEMPLATE template0"
     )
+
+
+def test_a_commit_that_was_canceled_while_it_waited_for_a_replica_is_no_commit(
+    services: Embedded, engine: Engine, database_url: str
+) -> None:
+    """Neither of a batch nor of anything else: the replica that takes over may not have it. Asking again waits, too."""
+    admin = connect(services.admin_url).execution_options(isolation_level="AUTOCOMMIT")
+    cancels = (
+        "SELECT pg_cancel_backend(pid) FROM pg_stat_activity"
+        f" WHERE wait_event = 'SyncRep' AND datname = '{make_url(database_url).database}'"
+    )
+    apply = partial(apply_batch, engine, [delivery("wallet.grant", org_id="acme", grant_id="g", credits=5)])
+    insert = partial(sql, engine, PURCHASE)
+
+    def shows_replicas(names: str) -> bool:
+        """Whether a new session has the setting."""
+        new = connect(database_url)
+        try:
+            return sql(new, "SHOW synchronous_standby_names") == [(names,)]
+        finally:
+            new.dispose()
+
+    try:
+        sql(admin, "ALTER SYSTEM SET synchronous_standby_names = 'gone'")
+        sql(admin, "SELECT pg_reload_conf()")
+        eventually(partial(shows_replicas, "gone"))
+        engine.dispose()
+        with ThreadPoolExecutor() as pool:
+            for attempt in (apply, apply, insert):
+                asked = pool.submit(attempt)
+                while not asked.done():  # a new wallet is a commit of its own
+                    sql(admin, cancels)
+                    time.sleep(0.05)
+                with pytest.raises((DBAPIError, OperatorIntervention)) as failed:
+                    asked.result(timeout=PATIENCE_S)
+                assert is_transient(failed.value)
+                assert describe(failed.value).startswith("somebody canceled a commit that waited for the synchronous")
+    finally:
+        sql(admin, "ALTER SYSTEM RESET synchronous_standby_names")
+        sql(admin, "SELECT pg_reload_conf()")
+        admin.dispose()
+    eventually(partial(shows_replicas, ""))
+    [again] = apply()
+    assert isinstance(again, Result)
+    assert (again.duplicate, again.available) == (True, 5)
 
 
 def test_a_database_that_is_not_there_may_be_suitable() -> None:
