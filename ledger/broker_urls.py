@@ -1,12 +1,30 @@
-"""How a URL names a broker: one rule for the setting and for the client, which has no settings."""
+"""How a URL names a broker, or where answers are kept: one rule for the settings and for the client, which has none."""
+
+import re
+from collections.abc import Sequence
+from urllib.parse import parse_qsl, urlsplit
 
 AMQP_SCHEMES = ("amqp://", "amqps://")
+REDIS_SCHEMES = ("redis://", "rediss://")
+CERTIFICATE_CHECKS = ("required", "optional", "none")
 
 SEVERAL_NODES = (
     "must name one server, or the nodes of one RabbitMQ by whole URLs with semicolons between them: "
     "amqp://user:password@a//;amqp://user:password@b//"
 )
-"""What is wrong with a URL that names its nodes badly, after the name of the URL."""
+
+
+def refuse_no_broker(url: str) -> None:
+    """Raise ValueError, which says what is wrong with it, for the URL of what can never be the broker."""
+    if not names_nodes_well(url):
+        raise ValueError(SEVERAL_NODES)
+    for node in url.split(";"):
+        _refuse_node(node, (*REDIS_SCHEMES, *AMQP_SCHEMES))
+
+
+def refuse_no_result_store(url: str) -> None:
+    """Raise ValueError, which says what is wrong with it, for the URL of what cannot keep answers."""
+    _refuse_node(url, REDIS_SCHEMES)
 
 
 def names_nodes_well(url: str) -> bool:
@@ -15,3 +33,25 @@ def names_nodes_well(url: str) -> bool:
     if len(nodes) > 1 and (len({scheme for scheme, _, _ in nodes}) > 1 or not url.startswith(AMQP_SCHEMES)):
         return False
     return not any("," in (host.partition("@")[2] or host) for _, _, host in nodes)
+
+
+def _refuse_node(url: str, schemes: Sequence[str]) -> None:
+    try:
+        parts = urlsplit(url)
+        is_well_formed = url.startswith(tuple(schemes)) and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, a bracket that does not close
+        is_well_formed = False
+    if not is_well_formed:
+        hint = (
+            "; in a password, write %40 for @, %2F for / and %23 for #"
+            if "@" in url and url.startswith(tuple(schemes))
+            else ""
+        )
+        raise ValueError(f"must begin with {', '.join(schemes[:-1])} or {schemes[-1]} and name a host{hint}")
+    if url.startswith(REDIS_SCHEMES) and not re.fullmatch(r"/?|/\d+", parts.path):
+        raise ValueError("must end with the number of a Redis database, such as /0")
+    options = dict(parse_qsl(parts.query))
+    if unknown := sorted(name for name in options if not name.startswith("ssl_")):
+        raise ValueError(f"has an option that is not known here: {unknown[0]}")
+    if options.get("ssl_cert_reqs", "required") not in CERTIFICATE_CHECKS:
+        raise ValueError(f"must have as ssl_cert_reqs one of {', '.join(CERTIFICATE_CHECKS)}")

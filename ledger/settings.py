@@ -5,18 +5,14 @@ import os
 import re
 from pathlib import Path
 from typing import Self
-from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from ledger.broker_urls import SEVERAL_NODES, names_nodes_well
+from ledger.broker_urls import REDIS_SCHEMES, refuse_no_broker, refuse_no_result_store
 from ledger.database import parse_url
 
 PREFIX = "HOLDFAST_"
-BROKER_SCHEMES = ("redis", "rediss", "amqp", "amqps")
-CERTIFICATE_CHECKS = ("required", "optional", "none")
-RESULT_SCHEMES = ("redis", "rediss")
 MIN_SECRET_LENGTH = 32
 _ADDRESS = re.compile(r"[^\s:]+:[0-9]{1,5}")
 _SERVICE_LINK = re.compile(
@@ -101,25 +97,23 @@ class Settings(BaseSettings):
     @field_validator("broker_url")
     @classmethod
     def _is_broker(cls, url: str | None) -> str | None:
-        if url is None:
-            return None
-        if not names_nodes_well(url):
-            raise ValueError(SEVERAL_NODES)
-        for node in url.split(";"):
-            _with_scheme(node, BROKER_SCHEMES)
+        if url is not None:
+            refuse_no_broker(url)
         return url
 
     @field_validator("result_url")
     @classmethod
     def _is_result_store(cls, url: str | None) -> str | None:
-        return _with_scheme(url, RESULT_SCHEMES)
+        if url is not None:
+            refuse_no_result_store(url)
+        return url
 
     @property
     def result_store_url(self) -> str | None:
         """Where results are kept; None: nowhere, as the broker is not Redis and nothing else was named."""
         if self.result_url is not None:
             return self.result_url
-        if self.broker_url is not None and urlsplit(self.broker_url).scheme in RESULT_SCHEMES:
+        if self.broker_url is not None and self.broker_url.startswith(REDIS_SCHEMES):
             return self.broker_url
         return None
 
@@ -144,24 +138,3 @@ class Settings(BaseSettings):
             if field in needed and getattr(settings, field) is None:
                 raise SettingsError(f"{variable} is not set; {cls.model_fields[field].description}")
         return settings
-
-
-def _with_scheme(url: str | None, schemes: tuple[str, ...]) -> str | None:
-    if url is None:
-        return None
-    try:
-        parts = urlsplit(url)
-        well_formed = url.startswith(tuple(f"{scheme}://" for scheme in schemes)) and bool(parts.hostname)
-        well_formed = well_formed and parts.port != 0
-    except ValueError:  # a port that is no number, a bracket that does not close
-        well_formed = False
-    if not well_formed:
-        raise ValueError(f"must begin with {' or '.join(f'{scheme}://' for scheme in schemes)} and name a host")
-    if parts.scheme in RESULT_SCHEMES and not re.fullmatch(r"/?|/\d+", parts.path):
-        raise ValueError("must end with the number of a Redis database, such as /0")
-    options = dict(parse_qsl(parts.query))
-    if unknown := sorted(name for name in options if not name.startswith("ssl_")):
-        raise ValueError(f"has an option that is not known here: {unknown[0]}")
-    if options.get("ssl_cert_reqs", "required") not in CERTIFICATE_CHECKS:
-        raise ValueError(f"must have as ssl_cert_reqs one of {', '.join(CERTIFICATE_CHECKS)}")
-    return url

@@ -22,9 +22,12 @@ from ledger.messages import MAX_BODY_BYTES
 from ledger.settings import Settings, SettingsError
 from worker import metrics
 from worker.batching import collect_garbage_seldom
-from worker.broker import create_celery, inflate_within, queues
+from worker.broker import create_celery, inflate_within, masked, queues, reason
+from worker.publishing import BROKER_ERRORS
 from worker.tasks import SCHEDULER_TASKS, register
 from worker.transport import Channel, UnsupportedServerError
+
+logger = logging.getLogger(__name__)
 
 DATABASE_PATIENCE_S, PATIENCE_S = 6.0, 9.0
 """How long a worker that was told to stop waits for the database, and for everything."""
@@ -140,12 +143,14 @@ def _confirm_publishing(app: Celery) -> None:
 
 def _end_if_unsupported(sender: Any, **_: object) -> None:
     """End the beat, once its broker is there, if that can never be the broker."""
-    channel = sender.scheduler.producer.channel
-    if isinstance(channel, Channel):
-        try:
+    try:
+        channel = sender.scheduler.producer.channel
+        if isinstance(channel, Channel):
             channel.check_server()
-        except UnsupportedServerError as error:
-            _fail(error)
+    except UnsupportedServerError as error:
+        _fail(error)
+    except BROKER_ERRORS as error:  # such as a login that is refused; it is tried again whenever something is due
+        logger.warning("Cannot send to %s, trying again: %s", masked(sender.app.conf.broker_url), reason(error))
 
 
 def _end_when_told(**_: object) -> None:

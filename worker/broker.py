@@ -24,7 +24,7 @@ from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
 from kombu.utils.url import sanitize_url
 
-from ledger.broker_urls import AMQP_SCHEMES, SEVERAL_NODES, names_nodes_well
+from ledger.broker_urls import AMQP_SCHEMES, REDIS_SCHEMES
 from ledger.messages import DELIVERY_LIMIT
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,6 @@ QUEUE = "credits"
 
 DEAD_QUEUE = "credits.dead"
 """Where RabbitMQ puts what was delivered too often. The worker consumes it too."""
-
-REDIS_SCHEMES = ("redis://", "rediss://")
 
 VISIBILITY_TIMEOUT_S = 60
 """After this, Redis delivers again what a worker took and never acknowledged."""
@@ -111,17 +109,15 @@ def create_celery(name: str, broker_url: str, result_url: str | None) -> Celery:
     return app
 
 
-def refuse_no_broker(url: str) -> None:
-    """Raise ValueError for the URL of what can never be the broker."""
-    if not url.startswith((*REDIS_SCHEMES, *AMQP_SCHEMES)):
-        raise ValueError("the broker's URL must begin with redis://, rediss://, amqp:// or amqps://")
-    if not names_nodes_well(url):
-        raise ValueError(f"the broker's URL {SEVERAL_NODES}")
-
-
 def masked(url: str) -> str:
     """A broker's URL without its passwords, of however many nodes."""
     return ";".join(sanitize_url(part) for part in url.split(";"))
+
+
+def reason(error: Exception) -> str:
+    """What the broker, or the way to it, has said, for a person."""
+    _, _, said = str(error).rpartition(" caused error: ")  # before it, redis-py shows the bytes that it sent
+    return said or type(error).__name__
 
 
 def _verified(url: str) -> str:

@@ -17,7 +17,7 @@ anywhere and at any time: it is applied once.
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -32,9 +32,10 @@ from redis.client import PubSub
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from ledger.broker_urls import REDIS_SCHEMES, refuse_no_broker, refuse_no_result_store
 from ledger.messages import InvalidMessage, parse
 from ledger.state import Result
-from worker.broker import QUEUE, REDIS_SCHEMES, create_celery, refuse_no_broker
+from worker.broker import QUEUE, create_celery
 from worker.publishing import BROKER_ERRORS, TIMEOUT_S, Encoded, Publisher, connect, leave
 from worker.transport import UnsupportedServerError
 
@@ -398,9 +399,11 @@ class Client(Messages):
 
         Raises ValueError for the URL of what can never be the broker, such as `sentinel://`.
         """
-        refuse_no_broker(broker_url)
+        _refuse(refuse_no_broker, broker_url, "broker's URL")
         if result_url is None and broker_url.startswith(REDIS_SCHEMES):
             result_url = broker_url
+        elif result_url is not None:
+            _refuse(refuse_no_result_store, result_url, "URL for answers")
         self._celery = create_celery("holdfast-client", broker_url, None)
         self._publisher = Publisher(self._celery)
         self._results = None if result_url is None else _redis(result_url)
@@ -513,6 +516,13 @@ def _result(answer: dict[str, Any]) -> Result:
     """The answer of a worker whose version may be another one: it may lack `state`, or say more than is known here."""
     known = {name: value for name, value in answer.items() if name in Result._fields}
     return Result(**{"state": None, **known, "event_seqs": tuple(answer["event_seqs"])})
+
+
+def _refuse(problem_of: Callable[[str], None], url: str, what: str) -> None:
+    try:
+        problem_of(url)
+    except ValueError as error:
+        raise ValueError(f"the {what} {error}") from None
 
 
 def _redis(url: str) -> Redis:

@@ -27,7 +27,7 @@ from ledger.messages import MAX_BODY_BYTES, InvalidMessage, too_large_body
 from ledger.store import Delivery
 from worker import metrics
 from worker.batching import Arrival, Batch, answer_to, is_text, raw_body
-from worker.broker import DEAD_QUEUE, UNKNOWN_COMPRESSION, declare_queues, masked
+from worker.broker import DEAD_QUEUE, UNKNOWN_COMPRESSION, declare_queues, masked, reason
 from worker.tasks import TASKS
 from worker.transport import DELIVERED_TOO_OFTEN, Channel, SetAside, UnsupportedServerError, read_json
 
@@ -68,7 +68,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
     def on_connection_error_before_connected(self, exc: Exception) -> None:
         """The broker is there, but refuses what a consumer needs. It is tried again in a second."""
         if not self._is_refused:
-            logger.warning("Cannot consume from %s, trying again: %s", masked(self.app.conf.broker_url), exc)
+            logger.warning("Cannot consume from %s, trying again: %s", masked(self.app.conf.broker_url), reason(exc))
         self._is_refused = True
         time.sleep(1)
 
@@ -125,7 +125,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
         def tell(error: Exception, _: float) -> None:
             nonlocal is_told
             if not (is_told or self._is_refused):
-                logger.warning("Cannot connect to %s, trying again: %s", broker, error)
+                logger.warning("Cannot connect to %s, trying again: %s", broker, reason(error))
                 is_told = True
 
         conn.ensure_connection(tell, interval_start=0.1, interval_step=0.3, interval_max=2.0, callback=maybe_shutdown)

@@ -107,6 +107,19 @@ def test_the_client_refuses_the_url_of_anything_else(url: str) -> None:
         Client(url)
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["amqp://ann:s3/sekrit@host//", "redis://:s3#sekrit@host/0", "redis://:sekrit@host:99999/0", "amqp://u:sekrit@h:0"],
+)
+def test_the_client_refuses_a_malformed_url_without_showing_it(url: str) -> None:
+    wanted = r"must begin with redis://.* and name a host; in a password, write %40 for @, %2F for / and %23 for #$"
+    with pytest.raises(ValueError, match=f"^the broker's URL {wanted}") as refused:
+        Client(url)
+    assert "s3" not in str(refused.value)
+    with pytest.raises(ValueError, match=r"^the URL for answers must begin with redis:// or rediss:// and name a host"):
+        Client("amqp://host//", result_url=url.replace("amqp", "redis"))
+
+
 def test_the_client_refuses_several_servers_but_by_whole_urls_with_semicolons() -> None:
     with pytest.raises(ValueError, match=r"^the broker's URL must name one server, or .*with semicolons"):
         Client("amqp://a,b,c")

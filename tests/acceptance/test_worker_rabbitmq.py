@@ -223,6 +223,17 @@ def test_a_broker_without_room_is_drained(
     assert is_sound(ledger, events=1_000)
 
 
+def test_a_beat_whose_login_is_refused_says_so_in_one_line(ledger: Installation, rabbitmq_server: RabbitMQ) -> None:
+    url = f"amqp://guest:sekrit@127.0.0.1:{rabbitmq_server.port}//"
+    beat = ledger.start("beat", *celery("beat"), HOLDFAST_BROKER_URL=url)
+    eventually(lambda: warnings_in(beat))
+    assert "Cannot send to amqp://guest:**@127.0.0.1" in warnings_in(beat)[0]
+    assert "ACCESS_REFUSED" in warnings_in(beat)[0]
+    assert beat.is_running
+    assert "Traceback" not in log_of(beat)
+    assert "sekrit" not in log_of(beat)
+
+
 def test_a_worker_that_is_refused_leaks_neither_connections_nor_passwords(
     ledger: Installation, rabbitmq_server: RabbitMQ, rabbitmq_url: str, client: Client
 ) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PURE = ("ledger.messages", "ledger.periods", "ledger.rules", "ledger.state")
+PURE = ("ledger.broker_urls", "ledger.messages", "ledger.periods", "ledger.rules", "ledger.state")
 PACKAGES = ("ledger", "worker", "api_stub")
 
 # In the sources of …, nothing but … may be imported of …

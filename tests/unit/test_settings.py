@@ -173,19 +173,19 @@ def test_a_setting_like_no_other_is_told_all_there_are(environment: Environment)
         ),
         (
             {"BROKER_URL": "memory://:sekrit@host"},
-            "HOLDFAST_BROKER_URL must begin with redis:// or rediss:// or amqp:// or amqps:// and name a host",
+            "HOLDFAST_BROKER_URL must begin with redis://, rediss://, amqp:// or amqps:// and name a host",
         ),
         (
             {"BROKER_URL": "sentinel://:sekrit@host:26379"},
-            "HOLDFAST_BROKER_URL must begin with redis:// or rediss:// or amqp:// or amqps:// and name a host",
+            "HOLDFAST_BROKER_URL must begin with redis://, rediss://, amqp:// or amqps:// and name a host",
         ),
         (
             {"BROKER_URL": "redis:///0"},
-            "HOLDFAST_BROKER_URL must begin with redis:// or rediss:// or amqp:// or amqps:// and name a host",
+            "HOLDFAST_BROKER_URL must begin with redis://, rediss://, amqp:// or amqps:// and name a host",
         ),
         (
             {"BROKER_URL": "host:6379"},
-            "HOLDFAST_BROKER_URL must begin with redis:// or rediss:// or amqp:// or amqps:// and name a host",
+            "HOLDFAST_BROKER_URL must begin with redis://, rediss://, amqp:// or amqps:// and name a host",
         ),
         (
             {"RESULT_URL": "amqp://user:sekrit@host"},
@@ -198,6 +198,13 @@ def test_a_setting_like_no_other_is_told_all_there_are(environment: Environment)
         (
             {"BROKER_URL": "amqp://user:sekrit@host//?heartbeat=x"},
             "HOLDFAST_BROKER_URL has an option that is not known here: heartbeat",
+        ),
+        (
+            {"BROKER_URL": "amqp://user:sekrit/sekrit@host//"},
+            (
+                "HOLDFAST_BROKER_URL must begin with redis://, rediss://, amqp:// or amqps:// and name a host;"
+                " in a password, write %40 for @, %2F for / and %23 for #"
+            ),
         ),
         (
             {"RESULT_URL": "redis://host/0?socket_timeout=abc"},
