@@ -2,7 +2,6 @@
 
 import os
 import socket
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -11,7 +10,7 @@ import psycopg
 from psycopg import conninfo, pq
 from psycopg.errors import Diagnostic, OperatorIntervention
 from psycopg.types.numeric import Int8BinaryDumper
-from sqlalchemy import URL, Engine, NullPool, create_engine, event, make_url
+from sqlalchemy import URL, Engine, NullPool, create_engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from ledger.arrays import Array, ArrayDumper
@@ -174,8 +173,7 @@ def connect(
 
     connections: WeakSet[psycopg.Connection[Any]] = WeakSet()
 
-    @event.listens_for(engine, "do_connect")
-    def open_session(_: object, __: object, args: Sequence[Any], options: dict[str, Any]) -> LedgerConnection:
+    def open_session(*args: Any, **options: Any) -> LedgerConnection:
         connection = LedgerConnection.connect(*args, **options)
         _begin_session(connection, transaction_timeout_s)
         # One parameter type per statement, whatever the size of the numbers in it: one prepared statement, not many.
@@ -184,6 +182,8 @@ def connect(
         connections.add(connection)
         return connection
 
+    # Before SQLAlchemy asks anything, which some databases answer with what it does not understand.
+    engine.dialect.connect = open_session  # type: ignore[assignment, method-assign]
     _connections[engine] = connections
     return engine
 

@@ -1,20 +1,24 @@
-"""A replica of the database takes over: the worker follows by itself, and what was lost can be sent again."""
+"""A replica of the database or of the broker takes over, and what was lost can be sent again."""
 
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import psycopg
 import pytest
+import redis
 
 from ledger import audit, migrations
 from ledger.database import connect
-from tests.acceptance.installation import Installation, Producer, installed_on, open_folder, wait_for_workers
+from tests.acceptance.installation import Installation, Producer, celery, installed_on, open_folder, wait_for_workers
 from tests.support import PATIENCE_S, eventually, sql
-from worker.embedded import Embedded, Postgres
+from worker.broker import QUEUE
+from worker.client import Client
+from worker.embedded import Broker, Embedded, Postgres
+from worker.transport import UNACKED
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
 
@@ -128,4 +132,32 @@ def test_what_an_asynchronous_replica_has_missed_is_sent_again_and_applied_once(
         producer.answer("wallet.grant", grant(number))
     assert granted(installation) == list(range(31))
     eventually(installation.is_drained)
+    assert audit.verify(installation.engine).is_clean
+
+
+def test_what_a_replica_of_redis_has_missed_is_sent_again_and_applied_once(installation: Installation) -> None:
+    with ExitStack() as stack:
+        primary, replica = (Broker(stack.enter_context(open_folder())) for _ in range(2))
+        for server in (primary, replica):
+            stack.callback(server.kill)
+            server.start()
+        follower = stack.enter_context(closing(redis.Redis.from_url(replica.url)))
+        source = urlsplit(primary.url)
+        follower.config_set("primaryauth", source.password or "")
+        follower.replicaof(source.hostname, source.port)  # type: ignore[arg-type]
+        sender = stack.enter_context(Client(primary.url))
+        for number in range(10):
+            sender.grant(**grant(number))
+        eventually(lambda: follower.llen(QUEUE) == 10)
+        follower.replicaof("NO", "ONE")  # type: ignore[arg-type]
+        for number in range(10, 15):
+            sender.grant(**grant(number))
+        primary.kill()
+        installation.start("worker", *celery("worker"), HOLDFAST_BROKER_URL=replica.url)
+        eventually(lambda: granted(installation) == list(range(10)))
+        again = stack.enter_context(Client(replica.url))
+        for number in range(15):  # the engine's own records say what it has sent
+            again.grant(**grant(number))
+        eventually(lambda: granted(installation) == list(range(15)))
+        eventually(lambda: follower.llen(QUEUE) == follower.hlen(UNACKED) == 0)
     assert audit.verify(installation.engine).is_clean

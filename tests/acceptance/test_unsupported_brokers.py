@@ -6,11 +6,23 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import httpx
 import pytest
 import redis
 
-from tests.acceptance.installation import HOLDFAST, celery, environment, exit_code, log_of, open_folder
-from tests.support import PATIENCE_S, eventually
+from ledger.store import apply_batch
+from tests.acceptance import commands
+from tests.acceptance.installation import (
+    HOLDFAST,
+    Installation,
+    celery,
+    environment,
+    exit_code,
+    log_of,
+    open_folder,
+)
+from tests.acceptance.website import SECRET, token
+from tests.support import PATIENCE_S, delivery, eventually
 from worker.client import Client, NotSentError, UnsupportedBrokerError
 from worker.embedded import _valkey_binary, free_port
 from worker.process import Process
@@ -136,3 +148,29 @@ def test_every_process_refuses_several_servers_with_commas(folder: Path, argv: l
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.startswith("holdfast: HOLDFAST_BROKER_URL must name one server, or ")
     assert ended.stderr.count("\n") == 1
+
+
+def test_neither_the_api_nor_a_command_shows_the_password_of_any_node(installation: Installation) -> None:
+    url = ";".join(f"amqp://user:sekrit-{number}@127.0.0.1:1//" for number in range(3))
+    port = free_port()
+    settings = {"HOLDFAST_BROKER_URL": url, "HOLDFAST_JWT_SECRET": SECRET}
+    api = installation.start("api", *API[:-1], str(port), "--log-level", "debug", **settings)
+    headers = {"Authorization": f"Bearer {token(scope='workflows:write')}"}
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, trust_env=False, timeout=PATIENCE_S) as web:
+
+        def is_refused() -> bool:
+            try:
+                sent = web.post("/api/organizations/acme/workflows/run/cancel", json={})
+            except httpx.ConnectError:
+                return False
+            assert sent.status_code == 503, sent.text
+            assert "sekrit" not in sent.text
+            return True
+
+        eventually(is_refused)
+    apply_batch(installation.engine, [delivery("workflow.start", org_id="acme", workflow_id="run", credits=0)])
+    released = commands.run("release", "acme", "run", "--why", "lost", env={**installation.environment, **settings})
+    assert released.returncode != 0
+    for shown in (log_of(api), released.stdout, released.stderr):
+        assert "sekrit" not in shown
+    assert "amqp://user:**@127.0.0.1:1" in released.stderr
