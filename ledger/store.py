@@ -238,6 +238,7 @@ def _in_transactions(
     places: Sequence[int] = range(len(items))
     pending = [(part, False) for part in _parts(places, MAX_BATCH)]
     culprits: dict[str, Exception] = {}
+    waited_for = 0
     while pending:
         places, carefully = pending.pop()
         if culprits:
@@ -245,8 +246,8 @@ def _in_transactions(
         if not places:
             continue
         # The more had to be waited for, the less each of them may cost the others.
-        waited_for = _how_many(culprits, QueryCanceled, LockNotAvailable)
         patience_s = max(SHORT_PATIENCE_S / (1 + waited_for), SHORTEST_PATIENCE_S) if carefully else None
+        began_at = time.monotonic()
         try:
             with _connection(engine) as connection:
                 answers |= zip(places, apply(connection, [items[place] for place in places], patience_s), strict=True)
@@ -264,15 +265,18 @@ def _in_transactions(
             if not _others_can_go_on(engine, fault):
                 raise fault from None
             is_slow = isinstance(fault, QueryCanceled)
+            slow_ones = sum(isinstance(fault, QueryCanceled) for fault in culprits.values())
             if not carefully and not is_slow:
                 pending.append((places, True))
-            elif is_slow and answers and _how_many(culprits, QueryCanceled) >= MOST_CULPRITS:
+            elif is_slow and answers and slow_ones >= MOST_CULPRITS:
                 # Each further try costs the others time. Those that are left are tried by themselves.
                 culprits |= {org_id_of(items[place]): fault for place in places}
             elif len(places) > 1:
                 pending += [(part, True) for part in _dealt(places, lambda place: org_id_of(items[place]))]
             elif answers or len(culprits) < MOST_CULPRITS:
                 culprits[org_id_of(items[places[0]])] = fault
+                if patience_s is not None and time.monotonic() - began_at > patience_s / 2:
+                    waited_for += 1  # whoever fails at once costs the others nothing
             else:
                 raise fault from None
     for org_id, fault in culprits.items():
@@ -282,10 +286,6 @@ def _in_transactions(
         except psycopg.Error as second:  # not even that can be written
             raise fault from second
     return [answers[place] for place in range(len(items))]
-
-
-def _how_many(culprits: Mapping[str, Exception], *kinds: type[Exception]) -> int:
-    return sum(isinstance(fault, kinds) for fault in culprits.values())
 
 
 def _parts(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
