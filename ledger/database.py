@@ -124,8 +124,7 @@ def parse_url(url: str) -> URL:
         raise DatabaseURLError("is not a URL; it looks like postgresql+psycopg://user:password@host/database") from None
     if parsed.drivername != "postgresql+psycopg":
         raise DatabaseURLError(f"must begin with postgresql+psycopg://, not {parsed.drivername}://")
-    hosts = (parsed.host or "", str(parsed.query.get("host", "")))
-    if any("@" in host for host in hosts):
+    if "@" in (parsed.host or ""):
         raise DatabaseURLError("names a host with an @ in it; in a user's name or a password, write %40 for @")
     try:
         options = conninfo.make_conninfo(**{name: str(value) for name, value in parsed.query.items()})

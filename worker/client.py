@@ -518,9 +518,9 @@ def _result(answer: dict[str, Any]) -> Result:
     return Result(**{"state": None, **known, "event_seqs": tuple(answer["event_seqs"])})
 
 
-def _refuse(problem_of: Callable[[str], None], url: str, what: str) -> None:
+def _refuse(check: Callable[[str], None], url: str, what: str) -> None:
     try:
-        problem_of(url)
+        check(url)
     except ValueError as error:
         raise ValueError(f"the {what} {error}") from None
 

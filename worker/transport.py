@@ -11,8 +11,9 @@ timeout that is only its own. What is in a queue but is no message of kombu's is
 the first part of an entry that is too large to be taken whole.
 
 What a worker holds does not time out while the worker lives. What a dead one held goes back to its queue, and how often
-that happened is counted: an entry that was restored `SUSPECT` times is taken alone, so that only one that ends its
-workers is counted further, and after `DELIVERY_LIMIT` times it is delivered as `SetAside`, and read by nobody.
+that happened is counted, but for one that is too large, which nobody reads: an entry that was restored `SUSPECT` times
+is taken alone, so that only one that ends its workers is counted further, and after `DELIVERY_LIMIT` times it is
+delivered as `SetAside`, and read by nobody.
 
 It does not change how messages are published, and it leans on the internals of kombu 5.7 and on redis-py's parser:
 tests/integration/test_transport.py holds what it leans on.
