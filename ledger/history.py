@@ -2,7 +2,8 @@
 
 The events of an organization are numbered without a gap and their times never decrease, so a range of time is a range
 of numbers, found by binary search: counting it, or beginning a page anywhere in it, is arithmetic. Only what filters by
-type or project looks at the events of the range one by one, to count them.
+type or project looks at the events of the range one by one, to count them: at their entries in the primary key, which
+has both.
 """
 
 import re
@@ -284,16 +285,21 @@ def events(
     found = _range(connection, org_id, matching)
     page = found if before_seq is None else found.before(before_seq)
     columns = credit_events.c
+    total = None
     if page.sieve:
         # Passing over the newer events, and perhaps sorting them, by their numbers alone: rows can be long. A query of
         # its own, as within one the planner may do it again for every row.
-        numbers = page.select().with_only_columns(columns.seq).offset(offset).limit(limit + 1)
-        query = page.select().where(columns.seq.in_(connection.scalars(numbers).all()))
+        numbers = connection.scalars(page.select().with_only_columns(columns.seq).offset(offset).limit(limit + 1)).all()
+        query = page.select().where(columns.seq.in_(numbers))
+        if before_seq is None and len(numbers) <= limit and (numbers or not offset):
+            total = offset + len(numbers)  # all were passed over: no need to do it again
     else:
         query = page.before(page.end - offset).select()
     rows = list(connection.execute(query.limit(limit + 1)).mappings())  # one more tells whether there is more
     shown = rows[:limit]
-    return Page(shown, found.count(connection), shown[-1]["seq"] if len(rows) > limit else None)
+    if total is None:
+        total = found.count(connection)
+    return Page(shown, total, shown[-1]["seq"] if len(rows) > limit else None)
 
 
 def newer(

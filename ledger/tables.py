@@ -191,7 +191,8 @@ credit_events = Table(
     _column("period_usage_after", BigInteger),
     _column("idempotency_key", Text),
     _column("metadata", JSONB),
-    PrimaryKeyConstraint("org_id", "seq", name="credit_events_pkey"),
+    # With what filters ask for, so that they read no event that they leave out.
+    PrimaryKeyConstraint("org_id", "seq", name="credit_events_pkey", postgresql_include=["event_type", "project_id"]),
     UniqueConstraint("org_id", "idempotency_key", name="credit_events_idempotency_key"),
     *(_check(f"credit_events_{name}", rule.format("_after")) for name, rule in _BALANCE_RULES.items()),
     _check("credit_events_seq", "seq >= 1"),

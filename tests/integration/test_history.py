@@ -495,6 +495,36 @@ def test_what_is_read_does_not_grow_with_the_history(
         assert 0 < events_read(connection) <= 150
 
 
+FILTERED: dict[str, Callable[[Connection], object]] = {
+    "a type": lambda c: history.events(c, "acme", EventFilter(event_types=("grant",))),
+    "a type that no event has": lambda c: history.events(c, "acme", EventFilter(event_types=("usage",))),
+    "a project": lambda c: history.events(c, "acme", EventFilter(project_id="red"), offset=1_500),
+    "a project that no event has": lambda c: history.events(c, "acme", EventFilter(project_id="nope")),
+    "both": lambda c: history.events(c, "acme", EventFilter(event_types=("refund",), project_id="red")),
+    "what is newer": lambda c: history.newer(c, "acme", EventFilter(project_id="red"), limit=100, before_seq=500),
+}
+
+
+@pytest.mark.parametrize("name", FILTERED)
+def test_what_a_filter_leaves_out_is_not_read(engine: Engine, name: str) -> None:
+    begin = datetime(2026, 1, 1, tzinfo=UTC)
+    for org_id in ("acme", "other", "third"):
+        write_grants(engine, org_id, [begin + timedelta(minutes=n) for n in range(10_000)])
+    sql(engine.execution_options(isolation_level="AUTOCOMMIT"), "VACUUM ANALYZE credit_events")
+    with engine.connect() as connection:
+        FILTERED[name](connection)
+        assert 0 <= events_read(connection) <= 150  # the rest was told by the index
+
+
+def test_events_are_passed_over_once_where_the_page_has_all_that_match(engine: Engine) -> None:
+    begin = datetime(2026, 1, 1, tzinfo=UTC)
+    write_grants(engine, "acme", [begin + timedelta(minutes=n) for n in range(3_000)])
+    with engine.connect() as connection:
+        assert history.events(connection, "acme", EventFilter(project_id="nope")).total == 0
+        assert history.events(connection, "acme", EventFilter(project_id="red"), offset=550).total == 600
+        assert 0 < events_read(connection) <= 3 * 3_100  # the third time for the rows of the page
+
+
 def test_a_page_far_back_is_found_by_passing_over_the_newer_ones_once(engine: Engine) -> None:
     begin = datetime(2026, 1, 1, tzinfo=UTC)
     write_grants(engine, "acme", [begin + timedelta(minutes=n) for n in range(3_000)])
