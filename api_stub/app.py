@@ -28,6 +28,7 @@ from api_stub import answers, errors, metrics, operators, pages
 from api_stub.problems import Problem
 from api_stub.rendering import FOR_ALL
 from api_stub.services import Services, Using, organization
+from api_stub.turns import Turns
 from ledger import history, logs
 from ledger.history import EventFilter, WalletView
 from ledger.messages import ID_PATTERN, MAX_CREDITS, MESSAGES, InvalidMessage, parse
@@ -90,6 +91,7 @@ def create_app(settings: Settings) -> FastAPI:
         responses=errors.RESPONSES,
     )
     app.state.services = Services(settings)
+    app.add_middleware(Turns, authenticator=app.state.services.authenticator)
     app.add_middleware(_around_every_answer)
     errors.install(app)
     _add_credits(app)
@@ -128,7 +130,12 @@ def _around_every_answer(app: ASGIApp) -> ASGIApp:
 
 
 def _add_credits(app: FastAPI) -> None:
-    @app.get("/api/organizations/{orgId}/credit-events", tags=["credits"], response_model=answers.EventPage)
+    @app.get(
+        "/api/organizations/{orgId}/credit-events",
+        tags=["credits"],
+        response_model=answers.EventPage,
+        responses=errors.READ_RESPONSES,
+    )
     def credit_events(
         org_id: ReadableOrg,
         using: Using,
@@ -140,7 +147,7 @@ def _add_credits(app: FastAPI) -> None:
         """The credit history, newest first. Follow `next_cursor` to read on while events are being added."""
         if cursor is not None and offset:
             raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "cursor cannot be combined with offset")
-        with using.reading() as ledger:
+        with using.reading(looks_at_each=matching.looks_at_each) as ledger:
             page = history.events(ledger, org_id, matching, limit=limit, offset=offset, before_seq=cursor)
         return {
             "items": [history.as_item(event) for event in page.events],
@@ -150,7 +157,12 @@ def _add_credits(app: FastAPI) -> None:
             "next_cursor": page.next_before_seq,
         }
 
-    @app.get("/api/organizations/{orgId}/credits", tags=["credits"], response_model=answers.Wallet | answers.WalletThen)
+    @app.get(
+        "/api/organizations/{orgId}/credits",
+        tags=["credits"],
+        response_model=answers.Wallet | answers.WalletThen,
+        responses=errors.READ_RESPONSES,
+    )
     def credits_of(
         org_id: ReadableOrg,
         using: Using,
@@ -165,7 +177,12 @@ def _add_credits(app: FastAPI) -> None:
                 return {"org_id": org_id, "at": at, **asdict(history.balances_at(ledger, org_id, at))}
             return _wallet_json(history.wallet(ledger, org_id) or WalletView(org_id))
 
-    @app.get("/api/organizations/{orgId}/workflows/{workflowId}", tags=["workflows"], response_model=answers.Workflow)
+    @app.get(
+        "/api/organizations/{orgId}/workflows/{workflowId}",
+        tags=["workflows"],
+        response_model=answers.Workflow,
+        responses=errors.READ_RESPONSES,
+    )
     def workflow(org_id: ReadableOrg, workflow_id: WorkflowId, using: Using) -> dict[str, Any]:
         """What became of a workflow: its state, reservation and usage, and its events and refunds, oldest first."""
         found = None

@@ -16,36 +16,48 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Mount
 
-from api_stub.problems import Problem
+from api_stub.problems import BUSY, RETRY, Problem
 from api_stub.rendering import FOR_ALL, NotSignedInError, error_page, to_sign_in
-from ledger.database import describe, is_transient
+from ledger.database import describe, is_transient, took_too_long
 
 MEDIA_TYPE = "application/problem+json"
-RETRY = {"Retry-After": "5"}
+
+_PROBLEM: dict[str, Any] = {
+    MEDIA_TYPE: {
+        "schema": {
+            "type": "object",
+            "required": ["type", "title", "status", "detail"],
+            "properties": {
+                "type": {"type": "string"},
+                "title": {"type": "string", "description": "The name of the status."},
+                "status": {"type": "integer", "description": "The status of the response."},
+                "detail": {"type": "string", "description": "What is wrong, in one sentence for a person."},
+            },
+        }
+    }
+}
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
     "default": {
         "description": "Why the request is not answered as asked: problem details (RFC 9457).",
-        "content": {
-            MEDIA_TYPE: {
-                "schema": {
-                    "type": "object",
-                    "required": ["type", "title", "status", "detail"],
-                    "properties": {
-                        "type": {"type": "string"},
-                        "title": {"type": "string", "description": "The name of the status."},
-                        "status": {"type": "integer", "description": "The status of the response."},
-                        "detail": {"type": "string", "description": "What is wrong, in one sentence for a person."},
-                    },
-                }
-            }
-        },
+        "content": _PROBLEM,
     }
 }
 """How the API's description tells this."""
 
+READ_RESPONSES: dict[int | str, dict[str, Any]] = {
+    HTTPStatus.TOO_MANY_REQUESTS.value: {
+        "description": "As many requests of this token as may be are being answered already; send it again later.",
+        "headers": {"Retry-After": {"description": "After how many seconds.", "schema": {"type": "integer"}}},
+        "content": _PROBLEM,
+    }
+}
+"""What else there is for those who read."""
+
 FOR_PROGRAMS = re.compile(r"/(api|healthz|readyz|metrics|openapi\.json)(/.*)?", re.DOTALL)
 """The paths that programs ask for. All others are for people, also those that lead nowhere."""
+
+TOO_LONG = "The question takes too long; ask for a shorter range of time (date_from, date_to), or try again."
 
 log = logging.getLogger("uvicorn.error")  # the server has set up its form and its place
 
@@ -79,7 +91,10 @@ def _problem(request: Request, error: Exception) -> Problem:
         case HTTPException():
             return _of_the_framework(request, error)
         case PoolTimeoutError():
-            return Problem(HTTPStatus.SERVICE_UNAVAILABLE, "The ledger is busy at the moment; try again.", RETRY)
+            return Problem(HTTPStatus.SERVICE_UNAVAILABLE, BUSY, RETRY)
+        case DBAPIError() if took_too_long(error):
+            # Not the fault of the request alone: what takes too long now may be quick when the database is less busy.
+            return Problem(HTTPStatus.SERVICE_UNAVAILABLE, TOO_LONG, RETRY)
         case DBAPIError() if is_transient(error):
             detail = "The ledger does not answer at the moment; try again."
             return Problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, RETRY)

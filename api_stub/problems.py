@@ -2,6 +2,9 @@
 
 from http import HTTPStatus
 
+BUSY = "The ledger is busy at the moment; try again."
+RETRY = {"Retry-After": "5"}
+
 
 class Problem(Exception):  # noqa: N818 - RFC 9457's own word
     """Why a request is not answered as asked."""

@@ -1,8 +1,9 @@
 """What handlers work with: the database, the producer, and who asks."""
 
 import re
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http import HTTPStatus
 from typing import Annotated
 
@@ -11,11 +12,14 @@ from fastapi.security import HTTPBearer
 from sqlalchemy import Connection
 
 from api_stub.auth import Authenticator, InvalidTokenError, Principal, Scope
-from api_stub.problems import Problem
-from ledger.database import connect
+from api_stub.problems import BUSY, RETRY, Problem
+from ledger.database import POOL_TIMEOUT_S, connect
 from ledger.messages import ID_PATTERN
 from ledger.settings import Settings
 from worker.client import Client
+
+READ_TIMEOUT_S = 5
+"""How long the database may take for one statement of a request."""
 
 
 class Services:
@@ -27,22 +31,33 @@ class Services:
         assert settings.broker_url is not None
         self.authenticator = Authenticator.from_settings(settings)
         # Nobody would repeat a request for us, as the worker repeats a batch.
-        self.engine = connect(settings.database_url, checks_connections=True)
+        self.engine = connect(settings.database_url, checks_connections=True, answer_timeout_s=READ_TIMEOUT_S)
+        self._turn = threading.Semaphore()
         # For probes: an open connection to a database that hangs would make them wait as well.
         self.probe = connect(settings.database_url, keeps_connections=False)
         self.client = Client(settings.broker_url, result_url=settings.result_url)
 
     @contextmanager
-    def reading(self) -> Iterator[Connection]:
+    def reading(self, *, looks_at_each: bool = False) -> Iterator[Connection]:
         """A connection that only reads: one snapshot of the ledger.
+
+        Those who look at the events one by one, however many there are, take turns: so they never have more than one
+        of the database's processors, and the workers have the others. Raises Problem if no turn comes.
 
         For use within a handler, and not as a dependency of one: those run before it, each in a thread of the pool that
         handlers share, so under load all threads would wait for connections of requests that wait for a thread.
         """
-        with self.engine.connect().execution_options(
-            isolation_level="REPEATABLE READ", postgresql_readonly=True
-        ) as opened:
-            yield opened
+        with self._taking_turns() if looks_at_each else nullcontext(), self.engine.connect() as opened:
+            yield opened.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+
+    @contextmanager
+    def _taking_turns(self) -> Iterator[None]:
+        if not self._turn.acquire(timeout=POOL_TIMEOUT_S):
+            raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, BUSY, RETRY)
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     def close(self) -> None:
         """Close all connections."""

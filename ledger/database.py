@@ -57,6 +57,8 @@ _SESSION_OPTIONS = " ".join(
     )
 )
 
+_FOR_QUESTIONS = "-c max_parallel_workers_per_gather=0 -c random_page_cost=1.1"
+
 # Nothing in a message can cause these, and they end when the database is well again: connection (08), read-only (25),
 # prepared statements (26), rollback and deadlock (40), schema or rights not there yet (42), resources (53), lock not
 # available (55), operator intervention (57), system (58); and files that are damaged (XX001, XX002).
@@ -145,6 +147,7 @@ def connect(
     keeps_connections: bool = True,
     checks_connections: bool = False,
     transaction_timeout_s: int | None = None,
+    answer_timeout_s: int | None = None,
 ) -> Engine:
     """An engine for the PostgreSQL database at `url` (`postgresql+psycopg://…`). Does not connect yet.
 
@@ -156,8 +159,12 @@ def connect(
     nothing is ever sent twice.
 
     With `transaction_timeout_s`, PostgreSQL 17 or newer ends a transaction after so long, and the connection with it:
-    who was frozen in it has no locks any more. Raises DatabaseURLError.
+    who was frozen in it has no locks any more.
+
+    With `answer_timeout_s`, statements are questions of somebody who is not alone: PostgreSQL ends one after so long,
+    takes one process for it, and rather reads an index than the whole table. Raises DatabaseURLError.
     """
+    questions = "" if answer_timeout_s is None else f"-c statement_timeout={answer_timeout_s}s {_FOR_QUESTIONS}"
     pool: dict[str, Any] = {"pool_timeout": POOL_TIMEOUT_S} if keeps_connections else {"poolclass": NullPool}
     parsed = parse_url(url)
     engine = create_engine(
@@ -166,7 +173,7 @@ def connect(
         pool_pre_ping=checks_connections,
         connect_args={
             **{name: value for name, value in _CONNECTION.items() if name not in parsed.query},
-            "options": f"{parsed.query.get('options', '')} {_SESSION_OPTIONS}",
+            "options": f"{parsed.query.get('options', '')} {_SESSION_OPTIONS} {questions}",
         },
     )
 
@@ -264,6 +271,11 @@ def may_be_local(error: BaseException) -> bool:
         return True
     state = error.sqlstate if isinstance(error, psycopg.Error) else None
     return state is not None and (state[:2] in _LOCAL_CLASSES or state in _LOCAL_STATES)
+
+
+def took_too_long(error: DBAPIError) -> bool:
+    """Whether PostgreSQL ended a statement because of its timeout."""
+    return isinstance(error.orig, psycopg.errors.QueryCanceled)
 
 
 def is_lost_connection(error: BaseException) -> bool:

@@ -109,6 +109,11 @@ class EventFilter:
     event_types: Collection[EventType] = ()
     project_id: str | None = None
 
+    @property
+    def looks_at_each(self) -> bool:
+        """Whether every event of the range has to be looked at, to tell which ones match."""
+        return bool(self.event_types) or self.project_id is not None
+
 
 @dataclass(frozen=True, slots=True)
 class Page:

@@ -579,7 +579,7 @@ def test_a_database_that_hangs_is_down(api: Api, frozen: None) -> None:
     with ThreadPoolExecutor(82) as many:
         _assert_is_down(api, many)
         # More requests than there are threads, all of which wait for the database.
-        waiting = [many.submit(_give_up, api) for _ in range(80)]
+        waiting = [many.submit(_give_up, api, somebody) for somebody in range(80)]
         _assert_is_down(api, many)
     assert {answer.result() for answer in waiting} <= {503, None}
 
@@ -592,10 +592,10 @@ def _assert_is_down(api: Api, many: ThreadPoolExecutor) -> None:
     assert "holdfast_broker_up 1.0" in metrics.text
 
 
-def _give_up(api: Api) -> int | None:
+def _give_up(api: Api, somebody: int) -> int | None:
     """Ask for the credits; None: there was no answer in a second."""
     try:
-        return api.get(CREDITS, timeout=1).status_code
+        return api.get(CREDITS, timeout=1, headers=_somebody(somebody)).status_code
     except httpx.TimeoutException:
         return None
 
@@ -605,7 +605,7 @@ def test_many_requests_at_once_do_not_wait_for_one_another(app: FastAPI, api: Ap
     # would stop them all until the pool's timeout.
     app.state.services.engine.pool._timeout = 2 * PATIENCE_S
     with ThreadPoolExecutor(80) as many:
-        answers = list(many.map(lambda _: api.get(CREDITS, timeout=PATIENCE_S), range(400)))
+        answers = list(many.map(lambda n: api.get(CREDITS, timeout=PATIENCE_S, headers=_somebody(n % 80)), range(400)))
     assert {answer.status_code for answer in answers} == {200}
 
 
@@ -750,6 +750,12 @@ def test_the_openapi_document_describes_it(api: Api) -> None:
     assert "A date alone is the beginning of that UTC day." in at["description"]
     report = paths["/api/organizations/{orgId}/workflows/{workflowId}/{step}"]["post"]
     assert "`admin`, `billing`, `operator` or `scheduler`, is refused" in report["description"]
+    assert "429" not in report["responses"]
+    for path, methods in paths.items():
+        if path.startswith("/api/") and "get" in methods:
+            too_many = methods["get"]["responses"]["429"]
+            assert set(too_many["content"]) == {"application/problem+json"}
+            assert too_many["headers"]["Retry-After"]["schema"] == {"type": "integer"}
     start, *_, fail = report["requestBody"]["content"]["application/json"]["schema"]["anyOf"]
     assert start["required"] == ["credits"]
     assert set(fail["properties"]) == {"source", "occurred_at", "metadata", "reason"}
@@ -789,6 +795,11 @@ def test_the_openapi_document_says_where_a_token_is_needed(api: Api) -> None:
     for path, methods in document["paths"].items():
         for described in methods.values():
             assert described.get("security") == ([{name: []}] if path.startswith("/api/") else None), path
+
+
+def _somebody(number: int) -> dict[str, str]:
+    """One of many readers, each of whom has turns of their own."""
+    return {"Authorization": f"Bearer {token(sub=f'reader-{number}')}"}
 
 
 def _reader(org_id: str) -> dict[str, str]:

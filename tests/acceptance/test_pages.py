@@ -738,13 +738,16 @@ def test_a_download_that_nobody_reads_holds_no_connection_to_the_database(ledger
     )
     serving_app = app(ledger.database_url, ledger.broker_url)
     in_use = serving_app.state.services.engine.pool.checkedout
-    header = {"Authorization": f"Bearer {token(orgs=[org_id])}"}
-    with serving(serving_app) as address, Visitor(base_url=address, headers=header) as visitor, ExitStack() as stack:
-        downloads = [stack.enter_context(visitor.stream("GET", f"{history_of(org_id)}.csv")) for _ in range(20)]
+    headers = [{"Authorization": f"Bearer {token(orgs=[org_id], sub=f'reader-{number}')}"} for number in range(20)]
+    with serving(serving_app) as address, Visitor(base_url=address) as visitor, ExitStack() as stack:
+        downloads = [
+            stack.enter_context(visitor.stream("GET", f"{history_of(org_id)}.csv", headers=header))
+            for header in headers
+        ]
         assert {download.status_code for download in downloads} == {200}
         # 24 MB each are more than what lies between the server and who does not read.
         eventually(lambda: in_use() == 0)
-        assert visitor.get(history_of(org_id)).status_code == 200
+        assert visitor.get(history_of(org_id), headers=headers[0]).status_code == 200
         write(ledger.engine, org_id, ("wallet.grant", {"grant_id": "late", "credits": 1}))
         _, *lines = csv.reader(downloads[7].iter_lines())
         assert [int(line[9]) for line in lines] == list(range(3_000, 0, -1))

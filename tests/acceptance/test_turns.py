@@ -1,0 +1,133 @@
+"""Nobody's reading keeps others from theirs: what one token may have at once, and how long a question may take."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from sqlalchemy import Connection, Engine
+
+from api_stub import services as api_services
+from api_stub.turns import AT_ONCE
+from ledger import history
+from ledger.store import apply_batch
+from tests.acceptance import website
+from tests.acceptance.website import HISTORY, Patient, serving, token
+from tests.support import delivery
+from worker.embedded import Embedded
+
+EVENTS = "/api/organizations/acme/credit-events"
+CREDITS = "/api/organizations/acme/credits"
+BUSY = "The ledger is busy at the moment; try again."
+TOO_MANY = "4 requests of this token are being answered already; try again in a second."
+TOO_LONG = "The question takes too long; ask for a shorter range of time (date_from, date_to), or try again."
+
+
+@pytest.fixture
+def app(database_url: str, services: Embedded, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
+    assert api_services.READ_TIMEOUT_S == 5
+    monkeypatch.setattr(api_services, "READ_TIMEOUT_S", 1)
+    return website.app(database_url, services.broker_url)
+
+
+@pytest.fixture
+def address(app: FastAPI) -> Iterator[str]:
+    with serving(app) as address:
+        yield address
+
+
+def client(address: str, **claims: Any) -> Patient:
+    claims = {"orgs": ["acme", "other"], "scope": "credits:read workflows:write"} | claims
+    return Patient(base_url=address, headers={"Authorization": f"Bearer {token(**claims)}"})
+
+
+@pytest.fixture
+def long_history(engine: Engine) -> None:
+    """More of acme than lies between a server and who does not read."""
+    grant = {"org_id": "acme", "credits": 1, "metadata": {"note": "x" * 8_000}}
+    apply_batch(engine, [delivery("wallet.grant", **grant, grant_id=f"g{n}") for n in range(3_000)])
+
+
+def test_who_has_as_many_requests_as_may_be_is_told_to_come_back_and_nobody_else_is(
+    address: str, long_history: None
+) -> None:
+    with ExitStack() as stack:
+        greedy, same, other, another_org = (
+            stack.enter_context(client(address, **claims))
+            for claims in ({}, {"exp": website.FUTURE - 1}, {"sub": "bob"}, {"orgs": ["other"]})
+        )
+        downloads = [stack.enter_context(greedy.stream("GET", f"{HISTORY}.csv")) for _ in range(AT_ONCE)]
+        assert {download.status_code for download in downloads} == {200}
+        for reader in (greedy, same):
+            refused = reader.get(CREDITS)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+            assert refused.headers["content-type"] == "application/problem+json"
+            assert refused.json() == {
+                "type": "about:blank",
+                "title": "Too Many Requests",
+                "status": 429,
+                "detail": TOO_MANY,
+            }
+        page = greedy.get(HISTORY)
+        assert (page.status_code, page.headers["retry-after"]) == (429, "1")
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+        assert f"<p>{TOO_MANY}</p>" in page.text
+        with website.Visitor(base_url=address) as visitor:  # the same, as a browser keeps it
+            visitor.sign_in(token(orgs=["acme", "other"], scope="credits:read"))
+            assert visitor.get(HISTORY).status_code == 429
+        # Not who is somebody else, what needs no token, and what reads nothing.
+        assert other.get(CREDITS).status_code == 200
+        assert another_org.get("/api/organizations/other/credits").status_code == 200
+        for path in ("/healthz", "/readyz", "/metrics", "/openapi.json", "/"):
+            assert greedy.get(path).status_code in (200, 303), path
+        report = greedy.post("/api/organizations/acme/workflows/w1/start", json={"credits": 1})
+        assert report.status_code == 202
+        downloads[0].close()
+        assert greedy.get(CREDITS).status_code == 200
+
+
+def test_a_few_more_at_once_wait_for_their_turn(address: str) -> None:
+    with ExitStack() as stack:
+        reader = stack.enter_context(client(address))
+        threads = stack.enter_context(ThreadPoolExecutor(3 * AT_ONCE))
+        answers = threads.map(lambda _: reader.get(CREDITS).status_code, range(10 * AT_ONCE))
+        assert set(answers) == {200}
+
+
+def _slow(ledger: Connection, *_: object, **__: object) -> None:
+    ledger.exec_driver_sql("SELECT pg_sleep(60)")
+
+
+def test_a_question_that_takes_too_long_is_ended_and_told_how_to_ask(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history, "events", _slow)
+    with client(address) as reader:
+        answer = reader.get(EVENTS)
+        assert (answer.status_code, answer.json()["detail"]) == (503, TOO_LONG)
+        assert answer.headers["retry-after"] == "5"
+        page = reader.get(HISTORY)
+        assert (page.status_code, f"<p>{TOO_LONG}</p>" in page.text) == (503, True)
+
+
+def test_those_who_look_at_the_events_one_by_one_take_turns_and_others_do_not_wait(
+    app: FastAPI, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api_services, "POOL_TIMEOUT_S", 0.05)
+    with client(address) as reader:
+        for path in (f"{EVENTS}?project_id=nope", f"{EVENTS}?event_type=usage", HISTORY):
+            with app.state.services.reading(looks_at_each=True):
+                answer = reader.get(path)
+                assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+                assert BUSY in answer.text
+                for other in (EVENTS, CREDITS, f"{EVENTS}?date_from=2026-01-01"):
+                    assert reader.get(other).status_code == 200
+            assert reader.get(path).status_code == 200
+
+
+def test_who_asks_has_one_process_of_the_database(app: FastAPI) -> None:
+    settings = "SELECT current_setting('statement_timeout'), current_setting('max_parallel_workers_per_gather')"
+    with app.state.services.reading() as ledger:
+        assert ledger.exec_driver_sql(settings).one() == ("1s", "0")
