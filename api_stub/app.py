@@ -1,7 +1,7 @@
 """The HTTP API: credit history and wallets for customers, lifecycle messages for engines that are not in Python.
 
-`uvicorn api_stub.app:app` serves it. Reads come from the ledger, each request from one snapshot; what engines send goes
-through the broker, as it does from `worker.client`.
+`uvicorn api_stub.app:app --http api_stub.protocol:PromptProtocol` serves it. Reads come from the ledger, each request
+from one snapshot; what engines send goes through the broker, as it does from `worker.client`.
 """
 
 import json

@@ -23,6 +23,9 @@ from worker.embedded import Embedded, free_port
 from worker.process import Process, ServiceError
 
 HOST = "127.0.0.1"
+API_OPTIONS = ("--http", "api_stub.protocol:PromptProtocol", "--limit-concurrency", "500")
+"""How uvicorn is to treat slow clients. A file descriptor is one of usually 1,024: the others are for the servers."""
+
 POLL_S = 0.2
 MOST_RESTARTS = 5
 """How often a child may die within `RESTART_WINDOW_S` before that is an error."""
@@ -57,7 +60,9 @@ class System:
                 "worker", "celery", "--quiet", "-A", "worker", "worker", METRICS_ADDRESS=self._metrics_address
             )
             beat = self._process("beat", "celery", "--quiet", "-A", "worker", "beat")
-            api = self._process("api", "uvicorn", "api_stub.app:app", "--host", HOST, "--port", str(self._port))
+            api = self._process(
+                "api", "uvicorn", "api_stub.app:app", "--host", HOST, "--port", str(self._port), *API_OPTIONS
+            )
             self._processes = [worker, beat, api]
             for process in self._processes:
                 cleanup.callback(process.stop)

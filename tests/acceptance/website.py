@@ -12,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from api_stub.app import create_app
+from api_stub.protocol import PromptProtocol
 from ledger.settings import Settings
 from tests.support import PATIENCE_S, eventually
 
@@ -34,10 +35,20 @@ def app(database_url: str, broker_url: str, **settings: str) -> FastAPI:
 
 
 @contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
-    """The address of the app. Its server trusts no proxy, not even on this machine: in a container it would not."""
+def serving(app: FastAPI, **options: Any) -> Iterator[str]:
+    """The address of the app, in a server with these options of uvicorn.
+
+    It trusts no proxy, not even on this machine: in a container it would not.
+    """
     config = uvicorn.Config(
-        app, port=0, log_level="error", ws="none", proxy_headers=False, timeout_keep_alive=int(PATIENCE_S)
+        app,
+        port=0,
+        log_level="error",
+        http=PromptProtocol,
+        ws="none",
+        proxy_headers=False,
+        timeout_keep_alive=int(PATIENCE_S),
+        **options,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)

@@ -39,10 +39,12 @@ from redis.retry import Retry
 from ruamel.yaml import YAML
 from uvicorn.importer import import_from_string
 
+from api_stub.protocol import PromptProtocol
 from ledger.settings import PREFIX, Settings
 from worker import cli
 from worker.embedded import INITDB_OPTIONS, POSTGRES_MAJOR, Embedded, Postgres, _valkey_binary, free_port
 from worker.process import Process
+from worker.system import API_OPTIONS
 
 ROOT = Path(__file__).parents[2]
 COMPOSE_TEXT = (ROOT / "docker-compose.yml").read_text()
@@ -298,6 +300,8 @@ def test_uvicorn_finds_the_api_and_listens_where_it_is_published(service_setting
     given = dict(zip(options[::2], options[1::2], strict=True))
     assert (given["--host"], given["--port"]) == ("0.0.0.0", "8000")
     assert list(map(interpolated, SERVICES["api"]["ports"])) == ["127.0.0.1:8000:8000"]
+    assert given.items() >= dict(zip(API_OPTIONS[::2], API_OPTIONS[1::2], strict=True)).items()
+    assert import_from_string(given["--http"]) is PromptProtocol
     assert int(given["--timeout-graceful-shutdown"]) < seconds(SERVICES["api"]["stop_grace_period"])
     service_settings("api")
     assert "/readyz" in import_from_string(target).openapi()["paths"]
