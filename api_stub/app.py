@@ -147,7 +147,7 @@ def _add_credits(app: FastAPI) -> None:
         """The credit history, newest first. Follow `next_cursor` to read on while events are being added."""
         if cursor is not None and offset:
             raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "cursor cannot be combined with offset")
-        with using.reading(looks_at_each=matching.looks_at_each) as ledger:
+        with using.reading(through=org_id if matching.looks_at_each else None) as ledger:
             page = history.events(ledger, org_id, matching, limit=limit, offset=offset, before_seq=cursor)
         return {
             "items": [history.as_item(event) for event in page.events],

@@ -132,7 +132,7 @@ def credit_history(request: Request, org_id: ReadableOrg, asked_for: AskedFor, u
     """The wallet, the course of its balance, its open reservations, and a page of its events."""
     now = datetime.now(UTC)
     found: dict[str, Any] = {"events": None, "chart": None}
-    with using.reading(looks_at_each=True) as ledger:  # the chart does
+    with using.reading(through=org_id) as ledger:  # for the chart
         if not asked_for.errors:
             found["events"] = _page_of_events(ledger, org_id, asked_for)
             found["chart"] = _chart(ledger, org_id, asked_for.matching, now)

@@ -2,6 +2,7 @@
 
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from http import HTTPStatus
@@ -13,6 +14,7 @@ from sqlalchemy import Connection
 
 from api_stub.auth import Authenticator, InvalidTokenError, Principal, Scope
 from api_stub.problems import BUSY, RETRY, Problem
+from ledger import history
 from ledger.database import POOL_TIMEOUT_S, connect
 from ledger.messages import ID_PATTERN
 from ledger.settings import Settings
@@ -20,6 +22,9 @@ from worker.client import Client
 
 READ_TIMEOUT_S = 5
 """How long the database may take for one statement of a request."""
+
+MANY_EVENTS = 20_000
+"""To look through more events than that, an organization's readers take turns. Fewer take a few milliseconds."""
 
 
 class Services:
@@ -32,30 +37,42 @@ class Services:
         self.authenticator = Authenticator.from_settings(settings)
         # Nobody would repeat a request for us, as the worker repeats a batch.
         self.engine = connect(settings.database_url, checks_connections=True, answer_timeout_s=READ_TIMEOUT_S)
-        self._turn = threading.Semaphore()
+        self._turn, self._rests_until = threading.Semaphore(), 0.0
         # For probes: an open connection to a database that hangs would make them wait as well.
         self.probe = connect(settings.database_url, keeps_connections=False)
         self.client = Client(settings.broker_url, result_url=settings.result_url)
 
     @contextmanager
-    def reading(self, *, looks_at_each: bool = False) -> Iterator[Connection]:
+    def reading(self, *, through: str | None = None) -> Iterator[Connection]:
         """A connection that only reads: one snapshot of the ledger.
 
-        Those who look at the events one by one, however many there are, take turns: so they never have more than one
-        of the database's processors, and the workers have the others. Raises Problem if no turn comes.
+        Who looks `through` the events of an organization one by one waits for a turn, if they are many: such readers
+        have, all together, no more than half of one of the database's processors, and the workers have the others.
+        Raises Problem if no turn comes.
 
         For use within a handler, and not as a dependency of one: those run before it, each in a thread of the pool that
         handlers share, so under load all threads would wait for connections of requests that wait for a thread.
         """
-        with self._taking_turns() if looks_at_each else nullcontext(), self.engine.connect() as opened:
+        takes_long = through is not None and self._has_many_events(through)
+        with self._taking_turns() if takes_long else nullcontext(), self.engine.connect() as opened:
             yield opened.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+
+    def _has_many_events(self, org_id: str) -> bool:
+        with self.engine.connect() as connection:
+            return history.number_of_events(connection, org_id) > MANY_EVENTS
 
     @contextmanager
     def _taking_turns(self) -> Iterator[None]:
         if not self._turn.acquire(timeout=POOL_TIMEOUT_S):
             raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, BUSY, RETRY)
         try:
-            yield
+            time.sleep(max(0.0, self._rests_until - time.monotonic()))
+            began_at = time.monotonic()
+            try:
+                yield
+            finally:
+                ended_at = time.monotonic()
+                self._rests_until = ended_at + (ended_at - began_at)
         finally:
             self._turn.release()
 

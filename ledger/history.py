@@ -335,6 +335,11 @@ def all_events(engine: Engine, org_id: str, matching: EventFilter) -> Iterator[R
         yield from step
 
 
+def number_of_events(connection: Connection, org_id: str) -> int:
+    """How many events the credit history of `org_id` has."""
+    return connection.scalar(select(func.max(credit_events.c.seq)).where(credit_events.c.org_id == org_id)) or 0
+
+
 def first_event_at(connection: Connection, org_id: str) -> datetime | None:
     """When the credit history of `org_id` begins. None: it has no events."""
     first = select(credit_events.c.created_at).where(credit_events.c.org_id == org_id, credit_events.c.seq == 1)
@@ -494,7 +499,7 @@ def _range(connection: Connection, org_id: str, matching: EventFilter) -> _Range
     if matching.created_from is not None:
         first = _first_not(connection, org_id, columns.created_at < matching.created_from)
     if matching.created_before is None:
-        end = (connection.scalar(select(func.max(columns.seq)).where(columns.org_id == org_id)) or 0) + 1
+        end = number_of_events(connection, org_id) + 1
     else:
         end = _first_not(connection, org_id, columns.created_at < matching.created_before)
     return _Range(org_id, first, end, tuple(sieve))

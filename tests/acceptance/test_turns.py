@@ -112,19 +112,40 @@ def test_a_question_that_takes_too_long_is_ended_and_told_how_to_ask(
         assert (page.status_code, f"<p>{TOO_LONG}</p>" in page.text) == (503, True)
 
 
-def test_those_who_look_at_the_events_one_by_one_take_turns_and_others_do_not_wait(
-    app: FastAPI, address: str, monkeypatch: pytest.MonkeyPatch
+LOOKING = (f"{EVENTS}?project_id=nope", f"{EVENTS}?event_type=usage", HISTORY)
+
+
+def test_those_who_look_through_many_events_take_turns_and_nobody_else_waits(
+    app: FastAPI, address: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(api_services, "POOL_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(api_services, "MANY_EVENTS", 1)
+    grants = [("acme", "g1"), ("acme", "g2"), ("other", "g1")]
+    apply_batch(engine, [delivery("wallet.grant", org_id=org, grant_id=grant, credits=1) for org, grant in grants])
     with client(address) as reader:
-        for path in (f"{EVENTS}?project_id=nope", f"{EVENTS}?event_type=usage", HISTORY):
-            with app.state.services.reading(looks_at_each=True):
+        for path in LOOKING:
+            with app.state.services.reading(through="acme"):
                 answer = reader.get(path)
                 assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
                 assert BUSY in answer.text
-                for other in (EVENTS, CREDITS, f"{EVENTS}?date_from=2026-01-01"):
-                    assert reader.get(other).status_code == 200
+                for of_few in (path.replace("acme", "other") for path in LOOKING):
+                    assert reader.get(of_few).status_code == 200
+                for not_looking in (EVENTS, CREDITS, f"{EVENTS}?date_from=2026-01-01"):
+                    assert reader.get(not_looking).status_code == 200
             assert reader.get(path).status_code == 200
+
+
+def test_after_each_turn_the_database_is_left_alone_for_as_long(
+    app: FastAPI, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api_services, "MANY_EVENTS", 0)
+    apply_batch(engine, [delivery("wallet.grant", org_id="acme", grant_id="g1", credits=1)])
+    with app.state.services.reading(through="acme") as ledger:
+        ledger.exec_driver_sql("SELECT pg_sleep(0.5)")
+        ended_at = ledger.exec_driver_sql("SELECT clock_timestamp()").scalar_one()
+    with app.state.services.reading(through="acme") as ledger:
+        begun_at = ledger.exec_driver_sql("SELECT clock_timestamp()").scalar_one()
+    assert (begun_at - ended_at).total_seconds() >= 0.5
 
 
 def test_who_asks_has_one_process_of_the_database(app: FastAPI) -> None:
