@@ -291,4 +291,9 @@ def describe(error: BaseException) -> str:
     if isinstance(original, psycopg.errors.UndefinedTable):
         return "the database is not migrated yet; run `holdfast migrate`"
     lines = str(original).strip().splitlines()
-    return lines[0] if lines else type(original).__name__
+    line = lines[0] if lines else type(original).__name__
+    if isinstance(original, psycopg.errors.InsufficientPrivilege):
+        return (
+            f"{line}; run `holdfast migrate --roles` as the owner of the tables, or connect as a role that may do this"
+        )
+    return line

@@ -44,12 +44,13 @@ _numbers = count(1)
 
 @pytest.fixture(scope="session")
 def services() -> Iterator[Embedded]:
-    """PostgreSQL, its database `holdfast` migrated as a template, and the broker."""
+    """PostgreSQL, its database `holdfast` migrated as a template, with what each role may do, and the broker."""
     folder = Path(tempfile.mkdtemp(prefix="holdfast-tests-", dir=_fast_folder()))
     folder.chmod(0o711)  # as root, PostgreSQL runs as an account that has to pass through
     with Embedded(folder, durable=False) as running:
         engine = connect(running.database_url)
         migrations.upgrade(engine)
+        migrations.grant(engine)
         engine.dispose()
         yield running
     shutil.rmtree(folder)

@@ -74,6 +74,12 @@ def no_more_acting(engine: Engine, table: str) -> None:
     sql(engine, f"DROP TRIGGER act ON {table}")
 
 
+def as_role(role: str, database_url: str) -> str:
+    """The same database for another role than its owner."""
+    assert "//holdfast@" in database_url
+    return database_url.replace("//holdfast@", f"//{role}@")
+
+
 @contextmanager
 def database_encoded_in(encoding: str, services: Embedded) -> Iterator[str]:
     """The URL of a database `encoded`, which cannot hold every text, or does not know what it holds."""

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy.exc import DBAPIError
 
-from ledger import audit, history, migrations
+from ledger import audit, history, migrations, roles
 from ledger.database import UnsuitableDatabaseError, connect, describe
 from ledger.dead_letters import described
 from ledger.history import EventFilter, Page, WalletView
@@ -42,6 +42,7 @@ from worker.terminal import (
     properties,
     say,
     table,
+    warn,
     when,
 )
 
@@ -64,6 +65,7 @@ def main() -> None:
         ServiceError,
         migrations.LockedError,
         migrations.NewerSchemaError,
+        roles.NotGrantedError,
         NotSentError,
         NoAnswerError,
         DeadLetteredError,
@@ -82,6 +84,13 @@ def migrate(
         str | None,
         typer.Option(metavar="REVISION", help="Take it back to this older revision, for an older version of Holdfast."),
     ] = None,
+    with_roles: Annotated[
+        bool,
+        typer.Option(
+            "--roles",
+            help=f"Also give the roles {roles.WORKER} and {roles.READER} what workers and the API need, and no more.",
+        ),
+    ] = False,
 ) -> None:
     """Bring the database's schema up to date, while workers run. Does nothing if it is."""
     known = migrations.revisions()
@@ -89,6 +98,9 @@ def migrate(
     if after not in known:
         raise typer.BadParameter(f"{escaped(after)} is none of {', '.join(known)}", param_hint="--to")
     with open_ledger() as engine:
+        if with_roles:
+            with engine.connect() as connection:
+                roles.refuse_unprepared(connection)  # before anything is changed
         before = migrations.current_revision(engine)
         takes_back = before in known and known.index(before) > known.index(after)
         try:
@@ -97,7 +109,11 @@ def migrate(
             if not isinstance(error.orig, RaiseException):  # how a migration says that it must not be taken back
                 raise
             fail(describe(error))
+        if with_roles:
+            migrations.grant(engine, say=say)
     console.print(f"The database was at {after} already." if before == after else f"The database is at {after} now.")
+    if with_roles:
+        console.print(f"{roles.WORKER} and {roles.READER} may do what they need, and no more.")
 
 
 @app.command(epilog="Example: holdfast up --data-dir /srv/holdfast")
@@ -117,7 +133,7 @@ def up(
                 f"The credit history of the demo organization, {story.ORGANIZATION}, in a browser:\n"
                 f"  {story.sign_in_link(system)}\n\n"
                 "In another terminal, for the other commands and for engines:\n"
-                f'  export HOLDFAST_DATABASE_URL="{system.embedded.database_url}"\n'
+                f'  export HOLDFAST_DATABASE_URL="{system.embedded.reader_url}"\n'
                 f'  export HOLDFAST_BROKER_URL="{system.embedded.broker_url}"\n'
                 f'  export HOLDFAST_JWT_SECRET="{system.jwt_secret}"\n'
                 f'  export API_URL="{system.url}"\n\n'
@@ -147,7 +163,7 @@ def demo() -> None:
                 if _stop.is_set():
                     raise KeyboardInterrupt
                 console.print(_told(words, answer))
-            engine = connect(system.embedded.database_url)
+            engine = connect(system.embedded.reader_url)
             with engine.connect() as connection:
                 wallet = history.wallet(connection, story.ORGANIZATION)
                 page = history.events(connection, story.ORGANIZATION)
@@ -168,9 +184,16 @@ def demo() -> None:
 
 @app.command(epilog="Example: holdfast verify --json")
 def verify(as_json: AsJson = False) -> None:
-    """Check every invariant of the ledger on the live database. Repairs nothing. Exit code 1 if one is broken."""
+    """Check every invariant of the ledger on the live database. Repairs nothing. Exit code 1 if one is broken.
+
+    Warns if the connection may do more to the tables than it needs.
+    """
     with open_ledger() as engine:
         verdict = audit.verify(engine)
+        with engine.connect() as connection:
+            excess = roles.excess(connection)
+    if excess is not None:
+        warn(f"warning: {excess}")
     if as_json:
         print_json(
             {

@@ -30,12 +30,15 @@ from urllib.parse import quote
 
 import psycopg
 import redis
+from psycopg.sql import SQL, Identifier
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from ledger.roles import READER, WORKER
 from worker.process import Account, Process, ServiceError, die_with_us, end_family, run_as, signals_postponed
 
 POSTGRES_MAJOR = "18"
+OWNER = "holdfast"
 # Built in: the same order of text on every system, whatever locales it has. The encoding is else guessed from LANG.
 INITDB_OPTIONS = ("--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8")
 PORT_ATTEMPTS = 5
@@ -43,7 +46,7 @@ SOCKET_PATH_BYTES = 103  # the shortest limit (macOS); Linux has 107
 
 
 class Postgres(Process):
-    """A PostgreSQL server, with a database `holdfast` owned by a role `holdfast` that is no superuser."""
+    """A PostgreSQL server, with a database `holdfast`, its owner and the two other roles; none is a superuser."""
 
     def __init__(self, folder: Path, sockets: Path, *, durable: bool, account: Account | None) -> None:
         self.data = folder / "postgres"
@@ -130,8 +133,9 @@ class Postgres(Process):
     def _create_database(self) -> None:
         admin = f"host='{self.sockets}' port=5432 user=postgres dbname=postgres"
         with psycopg.connect(admin, autocommit=True) as connection:
-            if not connection.execute("SELECT 1 FROM pg_roles WHERE rolname = 'holdfast'").fetchone():
-                connection.execute("CREATE ROLE holdfast LOGIN")
+            for role in (OWNER, WORKER, READER):
+                if not connection.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", [role]).fetchone():
+                    connection.execute(SQL("CREATE ROLE {} LOGIN").format(Identifier(role)))
             if not connection.execute("SELECT 1 FROM pg_database WHERE datname = 'holdfast'").fetchone():
                 connection.execute("CREATE DATABASE holdfast OWNER holdfast")
 
@@ -208,7 +212,17 @@ class Embedded:
     @property
     def database_url(self) -> str:
         """The database `holdfast`, as its owner."""
-        return self.postgres.url("holdfast", "holdfast")
+        return self.postgres.url(OWNER, "holdfast")
+
+    @property
+    def worker_url(self) -> str:
+        """The same, as a worker or a beat connects."""
+        return self.postgres.url(WORKER, "holdfast")
+
+    @property
+    def reader_url(self) -> str:
+        """The same, as the API and people connect."""
+        return self.postgres.url(READER, "holdfast")
 
     @property
     def admin_url(self) -> str:

@@ -54,15 +54,15 @@ class System:
             cleanup.enter_context(self.embedded)
             engine = connect(self.embedded.database_url)
             migrations.upgrade(engine)
+            migrations.grant(engine)
             engine.dispose()
             self._progress("Starting the worker, the beat and the API …")
-            worker = self._process(
-                "worker", "celery", "--quiet", "-A", "worker", "worker", METRICS_ADDRESS=self._metrics_address
-            )
-            beat = self._process("beat", "celery", "--quiet", "-A", "worker", "beat")
-            api = self._process(
-                "api", "uvicorn", "api_stub.app:app", "--host", HOST, "--port", str(self._port), *API_OPTIONS
-            )
+            celery = ("celery", "--quiet", "-A", "worker")
+            uvicorn = ("uvicorn", "api_stub.app:app", "--host", HOST, "--port", str(self._port), *API_OPTIONS)
+            as_worker, as_reader = self.embedded.worker_url, self.embedded.reader_url
+            worker = self._process("worker", as_worker, *celery, "worker", METRICS_ADDRESS=self._metrics_address)
+            beat = self._process("beat", as_worker, *celery, "beat")
+            api = self._process("api", as_reader, *uvicorn)
             self._processes = [worker, beat, api]
             for process in self._processes:
                 cleanup.callback(process.stop)
@@ -107,10 +107,10 @@ class System:
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
-    def _process(self, name: str, module: str, *arguments: str, **settings: str) -> Process:
+    def _process(self, name: str, database_url: str, module: str, *arguments: str, **settings: str) -> Process:
         own = {
             **settings,
-            "DATABASE_URL": self.embedded.database_url,
+            "DATABASE_URL": database_url,
             "BROKER_URL": self.embedded.broker_url,
             "JWT_SECRET": self.jwt_secret,
         }

@@ -28,6 +28,8 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import OperationalError
 
+from ledger import roles
+
 LOCK_WAIT_S = 0.2
 """How long a change waits for a lock, and everybody else behind it: less than workers have patience for."""
 
@@ -103,6 +105,16 @@ def upgrade(engine: Engine, revision: str = "head", *, say: Say = _logger.warnin
 def downgrade(engine: Engine, revision: str, *, say: Say = _logger.warning) -> None:
     """Take the database down to `revision` (`base`: drop everything, data included). Waits and raises as `upgrade`."""
     _run(engine, command.downgrade, "-1", revision, say)
+
+
+def grant(engine: Engine, *, say: Say = _logger.warning) -> None:
+    """Give the worker's and the reader's role what they need. Waits for other migrations as `upgrade` does.
+
+    Raises roles.NotGrantedError.
+    """
+    with _alone(engine, say) as connection:
+        roles.grant(connection)
+        connection.commit()
 
 
 def _revision(connection: Connection) -> str | None:

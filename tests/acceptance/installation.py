@@ -23,7 +23,8 @@ from celery.result import AsyncResult
 from sqlalchemy import Engine, text
 
 from ledger.database import connect
-from tests.support import PATIENCE_S, eventually, sql
+from ledger.roles import READER, WORKER
+from tests.support import PATIENCE_S, as_role, eventually, sql
 from worker.broker import QUEUE
 from worker.embedded import Embedded, free_port
 from worker.process import Process
@@ -78,6 +79,7 @@ class Installation:
     """One ledger: its database, its broker, and a folder for the logs of its processes."""
 
     database_url: str
+    """As the owner of the tables."""
     broker_url: str
     folder: Path
     engine: Engine
@@ -86,11 +88,19 @@ class Installation:
 
     @property
     def environment(self) -> dict[str, str]:
-        return environment(HOLDFAST_DATABASE_URL=self.database_url, HOLDFAST_BROKER_URL=self.broker_url)
+        """For a person's commands."""
+        return self.environment_of(READER)
+
+    def environment_of(self, role: str) -> dict[str, str]:
+        url = as_role(role, self.database_url)
+        return environment(HOLDFAST_DATABASE_URL=url, HOLDFAST_BROKER_URL=self.broker_url)
 
     def start(self, name: str, *argv: str, **settings: str) -> Process:
-        """Start a process, with more settings or others; it is killed with the installation, if it still runs then."""
-        process = Process(name, argv, self.folder, env={**self.environment, **settings}, cwd=self.folder)
+        """Start a part that works on the ledger, with more settings or others.
+
+        It is killed with the installation, if it still runs then.
+        """
+        process = Process(name, argv, self.folder, env={**self.environment_of(WORKER), **settings}, cwd=self.folder)
         self._cleanup.callback(process.kill)
         process.start()
         return process

@@ -75,7 +75,7 @@ def books(services: Embedded) -> Iterator[Installation]:
 @pytest.fixture
 def holdfast(books: Installation) -> Any:
     """Runs a command on the books."""
-    return lambda *arguments: run(*arguments, HOLDFAST_DATABASE_URL=books.database_url)
+    return lambda *arguments: run(*arguments, **books.environment)
 
 
 # Help
@@ -291,8 +291,7 @@ def test_verify_on_broken_books_names_the_offenders_and_is_exit_code_1(installat
     apply(installation.engine, "wallet.purchase", org_id="acme", purchase_id="p-1", credits=500)
     sql(installation.engine, "ALTER TABLE credit_events DISABLE TRIGGER USER")
     sql(installation.engine, "UPDATE credit_events SET credits = 501")
-    plain = run("verify", HOLDFAST_DATABASE_URL=installation.database_url)
-    as_json = run("verify", "--json", HOLDFAST_DATABASE_URL=installation.database_url)
+    plain, as_json = (run("verify", *option, **installation.environment) for option in ([], ["--json"]))
     assert (plain.returncode, plain.stderr, as_json.returncode, as_json.stderr) == (1, "", 1, "")
     assert "acme: events add up to 501, available is 500" in plain.stdout
     assert "Not clean:" in plain.stdout

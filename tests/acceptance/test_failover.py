@@ -63,6 +63,7 @@ def two() -> Iterator[tuple[Embedded, Postgres, Installation, Producer]]:
         )
         engine = connect(services.database_url)
         migrations.upgrade(engine)
+        migrations.grant(engine)
         engine.dispose()
         become_replica(other.postgres, services.postgres)
         hosts = "&".join(f"host={quote(str(one.postgres.sockets))}:5432" for one in (services, other))

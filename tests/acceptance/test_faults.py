@@ -26,6 +26,7 @@ from sqlalchemy.exc import OperationalError
 
 from ledger import audit, migrations
 from ledger.database import connect
+from ledger.roles import WORKER
 from ledger.store import LOCKED, apply_batch
 from tests.acceptance import commands, website
 from tests.acceptance.installation import (
@@ -94,6 +95,7 @@ def machine() -> Iterator[Embedded]:
     with open_folder() as folder, Embedded(folder, durable=False) as own:
         engine = connect(own.database_url)
         migrations.upgrade(engine)
+        migrations.grant(engine)
         engine.dispose()
         yield own
 
@@ -190,6 +192,7 @@ def set_clock_ahead(services: Embedded, installation: Installation, by: str | No
     name = installation.engine.url.database
     if by is not None:
         sql(installation.engine, "CREATE SCHEMA wrong")
+        sql(installation.engine, "GRANT USAGE ON SCHEMA wrong TO PUBLIC")
         ahead = f"RETURN pg_catalog.clock_timestamp() + interval '{by}'"
         sql(installation.engine, f"CREATE FUNCTION wrong.clock_timestamp() RETURNS timestamptz LANGUAGE sql {ahead}")
     installation.engine.dispose()
@@ -227,9 +230,25 @@ def test_a_worker_waits_for_the_database_to_be_migrated(services: Embedded) -> N
             "The database does not answer, the messages wait: the database is not migrated yet; run `holdfast migrate`"
         ]
         assert not asked.ready()
-        assert commands.run("migrate", env=installation.environment).returncode == 0
+        as_owner = {**installation.environment, "HOLDFAST_DATABASE_URL": installation.database_url}
+        assert commands.run("migrate", "--roles", env=as_owner).returncode == 0
         assert asked.get(timeout=SOON_S)["available"] == 1
         assert installation.count("dead_letters") == 0
+
+
+def test_a_worker_waits_for_what_its_role_needs(installation: Installation, producer: Producer) -> None:
+    sql(installation.engine, "REVOKE ALL ON credit_events FROM holdfast_worker")
+    worker = installation.start_worker()
+    asked = producer.ask("wallet.grant", {"org_id": "early", "grant_id": "gift", "credits": 1})
+    eventually(lambda: warnings_in(worker))
+    [line] = warnings_in(worker)
+    assert line == (
+        "The database does not answer, the messages wait: permission denied for table credit_events; run `holdfast "
+        "migrate --roles` as the owner of the tables, or connect as a role that may do this"
+    )
+    migrations.grant(installation.engine)
+    assert asked.get(timeout=SOON_S)["available"] == 1
+    assert installation.count("dead_letters") == 0
 
 
 def test_a_database_that_dies_in_the_middle_of_a_batch_costs_and_repeats_nothing(
@@ -489,7 +508,7 @@ def test_a_place_for_answers_that_is_silent_does_not_hold_the_ledger_up(
     with socket.create_server(("127.0.0.1", 0)) as silent:
         program = [*celery("worker")]
         place = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
-        environment = {**installation.environment, "HOLDFAST_RESULT_URL": place}
+        environment = {**installation.environment_of(WORKER), "HOLDFAST_RESULT_URL": place}
         worker = Process("worker", program, installation.folder, env=environment, cwd=installation.folder)
         began_at = time.monotonic()
         with killed_at_the_end(worker):

@@ -208,6 +208,7 @@ def test_a_commit_that_hangs_is_told_of(services: Embedded) -> None:
     with open_folder() as folder, Embedded(folder, durable=False) as own:
         engine = connect(own.database_url)
         migrations.upgrade(engine)
+        migrations.grant(engine)
         engine.dispose()
         with installed(own) as installation, closing(Producer(installation.broker_url)) as producer:
             admin = connect(own.admin_url).execution_options(isolation_level="AUTOCOMMIT")

@@ -13,8 +13,9 @@ from fastapi import FastAPI
 
 from api_stub.app import create_app
 from api_stub.protocol import PromptProtocol
+from ledger.roles import READER
 from ledger.settings import Settings
-from tests.support import PATIENCE_S, eventually
+from tests.support import PATIENCE_S, as_role, eventually
 
 SECRET = "a secret for tests, of at least 32 characters"
 FUTURE = 4_102_444_800
@@ -31,6 +32,8 @@ def operator_token() -> str:
 
 
 def app(database_url: str, broker_url: str, **settings: str) -> FastAPI:
+    """The app on this database, which is named for its owner: it connects as the reader."""
+    database_url = as_role(READER, database_url)
     return create_app(Settings(database_url=database_url, broker_url=broker_url, jwt_secret=SECRET, **settings))
 
 

@@ -125,6 +125,7 @@ class Machine:
             self.engine = connect(self.services.database_url)
             cleanup.callback(self.engine.dispose)
             migrations.upgrade(self.engine)
+            migrations.grant(self.engine)
             self.broker = redis.Redis.from_url(self.services.broker_url, retry=Retry(NoBackoff(), 0))
             cleanup.callback(self.broker.close)
             for number in (1, 2):
@@ -140,9 +141,7 @@ class Machine:
         self._cleanup.close()
 
     def _child(self, cleanup: ExitStack, name: str, script: str) -> Process:
-        env = environment(
-            HOLDFAST_DATABASE_URL=self.services.database_url, HOLDFAST_BROKER_URL=self.services.broker_url
-        )
+        env = environment(HOLDFAST_DATABASE_URL=self.services.worker_url, HOLDFAST_BROKER_URL=self.services.broker_url)
         # SIGKILL, also when we are killed ourselves: it may be stopped just then, and would not hear a SIGTERM.
         process = Process(
             name,
