@@ -16,7 +16,7 @@ import pytest
 from ruamel.yaml import YAML
 from sqlalchemy import Engine
 
-from ledger import migrations
+from ledger import migrations, roles
 from ledger.database import connect
 from ledger.store import apply_batch
 from tests.support import PATIENCE_S, delivery, sql
@@ -28,9 +28,10 @@ SERVICES = YAML(typ="safe").load((ROOT / "docker-compose.yml").read_text())["ser
 
 DOCKER = """#!/bin/sh
 case "$*" in
+  "compose exec -T api "*) shift 4; HOLDFAST_DATABASE_URL=$URL_OF_API exec "$@" ;;
   "compose exec -T "*) shift 4; exec "$@" ;;
   "compose run --rm database") exec sh -euc "$SCRIPT_OF_DATABASE" ;;
-  "compose run --rm migrate") exec holdfast migrate ;;
+  "compose run --rm migrate") exec holdfast migrate --roles ;;
   "compose run --rm migrate "*) shift 4; exec "$@" ;;
   *) echo "docker $*" >> "$NOTES" ;;
 esac
@@ -48,13 +49,15 @@ class Machine:
     environment: dict[str, str]
     engine: Engine
 
-    def run(self, script: str) -> subprocess.CompletedProcess[str]:
+    def run(self, script: str, *, typed: str = "") -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             ["sh", "-c", script],
             cwd=self.folder,
             env=self.environment,
             capture_output=True,
             text=True,
+            input=typed,
+            start_new_session=True,  # a terminal of ours would be asked
             timeout=PATIENCE_S,
         )
 
@@ -85,10 +88,14 @@ def machine(own_services: Embedded, tmp_path: Path) -> Iterator[Machine]:
         "PGHOST": str(postgres.sockets),
         "PGUSER": "postgres",
         "DATABASE_PASSWORD": "sekrit",
+        "WORKER_DATABASE_PASSWORD": "sekrit",
+        "READER_DATABASE_PASSWORD": "sekrit",
+        "URL_OF_API": own_services.reader_url,
         "HOLDFAST_DATABASE_URL": own_services.database_url,
     }
     engine = connect(own_services.database_url, checks_connections=True)
     migrations.upgrade(engine)
+    migrations.grant(engine)
     purchase(engine, "before", 500)
     yield Machine(tmp_path, environment, engine)
     migrations.downgrade(engine, "base")
@@ -133,6 +140,7 @@ def test_a_backup_that_is_cut_short_is_an_error_and_nothing_starts_on_it(machine
     assert not any("--scale" in line for line in machine.notes())
     sql(machine.engine, "DROP SCHEMA public CASCADE")
     sql(machine.engine, "CREATE SCHEMA public")
+    sql(machine.engine, "GRANT USAGE ON SCHEMA public TO PUBLIC")
     migrations.upgrade(machine.engine)
 
 
@@ -145,7 +153,7 @@ def test_the_nightly_check_prints_only_what_is_wrong(machine: Machine) -> None:
     assert (clean.returncode, clean.stdout, clean.stderr) == (0, "", "")
     sql(machine.engine, "UPDATE wallets SET prepaid_balance = 501")
     assert "acme: events add up to 500, available is 501" in machine.run(command).stdout
-    machine.environment["HOLDFAST_DATABASE_URL"] = "postgresql+psycopg://holdfast@127.0.0.1:1/holdfast"
+    machine.environment["URL_OF_API"] = "postgresql+psycopg://holdfast@127.0.0.1:1/holdfast"
     assert "Connection refused" in machine.run(command).stdout
 
 
@@ -164,6 +172,45 @@ def test_the_way_back_to_an_older_version(machine: Machine) -> None:
     ]
     [folder] = [ROOT / word for word in machine.notes()[0].split() if "/" in word]
     assert sorted(path.name[:4] for path in folder.glob("0*.py")) == migrations.revisions()
+
+
+def test_the_roles_are_made_their_passwords_are_asked_for_and_they_are_given_what_they_need(
+    machine: Machine, own_services: Embedded
+) -> None:
+    migrations.downgrade(machine.engine, "base")
+    sql(machine.engine, "DROP TABLE alembic_version")
+    admin = connect(own_services.admin_url)
+    sql(admin, f"DROP ROLE {roles.WORKER}, {roles.READER}")
+    refused = machine.run(block("Roles", 2))
+    assert (refused.returncode, refused.stdout) == (2, "")
+    create, *set_passwords = block("Roles", 1).splitlines()
+    for statement in re.findall(r"'(CREATE .*?)'", create):
+        assert statement in refused.stderr
+    made = machine.run(create)
+    assert (made.returncode, made.stderr) == (0, "")
+    for command in set_passwords:
+        assert machine.run(command, typed="it's secret\nit's secret\n").returncode == 0
+    passwords = "SELECT rolname FROM pg_authid WHERE starts_with(rolpassword, 'SCRAM-SHA-256$') ORDER BY 1"
+    assert [role for (role,) in sql(admin, passwords) if role != "holdfast"] == [roles.READER, roles.WORKER]
+    granted = machine.run(block("Roles", 2))
+    assert (granted.returncode, granted.stderr) == (0, "")
+    purchase(machine.engine, "before", 500)
+    verified = machine.run("docker compose exec -T api holdfast verify")
+    assert (verified.returncode, verified.stderr) == (0, "")
+    assert CLEAN in verified.stdout
+    for role in re.findall(r"^\| `(\w+)` \|", DOCUMENT, re.MULTILINE):
+        assert role in {"holdfast", *roles.PRIVILEGES}
+    admin.dispose()
+
+
+def test_an_older_env_gets_the_two_passwords(machine: Machine) -> None:
+    (machine.folder / ".env").write_text("DATABASE_PASSWORD=1\n")
+    assert machine.run(block("Roles")).returncode == 0
+    first, *added = (machine.folder / ".env").read_text().splitlines()
+    assert first == "DATABASE_PASSWORD=1"
+    secrets = dict(line.split("=") for line in added)
+    assert list(secrets) == ["WORKER_DATABASE_PASSWORD", "READER_DATABASE_PASSWORD"]
+    assert all(re.fullmatch("[0-9a-f]{64}", secret) for secret in secrets.values())
 
 
 def test_the_services_and_the_addresses_are_those_of_the_compose_file() -> None:

@@ -40,6 +40,7 @@ from ruamel.yaml import YAML
 from uvicorn.importer import import_from_string
 
 from api_stub.protocol import PromptProtocol
+from ledger import roles
 from ledger.settings import PREFIX, Settings
 from worker import cli
 from worker.embedded import INITDB_OPTIONS, POSTGRES_MAJOR, Embedded, Postgres, _valkey_binary, free_port
@@ -68,6 +69,8 @@ INSTRUCTIONS: list[tuple[str, str]] = [
 SECRETS = {
     "POSTGRES_PASSWORD": "11" * 32,
     "DATABASE_PASSWORD": "22" * 32,
+    "WORKER_DATABASE_PASSWORD": "55" * 32,
+    "READER_DATABASE_PASSWORD": "66" * 32,
     "BROKER_PASSWORD": "33" * 32,
     "HOLDFAST_JWT_SECRET": "44" * 32,
 }
@@ -181,8 +184,8 @@ def test_the_readme_tells_every_variable_and_how_to_make_them() -> None:
         assert f"`{name}`" in DEPLOYING
     for name, default in DEFAULTS.items():
         assert re.search(rf"^\| .*`{name}`.*default: {default}\b", DEPLOYING, re.MULTILINE)
-    [names] = re.findall(r"^ *for name in (.*); do$", DEPLOYING, re.MULTILINE)
-    assert names.split() == list(SECRETS)
+    [names] = re.findall(r"^ *for name in ([^;]*); do$", DEPLOYING, re.MULTILINE)
+    assert names.replace("\\\n", "").split() == list(SECRETS)
 
 
 @pytest.mark.parametrize("shell", ["bash", "sh"])
@@ -265,11 +268,26 @@ def test_every_worker_serves_its_figures_within_the_network_alone(service_settin
     assert "`holdfast_backend`" in operating
 
 
-def test_the_settings_lead_to_the_services_with_their_passwords(service_settings: Any) -> None:
-    settings = service_settings("worker")
-    database, broker = urlsplit(settings.database_url), urlsplit(settings.broker_url)
+@pytest.mark.parametrize(
+    ("service", "role", "password"),
+    [
+        ("migrate", "holdfast", "DATABASE_PASSWORD"),
+        ("worker", roles.WORKER, "WORKER_DATABASE_PASSWORD"),
+        ("beat", roles.WORKER, "WORKER_DATABASE_PASSWORD"),
+        ("api", roles.READER, "READER_DATABASE_PASSWORD"),
+    ],
+)
+def test_every_service_connects_as_the_role_that_it_needs(
+    service: str, role: str, password: str, service_settings: Any
+) -> None:
+    database = urlsplit(service_settings(service).database_url)
     assert (database.hostname, database.port, database.path) == ("postgres", 5432, "/holdfast")
-    assert (database.username, database.password) == ("holdfast", environment("database")["DATABASE_PASSWORD"])
+    assert (database.username, database.password) == (role, environment("database")[password])
+
+
+def test_the_settings_lead_to_the_broker_with_its_password(service_settings: Any) -> None:
+    settings = service_settings("worker")
+    broker = urlsplit(settings.broker_url)
     assert (broker.hostname, broker.port, broker.path) == ("broker", 6379, "/0")
     assert broker.password == environment("broker")["BROKER_PASSWORD"]
 
@@ -278,7 +296,8 @@ def test_the_settings_lead_to_the_services_with_their_passwords(service_settings
 
 
 def test_the_migration_is_a_command_of_holdfast() -> None:
-    assert SERVICES["migrate"]["command"] == ["holdfast", "migrate"]
+    assert SERVICES["migrate"]["command"] == ["holdfast", "migrate", "--roles"]
+    assert unknown_options(typer.main.get_group(cli.app).commands["migrate"], ["--roles"]) == []
     assert PROJECT["project"]["scripts"]["holdfast"] == "worker.cli:main"
     assert {"migrate", "verify"} <= set(typer.main.get_group(cli.app).commands)
 
@@ -497,13 +516,20 @@ def postgres() -> Iterator[Postgres]:
     with tempfile.TemporaryDirectory(prefix="holdfast-tests-") as folder:
         Path(folder).chmod(0o711)  # as root, PostgreSQL runs as an account that has to pass through
         with Embedded(Path(folder), durable=False) as running:
-            rules = "local all holdfast scram-sha-256\nlocal all postgres trust\n"
+            rules = f"local all {','.join(ROLES)} scram-sha-256\nlocal all postgres trust\n"
             (running.postgres.data / "pg_hba.conf").write_text(rules)
             with administrator(running.postgres) as connection:
                 connection.execute("SELECT pg_reload_conf()")
                 connection.execute("DROP DATABASE holdfast")
-                connection.execute("DROP ROLE holdfast")
+                connection.execute(f"DROP ROLE {', '.join(ROLES)}")
             yield running.postgres
+
+
+ROLES = {
+    "holdfast": "DATABASE_PASSWORD",
+    roles.WORKER: "WORKER_DATABASE_PASSWORD",
+    roles.READER: "READER_DATABASE_PASSWORD",
+}
 
 
 def administrator(postgres: Postgres) -> psycopg.Connection[Any]:
@@ -513,7 +539,7 @@ def administrator(postgres: Postgres) -> psycopg.Connection[Any]:
 def make_the_database(postgres: Postgres, password: str) -> subprocess.CompletedProcess[str]:
     """What the service `database` does."""
     service = SERVICES["database"]
-    own = {"PGHOST": str(postgres.sockets), "DATABASE_PASSWORD": password}
+    own = {"PGHOST": str(postgres.sockets), **{variable: f"{password} of {role}" for role, variable in ROLES.items()}}
     path = f"{Path(postgres.argv[0]).parent}:{os.defpath}"
     return subprocess.run(
         [*service["entrypoint"], *map(interpolated, service["command"])],
@@ -523,7 +549,15 @@ def make_the_database(postgres: Postgres, password: str) -> subprocess.Completed
     )
 
 
-@pytest.mark.parametrize("half", ["", "CREATE ROLE holdfast", "CREATE ROLE holdfast LOGIN PASSWORD 'an older one'"])
+@pytest.mark.parametrize(
+    "half",
+    [
+        "",
+        "CREATE ROLE holdfast",
+        "CREATE ROLE holdfast LOGIN PASSWORD 'an older one'",
+        f"CREATE ROLE {roles.READER} LOGIN PASSWORD 'an older one'",
+    ],
+)
 def test_the_database_is_holdfasts_own_whatever_of_it_was_there(half: str, postgres: Postgres) -> None:
     with administrator(postgres) as admin:
         admin.execute(half)
@@ -531,17 +565,24 @@ def test_the_database_is_holdfasts_own_whatever_of_it_was_there(half: str, postg
             made = make_the_database(postgres, password)
             assert (made.returncode, made.stdout, made.stderr) == (0, "", "")
             login = {"user": "holdfast", "dbname": "holdfast", "host": str(postgres.sockets), "port": 5432}
-            with psycopg.connect(**login, password=password) as own:
+            with psycopg.connect(**login, password=f"{password} of holdfast") as own:
                 own.execute("CREATE TABLE IF NOT EXISTS kept ()")
                 owner = own.execute(
                     "SELECT pg_get_userbyid(datdba), rolsuper, rolcreatedb, rolcreaterole"
                     " FROM pg_database, pg_roles WHERE datname = current_database() AND rolname = current_user"
                 )
                 assert owner.fetchone() == ("holdfast", False, False, False)
-            with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
-                psycopg.connect(**login, password="another one")
+            for role in ROLES:
+                login["user"] = role
+                with psycopg.connect(**login, password=f"{password} of {role}") as own:
+                    rights = (
+                        "SELECT rolsuper OR rolcreatedb OR rolcreaterole FROM pg_roles WHERE rolname = current_user"
+                    )
+                    assert own.execute(rights).fetchone() == (False,)
+                with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
+                    psycopg.connect(**login, password="another one")
         admin.execute("DROP DATABASE holdfast")
-        admin.execute("DROP ROLE holdfast")
+        admin.execute(f"DROP ROLE {', '.join(ROLES)}")
 
 
 def test_the_database_that_cannot_be_made_is_an_error(postgres: Postgres) -> None:
