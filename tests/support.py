@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import psutil
 import pytest
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Engine, create_engine, make_url, text
 
 from ledger.store import Delivery
 from worker.embedded import Embedded
@@ -76,8 +76,7 @@ def no_more_acting(engine: Engine, table: str) -> None:
 
 def as_role(role: str, database_url: str) -> str:
     """The same database for another role than its owner."""
-    assert "//holdfast@" in database_url
-    return database_url.replace("//holdfast@", f"//{role}@")
+    return make_url(database_url).set(username=role).render_as_string(hide_password=False)
 
 
 @contextmanager

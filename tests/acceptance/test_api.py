@@ -23,6 +23,7 @@ from api_stub.app import OTHERS_SOURCES
 from ledger import history as ledger_history
 from ledger.database import CONNECT_TIMEOUT_S, POOL_TIMEOUT_S, connect
 from ledger.messages import MESSAGES
+from ledger.roles import READER
 from ledger.rules import SCHEDULER
 from ledger.store import apply_batch
 from tests.acceptance import website
@@ -499,9 +500,8 @@ def test_health_and_metrics_need_no_token(api: Api, history: None) -> None:
 
 
 def test_the_log_of_the_server_has_no_health_check_that_went_well(installation: Installation) -> None:
-    server = installation.start(
-        "api", sys.executable, "-m", "uvicorn", "api_stub.app:app", "--port", "0", HOLDFAST_JWT_SECRET=SECRET
-    )
+    settings = {"HOLDFAST_JWT_SECRET": SECRET, **installation.environment_of(READER)}
+    server = installation.start("api", sys.executable, "-m", "uvicorn", "api_stub.app:app", "--port", "0", **settings)
     address = eventually(lambda: re.search(r"http://127\.0\.0\.1:\d+", log_of(server)))[0]
     for path in ("/healthz", "/readyz", "/readyz?by=docker", "/api/organizations/acme/credits"):
         httpx.get(address + path, timeout=PATIENCE_S)

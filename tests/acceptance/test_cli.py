@@ -16,9 +16,9 @@ from typing import Any
 
 import psutil
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, make_url
 
-from ledger import audit, migrations
+from ledger import audit, migrations, roles
 from ledger.store import DeadLettered, apply_batch
 from tests.acceptance import commands
 from tests.acceptance.commands import Ended, drawn
@@ -506,6 +506,12 @@ def exported(command: Command) -> dict[str, str]:
     return dict(re.findall(r'export (HOLDFAST_\w+)="([^"]+)"', command.said()))
 
 
+def role_of(part: str, data_dir: Path) -> str | None:
+    """Whom a part of `holdfast up` connects to the database as."""
+    pid, _ = (data_dir / f"{part}.pid").read_text().split()
+    return make_url(psutil.Process(int(pid)).environ()["HOLDFAST_DATABASE_URL"]).username
+
+
 def test_up_serves_until_ctrl_c_and_keeps_its_data(folder: Path) -> None:
     data_dir = folder / "data"
     with started(folder, "up", "--data-dir", str(data_dir)) as first:
@@ -514,6 +520,12 @@ def test_up_serves_until_ctrl_c_and_keeps_its_data(folder: Path) -> None:
             assert client.purchase(org_id="acme", purchase_id="p-1", credits=500, wait_s=PATIENCE_S).available == 500
         shown = run("wallet", "acme", "--json", HOLDFAST_DATABASE_URL=exported(first)["HOLDFAST_DATABASE_URL"])
         assert json.loads(shown.stdout)["available"] == 500
+        assert {part: role_of(part, data_dir) for part in ("worker", "beat", "api")} == {
+            "worker": roles.WORKER,
+            "beat": roles.WORKER,
+            "api": roles.READER,
+        }
+        assert make_url(exported(first)["HOLDFAST_DATABASE_URL"]).username == roles.READER
         assert_one_line(run("up", "--data-dir", str(data_dir)), f"Holdfast already runs on the data folder {data_dir}.")
 
         worker, _ = (data_dir / "worker.pid").read_text().split()

@@ -224,7 +224,7 @@ def test_a_commit_that_hangs_is_told_of(services: Embedded) -> None:
             def hangs() -> bool:
                 """Whether a commit waits: each process of the server reads the new setting when it gets to it."""
                 asked.append(producer.ask("wallet.grant", grant("acme", str(len(asked)))))
-                return bool(sql(installation.engine, "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"))
+                return bool(sql(admin, "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"))
 
             with installation.serving_figures() as (worker, figures):
                 wait_for_workers(producer)
