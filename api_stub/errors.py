@@ -19,6 +19,7 @@ from starlette.routing import Match, Mount
 from api_stub.problems import BUSY, RETRY, Problem
 from api_stub.rendering import FOR_ALL, NotSignedInError, error_page, to_sign_in
 from ledger.database import describe, is_transient, took_too_long
+from ledger.messages import named
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -87,7 +88,7 @@ def _problem(request: Request, error: Exception) -> Problem:
         case Problem():
             return error
         case RequestValidationError():
-            return Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(map(_sentence, error.errors())))
+            return Problem(HTTPStatus.UNPROCESSABLE_ENTITY, named(map(_sentence, error.errors())))
         case HTTPException():
             return _of_the_framework(request, error)
         case PoolTimeoutError():

@@ -32,6 +32,8 @@ from worker.client import Client, DeadLetteredError, InvalidMessageError, NoAnsw
 
 STATUSES = ("open", "replayed", "discarded", "all")
 PAGE = 50
+ERROR_LISTED = 300
+"""The most characters of an error that the list shows."""
 ANSWER_TIMEOUT_S = 5.0
 MAX_SHOWN = 64 * 1024
 """The most characters of a message or a traceback that are shown."""
@@ -113,6 +115,7 @@ def dead_letter_list(request: Request, asked_for: AskedFor, using: Using) -> Res
         older=older,
         statuses=STATUSES,
         tasks=MESSAGES,
+        max_error=ERROR_LISTED,
     )
 
 
@@ -194,8 +197,9 @@ def _letter_page(
         "dead_letter.html",
         status,
         letter=letter,
-        message=shortened(dead_letters.readable(letter.body), MAX_SHOWN, rest),
-        traceback=shortened(escaped(letter.traceback or "", keep="\n"), MAX_SHOWN, rest),
+        message=dead_letters.readable(letter.body, MAX_SHOWN, rest),
+        traceback=escaped(shortened(letter.traceback or "", MAX_SHOWN, rest), keep="\n"),
+        max_error=dead_letters.MAX_ERROR_LENGTH,
         unreplayable=_unreplayable(letter),
         failure=failure,
         reason=reason,

@@ -19,7 +19,7 @@ from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from api_stub.problems import Problem
-from ledger.readable import as_json, escaped, readable_json, span
+from ledger.readable import as_json, beginning, escaped, readable_json, span
 
 _HERE = Path(__file__).parent
 _STATIC = _HERE / "static"
@@ -193,6 +193,6 @@ _templates = Environment(
 )
 _templates.filters |= {
     function.__name__: function
-    for function in (amount, change, day, clock, iso, span, label, pairs, readable_json, escaped)
+    for function in (amount, change, day, clock, iso, span, label, pairs, readable_json, beginning, escaped)
 }
 _templates.globals |= {"asset": {name: f"/static/{name}?v={_version(name)}" for name in ("holdfast.css", "icon.svg")}}

@@ -16,9 +16,13 @@ from typing import Any
 import psycopg
 from sqlalchemy import ColumnElement, Connection, Engine, Update, func, or_, select, update
 
-from ledger.readable import escaped, escaped_json, readable_json
+from ledger.messages import MAX_BODY_BYTES
+from ledger.readable import escaped, escaped_json, readable_json, shortened
 from ledger.state import Result
 from ledger.tables import dead_letters
+
+MAX_ERROR_LENGTH = 4_000
+"""The most characters of an error that a list reads. No error is written that is longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,23 +96,29 @@ class LetterFilter:
 
 
 @dataclass(frozen=True, slots=True)
-class KeptLetter:
-    """A dead letter as it is kept."""
+class ListedLetter:
+    """What a list says of a dead letter: nothing that may be large, and of its error the beginning."""
 
     id: int
     status: str
     task: str
     org_id: str | None
-    body: bytes
     error_code: str
     error: str
-    traceback: str | None
     attempts: int
     first_failed_at: datetime
     last_failed_at: datetime
     resolved_at: datetime | None
     resolved_by: str | None
     resolution: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class KeptLetter(ListedLetter):
+    """A dead letter as it is kept."""
+
+    body: bytes
+    traceback: str | None
 
 
 class UnknownLetterError(LookupError):
@@ -129,13 +139,16 @@ class StillFailsError(Exception):
 
 def letters(
     connection: Connection, matching: LetterFilter = LetterFilter(), *, limit: int = 100, before_id: int | None = None
-) -> list[KeptLetter]:
+) -> list[ListedLetter]:
     """The dead letters that match, newest first; with `before_id`, those older than that."""
     columns = dead_letters.c
-    query = select(*(columns[field.name] for field in fields(KeptLetter))).where(*_conditions(matching))
+    # Versions that knew no bound have written errors of millions of characters.
+    short = {"error": func.left(columns.error, MAX_ERROR_LENGTH)}
+    names = [field.name for field in fields(ListedLetter)]
+    query = select(*(short.get(name, columns[name]) for name in names)).where(*_conditions(matching))
     if before_id is not None:
         query = query.where(columns.id < before_id)
-    return [KeptLetter(*row) for row in connection.execute(query.order_by(columns.id.desc()).limit(limit))]
+    return [ListedLetter(*row) for row in connection.execute(query.order_by(columns.id.desc()).limit(limit))]
 
 
 def count_without_organization(connection: Connection, matching: LetterFilter) -> int:
@@ -201,15 +214,19 @@ def _digest(letter: DeadLetter) -> bytes:
     return hashlib.sha256(body).digest()
 
 
-def readable(body: bytes) -> str:
-    """A message for a person: its fields, or whatever has arrived instead. Its control characters are escaped."""
-    found = arguments(body)
+def readable(body: bytes, most: int, rest: str) -> str:
+    """A message for a person: its fields, or whatever has arrived instead. Its control characters are escaped.
+
+    At most `most` characters of it, before they are escaped; `rest` says how to see the others.
+    """
+    # Versions that knew no bound have kept larger messages, which take seconds to be read.
+    found = arguments(body) if len(body) <= MAX_BODY_BYTES else None
     if found is not None:
         args, kwargs = found
         message = args[0] if len(args) == 1 and not kwargs else {"args": args, "kwargs": kwargs}
         with suppress(RecursionError):  # nested so deep that it could just be read, but not be written
-            return escaped_json(readable_json(message))
-    return escaped(body.decode("utf-8", "backslashreplace"), keep="\n")
+            return escaped_json(shortened(readable_json(message), most, rest))
+    return escaped(shortened(body.decode("utf-8", "backslashreplace"), most, rest), keep="\n")
 
 
 def sent_with(letter: KeptLetter) -> tuple[list[Any], dict[str, Any]]:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Annotated, Any, ClassVar
 
 from pydantic import (
@@ -32,6 +33,9 @@ MAX_BODY_BYTES = 64 * 1024
 
 SUSPECT, DELIVERY_LIMIT = 3, 20
 """How many workers may end over a message before it is taken alone, and before it becomes a dead letter."""
+
+MAX_PROBLEMS = 10
+"""The most problems that one error names."""
 
 MAX_METADATA_BYTES = 8 * 1024
 """The largest metadata of a message, as compact JSON in UTF-8."""
@@ -400,8 +404,14 @@ def parse(task: str, payload: object) -> Message | InvalidMessage:
     try:
         return model.model_validate(payload)
     except ValidationError:
-        problems = "; ".join(_problems(model, payload))
-        return InvalidMessage("invalid_message", f"{task}: {problems}", _org_id(payload))
+        return InvalidMessage("invalid_message", f"{task}: {named(_problems(model, payload))}", _org_id(payload))
+
+
+def named(problems: Iterator[str]) -> str:
+    """The first MAX_PROBLEMS of `problems` in one sentence, and how many more there are."""
+    first = "; ".join(islice(problems, MAX_PROBLEMS))
+    more = sum(1 for _ in problems)
+    return f"{first}; … and {more:,} more" if more else first
 
 
 def _problems(model: type[Message], payload: dict[Any, object]) -> Iterator[str]:

@@ -20,6 +20,11 @@ def escaped_json(text: str) -> str:
     )
 
 
+def beginning(text: str, most: int) -> str:
+    """`text`, or the beginning of it: at most `most` characters, of which the last is then an ellipsis."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def shortened(text: str, most: int, rest: str) -> str:
     """The first `most` characters of `text`. If there are more: how many, and `rest`, which says how to see them."""
     left_out = len(text) - most

@@ -46,7 +46,7 @@ from ledger.database import (
     is_transient,
     may_be_local,
 )
-from ledger.dead_letters import DeadLetter
+from ledger.dead_letters import MAX_ERROR_LENGTH, DeadLetter
 from ledger.messages import (
     DELIVERY_LIMIT,
     InvalidMessage,
@@ -59,6 +59,7 @@ from ledger.messages import (
     only_argument,
     parse,
 )
+from ledger.readable import beginning
 from ledger.state import Event, PostedMessage, Refusal, Result, Subscription, Wallet, Workflow
 from ledger.waiting import NumberedMessage, Taken, WaitingMessage
 
@@ -98,6 +99,9 @@ BLOCKED = "a row that its messages need is locked"
 
 MAX_TASK_LENGTH = 256
 """How much of a task's name a dead letter keeps: it is part of an index."""
+
+MAX_TRACEBACK_LENGTH = 64 * 1024
+"""How much of a traceback a dead letter keeps: its last characters, which say most."""
 
 Connection = psycopg.Connection[Any]
 Item = TypeVar("Item")
@@ -521,12 +525,16 @@ def _record_unexpected(connection: Connection, delivery: Delivery, error: Except
         delivery.body,
         parse(delivery.task, delivery.payload).org_id,
         "unexpected_error",
-        _storable(f"{delivery.task} failed unexpectedly: {type(error).__name__}: {error}"),
-        _storable("".join(traceback.format_exception(error))),
+        beginning(_storable(f"{delivery.task} failed unexpectedly: {type(error).__name__}: {error}"), MAX_ERROR_LENGTH),
+        _end(_storable("".join(traceback.format_exception(error))), MAX_TRACEBACK_LENGTH),
     )
     [letter_id] = dead_letters.record(connection, [letter])
     logger.error("%s failed unexpectedly, see dead letter %d:\n%s", letter.task, letter_id, letter.traceback)
     return DeadLettered(letter_id, letter.code, letter.error)
+
+
+def _end(text: str, most: int) -> str:
+    return text if len(text) <= most else f"…{text[1 - most :]}"
 
 
 def _storable(text: str) -> str:

@@ -16,14 +16,16 @@ from sqlalchemy import Engine
 
 from ledger import dead_letters
 from ledger.dead_letters import (
+    MAX_ERROR_LENGTH,
     KeptLetter,
     LetterFilter,
+    ListedLetter,
     NotOpenError,
     NotReplayableError,
     StillFailsError,
     UnknownLetterError,
 )
-from ledger.readable import escaped, shortened
+from ledger.readable import beginning, escaped, shortened
 from ledger.state import Result
 from worker.client import Client, DeadLetteredError, InvalidMessageError, NoAnswerError
 from worker.terminal import (
@@ -47,6 +49,8 @@ from worker.terminal import (
 )
 
 MAX_LISTED = 1_000
+ERROR_LISTED = 300
+"""The most characters of an error in the table of `list`."""
 MESSAGE_SHOWN, TRACEBACK_SHOWN = 2_000, 20_000
 """The most characters that `show` prints. The last lines of a traceback say most; `--json` prints all."""
 
@@ -114,7 +118,8 @@ def list_letters(
     elif shown:
         which = "Dead letters" if status is Status.ALL else f"{status.capitalize()} dead letters"
         count = f"the newest {limit}, of more" if len(found) > limit else str(len(shown))
-        console.print(table(f"{which}, newest first: {count}", _COLUMNS, map(asdict, shown)))
+        rows = (asdict(letter) | {"error": beginning(letter.error, ERROR_LISTED)} for letter in shown)
+        console.print(table(f"{which}, newest first: {count}", _COLUMNS, rows))
     else:
         say("No dead letters." if matching == LetterFilter(None) else "No dead letters match.")
     if nameless:
@@ -133,11 +138,12 @@ def show(letter_id: LetterId, as_json: AsJson = False) -> None:
         print_json(_item(letter))
         return
     names = [name for name in asdict(letter) if name not in ("id", "body", "traceback")]
-    rows = [(name, getattr(letter, name)) for name in names if getattr(letter, name) is not None]
+    values = asdict(letter) | {"error": beginning(letter.error, MAX_ERROR_LENGTH)}
+    rows = [(name, values[name]) for name in names if values[name] is not None]
     console.print(properties(f"Dead letter {letter.id}", rows, amounts=False))
-    _show_text("Message", dead_letters.readable(letter.body), MESSAGE_SHOWN)
+    _show_text("Message", dead_letters.readable(letter.body, MESSAGE_SHOWN, _REST))
     if letter.traceback is not None:
-        _show_text("Traceback", escaped(letter.traceback, keep="\n"), TRACEBACK_SHOWN)
+        _show_text("Traceback", escaped(shortened(letter.traceback, TRACEBACK_SHOWN, _REST), keep="\n"))
 
 
 @app.command(epilog="Example: holdfast failed replay --all --error refund_exceeds_usage --dry-run")
@@ -320,7 +326,7 @@ def _counted(count: int) -> str:
 # Showing
 
 
-def _fields(letter: KeptLetter) -> dict[str, Any]:
+def _fields(letter: ListedLetter) -> dict[str, Any]:
     """A dead letter as JSON values, without its message and the traceback, which may be large."""
     values = {name: value for name, value in asdict(letter).items() if name not in ("body", "traceback")}
     times = {name: value.isoformat() for name, value in values.items() if isinstance(value, datetime)}
@@ -334,6 +340,9 @@ def _item(letter: KeptLetter) -> dict[str, Any]:
     return {**_fields(letter), "traceback": letter.traceback, "args": args, "kwargs": kwargs, "body_base64": body}
 
 
-def _show_text(title: str, text: str, most: int) -> None:
+_REST = "Use --json to see all that is kept."
+
+
+def _show_text(title: str, text: str) -> None:
     console.print(f"[bold]{title}[/]")
-    print(shortened(text, most, "Use --json to see all that is kept."))
+    print(text)

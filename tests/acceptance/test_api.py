@@ -186,6 +186,11 @@ def test_an_unknown_event_type_is_told_the_nine(api: Api) -> None:
     assert detail.startswith("event_type must be 'usage', 'prepaid_purchase', 'subscription_credit', 'billing', ")
 
 
+def test_of_many_bad_parameters_the_first_ten_are_told(api: Api) -> None:
+    [(status, one), (_, many)] = [api.problem(f"{EVENTS}?{'&'.join(['event_type=x'] * n)}") for n in (1, 1_000)]
+    assert (status, many) == (422, f"{'; '.join([one] * 10)}; … and 990 more")
+
+
 def test_the_wallet_says_what_there_is(api: Api, history: None) -> None:
     body = api.get(CREDITS).json()
     period = body.pop("current_period")

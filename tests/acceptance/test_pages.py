@@ -899,7 +899,7 @@ def test_what_is_no_message_is_shown_as_it_arrived_and_cannot_be_replayed(
     page = operator.get(f"{LETTERS}/{number}")
     assert "\\xff&lt;b&gt;\\x00\nxxx" in page.text
     rest = f"The command `holdfast failed show {number} --json` prints all that is kept."
-    assert f"… and 34,476 characters more. {rest}" in page.text
+    assert f"… and 34,473 characters more. {rest}" in page.text
     assert "no JSON: \\x7f" in page.text
     assert "Traceback …\n\\x1b[0m" in page.text
     assert re.search(r"<dt>Task</dt><dd[^>]*>unknown</dd>", page.text)
@@ -908,6 +908,20 @@ def test_what_is_no_message_is_shown_as_it_arrived_and_cannot_be_replayed(
     refused = operator.post(f"{LETTERS}/{number}/replay", data={"form": form_token(page)})
     assert refused.status_code == 409
     assert f"Dead letter {number} holds no message that could be sent again." in refused.text
+
+
+def test_however_long_a_text_is_pages_show_its_beginning(ledger: Installation, operator: Visitor, letter: str) -> None:
+    sql(
+        ledger.engine,
+        "UPDATE dead_letters SET body = :body, error = :text, traceback = :text WHERE id = :id",
+        body=b'[[{"text": "' + "\u200b".encode() * 2_000_000 + b'"}], {}, {}]',
+        text="<" * 2_000_000,
+        id=int(letter.rpartition("/")[2]),
+    )
+    [listed, page] = [operator.get(LETTERS), operator.get(letter)]
+    assert (f'<a href="{letter}">' in listed.text, "&lt;&lt;&lt;…</span>" in listed.text) == (True, True)
+    assert "&lt;&lt;&lt;…</p>" in page.text
+    assert (len(listed.content) < 200_000, len(page.content) < 700_000) == (True, True)
 
 
 # Words and figures

@@ -2,12 +2,13 @@
 
 import json
 import logging
+import re
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, event
 
 from ledger import dead_letters, rules
 from ledger.messages import InvalidMessage
@@ -32,7 +33,7 @@ def test_a_message_that_cannot_be_applied_is_kept_as_it_arrived(engine: Engine) 
     [answer] = apply_batch(engine, [BAD])
     assert answer == DeadLettered(1, "invalid_message", "wallet.purchase: credits must be greater than 0, got 0")
     with engine.connect() as connection:
-        [letter] = dead_letters.letters(connection)
+        letter = dead_letters.letter(connection, 1)
     assert before <= letter.first_failed_at <= letter.last_failed_at
     row = asdict(letter)
     times = {"first_failed_at": letter.first_failed_at, "last_failed_at": letter.last_failed_at}
@@ -195,13 +196,13 @@ def test_large_and_empty_bodies_are_kept_whole(engine: Engine) -> None:
     ],
 )
 def test_a_message_is_readable_and_none_of_its_characters_is_hidden(body: bytes, text: str) -> None:
-    assert dead_letters.readable(body) == text
+    assert dead_letters.readable(body, 100, "That is all.") == text
 
 
 @pytest.mark.parametrize("depth", [100, 900, 2_000, 100_000])
 def test_a_message_of_any_depth_is_readable(depth: int) -> None:
     body = b"[[" + b"[" * depth + b"]" * depth + b"], {}, {}]"
-    assert "[" * depth in dead_letters.readable(body)
+    assert "[" * depth in dead_letters.readable(body, 2_000_000, "")
 
 
 def test_open_letters_are_the_newest_that_nobody_dealt_with(engine: Engine) -> None:
@@ -210,7 +211,22 @@ def test_open_letters_are_the_newest_that_nobody_dealt_with(engine: Engine) -> N
     sql(engine, DISCARD, id=4)
     with engine.connect() as connection:
         assert [letter.id for letter in dead_letters.letters(connection)] == [5, 3, 2, 1]
-        assert [letter.body for letter in dead_letters.letters(connection, limit=2)] == [b"4", b"2"]
+        assert [letter.id for letter in dead_letters.letters(connection, limit=2)] == [5, 3]
+
+
+def test_a_list_of_letters_reads_no_message_no_traceback_and_the_beginning_of_an_error(engine: Engine) -> None:
+    large = "UPDATE dead_letters SET body = :body, error = :text, traceback = :text"
+    apply_batch(engine, [BAD])
+    sql(engine, large, body=b"[" * 1_000_000, text="é" * 1_000_000)
+    asked: list[str] = []
+    event.listen(engine, "before_cursor_execute", lambda *args: asked.append(args[2]))
+    with engine.connect() as connection:
+        [listed] = dead_letters.letters(connection)
+        kept = dead_letters.letter(connection, listed.id)
+    assert [re.findall(r"body|traceback", statement) for statement in asked] == [[], ["body", "traceback"]]
+    assert asdict(listed) == {name: value for name, value in asdict(kept).items() if name in asdict(listed)} | {
+        "error": "é" * 4_000
+    }
 
 
 def test_no_letters_are_open_at_first(engine: Engine) -> None:

@@ -591,6 +591,23 @@ def test_a_message_that_the_rules_trip_over_stands_alone(engine: Engine, monkeyp
     assert error == "workflow.start failed unexpectedly: RuntimeError: half \\ud800 and \\x00"
 
 
+def test_an_unexpected_error_is_kept_and_told_in_bounds(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def trip(*_: Any, **known: Any) -> Decision:
+        raise RuntimeError("x" * 1_000_000)
+
+    monkeypatch.setattr(rules, "decide", trip)
+    [answer] = apply_batch(engine, a_hundred_starts()[:1])
+    assert isinstance(answer, DeadLettered)
+    [(error, traceback)] = sql(engine, "SELECT error, traceback FROM dead_letters")
+    assert error == answer.error == f"workflow.start failed unexpectedly: RuntimeError: {'x' * 3_949}…"
+    assert (len(error), len(traceback)) == (4_000, 64 * 1024)
+    assert traceback.startswith("…")
+    assert traceback.endswith("xxx\n")
+    assert len(caplog.text) < 70_000
+
+
 def test_a_whole_batch_of_failing_messages_becomes_as_many_dead_letters(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -528,6 +528,13 @@ def test_an_unknown_field_is_named(name: str, shown: str) -> None:
     assert refused("workflow.start", start(**{name: 1})) == f"workflow.start: {shown} is not a field of this message"
 
 
+@pytest.mark.parametrize(("unknown", "rest"), [(9, ""), (10, "; … and 1 more"), (100_000, "; … and 99,991 more")])
+def test_of_many_problems_the_first_ten_are_named(unknown: int, rest: str) -> None:
+    error = refused("workflow.start", start(credits="5", **{f"field{number}": number for number in range(unknown)}))
+    fields = "; ".join(f"field{number} is not a field of this message" for number in range(9))
+    assert error == f"workflow.start: credits must be an integer, got '5'; {fields}{rest}"
+
+
 @pytest.mark.parametrize("name", ["a\x00b", "a\nb", "a\x1b[31m", "a\ud800"])
 def test_the_name_of_an_unknown_field_can_be_stored_and_printed(name: str) -> None:
     error = refused("workflow.start", start(**{name: 1}))
