@@ -36,15 +36,20 @@ from worker.holds_cli import SOURCE as OPERATOR
 EVENTS = "/api/organizations/acme/credit-events"
 CREDITS = "/api/organizations/acme/credits"
 PAST = {"created_at", "metadata"}
-DISGUISES = (
-    "Admin",
+DISGUISES = ("Admin", " billing ", "bill ing", "biIIing", "b1lling", "operat0r", "adrnin", "schedu|er")
+NOT_ASCII = (
     " billing\n",
+    "admin\x7f",
     "admin\u200b",
     "\ufeffoperator",
     "ａｄｍｉｎ",
     "sched\u00aduler",
-    "bill ing",
     "admin\ufe0f",
+    "admin\u3164",  # a Hangul filler, which is a letter
+    "admin\u2800",  # Braille without a dot, which is a symbol
+    "\u0430dmin",  # Cyrillic
+    "adm\u0131n",  # an i without its dot
+    "größe",
 )
 IS_NO_ID = "must have 1 to 128 characters, and only letters, digits and _ . : - among them"
 MOMENT = r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{6})?\+00:00"
@@ -476,6 +481,17 @@ def test_an_engine_cannot_pass_for_somebody_else(api: Api, step: str, source: st
     assert own.status_code == 202
 
 
+def test_over_http_a_source_is_printable_ascii(api: Api) -> None:
+    def answer(source: str) -> tuple[int, str | None]:
+        write = {"Authorization": f"Bearer {token(scope='workflows:write')}"}
+        response = api.post("/api/organizations/acme/workflows/w1/cancel", json={"source": source}, headers=write)
+        return response.status_code, response.json().get("detail")
+
+    sentence = "workflow.cancel: source must be printable ASCII over HTTP, got"
+    assert [answer(source) for source in NOT_ASCII] == [(422, f"{sentence} {source!a}") for source in NOT_ASCII]
+    assert {answer(source) for source in ("crm", "Studio 2 (EU)", "administration", "~")} == {(202, None)}
+
+
 def test_nobody_else_than_those_has_a_source_of_their_own() -> None:
     others = {
         model.model_fields["source"].default for task, model in MESSAGES.items() if not task.startswith("workflow.")
@@ -764,7 +780,9 @@ def test_the_openapi_document_describes_it(api: Api) -> None:
     start, *_, fail = report["requestBody"]["content"]["application/json"]["schema"]["anyOf"]
     assert start["required"] == ["credits"]
     assert set(fail["properties"]) == {"source", "occurred_at", "metadata", "reason"}
+    assert "`source` is printable ASCII" in report["description"]
     assert start["properties"]["source"]["not"] == {"enum": ["admin", "billing", "operator", "scheduler"]}
+    assert start["properties"]["source"]["pattern"] == "^[ -~]+$"
     for path, methods in paths.items():
         for described in methods.values():
             assert set(described["responses"]["default"]["content"]) == {"application/problem+json"}, path
