@@ -1,19 +1,29 @@
-"""The credit history as CSV (RFC 4180, UTF-8), piece by piece, so that its length costs no memory."""
+"""The credit history as CSV (RFC 4180, UTF-8), piece by piece, so that its length costs no memory.
+
+It is for spreadsheets. No text of it is taken for a formula, whether they take a comma or a semicolon for what
+separates cells: an apostrophe stands before what would be one. Control characters, and others that nobody sees, are
+written as escapes. The API's JSON has every text as it is.
+"""
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 
 from sqlalchemy import RowMapping
 
 from ledger.history import CUSTOMER_COLUMNS
-from ledger.readable import as_json
+from ledger.readable import as_json, escaped, escaped_json
 
 COLUMNS = (*CUSTOMER_COLUMNS, "id", "workflow_id")
 PIECE_CHARACTERS = 64 * 1024
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
-"""A spreadsheet takes a text that begins like this for a formula."""
+
+_JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
+"""They are seen: by them letters of some scripts, and emoji, look as they should."""
+
+_FORMULA = re.compile(rf"""(^|;)(?=[\s"{_JOINERS}]*[=+\-@＝＋－＠﹦﹢﹣﹫])""")
+"""Where a formula may begin: spreadsheets overlook space and quotes before one, and some take wide signs."""
 
 
 def pieces(events: Iterable[RowMapping]) -> Iterator[str]:
@@ -40,7 +50,7 @@ def cell(value: object) -> str | int:
         case datetime():
             return value.isoformat()
         case dict():
-            return as_json(value)
+            # A semicolon is only within strings, and so is the same value as an escape.
+            return escaped_json(as_json(value)).replace(";", "\\u003b")
         case _:
-            text = str(value)
-            return f"'{text}" if text.startswith(FORMULA_STARTS) else text
+            return _FORMULA.sub(r"\1'", escaped(str(value), keep=_JOINERS))

@@ -7,6 +7,8 @@ from datetime import timedelta
 
 def escaped(text: str, *, keep: str = "") -> str:
     """`text` with every control character, except those of `keep`, written as an escape such as \\x1b."""
+    if text.isprintable():  # which is fast
+        return text
     return "".join(
         character.encode("unicode_escape").decode() if _is_control(character) and character not in keep else character
         for character in text
@@ -15,6 +17,8 @@ def escaped(text: str, *, keep: str = "") -> str:
 
 def escaped_json(text: str) -> str:
     """JSON, over several lines or on one, in which every control character is written as JSON does: \\u001b."""
+    if text.isprintable():
+        return text
     return "".join(
         json.dumps(character)[1:-1] if _is_control(character) and character != "\n" else character for character in text
     )

@@ -8,7 +8,9 @@ import logging
 import math
 import re
 import socket
+import string
 import time
+import unicodedata
 from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import UTC, date, datetime, timedelta
@@ -717,16 +719,72 @@ def test_the_file_has_every_event_that_matches(ledger: Installation, customer: V
     assert filtered.text.count("\r\n") == 2
 
 
-@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r"])
-def test_no_text_of_the_file_is_a_formula(ledger: Installation, customer: Visitor, org_id: str, start: str) -> None:
-    text = f"{start}cmd|' /C calc'!A0"
-    fields = {"workflow_id": "-w", "credits": 7, "project_id": "-p", "activity_name": text, "source": text}
-    write(ledger.engine, org_id, ("workflow.finish", fields))
+FORMULAS = ("=cmd|' /C calc'!A0", "+1", "-1", "@SUM(1)", "\uff1dcmd", "\uff0b1", "\uff0d1", "\uff20SUM(1)")
+BEFORE = (
+    *("", " ", "\t", "\r", "\n", "\xa0", "\u3000", "\ufeff", "\u200b", "\u200d", '"', "\x1b[0m", "\u202e"),
+    *(" \ufeff\t\xa0", "x;", "x; ", 'x;"', 'x; ""', 'x,";', '",;', "x;\ufeff", "x;y;\xa0", "x;\u200d\u3000"),
+    *("x\t", "x\n", "x\r\n", "x\u2028", "x\x85", "x\x0b"),
+)
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_no_cell_of_the_file_is_a_formula(ledger: Installation, customer: Visitor, org_id: str, separator: str) -> None:
+    texts = [f"{before}{formula}" for before in BEFORE for formula in FORMULAS]
+    finishes = [
+        {"workflow_id": f"-w{number}", "credits": 7, "activity_name": text, "source": text, "metadata": {text: [text]}}
+        for number, text in enumerate(texts)
+    ]
+    write(ledger.engine, org_id, *(("workflow.finish", {"project_id": "-p", **fields}) for fields in finishes))
+    file = customer.get(f"{history_of(org_id)}.csv").text
+    assert {character for character in file if not character.isprintable()} <= {"\r", "\n", "\xa0", "\u3000", "\u200d"}
+    lines = list(csv.reader(io.StringIO(file, newline=""), delimiter=separator))
+    assert [cell for line in lines for cell in line if is_formula(cell)] == []
+    assert len(lines) == 1 + len(texts)
+    if separator == ",":
+        events = [dict(zip(exports.COLUMNS, line, strict=True)) for line in reversed(lines[1:])]
+        assert [json.loads(event["metadata"])[text] for text, event in zip(texts, events, strict=True)] == [
+            [text] for text in texts
+        ]
+        assert {(event["project_id"], event["credits"]) for event in events} == {("'-p", "-7")}
+        assert events[0]["activity_name"] == f"'{texts[0]}"
+
+
+def is_formula(cell: str) -> bool:
+    """Whether a spreadsheet that overlooks as much as it can takes `cell` for one; a number is none."""
+    begins = cell.lstrip(string.whitespace + '\xa0\u3000\ufeff\u200b\u200d\u202e\x1b"')
+    return unicodedata.normalize("NFKC", begins[:1]) in tuple("=+-@") and not re.fullmatch("-[0-9]+", cell)
+
+
+def test_text_of_the_file_that_is_no_formula_is_as_it_was(ledger: Installation, customer: Visitor, org_id: str) -> None:
+    emoji, persian = "\U0001f469\u200d\U0001f4bb", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"
+    texts = ["Crawl; then = and - and @", "a;b", "1+1", "x-y", 'é, "quoted"', emoji, persian]
+    write(
+        ledger.engine,
+        org_id,
+        *(
+            ("workflow.finish", {"workflow_id": f"w{number}", "credits": 7, "activity_name": text})
+            for number, text in enumerate(texts)
+        ),
+    )
     answer = customer.get(f"{history_of(org_id)}.csv")
-    _, line = csv.reader(io.StringIO(answer.text, newline=""))
-    cells = dict(zip(exports.COLUMNS, line, strict=True))
-    assert (cells["source"], cells["activity_name"]) == (f"'{text}", f"'{text}")
-    assert (cells["project_id"], cells["workflow_id"], cells["credits"]) == ("'-p", "'-w", "-7")
+    _, *lines = csv.reader(io.StringIO(answer.text, newline=""))
+    assert [line[exports.COLUMNS.index("activity_name")] for line in reversed(lines)] == texts
+
+
+def test_the_json_of_the_api_has_every_text_exactly(ledger: Installation, visitor: Visitor, org_id: str) -> None:
+    texts = [f"{before}=1" for before in BEFORE]
+    write(
+        ledger.engine,
+        org_id,
+        *(
+            ("workflow.finish", {"workflow_id": f"w{number}", "credits": 7, "source": text, "metadata": {text: text}})
+            for number, text in enumerate(texts)
+        ),
+    )
+    header = {"Authorization": f"Bearer {token(orgs=[org_id])}"}
+    items = visitor.get(f"/api/organizations/{org_id}/credit-events", headers=header).json()["items"]
+    assert [item["source"] for item in reversed(items)] == texts
+    assert [item["metadata"][text] for text, item in zip(texts, reversed(items), strict=True)] == texts
 
 
 def test_a_download_that_nobody_reads_holds_no_connection_to_the_database(ledger: Installation, org_id: str) -> None:
