@@ -1,8 +1,9 @@
 """Signing in and out of the pages: the token, kept by the browser in a cookie that only pages read.
 
 The cookie lives as long as the token. No script can read it, and no other site can make the browser send it with a
-form; every form carries, besides, a value that only a page of ours knows (see `form_token`). The JSON API never reads
-the cookie. Nothing is stored on the server: signing out removes the cookie, the token itself ends when it expires.
+form; every form carries, besides, a value that only a page of ours knows (see `form_token`). Over https its name,
+`__Host-…`, tells browsers to keep other hosts of the domain from setting it. The JSON API never reads the cookie.
+Nothing is stored on the server: signing out removes the cookie, the token itself ends when it expires.
 """
 
 import base64
@@ -60,7 +61,7 @@ def signed_in(request: Request, using: Using) -> Session:
     if scheme.lower() == "bearer":  # any other is of a proxy in front of us
         session = Session(bearer(request, using), token.strip())
     else:
-        token = request.cookies.get(COOKIE, "")
+        token = _kept(request, COOKIE)
         try:
             session = Session(using.authenticator.read(token), token)
         except InvalidTokenError:
@@ -106,13 +107,20 @@ def local_path(text: str) -> str:
 def ask(request: Request, using: Using, next: str = "", token: str = "") -> Response:
     """The form. With `token`, as in the link that `holdfast up` prints, signs in right away.
 
-    The answer to that link is a redirection, so that the token is in no history of the browser, as it would be if this
-    were a page with a button; and `_KeepTokensOut` keeps it out of the log. A link from another site does nothing: it
-    could sign a visitor in as somebody else.
+    The answer to that link is a redirection, so that the token is in no history of the browser; and `_KeepTokensOut`
+    keeps it out of the log. Anybody may send such a link, to have a visitor work in a session that is not their own:
+    on another site it does nothing, and it asks, by a page with a button, before it replaces somebody's session.
     """
-    if token and request.headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
-        return _sign_in(request, using, token=token, next=next)
-    return _form(request, HTTPStatus.OK, next=next)
+    if not token:
+        return _form(request, HTTPStatus.OK, next=next)
+    if _is_of_another_site(request):
+        error = "The link is on another site, so it signs nobody in. Open it by itself, or give the token here."
+        return _form(request, HTTPStatus.FORBIDDEN, next=next, error=error)
+    present, other = _principal(using, _kept(request, COOKIE)), _principal(using, token)
+    if present is not None and other is not None and present != other:
+        names = {"present": present.subject, "other": other.subject}
+        return _form(request, HTTPStatus.OK, next=next, template="other_session.html", token=token, **names)
+    return _sign_in(request, using, token=token, next=next)
 
 
 @router.post("/signin")
@@ -124,7 +132,7 @@ def sign_in(
     form: Annotated[str, Form()] = "",
 ) -> Response:
     """Keep the token in the cookie, and go on to `next`."""
-    if not is_form_of(request.cookies.get(FORM_COOKIE, ""), form):
+    if not is_form_of(_kept(request, FORM_COOKIE), form):
         return _form(request, HTTPStatus.FORBIDDEN, next=next, error="The form was out of date. Please try once more.")
     return _sign_in(request, using, token=token.strip(), next=next)
 
@@ -133,7 +141,7 @@ def sign_in(
 def sign_out(request: Request, _: OwnForm) -> Response:
     """Remove the cookie."""
     response = see_other("/signin")
-    response.delete_cookie(COOKIE, httponly=True, secure=_is_encrypted(request), samesite="lax")
+    response.delete_cookie(_named(request, COOKIE), httponly=True, secure=_is_encrypted(request), samesite="lax")
     return response
 
 
@@ -149,7 +157,7 @@ def _sign_in(request: Request, using: Services, *, token: str, next: str) -> Res
     expiry = int(jwt.decode(token, options={"verify_signature": False})["exp"])
     response = see_other(local_path(next))
     response.set_cookie(
-        COOKIE,
+        _named(request, COOKIE),
         token,
         max_age=min(expiry + LEEWAY_S - int(datetime.now(UTC).timestamp()), MAX_COOKIE_AGE_S),
         httponly=True,
@@ -159,13 +167,48 @@ def _sign_in(request: Request, using: Services, *, token: str, next: str) -> Res
     return response
 
 
-def _form(request: Request, status: HTTPStatus, *, next: str, error: str | None = None) -> Response:
-    secret = request.cookies.get(FORM_COOKIE) or secrets.token_urlsafe(32)
-    response = page(request, "signin.html", status, next=local_path(next), form_token=form_token(secret), error=error)
-    response.set_cookie(
-        FORM_COOKIE, secret, path="/signin", httponly=True, secure=_is_encrypted(request), samesite="strict"
-    )
+def _form(
+    request: Request,
+    status: HTTPStatus,
+    *,
+    next: str,
+    error: str | None = None,
+    template: str = "signin.html",
+    **values: str,
+) -> Response:
+    secret = _kept(request, FORM_COOKIE) or secrets.token_urlsafe(32)
+    values |= {"next": local_path(next), "form_token": form_token(secret)}
+    response = page(request, template, status, error=error, **values)
+    name = _named(request, FORM_COOKIE)
+    response.set_cookie(name, secret, httponly=True, secure=_is_encrypted(request), samesite="strict")
     return response
+
+
+def _principal(using: Services, token: str) -> Principal | None:
+    """Whoever `token` speaks for, if it is valid."""
+    try:
+        return using.authenticator.read(token)
+    except InvalidTokenError:
+        return None
+
+
+def _is_of_another_site(request: Request) -> bool:
+    """Whether a page that is not ours has led here, as far as the browser tells."""
+    led_by = request.headers.get("sec-fetch-site")
+    if led_by is not None:
+        return led_by not in ("none", "same-origin")
+    origin = request.headers.get("origin")
+    return origin is not None and origin.partition("://")[2].lower() != request.headers.get("host", "").lower()
+
+
+def _named(request: Request, name: str) -> str:
+    """What the cookie `name` is called: over https as browsers take it from this host alone."""
+    return f"__Host-{name}" if _is_encrypted(request) else name
+
+
+def _kept(request: Request, name: str) -> str:
+    """What the browser keeps in the cookie `name`; empty: nothing."""
+    return request.cookies.get(_named(request, name), "")
 
 
 def _is_encrypted(request: Request) -> bool:
@@ -177,15 +220,22 @@ def _is_encrypted(request: Request) -> bool:
     return "https" in (request.scope["scheme"], said.strip().lower())
 
 
+def _as_written(text: str) -> str:
+    """A pattern for `text` in an address, each character percent-encoded as often as it may be."""
+    return "".join(f"(?:{re.escape(character)}|%(?:25)*{ord(character):x})" for character in text)
+
+
+_TOKEN = re.compile(
+    rf"((?:{_as_written('?')}|{_as_written('&')}){_as_written('token=')})(?:(?!{_as_written('&')})\S)+", re.IGNORECASE
+)
+
+
 class _KeepTokensOut(logging.Filter):
-    """Takes the tokens of links for signing in out of the server's access log."""
+    """Takes tokens out of the server's access log, also those in an address within an address, such as `next`."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.args, tuple):
-            record.args = tuple(
-                re.sub(r"([?&]token=)[^&\s]+", r"\1…", value) if isinstance(value, str) else value
-                for value in record.args
-            )
+            record.args = tuple(_TOKEN.sub(r"\1…", value) if isinstance(value, str) else value for value in record.args)
         return True
 
 

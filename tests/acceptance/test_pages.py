@@ -17,8 +17,10 @@ from datetime import UTC, date, datetime, timedelta
 from html import unescape
 from itertools import count
 from typing import Any
+from urllib.parse import quote
 
 import httpx
+import jwt
 import pytest
 from sqlalchemy import Engine
 
@@ -31,6 +33,7 @@ from ledger.readable import readable_json, span
 from ledger.store import apply_batch
 from tests.acceptance.installation import Installation, installed
 from tests.acceptance.website import (
+    FUTURE,
     HISTORY,
     LETTERS,
     Visitor,
@@ -175,8 +178,20 @@ def test_behind_a_proxy_with_a_certificate_cookies_are_for_encrypted_connections
     address: str, said: str, is_secure: bool
 ) -> None:
     with Visitor(base_url=address, headers={"X-Forwarded-Proto": said}) as visitor:
-        for answer in (visitor.get("/signin", params={"token": token()}), visitor.get("/signin")):
-            assert ("Secure" in answer.headers["set-cookie"].split("; ")) == is_secure
+        for name, answer in (
+            (SESSION, visitor.get("/signin", params={"token": token()})),
+            ("holdfast_signin", visitor.get("/signin")),
+        ):
+            cookie, *attributes = answer.headers["set-cookie"].split("; ")
+            assert cookie.startswith(f"__Host-{name}=" if is_secure else f"{name}=")
+            assert ("Secure" in attributes, "Path=/" in attributes) == (is_secure, True)
+            assert not any(attribute.startswith("Domain") for attribute in attributes)
+
+
+def test_over_https_a_cookie_that_another_host_may_have_set_is_not_read(address: str) -> None:
+    with Visitor(base_url=address, cookies={SESSION: token()}) as visitor:
+        assert visitor.get(HISTORY).status_code == 200
+        assert visitor.get(HISTORY, headers={"X-Forwarded-Proto": "https"}).status_code == 303
 
 
 def test_over_https_itself_cookies_are_for_encrypted_connections(ledger: Installation) -> None:
@@ -186,7 +201,8 @@ def test_over_https_itself_cookies_are_for_encrypted_connections(ledger: Install
         async with httpx.AsyncClient(transport=transport, base_url="https://credits.example") as client:
             return await client.get("/signin", params={"token": token()})
 
-    assert "Secure" in asyncio.run(ask()).headers["set-cookie"].split("; ")
+    cookie, *attributes = asyncio.run(ask()).headers["set-cookie"].split("; ")
+    assert (cookie, "Secure" in attributes) == (f"__Host-{SESSION}={token()}", True)
 
 
 def test_behind_a_proxy_a_person_signs_in_does_things_and_signs_out(address: str, letter: str) -> None:
@@ -200,10 +216,10 @@ def test_behind_a_proxy_a_person_signs_in_does_things_and_signs_out(address: str
     with Visitor(base_url=address, headers=headers) as visitor:
         asked = visitor.get(letter)
         form = visitor.get(asked.headers["location"])
-        secret = re.search("holdfast_signin=([^;]+)", form.headers["set-cookie"])
+        secret = re.search("__Host-holdfast_signin=([^;]+)", form.headers["set-cookie"])
         assert secret is not None
         # As a browser has it, for which all this is https.
-        visitor.headers["Cookie"] = f"holdfast_signin={secret[1]}"
+        visitor.headers["Cookie"] = f"__Host-holdfast_signin={secret[1]}"
         fields = {"form": form_token(form), "next": letter, "token": operator_token()}
         signed_in = visitor.post("/signin", data=fields)
         assert (signed_in.status_code, signed_in.headers["location"]) == (303, letter)
@@ -213,7 +229,8 @@ def test_behind_a_proxy_a_person_signs_in_does_things_and_signs_out(address: str
         assert (done.status_code, done.headers["location"]) == (303, letter)
         signed_out = visitor.post("/signout", data=form)
         assert signed_out.headers["location"] == "/signin"
-        assert {"Secure", "Max-Age=0"} <= set(signed_out.headers["set-cookie"].split("; "))
+        assert signed_out.headers["set-cookie"].startswith(f"__Host-{SESSION}=")
+        assert {"Secure", "Max-Age=0", "Path=/"} <= set(signed_out.headers["set-cookie"].split("; "))
 
 
 @pytest.mark.parametrize(
@@ -268,16 +285,86 @@ def test_a_link_with_a_token_signs_in_without_a_page_that_holds_it(visitor: Visi
     assert visitor.get(HISTORY).status_code == 200
 
 
-def test_a_link_with_a_token_on_another_site_does_nothing(visitor: Visitor) -> None:
-    answer = visitor.get("/signin", params={"token": token()}, headers={"Sec-Fetch-Site": "cross-site"})
-    assert (answer.status_code, SESSION in visitor.cookies, token() in answer.text) == (200, False, False)
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1"},  # another port
+    ],
+    ids=str,
+)
+def test_a_link_with_a_token_on_another_site_is_refused(visitor: Visitor, headers: dict[str, str]) -> None:
+    answer = visitor.get("/signin", params={"token": token()}, headers=headers)
+    assert (answer.status_code, SESSION in visitor.cookies, token() in answer.text) == (403, False, False)
+    assert (
+        "The link is on another site, so it signs nobody in. Open it by itself, or give the token here." in answer.text
+    )
 
 
-def test_the_log_of_the_server_does_not_have_the_token(address: str) -> None:
-    path = f"/signin?next=/&token={token()}"
-    record = logging.LogRecord("uvicorn.access", logging.INFO, "", 1, "%s %s", ("GET", path), None)
+def test_a_link_of_this_site_signs_in(visitor: Visitor, address: str) -> None:
+    for headers in ({"Sec-Fetch-Site": "same-origin"}, {"Origin": address}):
+        assert visitor.get("/signin", params={"token": token()}, headers=headers).status_code == 303
+
+
+def test_a_link_asks_before_it_replaces_a_session(customer: Visitor, org_id: str) -> None:
+    before = customer.cookies[SESSION]
+    link = {"token": token(sub="<b>eve</b>"), "next": f"{HISTORY}?limit=5"}
+    asked = customer.get("/signin", params=link, headers={"Sec-Fetch-Site": "none"})
+    assert (asked.status_code, customer.cookies[SESSION]) == (200, before)
+    assert "You are signed in as ann. The link signs you in as &lt;b&gt;eve&lt;/b&gt; instead." in asked.text
+    fields = dict(re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)">', asked.text))
+    assert (fields["token"], unescape(fields["next"])) == (link["token"], link["next"])
+    assert customer.post("/signin", data={**fields, "form": "guessed"}).status_code == 403
+    assert customer.cookies[SESSION] == before
+    done = customer.post("/signin", data={**fields, "next": unescape(fields["next"])})
+    assert (done.status_code, done.headers["location"]) == (303, link["next"])
+    assert customer.cookies[SESSION] == link["token"]
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        token(exp=1),
+        jwt.encode({"sub": "eve", "orgs": "*", "exp": FUTURE}, "the secret of what ran on this port before"),
+        token(exp=FUTURE - 1),
+        "nonsense",
+    ],
+    ids=["expired", "signed elsewhere", "of the same person", "no token"],
+)
+def test_a_link_that_replaces_nobodys_session_signs_in_at_once(address: str, kept: str) -> None:
+    with Visitor(base_url=address, cookies={SESSION: kept}) as visitor:
+        answer = visitor.get("/signin", params={"token": token(), "next": HISTORY})
+        assert (answer.status_code, answer.headers["location"]) == (303, HISTORY)
+        assert f"{SESSION}={token()}" in answer.headers["set-cookie"]
+
+
+def test_a_link_with_a_bad_token_leaves_the_session_as_it_is(customer: Visitor, org_id: str) -> None:
+    assert customer.get("/signin", params={"token": "nonsense"}).status_code == 401
+    assert customer.get(history_of(org_id)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/signin?next=/&token=TOKEN", "/signin?token=TOKEN&next=/", f"{HISTORY}?limit=5&token=TOKEN&token=TOKEN"],
+)
+def test_the_log_of_the_server_does_not_have_the_token(address: str, path: str) -> None:
+    for _ in range(5):
+        of_token = path.replace("TOKEN", token())
+        record = logging.LogRecord("uvicorn.access", logging.INFO, "", 1, "%s %s", ("GET", of_token), None)
+        assert logging.getLogger("uvicorn.access").filter(record)
+        assert record.getMessage() == f"GET {path.replace('TOKEN', '…')}"
+        path = f"/signin?next={quote(path, safe='')}"
+
+
+@pytest.mark.parametrize("name", ["%74oken=", "t%6Fken%3D", "Token%253d", "%2574oken%253D"])
+def test_however_the_name_of_the_token_is_written_the_log_does_not_have_it(address: str, name: str) -> None:
+    path = f"/signin?next=%2F%3F{name}{token()}"
+    record = logging.LogRecord("uvicorn.access", logging.INFO, "", 1, "%s", (path,), None)
     assert logging.getLogger("uvicorn.access").filter(record)
-    assert record.getMessage() == "GET /signin?next=/&token=…"
+    assert record.getMessage() == f"/signin?next=%2F%3F{name}…"
 
 
 def test_the_json_api_does_not_read_the_cookie(customer: Visitor, org_id: str) -> None:
