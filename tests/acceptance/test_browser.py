@@ -328,6 +328,27 @@ def test_a_customer_signs_out(customer: Person) -> None:
     assert customer.find("h1").text == "Sign in"
 
 
+def test_a_link_asks_before_it_replaces_a_session_and_then_signs_in(customer: Person) -> None:
+    link = f"/signin?token={token(sub='eve')}&next={HISTORY}"
+    customer.open(link)
+    customer.click("Stay signed in as ann@acme.example")
+    assert customer.find(".who").text.endswith("ann@acme.example")
+    customer.open(link)
+    customer.click("Sign in as eve")
+    customer.wait_for(HISTORY)
+    assert customer.find(".who").text.endswith("eve")
+
+
+def test_a_link_signs_in_at_one_click_but_not_on_another_site(person: Person) -> None:
+    link = f"/signin?token={token()}&next={HISTORY}"
+    person.driver.get(f"data:text/html,<main><a href='{person.address}{link}'>Look here</a></main>")
+    person.click("Look here")
+    assert person.find("#wrong").text.startswith("The link is on another site, so it signs nobody in.")
+    assert [complaint for complaint in person.complaints() if "403 (Forbidden)" not in complaint] == []
+    person.open(link)
+    person.wait_for(HISTORY)
+
+
 # How it is used without a mouse, and heard
 
 
