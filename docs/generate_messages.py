@@ -23,7 +23,7 @@ from ledger.messages import (
     WorkflowMessage,
 )
 from ledger.state import EventType, Result
-from worker.broker import QUEUE
+from worker.broker import ENGINE_QUEUE, QUEUE
 from worker.transport import MOST_ENTRY_BYTES
 
 PAGE = Path(__file__).with_name("messages.md")
@@ -164,6 +164,10 @@ DEAD_LETTERS = {
         ),
         "Correct the sender and send a new message; discard this one, which cannot be replayed.",
     ),
+    "not_allowed": (
+        f"It came by the queue `{ENGINE_QUEUE}` and is no message about a workflow, or none that can be read.",
+        f"If it is meant, whoever may sends it anew, to `{QUEUE}`; discard this one, which cannot be replayed.",
+    ),
     "delivery_limit": (
         f"{DELIVERY_LIMIT} workers have died while they held it, or while they applied it after it had waited.",
         "Replay it. If workers die of it, report it.",
@@ -247,8 +251,9 @@ _INTRODUCTION = f"""# Messages
 <!-- Written by `make docs` from ledger/messages.py and docs/generate_messages.py: change those. -->
 
 Everything that changes a wallet is a message: a Celery task, sent by its name, with one JSON object as its only
-positional argument. Any Celery client will do, in any language. It sends to the queue `{QUEUE}`, which is the only one
-that Holdfast takes messages from; with RabbitMQ, as the [README](../README.md#running-the-parts-yourself) tells.
+positional argument. Any Celery client will do, in any language. It sends to the queue `{QUEUE}`; a workflow engine that
+may do no more, to `{ENGINE_QUEUE}`, from which only `workflow.*` is taken, without the `source` that it names: see
+[security.md](security.md). With RabbitMQ it sends as the [README](../README.md#running-the-parts-yourself) tells.
 
 An engine without a client may send the workflow messages over HTTP, the other fields as the body:
 `POST {HTTP_PATH}`, where `step` is `start`, `finish`, `cancel` or `fail`; there `source` must not be

@@ -184,6 +184,12 @@ def letter(connection: Connection, letter_id: int) -> KeptLetter:
     return KeptLetter(*row)
 
 
+_NEVER_REPLAYED = {
+    "too_large": "has only the first part of its message: it must be sent anew, and smaller",
+    "not_allowed": "holds what its sender may not send: whoever may must send it anew, if it is meant",
+}
+"""Why a letter with such a code cannot be sent again."""
+
 _SENT = "sent; "
 """How a resolution begins when what the message did is not known."""
 
@@ -205,7 +211,9 @@ def arguments(body: bytes) -> tuple[list[Any], dict[str, Any]] | None:
 
 def _digest(letter: DeadLetter) -> bytes:
     body = letter.body
-    if letter.code == "too_large":  # the error says the size and the digest of all of it
+    # No letter that may be sent again becomes one that must not be. Of what is too large, the error says the size and
+    # the digest of all of it.
+    if letter.code in _NEVER_REPLAYED:
         return hashlib.sha256(letter.error.encode() + body).digest()
     found = arguments(body)
     if found is not None:
@@ -233,10 +241,8 @@ def sent_with(letter: KeptLetter) -> tuple[list[Any], dict[str, Any]]:
     """The arguments that `letter`'s message can be sent again with. Raises NotReplayableError."""
     if letter.status == "discarded":
         raise NotReplayableError(f"dead letter {letter.id} was discarded by {letter.resolved_by}: {letter.resolution}")
-    if letter.error_code == "too_large":
-        raise NotReplayableError(
-            f"dead letter {letter.id} has only the first part of its message: it must be sent anew, and smaller"
-        )
+    if letter.error_code in _NEVER_REPLAYED:
+        raise NotReplayableError(f"dead letter {letter.id} {_NEVER_REPLAYED[letter.error_code]}")
     found = arguments(letter.body)
     if found is None:
         raise NotReplayableError(f"dead letter {letter.id} holds no message that could be sent again")

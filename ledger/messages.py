@@ -368,6 +368,10 @@ class InvalidMessage:
     org_id: str | None
 
 
+WORKFLOW_TASKS = frozenset(name for name, model in MESSAGES.items() if issubclass(model, WorkflowMessage))
+"""What an engine may send."""
+
+
 def too_large_body(size: int, sha256: str) -> InvalidMessage:
     """Why a body of `size` bytes, more than MAX_BODY_BYTES, is not read. `sha256`: of all of it, in hexadecimal."""
     kept = f"only the first {MAX_BODY_BYTES:,} are kept; the SHA-256 of the whole body is {sha256}"

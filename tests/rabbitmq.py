@@ -16,7 +16,7 @@ from pathlib import Path
 from kombu.connection import Connection
 
 from tests.support import suspended
-from worker.broker import DEAD_QUEUE, QUEUE
+from worker.broker import DEAD_QUEUES, ENGINE_QUEUE, QUEUE
 from worker.embedded import free_port
 from worker.process import Process
 
@@ -71,7 +71,7 @@ class RabbitMQ:
     def clear(self) -> None:
         """Delete everything that Holdfast and its engines make."""
         with Connection(self.url) as connection, connection.channel() as channel:
-            for name in (QUEUE, DEAD_QUEUE, "celery", "engine.own"):
+            for name in (QUEUE, ENGINE_QUEUE, *DEAD_QUEUES, "celery", "engine.own"):
                 channel.queue_delete(name)
                 channel.exchange_delete(name)
 

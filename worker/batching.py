@@ -199,12 +199,12 @@ class Batch:
 
     def _outcomes(self, arrivals: Sequence[Arrival]) -> list[Outcome]:
         """Apply the messages; the scheduler's runs are done in the background."""
-        messages = [arrival.delivery for arrival in arrivals if arrival.delivery.task not in SCHEDULER_TASKS]
+        messages = [arrival.delivery for arrival in arrivals if not _is_run(arrival.delivery)]
         with self._outage.asking(_WHO):
             applied = iter(apply_batch(self._engine, messages, known_to_wait=self._background.known_to_wait()))
         if len(messages) == len(arrivals):
             return list(applied)
-        return [None if arrival.delivery.task in SCHEDULER_TASKS else next(applied) for arrival in arrivals]
+        return [None if _is_run(arrival.delivery) else next(applied) for arrival in arrivals]
 
     def _acknowledge(self) -> None:
         channel = self._consumer.task_consumer.channel
@@ -214,6 +214,11 @@ class Batch:
             # In the order of arrival, so everything before the last one is applied too.
             self._applied[-1].ack(multiple=True)
         self._applied = []
+
+
+def _is_run(delivery: Delivery) -> bool:
+    """Whether it is a run of the scheduler, and not one that must become a dead letter."""
+    return delivery.task in SCHEDULER_TASKS and delivery.payload is None
 
 
 def collect_garbage_seldom() -> None:

@@ -1,8 +1,11 @@
 """How Holdfast talks to the broker, the same for who sends and for who consumes.
 
-On RabbitMQ, `credits` is a quorum queue: replicated, and on disk before a message is confirmed. A message that was
-delivered DELIVERY_LIMIT times and never acknowledged, as it ended every worker that took it, moves to `credits.dead`;
-it leaves the one queue only when the other one has it.
+Who may write to `credits` may send every message. Workflow engines need not: from `credits.engine` only messages about
+workflows are taken.
+
+On RabbitMQ, both are quorum queues: replicated, and on disk before a message is confirmed. A message that was delivered
+DELIVERY_LIMIT times and never acknowledged, as it ended every worker that took it, moves to `credits.dead`, or to
+`credits.engine.dead`, which gives it no more rights; it leaves the one queue only when the other one has it.
 
 Other Celery applications may share the broker. No name that is Celery's default is used: neither its queue, nor its
 exchange for remote control, through which one application would stop another's workers. The exchange of its events is,
@@ -22,6 +25,7 @@ from celery import Celery
 from kombu import compression
 from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
+from kombu.message import Message
 from kombu.utils.url import sanitize_url
 
 from ledger.broker_urls import AMQP_SCHEMES, REDIS_SCHEMES
@@ -30,10 +34,15 @@ from ledger.messages import DELIVERY_LIMIT
 logger = logging.getLogger(__name__)
 
 QUEUE = "credits"
-"""Where messages wait."""
+"""Where messages of whoever may send all of them wait."""
 
-DEAD_QUEUE = "credits.dead"
-"""Where RabbitMQ puts what was delivered too often. The worker consumes it too."""
+ENGINE_QUEUE = "credits.engine"
+"""Where messages of engines wait. Only those about workflows are taken from it."""
+
+DEAD_QUEUE, ENGINE_DEAD_QUEUE = "credits.dead", "credits.engine.dead"
+"""Where RabbitMQ puts what was delivered too often, from the one and from the other. The worker consumes both, too."""
+
+ENGINE_QUEUES, DEAD_QUEUES = {ENGINE_QUEUE, ENGINE_DEAD_QUEUE}, {DEAD_QUEUE, ENGINE_DEAD_QUEUE}
 
 VISIBILITY_TIMEOUT_S = 60
 """After this, Redis delivers again what a worker took and never acknowledged."""
@@ -41,19 +50,23 @@ VISIBILITY_TIMEOUT_S = 60
 UNKNOWN_COMPRESSION = "it is compressed in a way that is not supported: use gzip, bzip2 or lzma"
 
 _NO_LIMIT = 2**31 - 1
+_TAKEN_FROM = "taken_from"
 
+_LIMITED: dict[str, Any] = {
+    "x-queue-type": "quorum",
+    # Each worker that dies counts against all that it held, guilty or not.
+    "x-delivery-limit": DELIVERY_LIMIT,
+    "x-dead-letter-exchange": "",
+    "x-dead-letter-strategy": "at-least-once",
+    "x-overflow": "reject-publish",  # without a length limit it changes nothing, but at-least-once wants it
+}
+# RabbitMQ 4 has a limit of its own, beyond which a message would be gone.
+_UNLIMITED: dict[str, Any] = {"x-queue-type": "quorum", "x-delivery-limit": _NO_LIMIT}
 _RABBITMQ_ARGUMENTS: dict[str, dict[str, Any]] = {
-    QUEUE: {
-        "x-queue-type": "quorum",
-        # Each worker that dies counts against all that it held, guilty or not.
-        "x-delivery-limit": DELIVERY_LIMIT,
-        "x-dead-letter-exchange": "",
-        "x-dead-letter-routing-key": DEAD_QUEUE,
-        "x-dead-letter-strategy": "at-least-once",
-        "x-overflow": "reject-publish",  # without a length limit it changes nothing, but at-least-once wants it
-    },
-    # RabbitMQ 4 has a limit of its own, beyond which a message would be gone.
-    DEAD_QUEUE: {"x-queue-type": "quorum", "x-delivery-limit": _NO_LIMIT},
+    QUEUE: {**_LIMITED, "x-dead-letter-routing-key": DEAD_QUEUE},
+    ENGINE_QUEUE: {**_LIMITED, "x-dead-letter-routing-key": ENGINE_DEAD_QUEUE},
+    DEAD_QUEUE: _UNLIMITED,
+    ENGINE_DEAD_QUEUE: _UNLIMITED,
 }
 """Whatever stands here stays as it is: RabbitMQ does not change a queue that exists."""
 
@@ -131,11 +144,33 @@ def _verified(url: str) -> str:
     return f"{url}{'&' if parts.query else '?'}ssl_cert_reqs=required"
 
 
+class LedgerQueue(Queue):
+    """A queue whose messages say where they were taken from, whatever their sender has written."""
+
+    def consume(
+        self, consumer_tag: str = "", callback: Callable[[Any], object] | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Deliver what is taken from this queue to `callback`. The broker, or our transport, calls it for no other."""
+        assert callback is not None
+
+        def received(message: Any) -> None:
+            given = message.delivery_info
+            message.delivery_info = {**(given if isinstance(given, dict) else {}), _TAKEN_FROM: self.name}
+            callback(message)
+
+        return super().consume(consumer_tag, received, *args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def taken_from(message: Message) -> str:
+    """The name of the `LedgerQueue` that a worker took `message` from."""
+    return str(message.delivery_info[_TAKEN_FROM])
+
+
 def queues(broker_url: str) -> list[Queue]:
     """What a worker consumes. On RabbitMQ it must have called `declare_queues` before."""
     if broker_url.startswith(AMQP_SCHEMES):
         return _rabbitmq_queues(no_declare=True)
-    return [Queue(QUEUE, Exchange(QUEUE), routing_key=QUEUE)]
+    return [_queue(name) for name in (QUEUE, ENGINE_QUEUE)]
 
 
 def declare_queues(connection: Connection) -> None:
@@ -155,10 +190,8 @@ def declare_queues(connection: Connection) -> None:
 
 def _rabbitmq_queues(*, no_declare: bool) -> list[Queue]:
     return [
-        Queue(
+        _queue(
             name,
-            Exchange(name),
-            routing_key=name,
             queue_arguments=arguments,
             # In ms: while the database is away, a worker may hold messages for longer than RabbitMQ's 30 minutes.
             consumer_arguments={"x-consumer-timeout": _NO_LIMIT},
@@ -166,6 +199,10 @@ def _rabbitmq_queues(*, no_declare: bool) -> list[Queue]:
         )
         for name, arguments in _RABBITMQ_ARGUMENTS.items()
     ]
+
+
+def _queue(name: str, **options: Any) -> Queue:
+    return LedgerQueue(name, Exchange(name), routing_key=name, **options)  # type: ignore[no-untyped-call]
 
 
 def _redis_options() -> dict[str, Any]:

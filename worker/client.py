@@ -33,9 +33,9 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from ledger.broker_urls import REDIS_SCHEMES, refuse_no_broker, refuse_no_result_store
-from ledger.messages import InvalidMessage, parse
+from ledger.messages import WORKFLOW_TASKS, InvalidMessage, parse
 from ledger.state import Result
-from worker.broker import QUEUE, create_celery
+from worker.broker import ENGINE_QUEUE, QUEUE, create_celery
 from worker.publishing import BROKER_ERRORS, TIMEOUT_S, Encoded, Publisher, connect, leave
 from worker.transport import UnsupportedServerError
 
@@ -93,6 +93,21 @@ class Options(TypedDict, total=False):
 class Messages(ABC):
     """A method for every message of the ledger. Each raises InvalidMessageError if its message is not valid."""
 
+    def __init__(self, publisher: Publisher) -> None:
+        self._publisher = publisher
+
+    def _refused(self, task: str, message: object) -> InvalidMessage | None:
+        """Why no worker would take this message from the queue that it is for, if that is so."""
+        if self._publisher.queue != ENGINE_QUEUE:
+            return None
+        if task not in WORKFLOW_TASKS:
+            error = f"{task} is not taken from {ENGINE_QUEUE}, the queue of engines: whoever may sends it to {QUEUE}"
+            return InvalidMessage("not_allowed", error, None)
+        if isinstance(message, dict) and "source" in message:
+            error = f"{task}: an engine names no source, as nobody could rely on it: the worker sets it"
+            return InvalidMessage("not_allowed", error, None)
+        return None
+
     @abstractmethod
     def _take(self, task: str, message: dict[str, Any], wait_s: float | None) -> Result | None:
         """Do with a valid message what is to be done with it."""
@@ -100,7 +115,7 @@ class Messages(ABC):
     def _send(self, task: str, wait_s: float | None, options: Options, **fields: object) -> Result | None:
         given = {name: value for name, value in {**fields, **options}.items() if value is not None}
         payload = {name: value.isoformat() if isinstance(value, datetime) else value for name, value in given.items()}
-        message = parse(task, payload)
+        message = self._refused(task, payload) or parse(task, payload)
         if isinstance(message, InvalidMessage):
             raise InvalidMessageError(message.error)
         return self._take(task, payload, wait_s)
@@ -364,7 +379,7 @@ class Batch(Messages):
     """
 
     def __init__(self, publisher: Publisher) -> None:
-        self._publisher = publisher
+        super().__init__(publisher)
         self._messages: list[Encoded] | None = []
 
     def __len__(self) -> int:
@@ -392,8 +407,10 @@ class Client(Messages):
     NoAnswerError and DeadLetteredError. A broker that is gone is tried again for some seconds before NotSentError.
     """
 
-    def __init__(self, broker_url: str, *, result_url: str | None = None) -> None:
-        """`result_url`: where answers are kept, `redis://`; default: the broker, if that is Redis.
+    def __init__(self, broker_url: str, *, queue: str = QUEUE, result_url: str | None = None) -> None:
+        """`queue`: ENGINE_QUEUE for an engine that may send only messages about workflows, and names no `source`.
+
+        `result_url`: where answers are kept, `redis://`; default: the broker, if that is Redis.
 
         `broker_url`: of a RabbitMQ cluster, those of all nodes with semicolons between them.
 
@@ -405,7 +422,7 @@ class Client(Messages):
         elif result_url is not None:
             _refuse(refuse_no_result_store, result_url, "URL for answers")
         self._celery = create_celery("holdfast-client", broker_url, None)
-        self._publisher = Publisher(self._celery)
+        super().__init__(Publisher(self._celery, queue))
         self._results = None if result_url is None else _redis(result_url)
 
     @property
@@ -448,7 +465,7 @@ class Client(Messages):
             with self._publisher.connections.acquire(block=True) as connection:
                 try:
                     connect(connection)
-                    return {QUEUE: _waiting(connection, QUEUE)}
+                    return {queue: _waiting(connection, queue) for queue in (QUEUE, ENGINE_QUEUE)}
                 except BROKER_ERRORS:
                     leave(connection)
                     raise
@@ -467,6 +484,8 @@ class Client(Messages):
 
         A run of the scheduler, which is a task too, has no Result: the answer is None.
         """
+        if problem := self._refused(task, args[0] if args else None):
+            raise InvalidMessageError(problem.error)
         if wait_s is None:
             self._publish(task, [_encoded(self._publisher, task, args, kwargs)])
             return None

@@ -4,9 +4,13 @@ Guarantee: whatever arrives goes into the batch, and no content of it ends the w
 task unknown, its body undecodable or not [args, kwargs, embed], a header that Celery needs unreadable) becomes a dead
 letter with its raw bytes. An ETA, an expiry or a revocation does not hold a message back: lateness means nothing to a
 ledger.
+
+From the queue of engines nothing has an effect but messages about workflows, without the `source` that they name; not
+after it has waited or was replayed, either. What else is there becomes a dead letter that is never sent again.
 """
 
 import hashlib
+import json
 import logging
 import time
 import warnings
@@ -23,17 +27,29 @@ from kombu.connection import Connection
 from kombu.message import Message
 from redis.exceptions import ResponseError
 
-from ledger.messages import MAX_BODY_BYTES, InvalidMessage, too_large_body
+from ledger.messages import MAX_BODY_BYTES, WORKFLOW_TASKS, InvalidMessage, too_large_body
 from ledger.store import Delivery
 from worker import metrics
 from worker.batching import Arrival, Batch, answer_to, is_text, raw_body
-from worker.broker import DEAD_QUEUE, UNKNOWN_COMPRESSION, declare_queues, masked, reason
+from worker.broker import (
+    DEAD_QUEUES,
+    ENGINE_QUEUE,
+    ENGINE_QUEUES,
+    QUEUE,
+    UNKNOWN_COMPRESSION,
+    declare_queues,
+    masked,
+    reason,
+    taken_from,
+)
 from worker.tasks import TASKS
 from worker.transport import DELIVERED_TOO_OFTEN, Channel, SetAside, UnsupportedServerError, read_json
 
 logger = logging.getLogger(__name__)
 
 EXIT_UNSUPPORTED = 2
+
+_ONLY_WORKFLOWS = f"from {ENGINE_QUEUE} only messages about workflows are taken"
 
 
 class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
@@ -170,10 +186,17 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
         if task not in TASKS:
             self._keep(message, InvalidMessage("unknown_task", f"there is no task named {task[:200]!a}", None))
             return
+        if taken_from(message) in ENGINE_QUEUES:
+            if task not in WORKFLOW_TASKS:
+                self._keep(message, _not_allowed(task))
+                return
+            _take_source_out(message, body)
         self.strategies[task](message, body)
 
     def _keep(self, message: Message, problem: InvalidMessage) -> None:
         """Have the batch make a dead letter of it."""
+        if taken_from(message) in ENGINE_QUEUES:
+            problem = _problem_of_engine(message, problem)
         body = raw_body(message)
         message.body = b""  # which may be large, and is not needed to acknowledge it
         delivery = Delivery(_named_task(message), problem, body[:MAX_BODY_BYTES], answer_to(message))
@@ -186,9 +209,40 @@ def _known_problem(message: Message, raw: bytes) -> InvalidMessage | None:
         return message.problem
     if len(raw) > MAX_BODY_BYTES:
         return too_large_body(len(raw), hashlib.sha256(raw).hexdigest())
-    if isinstance(message.delivery_info, dict) and message.delivery_info.get("routing_key") == DEAD_QUEUE:
+    if taken_from(message) in DEAD_QUEUES:
         return DELIVERED_TOO_OFTEN
     return None
+
+
+def _problem_of_engine(message: Message, problem: InvalidMessage) -> InvalidMessage:
+    """Why a message of an engine is kept: a replay, which goes to `credits`, must not let in what is refused here."""
+    task = _named_task(message)
+    if problem.code in ("too_large", "not_allowed"):
+        return problem
+    if task and task not in WORKFLOW_TASKS:
+        return _not_allowed(task)
+    if problem == DELIVERED_TOO_OFTEN:
+        with suppress(ValueError, RecursionError):
+            match read_json(raw_body(message)):
+                case [list(), dict(), dict() | None] as body if task:
+                    _take_source_out(message, body)
+                    return problem
+    why = f"{_ONLY_WORKFLOWS}, and this is none that can be read: {problem.error}"
+    return InvalidMessage("not_allowed", why, problem.org_id)
+
+
+def _not_allowed(task: str) -> InvalidMessage:
+    error = f"{_ONLY_WORKFLOWS}: {task[:200]!a} has to be sent to {QUEUE}, by whoever may"
+    return InvalidMessage("not_allowed", error, None)
+
+
+def _take_source_out(message: Message, body: list[Any]) -> None:
+    """Leave the source to the ledger, in the arguments in `body` and in what is kept of the message."""
+    named = [argument for argument in body[0] if isinstance(argument, dict) and "source" in argument]
+    for argument in named:
+        del argument["source"]
+    if named:
+        message.body = json.dumps(body).encode()
 
 
 def _named_task(message: Message) -> str:

@@ -82,8 +82,10 @@ class _Connections(ConnectionPool):
 class Publisher:
     """Hands messages to the app's broker, over a few connections of its own. May be used by many threads and forks."""
 
-    def __init__(self, app: Celery) -> None:
+    def __init__(self, app: Celery, queue: str = QUEUE) -> None:
+        """`queue`: of the ledger's, the one that messages are for."""
         self._app = app
+        self.queue = queue
         self._open()
 
     def _open(self) -> None:
@@ -147,24 +149,27 @@ class Publisher:
         if channel not in self._checked:  # a cluster would take what no worker will
             channel.check_server(channel.client)
             self._checked.add(channel)
-        channel.client.lpush(QUEUE, *[_envelope(channel, message) for message in chunk])
+        channel.client.lpush(self.queue, *[_envelope(channel, message, self.queue) for message in chunk])
 
     def _confirmed(self, producer: Producer, chunk: list[Encoded]) -> None:
         channel = producer.channel
         confirms = self._confirms.get(channel)
         if confirms is None:
-            confirms = self._confirms[channel] = _Confirms(channel)
+            confirms = self._confirms[channel] = _Confirms(channel, self.queue)
         if confirms.publish(channel, chunk) == 0:
             return
         declare_queues(producer.connection)  # nobody has, so far
         if unroutable := confirms.publish(channel, chunk):
-            raise UnconfirmedError(f"there is no queue {QUEUE} for {unroutable} of {len(chunk)} messages")
+            raise UnconfirmedError(f"there is no queue {self.queue} for {unroutable} of {len(chunk)} messages")
 
 
 class _Confirms:
     """What RabbitMQ has to say about the messages published on one channel, which this does not hold."""
 
-    def __init__(self, channel: Any) -> None:
+    def __init__(self, channel: Any, queue: str) -> None:
+        self._queue = queue
+        # Whoever may publish by RabbitMQ's default exchange may write to every queue, and an engine must not.
+        self._exchange = "" if queue == QUEUE else queue
         self._tag = 0  # RabbitMQ numbers what is published on a channel, from 1
         self._acknowledged_to = 0
         self._open: set[int] = set()
@@ -181,8 +186,8 @@ class _Confirms:
         for message in chunk:
             channel.basic_publish(
                 _prepared(channel, message),
-                exchange="",
-                routing_key=QUEUE,
+                exchange=self._exchange,
+                routing_key=self._queue,
                 mandatory=True,
                 timeout=TIMEOUT_S,
             )
@@ -195,7 +200,7 @@ class _Confirms:
             raise UnconfirmedError(f"it confirmed nothing for {TIMEOUT_S:g} s") from None
         if self._nacked:
             raise UnconfirmedError(
-                f"it refused {self._nacked} of {len(chunk)} messages: the queue {QUEUE} is full or ill"
+                f"it refused {self._nacked} of {len(chunk)} messages: the queue {self._queue} is full or ill"
             )
         return self._returned
 
@@ -279,8 +284,8 @@ def _prepared(channel: Any, message: Encoded) -> Any:
     )
 
 
-def _envelope(channel: Any, message: Encoded) -> str:
+def _envelope(channel: Any, message: Encoded, queue: str) -> str:
     """What kombu's Redis transport puts on the list."""
     prepared = _prepared(channel, message)
-    channel._inplace_augment_message(prepared, "", QUEUE)  # noqa: SLF001 # adds the delivery tag, encodes the body
+    channel._inplace_augment_message(prepared, "", queue)  # noqa: SLF001 # adds the delivery tag, encodes the body
     return str(to_json(prepared))

@@ -338,6 +338,7 @@ class Channel(kombu_redis.Channel):
         self._asked_at: dict[str, float] = {}
         self._ask_again_at: dict[str, float] = {}
         self._is_refused = False
+        self._suspect_in: str | None = None
         self.on_risk: Callable[[str | None], object] = lambda _: None
         """Called at first and every visibility timeout with how the server may lose messages; None: it does not."""
         self.on_suspect: Callable[[], object] = lambda: None
@@ -390,6 +391,8 @@ class Channel(kombu_redis.Channel):
             self.connection.cycle.unregister_wait(self, client, f"wait {queue}")
             self._disconnect(client)  # nothing is taken by waiting; the reply must not be the next one's
             client.close()
+        if queue == self._suspect_in:
+            self._suspect_in = None
 
     def _queue_bind(self, *args: Any) -> None:
         with suppress(OutOfMemoryError):  # what waits in a queue was put there by somebody who has bound it
@@ -416,7 +419,9 @@ class Channel(kombu_redis.Channel):
         """Ask for news of every queue that is not asked for yet."""
         if self.connection is None or self.connection.client is None:
             return  # the connection is lost, and this channel with it
-        for queue in self.active_queues if self.qos.can_consume() else ():
+        # A suspect that waits to be taken alone is next: what arrives in another queue could put it off for ever.
+        queues = self.active_queues if self._suspect_in is None else [self._suspect_in]
+        for queue in queues if self.qos.can_consume() else ():
             client = self._waiting.get(queue)
             if client is None:
                 client = self._waiting[queue] = self._connect_to_wait()
@@ -476,7 +481,7 @@ class Channel(kombu_redis.Channel):
         """Take and deliver what is in `queue`, up to the prefetch limit; returns how many messages that was."""
         room = self.qos.can_consume_max_estimate()  # None: no limit
         limit, tag = MOST_TAKEN if room is None else min(room, MOST_TAKEN), next(self._tags)
-        if limit == 0 or not self.qos.can_consume():
+        if limit == 0 or not self.qos.can_consume() or self._suspect_in not in (None, queue):
             return 0
         lists = [queue, *(f"{queue}{self.sep}{priority}" for priority in _PRIORITIES)]
         tail = f', "", {json.dumps(queue)}]'  # the exchange and the routing key that lead back to the queue
@@ -498,6 +503,7 @@ class Channel(kombu_redis.Channel):
         if bool(suspect) != self.qos.is_for_one:
             logger.warning(TAKES_ONE if suspect else TAKES_MANY)
         self.qos.is_for_one = bool(suspect)
+        self._suspect_in = queue if suspect and not items else None
         shortened = {position: rest for position, *rest in large}
         for number, item in enumerate(items, start=1):
             message = self._message(f"{tag}{number:03}", item, shortened.get(number), is_suspect=bool(suspect))

@@ -25,7 +25,7 @@ from sqlalchemy import Engine, text
 from ledger.database import connect
 from ledger.roles import READER, WORKER
 from tests.support import PATIENCE_S, as_role, eventually, sql
-from worker.broker import QUEUE
+from worker.broker import ENGINE_QUEUE, QUEUE
 from worker.embedded import Embedded, free_port
 from worker.process import Process
 from worker.transport import UNACKED
@@ -128,7 +128,8 @@ class Installation:
 
     def is_drained(self) -> bool:
         """Whether no message is on its way: neither in the broker, nor waiting for its organization."""
-        return not any(self.waiting().values()) and self.count("waiting_messages") == 0
+        in_broker = [*self.waiting().values(), self.broker.llen(ENGINE_QUEUE)]
+        return not any(in_broker) and self.count("waiting_messages") == 0
 
     @contextmanager
     def locked(self, org_id: str) -> Iterator[None]:

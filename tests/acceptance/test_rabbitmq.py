@@ -20,7 +20,7 @@ from tests.acceptance.installation import SENT_BY_FORKS, send_from_forks
 from tests.cut import cut_way_to
 from tests.rabbitmq import RabbitMQ
 from tests.support import PATIENCE_S, eventually
-from worker.broker import DEAD_QUEUE, QUEUE, declare_queues, queues
+from worker.broker import DEAD_QUEUE, ENGINE_DEAD_QUEUE, ENGINE_QUEUE, QUEUE, declare_queues, queues, taken_from
 from worker.client import BrokerUnavailableError, Client, NotSentError, Waiting
 from worker.failed_cli import _Sender
 from worker.publishing import TIMEOUT_S
@@ -118,9 +118,9 @@ def without_ids(properties: dict[str, Any]) -> str:
 
 
 def test_what_waits_is_counted(client: Client, channel: Any) -> None:
-    assert client.waiting() == {"credits": Waiting(0, None)}
+    assert client.waiting() == {QUEUE: Waiting(0, None), ENGINE_QUEUE: Waiting(0, None)}
     grant_many(client, 3)
-    eventually(lambda: client.waiting() == {"credits": Waiting(3, None)})
+    eventually(lambda: client.waiting() == {QUEUE: Waiting(3, None), ENGINE_QUEUE: Waiting(0, None)})
 
 
 def test_a_queue_that_was_deleted_is_made_again(client: Client, channel: Any) -> None:
@@ -141,7 +141,7 @@ def test_a_broker_that_keeps_no_answers_is_not_asked_for_one(client: Client, cha
 def test_to_look_at_a_queue_that_is_not_there_disturbs_nothing(client: Client, channel: Any) -> None:
     grant(client, 1)
     channel.queue_delete(QUEUE)
-    assert client.waiting() == {"credits": Waiting(0, None)}
+    assert client.waiting() == {QUEUE: Waiting(0, None), ENGINE_QUEUE: Waiting(0, None)}
     grant(client, 2)
     assert take_all(channel, QUEUE, 1) == ["gift-2"]
     assert channel.basic_get(QUEUE) is None
@@ -251,22 +251,23 @@ def test_the_queues_can_be_declared_by_everyone_and_in_any_order(
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
-def test_a_worker_consumes_both(rabbitmq_url: str, client: Client, channel: Any) -> None:
+def test_a_worker_consumes_all_and_knows_from_where_it_takes(rabbitmq_url: str, client: Client, channel: Any) -> None:
     arrived: list[str] = []
 
     def receive(message: Message) -> None:
-        arrived.append(message.delivery_info["routing_key"])
+        arrived.append(taken_from(message))
         message.ack()
 
     grant(client)
-    channel.basic_publish(channel.prepare_message(b"{}"), exchange="", routing_key=DEAD_QUEUE)
+    for queue in (DEAD_QUEUE, ENGINE_QUEUE, ENGINE_DEAD_QUEUE):
+        channel.basic_publish(channel.prepare_message(b"{}"), exchange="", routing_key=queue)
     with (
         Connection(rabbitmq_url) as connection,
         connection.Consumer(queues(rabbitmq_url), on_message=receive, auto_declare=True),
     ):
-        while len(arrived) < 2:
+        while len(arrived) < 4:
             connection.drain_events(timeout=PATIENCE_S)
-    assert sorted(arrived) == [QUEUE, DEAD_QUEUE]
+    assert sorted(arrived) == [QUEUE, DEAD_QUEUE, ENGINE_QUEUE, ENGINE_DEAD_QUEUE]
 
 
 def test_a_queue_that_is_there_is_used_as_it_is(

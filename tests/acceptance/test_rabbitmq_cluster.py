@@ -17,7 +17,7 @@ from tests.acceptance.installation import Installation, log_of
 from tests.rabbitmq import RabbitMQ
 from tests.support import PATIENCE_S, eventually
 from worker.app import _confirm_publishing
-from worker.broker import DEAD_QUEUE, QUEUE, create_celery, declare_queues
+from worker.broker import DEAD_QUEUE, ENGINE_DEAD_QUEUE, ENGINE_QUEUE, QUEUE, create_celery, declare_queues
 from worker.client import BrokerUnavailableError, Client, NotSentError
 
 pytestmark = [
@@ -74,7 +74,9 @@ def test_queues_that_are_older_than_a_node_are_grown(cluster: list[RabbitMQ]) ->
     [command] = re.findall("^rabbitmq-queues (grow .*)$", (ROOT / "docs/reliability.md").read_text(), re.MULTILINE)
     grown = first.queues("--formatter=json", *shlex.split(command.replace("rabbit@mq-2", second.name)))
     rows = sorted((row["name"], row["size"], row["result"]) for row in json.loads(grown))
-    assert rows == [(QUEUE, 2, "ok"), (DEAD_QUEUE, 2, "ok")]  # until then, each had one member
+    assert rows == [
+        (queue, 2, "ok") for queue in (QUEUE, DEAD_QUEUE, ENGINE_QUEUE, ENGINE_DEAD_QUEUE)
+    ]  # until then, each had one member
 
 
 def test_client_and_beat_leave_a_node_that_hangs(nodes: list[RabbitMQ]) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from ledger.messages import MESSAGES
 from worker import publishing
+from worker.broker import ENGINE_QUEUE
 from worker.client import Client, InvalidMessageError
 from worker.publishing import CHUNK_BYTES, CHUNK_MESSAGES, Encoded
 
@@ -203,3 +204,18 @@ def test_arguments_are_described_as_celery_does_or_left_to_it(message: dict[str,
 
 def test_plain_arguments_are_described_without_celery() -> None:
     assert publishing._plain_repr([{"org_id": "acme", "credits": 1}]) == "[{'org_id': 'acme', 'credits': 1}]"
+
+
+def test_an_engine_sends_messages_about_workflows_alone_and_names_no_source() -> None:
+    with Client(NOWHERE, queue=ENGINE_QUEUE) as client, client.batch() as batch:
+        for sender in (client, batch):
+            with pytest.raises(InvalidMessageError) as refused:
+                sender.grant(org_id="acme", grant_id="g", credits=10**9)
+            assert str(refused.value) == (
+                "wallet.grant is not taken from credits.engine, the queue of engines: whoever may sends it to credits"
+            )
+            with pytest.raises(InvalidMessageError, match=r"workflow\.fail: an engine names no source"):
+                sender.fail(org_id="acme", workflow_id="run", source="billing")
+        with pytest.raises(InvalidMessageError, match="is not taken from"):
+            client.send_as_is("subscriptions.post_due", [], {})
+        assert len(batch) == 0
