@@ -112,7 +112,7 @@ class _Measurements:
         self._noops = Workload([("noop", payload) for _, payload in self._slow.messages])
         for load in (self._slow, self._spread, self._hot, self._noops):
             assert len(load.envelopes) == len(load.messages)  # made before any clock runs
-        if not are_as_sent(stand.broker, stand.embedded.broker_url, self._spread.messages[0]):
+        if not are_as_sent(stand.broker, stand.embedded.broker.url, self._spread.messages[0]):
             raise NotAccountedError("what is put into the queue is not what Celery's send_task puts there")
         progress("Making the databases …")
         self._naive = stand.template(partial(_make_naive, organizations=organizations), like=EMPTY)
@@ -184,7 +184,7 @@ class _Measurements:
         per_s = self._sizes.sent_per_s
         load = Workload.starts(per_s * self._sizes.sent_for_s, organizations=self._sizes.organizations)
         with self._stand.database(self._funded) as engine:
-            with self._stand.holdfast(engine, workers=1), Client(self._stand.embedded.broker_url) as client:
+            with self._stand.holdfast(engine, workers=1), Client(self._stand.embedded.broker.url) as client:
                 latencies = latencies_ms(engine, client, load, per_s=per_s)
             _check(engine, load)
         percentiles = statistics.quantiles(latencies, n=100)
@@ -201,7 +201,7 @@ class _Measurements:
             ("h-single", "publishing one by one, Client.start", _send_single, few),
             ("h-batch", "publishing in bulk, Client.batch", _send_batch, many),
         ):
-            took_s = _took_s(partial(send, self._stand.embedded.broker_url, load))
+            took_s = _took_s(partial(send, self._stand.embedded.broker.url, load))
             if (waiting := self._stand.empty_queue()) != len(load.messages):
                 raise NotAccountedError(f"{len(load.messages):,} messages were sent, and {waiting:,} are in the queue")
             yield _rate(key, what, load, took_s)

@@ -48,7 +48,7 @@ class Stand:
         with ExitStack() as cleanup:
             self._admin = connect(self.embedded.admin_url).execution_options(isolation_level="AUTOCOMMIT")
             cleanup.callback(self._admin.dispose)
-            self.broker = cleanup.enter_context(closing(Redis.from_url(self.embedded.broker_url)))
+            self.broker = cleanup.enter_context(closing(Redis.from_url(self.embedded.broker.url)))
             engine = connect(self.embedded.database_url)
             migrations.upgrade(engine)
             engine.dispose()
@@ -91,14 +91,14 @@ class Stand:
     @contextmanager
     def holdfast(self, engine: Engine, *, workers: int) -> Iterator[None]:
         """Holdfast's workers on this database, ready."""
-        settings = {f"{PREFIX}DATABASE_URL": _url(engine), f"{PREFIX}BROKER_URL": self.embedded.broker_url}
+        settings = {f"{PREFIX}DATABASE_URL": _url(engine), f"{PREFIX}BROKER_URL": self.embedded.broker.url}
         with self._workers("worker", settings, workers):
             yield
 
     @contextmanager
     def naive(self, engine: Engine) -> Iterator[None]:
         """The naive way's worker on this database, ready."""
-        settings = {"DATABASE_URL": _url(engine), "CELERY_BROKER_URL": self.embedded.broker_url}
+        settings = {"DATABASE_URL": _url(engine), "CELERY_BROKER_URL": self.embedded.broker.url}
         with self._workers("bench.naive", settings, 1):
             yield
 
@@ -148,7 +148,7 @@ class Stand:
     def _workers(self, app: str, settings: dict[str, str], number: int) -> Iterator[None]:
         self.broker.flushdb()
         environment = {name: value for name, value in os.environ.items() if not name.startswith((PREFIX, "CELERY_"))}
-        with ExitStack() as running, create_celery("bench", self.embedded.broker_url, None) as celery:
+        with ExitStack() as running, create_celery("bench", self.embedded.broker.url, None) as celery:
             processes = [
                 Process(
                     f"{app}-{position}",

@@ -42,6 +42,11 @@ class Settings(BaseSettings):
         description="The broker: `redis://`, `rediss://`, `amqp://` or `amqps://`; of a RabbitMQ cluster "
         "all nodes, with semicolons: `amqp://user:password@a//;amqp://user:password@b//`",
     )
+    engine_broker_url: str | None = Field(
+        None,
+        description="The broker as a workflow engine connects to it, with fewer rights, to send to `credits.engine`; "
+        "no part of Holdfast reads it",
+    )
     result_url: str | None = Field(
         None,
         description="Where results are kept for who waits for them: `redis://`; default: the broker, if it is Redis",
@@ -94,7 +99,7 @@ class Settings(BaseSettings):
             parse_url(url)
         return url
 
-    @field_validator("broker_url")
+    @field_validator("broker_url", "engine_broker_url")
     @classmethod
     def _is_broker(cls, url: str | None) -> str | None:
         if url is not None:

@@ -42,12 +42,20 @@ TEMPLATE = "holdfast"
 _numbers = count(1)
 
 
+class Services(Embedded):
+    """With every right at the broker: tests look into it, use many databases of it, and are other applications, too."""
+
+    @property
+    def broker_url(self) -> str:
+        return self.broker.url
+
+
 @pytest.fixture(scope="session")
 def services() -> Iterator[Embedded]:
     """PostgreSQL, its database `holdfast` migrated as a template, with what each role may do, and the broker."""
     folder = Path(tempfile.mkdtemp(prefix="holdfast-tests-", dir=_fast_folder()))
     folder.chmod(0o711)  # as root, PostgreSQL runs as an account that has to pass through
-    with Embedded(folder, durable=False) as running:
+    with Services(folder, durable=False) as running:
         engine = connect(running.database_url)
         migrations.upgrade(engine)
         migrations.grant(engine)

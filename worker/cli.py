@@ -135,6 +135,7 @@ def up(
                 "In another terminal, for the other commands and for engines:\n"
                 f'  export HOLDFAST_DATABASE_URL="{system.embedded.reader_url}"\n'
                 f'  export HOLDFAST_BROKER_URL="{system.embedded.broker_url}"\n'
+                f'  export HOLDFAST_ENGINE_BROKER_URL="{system.embedded.engine_broker_url}"\n'
                 f'  export HOLDFAST_JWT_SECRET="{system.jwt_secret}"\n'
                 f'  export API_URL="{system.url}"\n\n'
                 f"Figures for Prometheus: {' and '.join(system.metrics_urls)}\n"

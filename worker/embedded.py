@@ -42,6 +42,7 @@ OWNER = "holdfast"
 # Built in: the same order of text on every system, whatever locales it has. The encoding is else guessed from LANG.
 INITDB_OPTIONS = ("--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8")
 PORT_ATTEMPTS = 5
+_ADMINISTRATOR = "administrator"
 SOCKET_PATH_BYTES = 103  # the shortest limit (macOS); Linux has 107
 
 
@@ -140,19 +141,51 @@ class Postgres(Process):
                 connection.execute("CREATE DATABASE holdfast OWNER holdfast")
 
 
+BROKER_USERS = {
+    "default": "off",
+    # Worker, beat, API and people. Lists with a digit at their end are kombu's for messages with a priority.
+    "holdfast": (
+        "~credits* ~_kombu.binding* ~celery-task-meta-* ~*.holdfast.pidbox* ~celeryev* "
+        "&/*.holdfast.pidbox &/0.holdfast.pidbox &/*.celeryev* &/0.celeryev/* &celery-task-meta-* "
+        "+ping +info +time +select +client|setinfo +client|setname +multi +exec +discard "
+        "+eval +evalsha +script|load +script|exists "
+        "+exists +del +unlink +get +mget +setex "
+        "+lpush +rpush +llen +lrange +lindex +ltrim +lmove +blmove "
+        "+hset +hget +hdel +hlen +zadd +zrem +zrange +zrangebyscore +zcard +sadd +srem +smembers "
+        "+publish +subscribe +unsubscribe +psubscribe +punsubscribe"
+    ),
+    # A workflow engine: it sends, and reads the answers whose ids it knows.
+    "engine": (
+        "&celery-task-meta-* +ping +select +client|setinfo +client|setname +multi +exec +discard "
+        "+subscribe +unsubscribe "
+        "(%W~credits.engine %W~credits.engine??[369] +lpush +llen) "
+        "(%W~_kombu.binding.credits.engine %W~_kombu.binding_permanent.credits.engine +sadd) "
+        "(%R~celery-task-meta-* +get +mget) (%W~celery-task-meta-* +del)"
+    ),
+}
+"""What each user of the broker may do, in the words of its configuration; docker-compose.yml has the same.
+
+No key but these, and none of the commands that configure, look into or stop a server."""
+
+
 class Broker(Process):
-    """A Valkey server that keeps every message it was given, on a free port, behind a random password."""
+    """A Valkey server that keeps every message it was given, on a free port, behind random passwords."""
 
     def __init__(self, folder: Path) -> None:
         self.data = folder / "broker"
-        self._password = secrets.token_urlsafe(24)
+        self._passwords = {user: secrets.token_urlsafe(24) for user in (_ADMINISTRATOR, "holdfast", "engine")}
         self._port = free_port()
         self._served = False
         super().__init__("broker", [str(_valkey_binary()), "-"], folder)
 
     @property
     def url(self) -> str:
-        return f"redis://:{self._password}@127.0.0.1:{self._port}/0"
+        """As its administrator, whom nobody but this process knows: for tests, which need more than Holdfast does."""
+        return self.url_of(_ADMINISTRATOR)
+
+    def url_of(self, user: str) -> str:
+        """As one of BROKER_USERS."""
+        return f"redis://{user}:{self._passwords[user]}@127.0.0.1:{self._port}/0"
 
     def start(self) -> None:
         """Start it and return when it answers. The first start settles the port, later ones keep it."""
@@ -174,14 +207,18 @@ class Broker(Process):
         settings = {
             "bind": "127.0.0.1",
             "port": str(self._port),
-            "requirepass": self._password,
             "dir": json.dumps(str(self.data), ensure_ascii=False),
             "appendonly": "yes",
             "appendfsync": "everysec",
             "save": '""',  # the append-only file holds everything: no snapshots beside it
             "maxmemory-policy": "noeviction",  # refuse new messages rather than drop old ones
         }
-        return "".join(f"{name} {value}\n" for name, value in settings.items())
+        users = {**BROKER_USERS, _ADMINISTRATOR: "~* &* +@all"}
+        rights = [
+            f"user {user} {may if user not in self._passwords else f'on >{self._passwords[user]} {may}'}\n"
+            for user, may in users.items()
+        ]
+        return "".join([*(f"{name} {value}\n" for name, value in settings.items()), *rights])
 
     def _answers(self) -> bool:
         client = redis.Redis.from_url(self.url, retry=Retry(NoBackoff(), 0), socket_timeout=0.25)
@@ -231,7 +268,13 @@ class Embedded:
 
     @property
     def broker_url(self) -> str:
-        return self.broker.url
+        """As worker, beat, API and people connect."""
+        return self.broker.url_of("holdfast")
+
+    @property
+    def engine_broker_url(self) -> str:
+        """As workflow engines connect."""
+        return self.broker.url_of("engine")
 
     def start(self) -> None:
         with ExitStack() as cleanup:

@@ -251,7 +251,7 @@ def installed(services: Embedded, *, template: str = MIGRATED) -> Iterator[Insta
 
         cleanup.callback(drop)
         database_url = services.database_url.replace("/holdfast?", f"/{name}?")
-        broker_url = services.broker_url.removesuffix("0") + str(broker_database)
+        broker_url = services.broker.url.removesuffix("0") + str(broker_database)
         installation = cleanup.enter_context(_installation(database_url, broker_url, folder))
         installation.broker.flushdb()
         yield installation

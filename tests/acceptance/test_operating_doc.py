@@ -209,7 +209,7 @@ def test_an_older_env_gets_the_two_passwords(machine: Machine) -> None:
     first, *added = (machine.folder / ".env").read_text().splitlines()
     assert first == "DATABASE_PASSWORD=1"
     secrets = dict(line.split("=") for line in added)
-    assert list(secrets) == ["WORKER_DATABASE_PASSWORD", "READER_DATABASE_PASSWORD"]
+    assert list(secrets) == ["WORKER_DATABASE_PASSWORD", "READER_DATABASE_PASSWORD", "ENGINE_BROKER_PASSWORD"]
     assert all(re.fullmatch("[0-9a-f]{64}", secret) for secret in secrets.values())
 
 

@@ -44,6 +44,7 @@ def environment() -> Iterator[dict[str, str]]:
             "PATH": f"{BIN}:{os.environ['PATH']}",
             f"{PREFIX}DATABASE_URL": system.embedded.reader_url,
             f"{PREFIX}BROKER_URL": system.embedded.broker_url,
+            f"{PREFIX}ENGINE_BROKER_URL": system.embedded.engine_broker_url,
             f"{PREFIX}JWT_SECRET": system.jwt_secret,
             "API_URL": system.url,
         }

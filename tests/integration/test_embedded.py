@@ -62,7 +62,7 @@ def query(services: Embedded, sql: str) -> list[tuple[object, ...]]:
 
 
 def ask_broker(services: Embedded, *command: str) -> object:
-    with redis.Redis.from_url(services.broker_url) as client:
+    with redis.Redis.from_url(services.broker.url) as client:
         return client.execute_command(*command)
 
 
@@ -115,7 +115,7 @@ def test_the_broker_wants_the_password_and_nobody_can_read_it(services: Embedded
 
 
 def test_the_broker_never_drops_a_message(services: Embedded) -> None:
-    with redis.Redis.from_url(services.broker_url) as client:
+    with redis.Redis.from_url(services.broker.url) as client:
         settings = client.config_get("append*", "maxmemory-policy")
     expected = {"appendonly": "yes", "appendfsync": "everysec", "maxmemory-policy": "noeviction"}
     assert {name: settings[name] for name in expected} == expected

@@ -126,7 +126,7 @@ class Machine:
             cleanup.callback(self.engine.dispose)
             migrations.upgrade(self.engine)
             migrations.grant(self.engine)
-            self.broker = redis.Redis.from_url(self.services.broker_url, retry=Retry(NoBackoff(), 0))
+            self.broker = redis.Redis.from_url(self.services.broker.url, retry=Retry(NoBackoff(), 0))
             cleanup.callback(self.broker.close)
             for number in (1, 2):
                 self.workers.append(self._child(cleanup, f"worker-{number}", WORKER))
@@ -141,7 +141,7 @@ class Machine:
         self._cleanup.close()
 
     def _child(self, cleanup: ExitStack, name: str, script: str) -> Process:
-        env = environment(HOLDFAST_DATABASE_URL=self.services.worker_url, HOLDFAST_BROKER_URL=self.services.broker_url)
+        env = environment(HOLDFAST_DATABASE_URL=self.services.worker_url, HOLDFAST_BROKER_URL=self.services.broker.url)
         # SIGKILL, also when we are killed ourselves: it may be stopped just then, and would not hear a SIGTERM.
         process = Process(
             name,

@@ -127,11 +127,11 @@ def run(seed: int, goal: Goal, folder: Path, *, say: Callable[[str], None] = lam
         opened = sum(map(len, opening))
         # Faster than the goal needs, as nothing is sent while the broker is away.
         rate = 1.5 * goal.messages / goal.seconds
-        producer = Producer(machine.services.broker_url, workload, seed=seed, messages_per_s=rate)
+        producer = Producer(machine.services.broker.url, workload, seed=seed, messages_per_s=rate)
         cleanup.enter_context(closing(producer))
-        neighbour = cleanup.enter_context(closing(Neighbour(machine.services.broker_url, folder)))
+        neighbour = cleanup.enter_context(closing(Neighbour(machine.services.broker.url, folder)))
         try:
-            hold(machine.broker, machine.services.broker_url)
+            hold(machine.broker, machine.services.broker.url)
             _open(machine, producer, opening, goal)
             note("everything runs")
             producer.start()

@@ -88,7 +88,7 @@ def delivery(message: Message) -> Delivery:
 
 @pytest.fixture
 def broker(services: Embedded) -> Iterator[redis.Redis]:
-    url = services.broker_url.removesuffix("0") + "15"
+    url = services.broker.url.removesuffix("0") + "15"
     with closing(redis.Redis.from_url(url)) as client:
         client.flushdb()
         neighbour.hold(client, url)
@@ -366,7 +366,7 @@ def test_what_is_taken_from_the_worker_of_another_application_is_found(sound: Le
 
 
 def test_a_worker_that_restores_what_another_application_holds_is_found(sound: Ledger, services: Embedded) -> None:
-    url = services.broker_url.removesuffix("0") + "15"
+    url = services.broker.url.removesuffix("0") + "15"
     with kombu.Connection(url, transport_options={"visibility_timeout": 3}) as connection:
         connection.default_channel.qos.restore_visible()
     assert {finding.kind for finding in sound.findings()} == {"neighbour"}
@@ -463,7 +463,7 @@ def test_drained_is_only_what_waits_neither_in_the_broker_nor_in_a_database_that
 
 
 def test_what_was_confirmed_when_the_broker_may_not_have_kept_it_is_sent_again(services: Embedded) -> None:
-    url = services.broker_url.removesuffix("0") + "15"
+    url = services.broker.url.removesuffix("0") + "15"
     first, second, *_ = Workload(7, datetime.now(UTC)).opening()
     with (
         closing(redis.Redis.from_url(url)) as client,

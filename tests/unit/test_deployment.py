@@ -43,7 +43,7 @@ from api_stub.protocol import PromptProtocol
 from ledger import roles
 from ledger.settings import PREFIX, Settings
 from worker import cli
-from worker.embedded import INITDB_OPTIONS, POSTGRES_MAJOR, Embedded, Postgres, _valkey_binary, free_port
+from worker.embedded import BROKER_USERS, INITDB_OPTIONS, POSTGRES_MAJOR, Embedded, Postgres, _valkey_binary, free_port
 from worker.process import Process
 from worker.system import API_OPTIONS
 
@@ -72,6 +72,7 @@ SECRETS = {
     "WORKER_DATABASE_PASSWORD": "55" * 32,
     "READER_DATABASE_PASSWORD": "66" * 32,
     "BROKER_PASSWORD": "33" * 32,
+    "ENGINE_BROKER_PASSWORD": "77" * 32,
     "HOLDFAST_JWT_SECRET": "44" * 32,
 }
 OPTIONAL = ["HOLDFAST_JWT_PUBLIC_KEY", "HOLDFAST_JWT_AUDIENCE", "HOLDFAST_JWT_ISSUER"]
@@ -289,7 +290,7 @@ def test_the_settings_lead_to_the_broker_with_its_password(service_settings: Any
     settings = service_settings("worker")
     broker = urlsplit(settings.broker_url)
     assert (broker.hostname, broker.port, broker.path) == ("broker", 6379, "/0")
-    assert broker.password == environment("broker")["BROKER_PASSWORD"]
+    assert (broker.username, broker.password) == ("holdfast", environment("broker")["BROKER_PASSWORD"])
 
 
 # Commands
@@ -367,7 +368,7 @@ def test_postgres_is_not_asked_while_it_initializes_nor_for_what_is_not_there_ye
     ],
 )
 def test_the_broker_is_healthy_when_it_answers_pong(answer: str, exit_code: int, tmp_path: Path) -> None:
-    path = with_program("valkey-cli", f'test "$*" = ping && echo "{answer}"', tmp_path)
+    path = with_program("valkey-cli", f'test "$*" = "--user holdfast ping" && echo "{answer}"', tmp_path)
     checked = subprocess.run(health_check("broker"), env={**environment("broker"), "PATH": path}, capture_output=True)
     assert checked.returncode == exit_code
     assert environment("broker")["VALKEYCLI_AUTH"] == SECRETS["BROKER_PASSWORD"]
@@ -449,7 +450,9 @@ def test_the_broker_keeps_what_it_was_given(tmp_path: Path) -> None:
     )
     assert started.stderr == ""
     assert started.stdout.splitlines() == [
-        f"requirepass {SECRETS['BROKER_PASSWORD']}",
+        f"user default {BROKER_USERS['default']}",
+        f"user holdfast on >{SECRETS['BROKER_PASSWORD']} {BROKER_USERS['holdfast']}",
+        f"user engine on >{SECRETS['ENGINE_BROKER_PASSWORD']} {BROKER_USERS['engine']}",
         "dir /data",
         "appendonly yes",
         "appendfsync everysec",
@@ -473,7 +476,7 @@ def test_the_broker_refuses_what_it_has_no_memory_for_and_gives_back_the_rest(tm
         env={**environment("broker"), "MEMORY_MB": "40", "PATH": path},
     )
     server.start()
-    url = f"redis://:{environment('broker')['BROKER_PASSWORD']}@127.0.0.1:{port}"
+    url = f"redis://holdfast:{environment('broker')['BROKER_PASSWORD']}@127.0.0.1:{port}"
     try:
         with redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0)) as broker:
             server.wait_until(lambda: answers(broker))
@@ -483,7 +486,7 @@ def test_the_broker_refuses_what_it_has_no_memory_for_and_gives_back_the_rest(tm
                     taken = broker.lpush("credits", bytes(100_000))
             assert 100 < taken < 400
             assert psutil.Process(server.pid).memory_info().rss < 40 * 2**20
-            assert [broker.rpop("credits") is not None for _ in range(taken)] == [True] * taken
+            assert [broker.ltrim("credits", 0, -2) for _ in range(taken)] == [True] * taken
             assert broker.lpush("credits", b"one more") == 1
     finally:
         server.stop()
