@@ -162,8 +162,9 @@ class LedgerQueue(Queue):
 
 
 def taken_from(message: Message) -> str:
-    """The name of the `LedgerQueue` that a worker took `message` from."""
-    return str(message.delivery_info[_TAKEN_FROM])
+    """The name of the `LedgerQueue` that a worker took `message` from; empty, if it is no message for the ledger."""
+    about = message.delivery_info
+    return str(about.get(_TAKEN_FROM, "")) if isinstance(about, dict) else ""
 
 
 def queues(broker_url: str) -> list[Queue]:

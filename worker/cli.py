@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
+from celery.utils.nodenames import default_nodename
 from psycopg.errors import RaiseException
 from rich.table import Table
 from rich.text import Text
@@ -26,7 +27,8 @@ from ledger.readable import escaped
 from ledger.settings import Settings, SettingsError
 from ledger.state import EventType, Result
 from worker import demo as story
-from worker import failed_cli, holds_cli, token_cli
+from worker import failed_cli, holds_cli, publishing, token_cli
+from worker.broker import create_celery, queues
 from worker.client import Client, DeadLetteredError, InvalidMessageError, NoAnswerError, NotSentError
 from worker.embedded import default_data_dir
 from worker.process import ServiceError
@@ -149,6 +151,29 @@ def up(
     except KeyboardInterrupt:
         pass
     console.print("Everything is stopped.")
+
+
+@app.command(epilog="Example: holdfast consuming celery@host-1")
+def consuming(
+    worker: Annotated[str, typer.Argument(help="Its name. Default: the worker of this host.")] = default_nodename(None),
+    wait_s: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="How long it may take to answer.")] = 10,
+) -> None:
+    """Ask a worker whether it takes messages from all queues of the ledger. Exit code 1 if not."""
+    url = Settings.load("broker_url").broker_url
+    assert url is not None
+    try:
+        with create_celery("holdfast-asks", url, None) as asking, asking.connection_for_write() as connection:
+            publishing.connect(connection)
+            about = {"destination": [worker], "reply": True, "timeout": wait_s, "limit": 1}
+            replies = asking.control.broadcast("consuming", connection=connection, **about)
+    except publishing.BROKER_ERRORS as error:
+        fail(f"the broker does not answer: {error}", code=1)
+    if not replies:
+        fail(f"{worker} does not answer", code=1)
+    missing = [queue.name for queue in queues(url) if queue.name not in replies[0][worker]]
+    if missing:
+        fail(f"{worker} answers, and takes nothing from {', '.join(missing)}", code=1)
+    console.print(f"{worker} takes messages.")
 
 
 @app.command(epilog="Example: holdfast demo")

@@ -42,6 +42,7 @@ from worker.broker import (
     reason,
     taken_from,
 )
+from worker.control import answer_questions_only
 from worker.tasks import TASKS
 from worker.transport import DELIVERED_TOO_OFTEN, Channel, SetAside, UnsupportedServerError, read_json
 
@@ -65,6 +66,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # What workers tell one another ours need not know.
         super().__init__(*args, without_mingle=True, without_gossip=True, **kwargs)
+        answer_questions_only()
         self.batch = Batch(self)
         self._is_refused = False
         self._risk: str | None = None

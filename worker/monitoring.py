@@ -1,6 +1,6 @@
 """What monitors such as Flower expect of a Celery worker: its events, its signals, and its list of active tasks.
 
-Only while events are on (`-E`, or switched on from afar): otherwise a message is not `Monitored`, at no cost.
+Only while events are on (`-E`): otherwise a message is not `Monitored`, at no cost.
 """
 
 import os

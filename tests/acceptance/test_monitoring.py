@@ -8,7 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tests.acceptance.installation import Installation, Producer, celery, log_of, terminate, wait_for_workers
+from tests.acceptance.installation import (
+    Installation,
+    Producer,
+    celery,
+    exit_code,
+    log_of,
+    terminate,
+    wait_for_workers,
+)
 from tests.support import PATIENCE_S, eventually
 
 GRANT = {"org_id": "acme", "grant_id": "gift", "credits": 5}
@@ -93,11 +101,14 @@ def test_no_header_ends_a_worker_that_is_watched(installation: Installation, pro
 
 
 def test_signals_come_while_events_are_on_and_only_then(installation: Installation, producer: Producer) -> None:
-    worker = installation.start("worker", sys.executable, "-c", WITH_A_PLUGIN)
+    quiet = installation.start("quiet", sys.executable, "-c", WITH_A_PLUGIN)
     wait_for_workers(producer)
     one_good_and_one_bad(producer)
-    assert '"signal"' not in log_of(worker)
-    assert producer.celery.control.enable_events(reply=True, timeout=PATIENCE_S, limit=1)
+    assert '"signal"' not in log_of(quiet)
+    terminate(quiet)
+    assert exit_code(quiet) == 0
+    worker = installation.start("worker", sys.executable, "-c", WITH_A_PLUGIN, "-E")
+    wait_for_workers(producer)
     [first, second] = [producer.ask("wallet.grant", fields) for fields in (GRANT, {**GRANT, "credits": 6})]
     first.get(timeout=PATIENCE_S)
     second.get(timeout=PATIENCE_S, propagate=False)

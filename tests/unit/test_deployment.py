@@ -9,7 +9,6 @@ import importlib.metadata
 import json
 import os
 import re
-import shlex
 import shutil
 import socket
 import subprocess
@@ -374,13 +373,12 @@ def test_the_broker_is_healthy_when_it_answers_pong(answer: str, exit_code: int,
     assert environment("broker")["VALKEYCLI_AUTH"] == SECRETS["BROKER_PASSWORD"]
 
 
-def test_the_worker_is_asked_by_its_own_name_and_in_words_that_celery_knows() -> None:
-    shell, flag, line = health_check("worker")
-    assert (shell, flag) == ("sh", "-c")
-    program, app_option, app, command, method, *options = shlex.split(line.replace("$HOSTNAME", "c0ffee"))
-    assert (program, app_option, app, command, method) == ("celery", "-A", "worker", "inspect", "ping")
-    assert options == ["--destination", "celery@c0ffee", "--timeout", "10"]
-    assert unknown_options(celery_command.commands["inspect"], options) == []
+def test_the_worker_is_asked_by_its_own_name_whether_it_takes_messages() -> None:
+    program, command, *options = health_check("worker")
+    assert (program, command, options) == ("holdfast", "consuming", ["--wait-s", "10"])
+    asking = typer.main.get_group(cli.app).commands[command]
+    assert unknown_options(asking, options) == []
+    assert asking.params[0].default == f"celery@{socket.gethostname()}", "as Celery names a worker by itself"
     assert seconds(SERVICES["worker"]["healthcheck"]["timeout"]) > 10
 
 
