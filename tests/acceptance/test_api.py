@@ -30,6 +30,8 @@ from tests.acceptance import website
 from tests.acceptance.installation import Installation, installed, log_of
 from tests.acceptance.website import FUTURE, HISTORY, SECRET, Patient, served, serving, token
 from tests.support import PATIENCE_S, delivery, eventually, sql, suspended
+from worker.broker import ENGINE_QUEUE
+from worker.client import Client
 from worker.embedded import Embedded
 from worker.holds_cli import SOURCE as OPERATOR
 
@@ -385,6 +387,14 @@ def test_an_engine_reports_through_the_broker(api: Api) -> None:
         {"status": "accepted", "task": "workflow.start", "org_id": "acme", "workflow_id": "w1"},
     )
     assert _waiting(api) == before + 1
+
+
+def test_the_metrics_count_what_waits_in_the_queue_of_engines_too(api: Api, services: Embedded) -> None:
+    of_engines = 'holdfast_queue_messages{queue="credits.engine"}'
+    before = _metric(api, of_engines)
+    with Client(services.broker_url, queue=ENGINE_QUEUE) as engine:
+        engine.cancel(org_id="acme", workflow_id="w1")
+    assert _metric(api, of_engines) == before + 1
 
 
 def _waiting(api: Api) -> float:

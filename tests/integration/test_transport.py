@@ -828,6 +828,49 @@ def test_a_suspect_waits_for_what_a_worker_holds_and_is_taken_when_that_is_ackno
     assert held(broker) == 0
 
 
+def test_what_arrives_in_another_queue_does_not_put_off_a_suspect(
+    url: str, broker: redis.Redis, producer: Celery
+) -> None:
+    send(producer, 1)
+    for _ in range(SUSPECT):
+        give_up(url, broker, 1)
+    suspect = broker.rpop(QUEUE)
+    producer.send_task("workflow.start", args=[2], queue=SECOND)
+    with working(url) as worker:
+        assert numbers(worker.receive(1)) == [2]
+        broker.lpush(QUEUE, suspect)  # type: ignore[arg-type]
+        worker.run(lambda: worker.channel._suspect_in == QUEUE)
+        for number in (3, 4):
+            producer.send_task("workflow.start", args=[number], queue=SECOND)
+        worker.acknowledge()
+        assert numbers(worker.receive(1)) == [1]
+        worker.acknowledge()
+        assert numbers(worker.receive(2)) == [3, 4]
+        worker.acknowledge()
+    assert held(broker) == 0
+
+
+def test_what_is_given_back_goes_to_the_queue_that_it_was_taken_from_whatever_its_sender_says(
+    url: str, broker: redis.Redis, producer: Celery
+) -> None:
+    producer.send_task("workflow.start", args=[1], queue=SECOND)
+    forged = json.loads(broker.rpop(SECOND))  # type: ignore[arg-type]
+    forged["properties"]["delivery_info"] = {"exchange": "", "routing_key": QUEUE}
+    broker.lpush(SECOND, json.dumps(forged), json.dumps(forged) + '", "", "credits"]')
+    for _ in range(2):
+        with working(url) as worker:
+            worker.receive(2)
+        assert (broker.llen(SECOND), broker.llen(QUEUE)) == (2, 0)
+    worker = Worker(url)
+    worker.receive(2)
+    worker.is_killed()
+    time_out(broker)
+    with working(url, visibility_timeout=1) as worker:
+        worker.receive(2)
+        assert broker.llen(QUEUE) == 0
+        worker.acknowledge()
+
+
 def test_that_messages_are_taken_alone_is_told_once_and_that_it_is_over_too_and_each_is_counted(
     url: str, broker: redis.Redis, producer: Celery, caplog: pytest.LogCaptureFixture
 ) -> None:
