@@ -24,6 +24,7 @@ from tests.acceptance import commands
 from tests.acceptance.commands import Ended, drawn
 from tests.acceptance.installation import HOLDFAST, Installation, environment, installed, open_folder
 from tests.support import PATIENCE_S, delivery, eventually, sql
+from worker.broker import ENGINE_QUEUE
 from worker.client import Client
 from worker.embedded import Embedded
 
@@ -518,6 +519,8 @@ def test_up_serves_until_ctrl_c_and_keeps_its_data(folder: Path) -> None:
         first.wait_to_say("Data and logs are in")
         with Client(exported(first)["HOLDFAST_BROKER_URL"]) as client:
             assert client.purchase(org_id="acme", purchase_id="p-1", credits=500, wait_s=PATIENCE_S).available == 500
+        with Client(exported(first)["HOLDFAST_ENGINE_BROKER_URL"], queue=ENGINE_QUEUE) as engine:
+            assert engine.start(org_id="acme", workflow_id="run-1", credits=0, wait_s=PATIENCE_S).holds
         shown = run("wallet", "acme", "--json", HOLDFAST_DATABASE_URL=exported(first)["HOLDFAST_DATABASE_URL"])
         assert json.loads(shown.stdout)["available"] == 500
         assert {part: role_of(part, data_dir) for part in ("worker", "beat", "api")} == {
