@@ -338,6 +338,7 @@ class Channel(kombu_redis.Channel):
         self._asked_at: dict[str, float] = {}
         self._ask_again_at: dict[str, float] = {}
         self._is_refused = False
+        self._queues_with_suspects: set[str] = set()
         self._suspect_in: str | None = None
         self.on_risk: Callable[[str | None], object] = lambda _: None
         """Called at first and every visibility timeout with how the server may lose messages; None: it does not."""
@@ -391,6 +392,7 @@ class Channel(kombu_redis.Channel):
             self.connection.cycle.unregister_wait(self, client, f"wait {queue}")
             self._disconnect(client)  # nothing is taken by waiting; the reply must not be the next one's
             client.close()
+        self._queues_with_suspects.discard(queue)
         if queue == self._suspect_in:
             self._suspect_in = None
 
@@ -500,8 +502,10 @@ class Channel(kombu_redis.Channel):
                 SUSPECT,
             ],
         )
-        if bool(suspect) != self.qos.is_for_one:
-            logger.warning(TAKES_ONE if suspect else TAKES_MANY)
+        took_one = bool(self._queues_with_suspects)
+        (self._queues_with_suspects.add if suspect else self._queues_with_suspects.discard)(queue)
+        if bool(self._queues_with_suspects) != took_one:
+            logger.warning(TAKES_MANY if took_one else TAKES_ONE)
         self.qos.is_for_one = bool(suspect)
         self._suspect_in = queue if suspect and not items else None
         shortened = {position: rest for position, *rest in large}
