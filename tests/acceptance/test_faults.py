@@ -636,9 +636,9 @@ def test_a_broker_that_refuses_writes_for_a_while_is_told_of_twice(engine: Engin
     eventually(installation.is_drained)
     eventually(lambda: len(warnings_in(worker)) == 2)
     refused, again = warnings_in(worker)
-    assert refused.startswith("Cannot consume from redis://:**@127.0.0.1")
+    assert refused.startswith("Cannot consume from redis://administrator:**@127.0.0.1")
     assert "NOREPLICAS" in refused
-    assert again.startswith("Consuming from redis://:**@127.0.0.1")
+    assert again.startswith("Consuming from redis://administrator:**@127.0.0.1")
     assert producer.answer("wallet.grant", {"org_id": "refused", "grant_id": "3", "credits": 1})["available"] == 3
 
 

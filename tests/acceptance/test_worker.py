@@ -185,7 +185,9 @@ def test_its_log_is_one_line_of_json_for_an_event(installation: Installation, pr
         ("WARNING", "Dead letter 1, invalid_message"),
         ("INFO", "worker"),
     ]
-    assert lines[0]["message"].startswith("Connected and ready: takes messages from redis://:**@127.0.0.1:")
+    assert lines[0]["message"].startswith(
+        "Connected and ready: takes messages from redis://administrator:**@127.0.0.1:"
+    )
     assert lines[2]["message"] == "worker: Warm shutdown (MainProcess)"
     assert len({tuple(line) for line in lines}) == 1, "all have the same fields"
 
