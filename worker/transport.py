@@ -339,7 +339,7 @@ class Channel(kombu_redis.Channel):
         self._ask_again_at: dict[str, float] = {}
         self._is_refused = False
         self._queues_with_suspects: set[str] = set()
-        self._suspect_in: str | None = None
+        self._next_in: str | None = None
         self.on_risk: Callable[[str | None], object] = lambda _: None
         """Called at first and every visibility timeout with how the server may lose messages; None: it does not."""
         self.on_suspect: Callable[[], object] = lambda: None
@@ -393,8 +393,8 @@ class Channel(kombu_redis.Channel):
             self._disconnect(client)  # nothing is taken by waiting; the reply must not be the next one's
             client.close()
         self._queues_with_suspects.discard(queue)
-        if queue == self._suspect_in:
-            self._suspect_in = None
+        if queue == self._next_in:
+            self._next_in = None
 
     def _queue_bind(self, *args: Any) -> None:
         with suppress(OutOfMemoryError):  # what waits in a queue was put there by somebody who has bound it
@@ -421,8 +421,9 @@ class Channel(kombu_redis.Channel):
         """Ask for news of every queue that is not asked for yet."""
         if self.connection is None or self.connection.client is None:
             return  # the connection is lost, and this channel with it
-        # A suspect that waits to be taken alone is next: what arrives in another queue could put it off for ever.
-        queues = self.active_queues if self._suspect_in is None else [self._suspect_in]
+        # A suspect that waits to be taken alone is next, and so is what waits behind one that was taken alone from
+        # another queue: neither can put off the other for ever.
+        queues = self.active_queues if self._next_in is None else [self._next_in]
         for queue in queues if self.qos.can_consume() else ():
             client = self._waiting.get(queue)
             if client is None:
@@ -454,9 +455,10 @@ class Channel(kombu_redis.Channel):
         """There is something in `queue`, or it was waited for long enough."""
         client = self._waiting[queue]
         self._asked_at.pop(queue, None)
+        is_there = True
         try:
             with suppress(EntryTooLargeError):  # it is there; the next wait has a new connection
-                client.parse_response(client.connection, "BLMOVE")
+                is_there = client.parse_response(client.connection, "BLMOVE") is not None
         except self.connection_errors:
             self._disconnect(client)
             raise
@@ -472,6 +474,8 @@ class Channel(kombu_redis.Channel):
             if self._is_refused:
                 logger.warning("The broker lets messages be taken again")
             self._is_refused = False
+        if is_there and self.qos.is_for_one and self._next_in is None and not self.qos.can_consume():
+            self._next_in = queue
         if not (queue in self._active_queues and self._take_from(queue)):
             raise Empty
 
@@ -483,7 +487,7 @@ class Channel(kombu_redis.Channel):
         """Take and deliver what is in `queue`, up to the prefetch limit; returns how many messages that was."""
         room = self.qos.can_consume_max_estimate()  # None: no limit
         limit, tag = MOST_TAKEN if room is None else min(room, MOST_TAKEN), next(self._tags)
-        if limit == 0 or not self.qos.can_consume() or self._suspect_in not in (None, queue):
+        if limit == 0 or not self.qos.can_consume() or self._next_in not in (None, queue):
             return 0
         lists = [queue, *(f"{queue}{self.sep}{priority}" for priority in _PRIORITIES)]
         tail = f', "", {json.dumps(queue)}]'  # the exchange and the routing key that lead back to the queue
@@ -507,7 +511,7 @@ class Channel(kombu_redis.Channel):
         if bool(self._queues_with_suspects) != took_one:
             logger.warning(TAKES_MANY if took_one else TAKES_ONE)
         self.qos.is_for_one = bool(suspect)
-        self._suspect_in = queue if suspect and not items else None
+        self._next_in = queue if suspect and not items else None
         shortened = {position: rest for position, *rest in large}
         for number, item in enumerate(items, start=1):
             message = self._message(f"{tag}{number:03}", item, shortened.get(number), is_suspect=bool(suspect))

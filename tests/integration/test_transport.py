@@ -839,7 +839,7 @@ def test_what_arrives_in_another_queue_does_not_put_off_a_suspect(
     with working(url) as worker:
         assert numbers(worker.receive(1)) == [2]
         broker.lpush(QUEUE, suspect)  # type: ignore[arg-type]
-        worker.run(lambda: worker.channel._suspect_in == QUEUE)
+        worker.run(lambda: worker.channel._next_in == QUEUE)
         for number in (3, 4):
             producer.send_task("workflow.start", args=[number], queue=SECOND)
         worker.acknowledge()
@@ -848,6 +848,27 @@ def test_what_arrives_in_another_queue_does_not_put_off_a_suspect(
         assert numbers(worker.receive(2)) == [3, 4]
         worker.acknowledge()
     assert held(broker) == 0
+
+
+def test_suspects_in_one_queue_do_not_put_off_what_arrives_in_another(
+    url: str, broker: redis.Redis, producer: Celery
+) -> None:
+    for busy, other in ((QUEUE, SECOND), (SECOND, QUEUE)):
+        for number in range(20):
+            producer.send_task("workflow.start", args=[number], queue=busy)
+            entry = broker.rpop(busy)
+            assert isinstance(entry, bytes)
+            broker.lpush(busy, b'{"restored": %d, %s' % (SUSPECT, entry[1:]))
+        with working(url) as worker:
+            taken = [*numbers(worker.receive(1))]
+            for number in (100, 101):
+                producer.send_task("workflow.start", args=[number], queue=other)
+            while len(taken) < 22:
+                worker.acknowledge()
+                worker.run(lambda worker=worker: worker.received)
+                taken += numbers(worker.received)
+            worker.acknowledge()
+        assert max(taken.index(100), taken.index(101)) < 8
 
 
 def test_what_is_given_back_goes_to_the_queue_that_it_was_taken_from_whatever_its_sender_says(
@@ -1017,7 +1038,7 @@ def tls_in_front_of(url: str, folder: Path) -> Iterator[tuple[str, Path]]:
     thread.start()
     try:
         port = address.result(PATIENCE_S)
-        yield f"rediss://:{server.password}@127.0.0.1:{port}{server.path}", certificate
+        yield f"rediss://{server.username}:{server.password}@127.0.0.1:{port}{server.path}", certificate
     finally:
         stopped.set()
         thread.join()
