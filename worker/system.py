@@ -62,7 +62,7 @@ class System:
             as_worker, as_reader = self.embedded.worker_url, self.embedded.reader_url
             worker = self._process("worker", as_worker, *celery, "worker", METRICS_ADDRESS=self._metrics_address)
             beat = self._process("beat", as_worker, *celery, "beat")
-            api = self._process("api", as_reader, *uvicorn)
+            api = self._process("api", as_reader, *uvicorn, JWT_SECRET=self.jwt_secret)
             self._processes = [worker, beat, api]
             for process in self._processes:
                 cleanup.callback(process.stop)
@@ -108,12 +108,7 @@ class System:
         self.stop()
 
     def _process(self, name: str, database_url: str, module: str, *arguments: str, **settings: str) -> Process:
-        own = {
-            **settings,
-            "DATABASE_URL": database_url,
-            "BROKER_URL": self.embedded.broker_url,
-            "JWT_SECRET": self.jwt_secret,
-        }
+        own = {**settings, "DATABASE_URL": database_url, "BROKER_URL": self.embedded.broker_url}
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
         environment = inherited | {f"{PREFIX}{setting}": value for setting, value in own.items()}
         return Process(name, [sys.executable, "-m", module, *arguments], self.embedded.data_dir, env=environment)

@@ -507,10 +507,11 @@ def exported(command: Command) -> dict[str, str]:
     return dict(re.findall(r'export (HOLDFAST_\w+)="([^"]+)"', command.said()))
 
 
-def role_of(part: str, data_dir: Path) -> str | None:
-    """Whom a part of `holdfast up` connects to the database as."""
+def settings_of(part: str, data_dir: Path) -> dict[str, str]:
+    """What a part of `holdfast up` is told."""
     pid, _ = (data_dir / f"{part}.pid").read_text().split()
-    return make_url(psutil.Process(int(pid)).environ()["HOLDFAST_DATABASE_URL"]).username
+    environ = psutil.Process(int(pid)).environ()
+    return {name: value for name, value in environ.items() if name.startswith("HOLDFAST_")}
 
 
 def test_up_serves_until_ctrl_c_and_keeps_its_data(folder: Path) -> None:
@@ -523,11 +524,13 @@ def test_up_serves_until_ctrl_c_and_keeps_its_data(folder: Path) -> None:
             assert engine.start(org_id="acme", workflow_id="run-1", credits=0, wait_s=PATIENCE_S).holds
         shown = run("wallet", "acme", "--json", HOLDFAST_DATABASE_URL=exported(first)["HOLDFAST_DATABASE_URL"])
         assert json.loads(shown.stdout)["available"] == 500
-        assert {part: role_of(part, data_dir) for part in ("worker", "beat", "api")} == {
+        settings = {part: settings_of(part, data_dir) for part in ("worker", "beat", "api")}
+        assert {part: make_url(told["HOLDFAST_DATABASE_URL"]).username for part, told in settings.items()} == {
             "worker": roles.WORKER,
             "beat": roles.WORKER,
             "api": roles.READER,
         }
+        assert [part for part, told in settings.items() if "HOLDFAST_JWT_SECRET" in told] == ["api"]
         assert make_url(exported(first)["HOLDFAST_DATABASE_URL"]).username == roles.READER
         assert_one_line(run("up", "--data-dir", str(data_dir)), f"Holdfast already runs on the data folder {data_dir}.")
 
