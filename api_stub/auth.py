@@ -25,6 +25,9 @@ Scope = Literal["credits:read", "workflows:write", "operator"]
 LEEWAY_S = 30
 """How far the clock of whoever signs tokens may be from ours."""
 
+MIN_RSA_BITS = 2_048
+"""The shortest RSA key that is safe, by RFC 7518, section 3.3."""
+
 _UNWRITABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters and halves of characters, which neither a page nor the database can hold."""
 
@@ -127,6 +130,9 @@ def _public_key(pem: str) -> tuple[PublicKey, str]:
     except (ValueError, UnsupportedAlgorithm):
         raise SettingsError("HOLDFAST_JWT_PUBLIC_KEY cannot be read: it is no public key in PEM format") from None
     match key:
+        case RSAPublicKey() if key.key_size < MIN_RSA_BITS:
+            bits = f"at least {MIN_RSA_BITS:,} bits as an RSA key; it has {key.key_size:,}"
+            raise SettingsError(f"HOLDFAST_JWT_PUBLIC_KEY must have {bits}")
         case RSAPublicKey():
             return key, "RS256"
         case EllipticCurvePublicKey(curve=SECP256R1()):

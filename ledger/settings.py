@@ -14,6 +14,9 @@ from ledger.database import parse_url
 
 PREFIX = "HOLDFAST_"
 MIN_SECRET_LENGTH = 32
+MIN_SECRET_VARIETY = 8
+"""How many different characters a secret has at least: random bytes in hexadecimal, as many as that, have more."""
+
 _ADDRESS = re.compile(r"[^\s:]+:[0-9]{1,5}")
 _SERVICE_LINK = re.compile(
     rf"""{PREFIX}([A-Z0-9_]+_)?(
@@ -59,10 +62,13 @@ class Settings(BaseSettings):
         None, description="Where a worker serves its own figures for Prometheus: `127.0.0.1:9464`; default: nowhere"
     )
     jwt_secret: SecretStr | None = Field(
-        None, description="The secret that API tokens are signed with (HS256), at least 32 characters"
+        None,
+        description="The secret that API tokens are signed with (HS256), at least 32 characters, 8 of them different",
     )
     jwt_public_key: str | None = Field(
-        None, description="Instead of the secret: the PEM public key that tokens are checked with (RS256, ES256, EdDSA)"
+        None,
+        description="Instead of the secret: the PEM public key that tokens are checked with "
+        "(RS256 with at least 2,048 bits, ES256, EdDSA)",
     )
     jwt_audience: str | None = Field(
         None, description="Whom tokens must be for: what their `aud` is or contains; default: not looked at"
@@ -80,9 +86,13 @@ class Settings(BaseSettings):
 
     @field_validator("jwt_secret")
     @classmethod
-    def _is_long(cls, secret: SecretStr | None) -> SecretStr | None:
-        if secret is not None and len(secret.get_secret_value()) < MIN_SECRET_LENGTH:
+    def _is_hard_to_guess(cls, secret: SecretStr | None) -> SecretStr | None:
+        if secret is None:
+            return None
+        if len(secret.get_secret_value()) < MIN_SECRET_LENGTH:
             raise ValueError(f"must have at least {MIN_SECRET_LENGTH} characters")
+        if len(set(secret.get_secret_value())) < MIN_SECRET_VARIETY:
+            raise ValueError(f"must have at least {MIN_SECRET_VARIETY} different characters, as a random one has")
         return secret
 
     @field_validator("jwt_public_key")

@@ -30,6 +30,7 @@ from worker.process import Process
 CLUSTER = "the broker is a Redis cluster; Holdfast needs a single server"
 SENTINEL = "the broker is a Redis Sentinel; Holdfast needs the server itself"
 DATABASE = "postgresql+psycopg://u@127.0.0.1:1/d"
+SECRET = "a secret for tests, of at least 32 characters"
 API = [sys.executable, "-m", "uvicorn", "api_stub.app:app", "--port", "0"]
 REPLAY = [HOLDFAST, "failed", "replay", "1"]
 
@@ -77,12 +78,11 @@ def unsupported(request: pytest.FixtureRequest) -> tuple[str, str]:
 @pytest.mark.parametrize("argv", [celery("worker"), celery("beat"), API], ids=["worker", "beat", "api"])
 def test_every_process_ends_with_one_line(folder: Path, unsupported: tuple[str, str], argv: list[str]) -> None:
     url, problem = unsupported
-    secret = "s" * 32
     process = Process(
         "refused",
         argv,
         folder,
-        env=environment(HOLDFAST_DATABASE_URL=DATABASE, HOLDFAST_BROKER_URL=url, HOLDFAST_JWT_SECRET=secret),
+        env=environment(HOLDFAST_DATABASE_URL=DATABASE, HOLDFAST_BROKER_URL=url, HOLDFAST_JWT_SECRET=SECRET),
     )
     process.log_file.unlink(missing_ok=True)
     process.start()
@@ -142,7 +142,7 @@ def test_the_client_refuses_several_servers_but_by_whole_urls_with_semicolons() 
 @pytest.mark.parametrize("argv", [celery("worker"), celery("beat"), API, REPLAY], ids=["worker", "beat", "api", "cli"])
 def test_every_process_refuses_several_servers_with_commas(folder: Path, argv: list[str]) -> None:
     settings = environment(
-        HOLDFAST_DATABASE_URL=DATABASE, HOLDFAST_BROKER_URL="amqp://u:sekrit@a,b//", HOLDFAST_JWT_SECRET="s" * 32
+        HOLDFAST_DATABASE_URL=DATABASE, HOLDFAST_BROKER_URL="amqp://u:sekrit@a,b//", HOLDFAST_JWT_SECRET=SECRET
     )
     ended = subprocess.run(argv, env=settings, cwd=folder, capture_output=True, text=True, timeout=PATIENCE_S)
     assert (ended.returncode, ended.stdout) == (2, "")

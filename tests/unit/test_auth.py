@@ -57,11 +57,12 @@ def test_only_who_has_the_private_key_signs(algorithm: str) -> None:
     [
         ("-----BEGIN PUBLIC KEY-----\ngarbage\n-----END PUBLIC KEY-----", "cannot be read"),
         (pem(ec.generate_private_key(ec.SECP384R1())), "must be an RSA, a P-256 or an Ed25519 key"),
+        (pem(rsa.generate_private_key(65537, 1024)), "must have at least 2,048 bits as an RSA key; it has 1,024"),
     ],
-    ids=["garbage", "P-384"],
+    ids=["garbage", "P-384", "RSA-1024"],
 )
 def test_a_key_that_is_no_good_is_refused_at_the_start(key: str, problem: str) -> None:
-    with pytest.raises(SettingsError, match=f"^HOLDFAST_JWT_PUBLIC_KEY {problem}"):
+    with pytest.raises(SettingsError, match=f"^HOLDFAST_JWT_PUBLIC_KEY {problem}[^\n]*$"):
         Authenticator.from_settings(settings(jwt_public_key=key))
 
 

@@ -160,7 +160,7 @@ def test_the_http_path_of_the_page_is_one_of_the_api() -> None:
         Settings(
             database_url="postgresql+psycopg://user:password@host/database",
             broker_url="redis://host",
-            jwt_secret="x" * 32,
+            jwt_secret="a secret of at least thirty-two characters",
         )
     )
     assert f"`POST {HTTP_PATH}`" in TEXT

@@ -239,6 +239,24 @@ def test_a_url_whose_parts_cannot_be_used_is_refused_in_words_for_a_person(
     assert "int()" not in line
 
 
+@pytest.mark.parametrize(
+    ("secret", "line"),
+    [
+        ("sekrit-of-31-different-letters!", "must have at least 32 characters"),
+        ("s" * 32, "must have at least 8 different characters, as a random one has"),
+        ("sekrit-" * 10, "must have at least 8 different characters, as a random one has"),
+    ],
+)
+def test_a_secret_that_could_be_guessed_is_refused(environment: Environment, secret: str, line: str) -> None:
+    environment(JWT_SECRET=secret)
+    assert refusal() == f"HOLDFAST_JWT_SECRET {line}"
+
+
+def test_a_secret_of_16_random_bytes_in_hexadecimal_is_accepted(environment: Environment) -> None:
+    environment(JWT_SECRET="00112233445566770011223344556677")
+    assert Settings.load().jwt_secret is not None
+
+
 def test_what_a_token_must_say_is_not_looked_at_unless_it_is_set(environment: Environment) -> None:
     environment(JWT_AUDIENCE="", JWT_ISSUER="")
     assert (Settings.load().jwt_audience, Settings.load().jwt_issuer) == (None, None)
