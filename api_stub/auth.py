@@ -5,6 +5,7 @@ not the token's does not exist for it. Whom a token is for (`aud`) and who issue
 say what they must be; an identity provider that signs for several services with one key needs that.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -49,6 +50,27 @@ class InvalidTokenError(Exception):
     """The token is missing, malformed, expired, not for us or not signed for us; the text says which, without it."""
 
 
+class _PyJWT(jwt.PyJWT):
+    def _decode_payload(self, decoded: dict[str, Any]) -> dict[str, Any]:
+        """As its base class, which means this to be overridden; a name that comes again in an object is refused."""
+        try:
+            payload = json.loads(decoded["payload"], object_pairs_hook=_claims)
+        except (ValueError, RecursionError):
+            raise jwt.DecodeError from None
+        if not isinstance(payload, dict):
+            raise jwt.DecodeError
+        return payload
+
+
+def _claims(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # whoever issued or passed on the token may have read another value than we would
+        raise InvalidTokenError("the token names a claim more than once")
+    return found
+
+
+_JWT = _PyJWT()
+
 PublicKey = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey
 
 
@@ -79,7 +101,7 @@ class Authenticator:
     def read(self, token: str) -> Principal:
         """Who the token speaks for. Raises InvalidTokenError."""
         try:
-            claims = jwt.decode(
+            claims = _JWT.decode(
                 token,
                 self.key,
                 algorithms=[self.algorithm],

@@ -96,3 +96,24 @@ def test_what_is_done_is_done_by_somebody(nobody: str) -> None:
     authenticator = Authenticator.from_settings(settings(jwt_secret=SECRET))
     with pytest.raises(InvalidTokenError, match="must say who signs in"):
         authenticator.read(token(SECRET, "HS256", sub=nobody))
+
+
+@pytest.mark.parametrize("algorithm", ["HS256", "ES256"])
+@pytest.mark.parametrize(
+    "repeated", ['"orgs": "*"', '"\\u006frgs": "*"', '"exp": 9999999999', '"more": [{"a": 1, "a": 1}]']
+)
+def test_a_token_that_names_a_claim_twice_says_nothing(algorithm: str, repeated: str) -> None:
+    key = SECRET if algorithm == "HS256" else KEYS[algorithm]
+    given = settings(jwt_secret=SECRET) if algorithm == "HS256" else settings(jwt_public_key=pem(key))
+    reader = Authenticator.from_settings(given)
+    claims = '{"sub": "ann", "orgs": ["acme"], "exp": 9999999999'
+    assert reader.read(jwt.api_jws.encode(f"{claims}}}".encode(), key, algorithm)).orgs == {"acme"}
+    with pytest.raises(InvalidTokenError, match=r"^the token names a claim more than once$"):
+        reader.read(jwt.api_jws.encode(f"{claims}, {repeated}}}".encode(), key, algorithm))
+
+
+@pytest.mark.parametrize("payload", ["[]", "1", "{", "[" * 100_000])
+def test_a_token_whose_payload_is_no_object_is_not_valid(payload: str) -> None:
+    reader = Authenticator.from_settings(settings(jwt_secret=SECRET))
+    with pytest.raises(InvalidTokenError, match=r"^the token is not valid$"):
+        reader.read(jwt.api_jws.encode(payload.encode(), SECRET, "HS256"))
