@@ -211,7 +211,7 @@ def test_the_secrets_are_made_with_what_every_system_has_and_never_again(shell: 
 def test_the_readme_names_services_and_commands_that_exist() -> None:
     assert set(re.findall(r"--scale (\w+)=", DEPLOYING)) == {"worker"}
     assert re.findall(r"^docker compose exec (\w+) holdfast (\w+)$", DEPLOYING, re.MULTILINE) == [("api", "verify")]
-    assert "`holdfast_backend`" in DEPLOYING
+    assert "`holdfast_engines`" in DEPLOYING
     assert COMPOSE["name"] == "holdfast"
 
 
@@ -265,7 +265,7 @@ def test_every_worker_serves_its_figures_within_the_network_alone(service_settin
     assert "ports" not in SERVICES["worker"]
     operating = (ROOT / "README.md").read_text().split("\n## Operating\n")[1].split("\n## ")[0]
     assert f"port {port} of every" in operating
-    assert "`holdfast_backend`" in operating
+    assert "`holdfast_engines`" in operating
 
 
 @pytest.mark.parametrize(
@@ -637,11 +637,27 @@ def test_what_is_meant_to_run_is_started_again_and_the_migration_is_not() -> Non
 
 
 def test_only_the_api_can_be_reached_and_only_from_this_machine() -> None:
-    assert COMPOSE["networks"] == {"backend": {"internal": True}, "frontend": {}}
+    assert COMPOSE["networks"] == {"backend": {"internal": True}, "engines": {"internal": True}, "frontend": {}}
+    assert [name for name, service in SERVICES.items() if "frontend" in service["networks"]] == ["api"]
     for name, service in SERVICES.items():
-        assert service["networks"] == (["backend", "frontend"] if name == "api" else ["backend"])
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
         assert ("ports" in service) == (name == "api")
+
+
+def test_an_engine_meets_the_broker_and_never_the_database() -> None:
+    joined = {name: set(service["networks"]) - {"frontend"} for name, service in SERVICES.items()}
+    assert joined == {
+        "broker": {"engines"},
+        **{name: {"backend"} for name in ("postgres", "database", "migrate")},
+        **{name: {"backend", "engines"} for name in ("worker", "beat", "api")},
+    }
+
+
+@pytest.mark.parametrize("service", OURS)
+def test_a_service_shares_a_network_with_each_server_that_it_is_told_of(service: str) -> None:
+    for name, url in environment(service).items():
+        if name.endswith("_URL"):
+            assert set(SERVICES[service]["networks"]) & set(SERVICES[str(urlsplit(url).hostname)]["networks"])
 
 
 def test_nothing_starts_before_what_it_needs() -> None:
