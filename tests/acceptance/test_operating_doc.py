@@ -213,6 +213,19 @@ def test_an_older_env_gets_the_two_passwords(machine: Machine) -> None:
     assert all(re.fullmatch("[0-9a-f]{64}", secret) for secret in secrets.values())
 
 
+def test_the_images_that_are_pinned_are_all_that_come_from_a_registry() -> None:
+    words = block("Images by digest").split()
+    assert words[:4] == ["docker", "compose", "--file", "docker-compose.yml"]
+    assert words[4:6] == ["config", "--lock-image-digests"]
+    output, *services = words[words.index("--output") + 1 :]
+    assert set(services) == {name for name, service in SERVICES.items() if service["image"].split(":")[0] != "holdfast"}
+    # Compose reads it by this name beside docker-compose.yml, and it stays on its machine.
+    assert output == "docker-compose.override.yml"
+    assert f"/{output}" in (ROOT / ".gitignore").read_text().splitlines()
+    inspected = block("Images by digest", 1).split()[-1]
+    assert f"FROM {inspected}\n" in (ROOT / "Dockerfile").read_text()
+
+
 def test_the_services_and_the_addresses_are_those_of_the_compose_file() -> None:
     scripts = re.findall(r"^docker compose (?:exec -T|run --rm|stop) (.*)$", DOCUMENT, re.MULTILINE)
     assert {words.split()[0] for words in scripts} <= set(SERVICES)
