@@ -6,11 +6,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip --quiet
 UV := uv==0.13.9
+SBOM := dist/holdfast.cdx.json
 # The pure core: its own unit tests alone must reach every branch of these.
 CORE := ledger/messages.py,ledger/periods.py,ledger/rules.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test soak bench lint format docs lock clean
+.PHONY: help demo up test soak bench lint format docs lock sbom clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' Makefile
@@ -54,6 +55,12 @@ lock: ## rewrite both lock files: the newest versions that pyproject.toml allows
 	@.venv-lock/bin/python -m pip --quiet --disable-pip-version-check install '$(UV)'
 	@$(COMPILE) --output-file requirements.txt
 	@$(COMPILE) --constraints requirements.txt --extra dev --output-file requirements-dev.txt
+
+# The warning that it leaves out: a lock file does not tell who requires whom.
+sbom: $(VENV)/dev.stamp ## write down what requirements.txt locks, in CycloneDX: dist/holdfast.cdx.json
+	@mkdir -p '$(dir $(SBOM))'
+	@$(BIN)/python -W ignore::UserWarning:cyclonedx.model.bom -m cyclonedx_py requirements requirements.txt \
+	  --pyproject pyproject.toml --output-reproducible --output-file '$(SBOM)'
 
 clean: ## remove what these commands made, except the data folder .holdfast
 	rm -rf $(VENV) .venv-lock dist htmlcov .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
