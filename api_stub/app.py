@@ -13,7 +13,7 @@ from dataclasses import asdict
 from datetime import datetime
 from http import HTTPStatus
 from importlib.metadata import version
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any
 
 from anyio import CancelScope
 from fastapi import Depends, FastAPI, Path, Query, Request
@@ -26,11 +26,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api_stub import answers, errors, metrics, operators, pages
 from api_stub.problems import Problem
 from api_stub.rendering import FOR_ALL
-from api_stub.services import Services, Using, organization
+from api_stub.services import IS_AN_ID, Services, Using, organization
 from api_stub.turns import Turns
 from ledger import history, logs
 from ledger.history import EventFilter, WalletView
-from ledger.messages import ID_PATTERN, MAX_CREDITS, MESSAGES, InvalidMessage, parse
+from ledger.messages import (
+    ID_PATTERN,
+    MAX_CREDITS,
+    MESSAGES,
+    PLAIN_TEXT_PATTERN,
+    TIME_PATTERN,
+    InvalidMessage,
+    parse,
+)
 from ledger.settings import Settings, SettingsError
 from ledger.state import EventType
 from worker.client import BrokerUnavailableError, Client, NotSentError, UnsupportedBrokerError
@@ -46,14 +54,29 @@ SOURCE_PATTERN = "[ -~]+"
 
 ReadableOrg = Annotated[str, Depends(organization("credits:read"))]
 WritableOrg = Annotated[str, Depends(organization("workflows:write"))]
-Step = Literal["start", "finish", "cancel", "fail"]
-WorkflowId = Annotated[str, Path(alias="workflowId", description="The workflow's id.")]
+STEPS = ("start", "finish", "cancel", "fail")
+WorkflowId = Annotated[str, Path(alias="workflowId", description="The workflow's id.", json_schema_extra=IS_AN_ID)]
 
-
-_AS_TEXT = WithJsonSchema({"type": "string"})
-Moment = Annotated[datetime, PlainValidator(history.moment), _AS_TEXT]
+# What the API's description asks for; `history.when` understands more. The years are those which no offset can take out
+# of the calendar.
+_A_DAY = {"type": "string", "format": "date", "pattern": "^[12][0-9]{3}-[0-9]{2}-[0-9]{2}$"}
+_A_TIME = {"type": "string", "format": "date-time", "pattern": f"^[12][0-9]{{3}}-{TIME_PATTERN}$"}
+_IS_A_TIME = WithJsonSchema({"anyOf": [_A_DAY, _A_TIME]})
+Moment = Annotated[datetime, PlainValidator(history.moment), _IS_A_TIME]
 # To FastAPI, a dataclass such as history.When would be a body.
-When = Annotated[Any, PlainValidator(history.when), _AS_TEXT]
+When = Annotated[Any, PlainValidator(history.when), _IS_A_TIME]
+
+_VALUE = {"$ref": "#/components/schemas/Value"}
+_OBJECT = {"type": "object", "propertyNames": {"pattern": PLAIN_TEXT_PATTERN}, "additionalProperties": _VALUE}
+_VALUES: dict[str, Any] = {
+    "anyOf": [
+        {"type": ["null", "boolean", "number"]},
+        {"type": "string", "pattern": PLAIN_TEXT_PATTERN},
+        {"type": "array", "items": _VALUE},
+        _OBJECT,
+    ]
+}
+"""Whatever may be in `metadata`."""
 
 
 def event_filter(
@@ -61,7 +84,9 @@ def event_filter(
     date_to: Annotated[When | None, Query(description="Last day, or the moment before which (ISO 8601).")] = None,
     event_type: Annotated[list[EventType] | None, Query(description="Repeatable: any of these types.")] = None,
     project_id: Annotated[
-        str | None, Query(description="Only of this project."), AfterValidator(history.project)
+        str | None,
+        Query(description="Only of this project.", json_schema_extra=IS_AN_ID),
+        AfterValidator(history.project),
     ] = None,
 ) -> EventFilter:
     """The events that a request asks for."""
@@ -80,7 +105,7 @@ def create_app(settings: Settings) -> FastAPI:
         yield
         app.state.services.close()
 
-    app = FastAPI(
+    app = _Api(
         title="Holdfast",
         summary="The credit ledger.",
         version=version("holdfast"),
@@ -102,6 +127,20 @@ def create_app(settings: Settings) -> FastAPI:
     pages.add(app)
     operators.add(app)
     return app
+
+
+class _Api(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """The description, with what bodies refer to, and without null in parameters, where nobody can send it."""
+        if self.openapi_schema is None:
+            document = super().openapi()
+            document["components"]["schemas"]["Value"] = _VALUES
+            operations = [operation for path in document["paths"].values() for operation in path.values()]
+            for parameter in (each for operation in operations for each in operation.get("parameters", ())):
+                schema = parameter["schema"]
+                if given := [each for each in schema.pop("anyOf", ()) if each != {"type": "null"}]:
+                    schema |= given[0] if len(given) == 1 else {"anyOf": given}
+        return super().openapi()
 
 
 def _around_every_answer(app: ASGIApp) -> ASGIApp:
@@ -203,26 +242,28 @@ def _wallet_json(view: WalletView) -> dict[str, Any]:
 
 
 def _add_workflows(app: FastAPI) -> None:
+    # One path for each step, as the description of a body cannot depend on a parameter.
+    for step in STEPS:
+        _add_report(app, step)
+
+
+def _add_report(app: FastAPI, step: str) -> None:
+    task = f"workflow.{step}"
+
     @app.post(
-        "/api/organizations/{orgId}/workflows/{workflowId}/{step}",
+        f"/api/organizations/{{orgId}}/workflows/{{workflowId}}/{step}",
+        name=f"report_{step}",
         tags=["workflows"],
         status_code=HTTPStatus.ACCEPTED,
         response_model=answers.Accepted,
-        openapi_extra={"requestBody": {"content": {"application/json": {"schema": _body_schema()}}}},
+        openapi_extra={"requestBody": _body(task)},
     )
-    async def report(
-        org_id: WritableOrg,
-        workflow_id: WorkflowId,
-        step: Step,
-        request: Request,
-        using: Using,
-    ) -> dict[str, str]:
+    async def report(org_id: WritableOrg, workflow_id: WorkflowId, request: Request, using: Using) -> dict[str, str]:
         """Hand a lifecycle message to the ledger. The body has the message's other fields, as JSON.
 
         202 says that the broker has the message. Sending it again is always safe. `source` is printable ASCII; one that
         looks like that of other messages, `admin`, `billing`, `operator` or `scheduler`, is refused.
         """
-        task = f"workflow.{step}"
         of_the_path = {"org_id": org_id, "workflow_id": workflow_id}
         body = await _json_object(request)
         for name in of_the_path:
@@ -246,20 +287,18 @@ def _add_workflows(app: FastAPI) -> None:
         return {"status": "accepted", "task": task, **of_the_path}
 
 
-def _body_schema() -> dict[str, Any]:
-    """The bodies of all steps, as JSON Schema: the messages without what the path says."""
-    bodies = []
-    for step in get_args(Step):
-        schema = MESSAGES[f"workflow.{step}"].model_json_schema()
-        for name in ("org_id", "workflow_id"):
-            del schema["properties"][name]
-            schema["required"].remove(name)
-        source = schema["properties"]["source"]
-        source["description"] += f" Printable ASCII; not {_one_of(OTHERS_SOURCES)}, whose messages come in other ways."
-        source["not"] = {"enum": list(OTHERS_SOURCES)}
-        source["pattern"] = f"^{SOURCE_PATTERN}$"
-        bodies.append(schema)
-    return {"anyOf": bodies}
+def _body(task: str) -> dict[str, Any]:
+    """The body of a report, for the API's description: the message without what the path says."""
+    schema = MESSAGES[task].model_json_schema()
+    for name in ("org_id", "workflow_id"):
+        del schema["properties"][name]
+        schema["required"].remove(name)
+    source = schema["properties"]["source"]
+    source["description"] += f" Printable ASCII; not {_one_of(OTHERS_SOURCES)}, whose messages come in other ways."
+    source["not"] = {"enum": list(OTHERS_SOURCES)}
+    source["pattern"] = f"^{SOURCE_PATTERN}$"
+    schema["properties"]["metadata"] |= _OBJECT
+    return {"content": {"application/json": {"schema": schema}}, "required": bool(schema["required"])}
 
 
 def _as_it_looks(source: str) -> str:

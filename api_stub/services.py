@@ -112,7 +112,10 @@ def require(principal: Principal, org_id: str, scope: Scope) -> None:
         raise Problem(HTTPStatus.FORBIDDEN, f"The token lacks the scope {scope}.")
 
 
-OrgId = Annotated[str, Path(alias="orgId", description="The organization's id.")]
+IS_AN_ID = {"pattern": f"^{ID_PATTERN}$"}
+"""For the API's description alone: what cannot be an id is answered like one that does not exist."""
+
+OrgId = Annotated[str, Path(alias="orgId", description="The organization's id.", json_schema_extra=IS_AN_ID)]
 
 
 _SCHEME = HTTPBearer(

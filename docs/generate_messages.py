@@ -358,11 +358,11 @@ def _type(schema: Mapping[str, Any]) -> str:
             return "boolean"
         case {"format": "date-time"}:
             return "time"
-        case {"pattern": str()}:
-            return "id"
         case {"minLength": least, "maxLength": most}:
             return f"text, {least}–{most} characters"
-        case {"title": "Metadata"}:
+        case {"pattern": str()}:
+            return "id"
+        case {"type": "object"}:
             return "object"
         case _:
             raise ValueError(f"no words for {schema}")

@@ -22,6 +22,7 @@ from pydantic import (
     PlainValidator,
     StringConstraints,
     ValidationError,
+    WithJsonSchema,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError, to_json
 
@@ -128,19 +129,34 @@ ID_PATTERN = f"[{ID_CHARACTERS}]{{1,{MAX_ID_LENGTH}}}"
 Id = Annotated[str, StringConstraints(pattern=f"^{ID_PATTERN}$")]
 """1-128 characters of `A-Z a-z 0-9 _ . : -`."""
 
+PLAIN_TEXT_PATTERN = r"^[^\x00]*$"
+"""What `_plain_text` lets pass, for a JSON Schema."""
+
+TIME_PATTERN = r"[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-5][0-9](\.[0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})"
+"""How a time goes on after its year and a hyphen, for a JSON Schema: as in RFC 3339, but with no leap second."""
+
+_PLAIN = Field(json_schema_extra={"pattern": PLAIN_TEXT_PATTERN})
+
 Source = Annotated[
     str,
     StringConstraints(min_length=1, max_length=64),
     AfterValidator(_plain_text),
     Field(description="Who says so, as the credit history shows it."),
+    _PLAIN,
 ]
-Name = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_plain_text)]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_plain_text), _PLAIN]
 MAX_REASON_LENGTH = 500
-Reason = Annotated[str, StringConstraints(min_length=1, max_length=MAX_REASON_LENGTH), AfterValidator(_plain_text)]
-Instant = Annotated[datetime, BeforeValidator(_instant)]
+Reason = Annotated[
+    str, StringConstraints(min_length=1, max_length=MAX_REASON_LENGTH), AfterValidator(_plain_text), _PLAIN
+]
+Instant = Annotated[
+    datetime,
+    BeforeValidator(_instant),
+    Field(json_schema_extra={"pattern": f"^(197[1-9]|19[89][0-9]|2[0-9]{{3}})-{TIME_PATTERN}$"}),
+]
 """A point in time, given as ISO 8601 text with an offset, held in UTC."""
 
-Metadata = Annotated[dict[str, Any], PlainValidator(_metadata)]
+Metadata = Annotated[dict[str, Any], PlainValidator(_metadata), WithJsonSchema({"type": "object"})]
 
 Credits = Annotated[int, Field(ge=0, le=MAX_CREDITS)]
 PositiveCredits = Annotated[int, Field(gt=0, le=MAX_CREDITS)]

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pytest
 
-from api_stub.app import create_app
+from api_stub.app import STEPS, create_app
 from docs.generate_messages import DEAD_LETTERS, EVENTS, EXAMPLES, HTTP_PATH, OUTCOMES, PAGE, render
 from ledger.messages import MAX_CREDITS, MESSAGES, Message, parse
 from ledger.settings import Settings
@@ -164,7 +164,9 @@ def test_the_http_path_of_the_page_is_one_of_the_api() -> None:
         )
     )
     assert f"`POST {HTTP_PATH}`" in TEXT
-    assert "post" in api.openapi()["paths"][HTTP_PATH]
+    for step in STEPS:
+        assert "post" in api.openapi()["paths"][HTTP_PATH.replace("{step}", step)]
+        assert f"`{step}`" in TEXT.split(HTTP_PATH)[1].split("there")[0]
 
 
 def test_every_outcome_and_reason_is_explained() -> None:
