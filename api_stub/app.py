@@ -81,7 +81,9 @@ _VALUES: dict[str, Any] = {
 
 def event_filter(
     date_from: Annotated[When | None, Query(description="First day or moment (ISO 8601).")] = None,
-    date_to: Annotated[When | None, Query(description="Last day, or the moment before which (ISO 8601).")] = None,
+    date_to: Annotated[
+        When | None, Query(description="Last day, or the moment before which; not before `date_from`.")
+    ] = None,
     event_type: Annotated[list[EventType] | None, Query(description="Repeatable: any of these types.")] = None,
     project_id: Annotated[
         str | None,
@@ -183,7 +185,9 @@ def _add_credits(app: FastAPI) -> None:
         matching: Annotated[EventFilter, Depends(event_filter)],
         limit: Annotated[int, Query(ge=1, le=history.MAX_PAGE)] = history.MAX_PAGE,
         offset: Annotated[int, Query(ge=0, le=MAX_CREDITS)] = 0,
-        cursor: Annotated[int | None, Query(ge=1, le=MAX_CREDITS, description="`next_cursor` of a page.")] = None,
+        cursor: Annotated[
+            int | None, Query(ge=1, le=MAX_CREDITS, description="`next_cursor` of a page; not with `offset`.")
+        ] = None,
     ) -> dict[str, Any]:
         """The credit history, newest first. Follow `next_cursor` to read on while events are being added."""
         if cursor is not None and offset:

@@ -454,6 +454,11 @@ def test_a_bad_report_is_refused_in_a_sentence(api: Api, path: str, content: byt
     assert (response.status_code, response.json()["detail"]) == (status, detail)
 
 
+def test_a_step_that_does_not_exist_is_no_address(api: Api) -> None:
+    response = api.post("/api/organizations/acme/workflows/w1/stop", json={})
+    assert (response.status_code, response.json()["detail"]) == (404, "There is nothing at this address.")
+
+
 def test_who_hangs_up_in_the_middle_of_a_report_is_no_error(app: FastAPI) -> None:
     came: list[Message] = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
     sent: list[Message] = []
