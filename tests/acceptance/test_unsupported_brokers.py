@@ -30,7 +30,6 @@ from worker.process import Process
 CLUSTER = "the broker is a Redis cluster; Holdfast needs a single server"
 SENTINEL = "the broker is a Redis Sentinel; Holdfast needs the server itself"
 DATABASE = "postgresql+psycopg://u@127.0.0.1:1/d"
-SECRET = "a secret for tests, of at least 32 characters"
 API = [sys.executable, "-m", "uvicorn", "api_stub.app:app", "--port", "0"]
 REPLAY = [HOLDFAST, "failed", "replay", "1"]
 
