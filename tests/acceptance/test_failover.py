@@ -144,6 +144,7 @@ def test_what_a_replica_of_redis_has_missed_is_sent_again_and_applied_once(insta
             server.start()
         follower = stack.enter_context(closing(redis.Redis.from_url(replica.url)))
         source = urlsplit(primary.url)
+        follower.config_set("primaryuser", source.username or "")
         follower.config_set("primaryauth", source.password or "")
         follower.replicaof(source.hostname, source.port)  # type: ignore[arg-type]
         sender = stack.enter_context(Client(primary.url))
