@@ -1,9 +1,11 @@
 """A replica of the database or of the broker takes over, and what was lost can be sent again."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -19,6 +21,8 @@ from worker.broker import QUEUE
 from worker.client import Client
 from worker.embedded import Broker, Embedded, Postgres
 from worker.transport import UNACKED
+
+SECURITY = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
 
@@ -144,8 +148,11 @@ def test_what_a_replica_of_redis_has_missed_is_sent_again_and_applied_once(insta
             server.start()
         follower = stack.enter_context(closing(redis.Redis.from_url(replica.url)))
         source = urlsplit(primary.url)
-        follower.config_set("primaryuser", source.username or "")
-        follower.config_set("primaryauth", source.password or "")
+        [(name, password, rights)] = re.findall("^user (replica) on >(.+?) (.+)$", SECURITY, re.MULTILINE)
+        administrator = stack.enter_context(closing(redis.Redis.from_url(primary.url)))
+        administrator.execute_command("ACL", "SETUSER", name, "on", f">{password}", *rights.split())
+        follower.config_set("primaryuser", name)
+        follower.config_set("primaryauth", password)
         follower.replicaof(source.hostname, source.port)  # type: ignore[arg-type]
         sender = stack.enter_context(Client(primary.url))
         for number in range(10):
