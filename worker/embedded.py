@@ -143,7 +143,7 @@ class Postgres(Process):
 
 BROKER_USERS = {
     "default": "off",
-    # Worker, beat, API and people. Lists with a digit at their end are kombu's for messages with a priority.
+    # Worker, beat, API and people.
     "holdfast": (
         "~credits* ~_kombu.binding* ~celery-task-meta-* ~*.holdfast.pidbox* ~celeryev* "
         "&/*.holdfast.pidbox &/0.holdfast.pidbox &/*.celeryev* &/0.celeryev/* &celery-task-meta-* "
@@ -154,11 +154,13 @@ BROKER_USERS = {
         "+hset +hget +hdel +hlen +zadd +zrem +zrange +zrangebyscore +zcard +sadd +srem +smembers "
         "+publish +subscribe +unsubscribe +psubscribe +punsubscribe"
     ),
-    # A workflow engine: it sends, and reads the answers whose ids it knows.
+    # A workflow engine: it sends, and reads the answers whose ids it knows. Lists with a digit at their end are kombu's
+    # for messages with a priority.
     "engine": (
-        "&celery-task-meta-* +ping +select +client|setinfo +client|setname +multi +exec +discard "
+        "&celery-task-meta-* +ping +client|setinfo +client|setname +multi +exec +discard "
         "+subscribe +unsubscribe "
-        "(%W~credits.engine %W~credits.engine??[369] +lpush +llen) "
+        r'(%W~credits.engine "%W~credits.engine\x06\x163" "%W~credits.engine\x06\x166" "%W~credits.engine\x06\x169" '
+        "+lpush +llen) "
         "(%W~_kombu.binding.credits.engine %W~_kombu.binding_permanent.credits.engine +sadd) "
         "(%R~celery-task-meta-* +get +mget) (%W~celery-task-meta-* +del)"
     ),

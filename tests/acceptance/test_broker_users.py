@@ -42,6 +42,8 @@ FORBIDDEN_TO_ENGINES = [
     "RPUSH credits x",
     "LPUSH credits.unacked x",
     "LPUSH credits.enginex x",
+    "LPUSH credits.engineAB3 x",
+    "SELECT 1",
     "LPUSH _kombu.binding.credits x",
     "LPUSH _kombu.binding.credits.engine x",
     "SADD _kombu.binding.credits x",

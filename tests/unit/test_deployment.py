@@ -17,7 +17,7 @@ import tempfile
 import threading
 import tomllib
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -41,6 +41,7 @@ from uvicorn.importer import import_from_string
 from api_stub.protocol import PromptProtocol
 from ledger import roles
 from ledger.settings import PREFIX, Settings
+from tests.support import PATIENCE_S
 from worker import cli
 from worker.embedded import BROKER_USERS, INITDB_OPTIONS, POSTGRES_MAJOR, Embedded, Postgres, _valkey_binary, free_port
 from worker.process import Process
@@ -457,37 +458,67 @@ def test_the_broker_keeps_what_it_was_given(tmp_path: Path) -> None:
         'save ""',
         "maxmemory 512mb",
         "maxmemory-policy noeviction",
+        "maxmemory-clients 25%",
     ]
     assert interpolated(service["mem_limit"]) == "1024m"
 
 
-def test_the_broker_refuses_what_it_has_no_memory_for_and_gives_back_the_rest(tmp_path: Path) -> None:
-    port, settings = free_port(), tmp_path / "settings"
+@contextmanager
+def small_broker(folder: Path) -> Iterator[tuple[Process, int]]:
+    """The broker as in Compose, with 40 MiB, and its port."""
+    port, settings = free_port(), folder / "settings"
     # What a container has of its own: a folder /data, and all ports.
-    own = f"{{ sed 's|^dir /data$|dir {tmp_path}|'; echo bind 127.0.0.1; echo port {port}; }} >{settings}"
-    path = with_program("valkey-server", f'{own}; exec "{_valkey_binary()}" {settings}', tmp_path)
+    own = f"{{ sed 's|^dir /data$|dir {folder}|'; echo bind 127.0.0.1; echo port {port}; }} >{settings}"
+    path = with_program("valkey-server", f'{own}; exec "{_valkey_binary()}" {settings}', folder)
     service = SERVICES["broker"]
     server = Process(
         "broker",
         [*service["entrypoint"], *map(interpolated, service["command"])],
-        tmp_path,
+        folder,
         env={**environment("broker"), "MEMORY_MB": "40", "PATH": path},
     )
     server.start()
-    url = f"redis://holdfast:{environment('broker')['BROKER_PASSWORD']}@127.0.0.1:{port}"
     try:
-        with redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0)) as broker:
+        with connected("holdfast", port) as broker:
             server.wait_until(lambda: answers(broker))
-            taken = 0
-            with suppress(redis.exceptions.OutOfMemoryError):
-                while taken < 400:
-                    taken = broker.lpush("credits", bytes(100_000))
-            assert 100 < taken < 400
-            assert psutil.Process(server.pid).memory_info().rss < 40 * 2**20
-            assert [broker.ltrim("credits", 0, -2) for _ in range(taken)] == [True] * taken
-            assert broker.lpush("credits", b"one more") == 1
+        yield server, port
     finally:
         server.stop()
+
+
+def connected(user: str, port: int) -> redis.Redis:
+    password = environment("broker")["BROKER_PASSWORD" if user == "holdfast" else "ENGINE_BROKER_PASSWORD"]
+    return redis.Redis.from_url(f"redis://{user}:{password}@127.0.0.1:{port}", retry=Retry(NoBackoff(), 0))
+
+
+def test_the_broker_refuses_what_it_has_no_memory_for_and_gives_back_the_rest(tmp_path: Path) -> None:
+    with small_broker(tmp_path) as (server, port), connected("holdfast", port) as broker:
+        taken = 0
+        with suppress(redis.exceptions.OutOfMemoryError):
+            while taken < 400:
+                taken = broker.lpush("credits", bytes(100_000))
+        assert 100 < taken < 400
+        assert psutil.Process(server.pid).memory_info().rss < 40 * 2**20
+        assert [broker.ltrim("credits", 0, -2) for _ in range(taken)] == [True] * taken
+        assert broker.lpush("credits", b"one more") == 1
+
+
+HALF_A_MESSAGE = b"*3\r\n$5\r\nLPUSH\r\n$14\r\ncredits.engine\r\n$100000000\r\n" + bytes(33_000_000)
+UNREAD_ANSWERS = b"HELLO\r\n" * 3_000_000
+
+
+@pytest.mark.parametrize("sent", [HALF_A_MESSAGE, UNREAD_ANSWERS], ids=["half a message", "unread answers"])
+def test_no_connection_of_an_engine_takes_the_brokers_memory_from_the_others(tmp_path: Path, sent: bytes) -> None:
+    with small_broker(tmp_path) as (server, port), connected("holdfast", port) as broker:
+        password = environment("broker")["ENGINE_BROKER_PASSWORD"].encode()
+        with ExitStack() as connections:
+            for _ in range(3):
+                engine = connections.enter_context(socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S))
+                engine.sendall(b"AUTH engine " + password + b"\r\n")
+                with pytest.raises(ConnectionError):
+                    engine.sendall(sent * 3)
+            assert broker.lpush("credits", b"a message") == 1
+            assert psutil.Process(server.pid).memory_info().rss < 40 * 2**20
 
 
 def answers(broker: redis.Redis) -> bool:
