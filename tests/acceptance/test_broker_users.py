@@ -37,6 +37,7 @@ FORBIDDEN_TO_ALL = [
     "SET other 1",
     "SWAPDB 0 1",
 ]
+ANSWER = "celery-task-meta-7f3c1f0e-6f0a-4d0c-9d55-2f6c0c0f2f11"
 FORBIDDEN_TO_ENGINES = [
     "LPUSH credits x",
     "RPUSH credits x",
@@ -58,11 +59,13 @@ FORBIDDEN_TO_ENGINES = [
     "DEL credits.engine",
     "RENAME credits.engine credits",
     "HGETALL credits.unacked",
-    "SET celery-task-meta-1 forged",
-    "SETEX celery-task-meta-1 9 forged",
-    "APPEND celery-task-meta-1 forged",
-    "LPUSH celery-task-meta-1 forged",
-    "PUBLISH celery-task-meta-1 forged",
+    "GET celery-task-meta-1",
+    f"SUBSCRIBE celery-task-meta-{'x' * 37}",
+    f"SET {ANSWER} forged",
+    f"SETEX {ANSWER} 9 forged",
+    f"APPEND {ANSWER} forged",
+    f"LPUSH {ANSWER} forged",
+    f"PUBLISH {ANSWER} forged",
     "PUBLISH /0.holdfast.pidbox x",
     "SUBSCRIBE /0.holdfast.pidbox",
     "SUBSCRIBE /0.celeryev",
