@@ -141,6 +141,9 @@ class Postgres(Process):
                 connection.execute("CREATE DATABASE holdfast OWNER holdfast")
 
 
+_ANSWER = "celery-task-meta-????????-????-????-????-????????????"
+"""The key of an answer, and the channel that it is announced on: with an id as Celery makes it."""
+
 BROKER_USERS = {
     "default": "off",
     # Worker, beat, API and people.
@@ -154,15 +157,15 @@ BROKER_USERS = {
         "+hset +hget +hdel +hlen +zadd +zrem +zrange +zrangebyscore +zcard +sadd +srem +smembers "
         "+publish +subscribe +unsubscribe +psubscribe +punsubscribe"
     ),
-    # A workflow engine: it sends, and reads the answers whose ids, as Celery makes them, it knows. Lists with a digit at their end are kombu's
+    # A workflow engine: it sends, and reads the answers whose ids it knows. Lists with a digit at their end are kombu's
     # for messages with a priority.
     "engine": (
-        "&celery-task-meta-????????-????-????-????-???????????? +ping +client|setinfo +client|setname +multi +exec +discard "
+        f"&{_ANSWER} +ping +client|setinfo +client|setname +multi +exec +discard "
         "+subscribe +unsubscribe "
         r'(%W~credits.engine "%W~credits.engine\x06\x163" "%W~credits.engine\x06\x166" "%W~credits.engine\x06\x169" '
         "+lpush +llen) "
         "(%W~_kombu.binding.credits.engine %W~_kombu.binding_permanent.credits.engine +sadd) "
-        "(%R~celery-task-meta-????????-????-????-????-???????????? +get +mget) (%W~celery-task-meta-????????-????-????-????-???????????? +del)"
+        f"(%R~{_ANSWER} +get +mget) (%W~{_ANSWER} +del)"
     ),
 }
 """What each user of the broker may do, in the words of its configuration; docker-compose.yml has the same.
