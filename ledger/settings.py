@@ -93,6 +93,8 @@ class Settings(BaseSettings):
             raise ValueError(f"must have at least {MIN_SECRET_LENGTH} characters")
         if len(set(secret.get_secret_value())) < MIN_SECRET_VARIETY:
             raise ValueError(f"must have at least {MIN_SECRET_VARIETY} different characters, as a random one has")
+        if "-----BEGIN" in secret.get_secret_value():
+            raise ValueError("must not be a key in PEM format: a public key belongs into HOLDFAST_JWT_PUBLIC_KEY")
         return secret
 
     @field_validator("jwt_public_key")

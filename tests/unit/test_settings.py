@@ -245,6 +245,10 @@ def test_a_url_whose_parts_cannot_be_used_is_refused_in_words_for_a_person(
         ("sekrit-of-31-different-letters!", "must have at least 32 characters"),
         ("s" * 32, "must have at least 8 different characters, as a random one has"),
         ("sekrit-" * 10, "must have at least 8 different characters, as a random one has"),
+        (
+            "-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEA",
+            "must not be a key in PEM format: a public key belongs into HOLDFAST_JWT_PUBLIC_KEY",
+        ),
     ],
 )
 def test_a_secret_that_could_be_guessed_is_refused(environment: Environment, secret: str, line: str) -> None:
