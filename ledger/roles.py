@@ -74,27 +74,54 @@ def grant(connection: Connection) -> None:
                 connection.execute(text(f"GRANT {', '.join(needed[name])} ON {name} TO {role}"))
 
 
-def excess(connection: Connection) -> str | None:
-    """What the role of `connection` may do to the ledger's tables and neither worker nor reader needs, in a sentence.
+TOLD = 'docs/operating.md, "Roles", tells how to connect with less'
 
-    The worker and the reader are each compared with what they need. None: it may do nothing more.
-    """
+
+def own_excess(connection: Connection) -> str | None:
+    """What the role of `connection` may do beyond the need, in a sentence; None: nothing."""
     role = connection.scalar(text("SELECT current_user"))
-    may_do = connection.execute(_MAY_DO, {"tables": list(_TABLES)})
-    compared = [PRIVILEGES[role]] if role in PRIVILEGES else PRIVILEGES.values()
-    found: list[str] = []
-    for table, privilege, is_owned in may_do:
-        if is_owned:
-            found = ["change and drop every table"]
-            break
-        if not any(privilege in needed.get(table, ()) for needed in compared):
-            found.append(f"{privilege} {table}")
-    if not found:
+    assert role is not None
+    found = excess(connection, role)
+    if found is None:
         return None
-    return (
-        f"this connection's role, {role}, may do more than a worker or the API needs: {', '.join(found)}; "
-        'docs/operating.md, "Roles", tells how to connect with less'
-    )
+    return f"this connection's role, {role}, may do more than a worker or the API needs: {found}; {TOLD}"
+
+
+def excess(connection: Connection, role: str) -> str | None:
+    """What `role` may do and neither worker nor reader needs, in words; None: nothing.
+
+    The worker and the reader are each compared with what they need.
+    """
+    about = {"role": role, "tables": list(_TABLES), "roles": list(PRIVILEGES)}
+    general = list(connection.scalars(_GENERAL, about))
+    if general and general[0] == "everything":
+        return "everything, as a superuser"
+    if connection.scalar(_OWNS, about):
+        return "change and drop every table"
+    compared = [PRIVILEGES[role]] if role in PRIVILEGES else list(PRIVILEGES.values())
+    found = [
+        what
+        for table, privilege, columns in connection.execute(_MAY_DO, about)
+        if (what := _beyond([needed.get(table, ()) for needed in compared], table, privilege, columns)) is not None
+    ]
+    return ", ".join([*found, *general]) or None
+
+
+def _beyond(needed: list[tuple[str, ...]], table: str, privilege: str, columns: list[str] | None) -> str | None:
+    """What is too much of `privilege` on `table`; `columns`: on these alone."""
+    of_columns = {name for each in needed for may in each for name in _columns(may, privilege)}
+    if any(privilege in each for each in needed):
+        return None
+    if columns is None:
+        return f"{privilege} {table}"
+    too_many = [name for name in columns if name not in of_columns]
+    return f"{privilege} ({', '.join(too_many)}) {table}" if too_many else None
+
+
+def _columns(may: str, privilege: str) -> list[str]:
+    """The columns in `UPDATE (a, b)`, if it is the `privilege`."""
+    name, _, columns = may.partition(" (")
+    return columns.rstrip(")").split(", ") if name == privilege and columns else []
 
 
 _NEEDED = text("""
@@ -110,9 +137,38 @@ _FOUND = text("""
     SELECT name, pg_has_role(relowner, 'USAGE') FROM unnest(CAST(:tables AS text[])) AS name
     JOIN pg_class ON oid = to_regclass(name)
 """)
+_OWNS = text("""
+    SELECT EXISTS (
+        SELECT FROM unnest(CAST(:tables AS text[])) AS name JOIN pg_class ON pg_class.oid = to_regclass(name)
+        JOIN pg_roles AS me ON me.rolname = :role WHERE pg_has_role(me.oid, relowner, 'MEMBER')
+    )
+""")
+# NULL instead of columns: of the whole table.
 _MAY_DO = text("""
-    SELECT name, privilege, pg_has_role(relowner, 'USAGE') FROM unnest(CAST(:tables AS text[])) AS name
-    JOIN pg_class ON oid = to_regclass(name)
+    SELECT name, privilege, CASE WHEN NOT of_all THEN columns END
+    FROM pg_roles AS me CROSS JOIN unnest(CAST(:tables AS text[])) AS name
+    JOIN pg_class ON pg_class.oid = to_regclass(name)
     CROSS JOIN unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE', 'REFERENCES', 'TRIGGER']) AS privilege
-    WHERE has_table_privilege(oid, privilege)
+    CROSS JOIN LATERAL (SELECT has_table_privilege(me.oid, pg_class.oid, privilege) AS of_all) AS whole
+    CROSS JOIN LATERAL (
+        SELECT array_agg(CAST(attname AS text) ORDER BY attnum) AS columns FROM pg_attribute
+        WHERE attrelid = pg_class.oid AND attnum > 0 AND NOT attisdropped
+          AND CASE WHEN privilege IN ('SELECT', 'INSERT', 'UPDATE', 'REFERENCES')
+                   THEN has_column_privilege(me.oid, attrelid, attnum, privilege) END
+    ) AS part
+    WHERE me.rolname = :role AND (of_all OR columns IS NOT NULL)
+""")
+_GENERAL = text("""
+    SELECT what FROM pg_roles AS me CROSS JOIN LATERAL (
+        VALUES ('everything', rolsuper), ('CREATEROLE', rolcreaterole), ('CREATEDB', rolcreatedb),
+            ('REPLICATION', rolreplication), ('BYPASSRLS', rolbypassrls),
+            (format('CREATE in the schema %I', current_schema()),
+             has_schema_privilege(me.oid, current_schema(), 'CREATE'))
+        UNION ALL SELECT format('UPDATE %s', relname),
+            CASE WHEN relkind = 'S' THEN has_sequence_privilege(me.oid, oid, 'UPDATE') END
+            FROM pg_class WHERE relnamespace = to_regnamespace(current_schema())
+        UNION ALL SELECT format('what %s may', rolname), pg_has_role(me.oid, oid, 'MEMBER') FROM pg_roles
+            WHERE oid <> me.oid AND (starts_with(CAST(rolname AS text), 'pg_')
+                OR rolname = ANY(CAST(:roles AS text[])) AND me.rolname = ANY(CAST(:roles AS text[])))
+    ) AS found (what, has) WHERE me.rolname = :role AND has
 """)

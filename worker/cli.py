@@ -111,11 +111,12 @@ def migrate(
             if not isinstance(error.orig, RaiseException):  # how a migration says that it must not be taken back
                 raise
             fail(describe(error))
-        if with_roles:
-            migrations.grant(engine, say=say)
+        too_much = migrations.grant(engine, say=say) if with_roles else {}
     console.print(f"The database was at {after} already." if before == after else f"The database is at {after} now.")
     if with_roles:
-        console.print(f"{roles.WORKER} and {roles.READER} may do what they need, and no more.")
+        console.print(f"{roles.WORKER} and {roles.READER} may do what they need.")
+    for role, excess in too_much.items():
+        warn(f"warning: {role} may do more, which was not granted here: {excess}")
 
 
 @app.command(epilog="Example: holdfast up --data-dir /srv/holdfast")
@@ -217,7 +218,7 @@ def verify(as_json: AsJson = False) -> None:
     with open_ledger() as engine:
         verdict = audit.verify(engine)
         with engine.connect() as connection:
-            excess = roles.excess(connection)
+            excess = roles.own_excess(connection)
     if excess is not None:
         warn(f"warning: {excess}")
     if as_json:

@@ -107,14 +107,17 @@ def downgrade(engine: Engine, revision: str, *, say: Say = _logger.warning) -> N
     _run(engine, command.downgrade, "-1", revision, say)
 
 
-def grant(engine: Engine, *, say: Say = _logger.warning) -> None:
+def grant(engine: Engine, *, say: Say = _logger.warning) -> dict[str, str]:
     """Give the worker's and the reader's role what they need. Waits for other migrations as `upgrade` does.
 
-    Raises roles.NotGrantedError.
+    Returns what a role may still do beyond that, in words, as the tables' owner cannot take it. Raises
+    roles.NotGrantedError.
     """
     with _alone(engine, say) as connection:
         roles.grant(connection)
         connection.commit()
+        found = {role: roles.excess(connection, role) for role in roles.PRIVILEGES}
+    return {role: excess for role, excess in found.items() if excess is not None}
 
 
 def _revision(connection: Connection) -> str | None:

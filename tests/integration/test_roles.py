@@ -7,7 +7,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, make_url
 from sqlalchemy.exc import DBAPIError
 
 from ledger import audit, dead_letters, history, migrations, roles, scheduler, waiting
@@ -275,7 +275,7 @@ def without_roles(database_url: str, services: Embedded) -> Iterator[None]:
 
 def test_migrate_grants_and_says_so(empty_database_url: str, empty_engine: Engine, holdfast: Any) -> None:
     head = migrations.head_revision()
-    granted = "holdfast_worker and holdfast_reader may do what they need, and no more.\n"
+    granted = "holdfast_worker and holdfast_reader may do what they need.\n"
     for line in (f"The database is at {head} now.\n", f"The database was at {head} already.\n"):
         assert holdfast(empty_database_url, "migrate", "--roles") == (0, line + granted, "")
     assert (may_do(empty_engine, roles.WORKER), may_do(empty_engine, roles.READER)) == (WORKER, READER)
@@ -364,6 +364,42 @@ def test_verify_warns_of_what_was_granted_beyond_the_need(engine: Engine, databa
     url = as_role(roles.READER, database_url)
     expected = warning(roles.READER, "INSERT credit_events, UPDATE dead_letters")
     assert holdfast(url, "verify")[::2] == (0, expected)
+
+
+BEYOND = [
+    ("GRANT UPDATE (prepaid_balance) ON wallets TO {}", "UPDATE (prepaid_balance) wallets"),
+    ("GRANT UPDATE (status, body) ON dead_letters TO {}", "UPDATE (body) dead_letters"),
+    ("GRANT DELETE ON wallets TO PUBLIC", "DELETE wallets"),
+    ("GRANT UPDATE ON SEQUENCE dead_letters_id_seq TO {}", "UPDATE dead_letters_id_seq"),
+    ("GRANT CREATE ON SCHEMA public TO {}", "CREATE in the schema public"),
+    ("ALTER ROLE {} CREATEROLE", "CREATEROLE"),
+    ("ALTER ROLE {} REPLICATION", "REPLICATION"),
+    ("GRANT holdfast_worker TO {}", "what holdfast_worker may"),
+    ("GRANT pg_execute_server_program TO {}", "what pg_execute_server_program may"),
+    ("ALTER ROLE {} NOINHERIT; GRANT holdfast TO {}", "change and drop every table"),
+]
+TAKEN_BACK = """
+    ALTER ROLE {0} NOCREATEROLE NOREPLICATION INHERIT;
+    REVOKE holdfast_worker, pg_execute_server_program, holdfast FROM {0}
+"""
+
+
+@pytest.mark.parametrize(("statement", "what"), BEYOND)
+def test_verify_warns_of_every_way_to_do_more_and_so_does_granting(
+    database_url: str, services: Embedded, holdfast: Any, statement: str, what: str
+) -> None:
+    admin = connect(services.admin_url.replace("/postgres?", f"/{make_url(database_url).database}?"))
+    try:
+        sql(admin, statement.format(roles.READER, roles.READER))
+        code, _, error = holdfast(as_role(roles.READER, database_url), "verify")
+        assert (code, what in error) == (0, True)
+        code, out, error = holdfast(database_url, "migrate", "--roles")
+        assert (code, "may do what they need" in out) == (0, True)
+        is_taken = statement.startswith("GRANT UPDATE (")
+        assert (f"warning: {roles.READER} may do more" in error) is not is_taken
+    finally:
+        sql(admin, TAKEN_BACK.format(roles.READER))
+        admin.dispose()
 
 
 def test_a_role_of_another_name_is_compared_with_both(
