@@ -52,6 +52,9 @@ OTHERS_SOURCES = ("admin", "billing", "operator", "scheduler")
 SOURCE_PATTERN = "[ -~]+"
 """Of what an engine's `source` consists over HTTP: in all of Unicode, too much looks like something else."""
 
+TWO_LENGTHS = "The request has a Content-Length and a Transfer-Encoding."
+CLOSE = {"Connection": "close"}
+
 ReadableOrg = Annotated[str, Depends(organization("credits:read"))]
 WritableOrg = Annotated[str, Depends(organization("workflows:write"))]
 STEPS = ("start", "finish", "cancel", "fail")
@@ -151,6 +154,11 @@ def _around_every_answer(app: ASGIApp) -> ASGIApp:
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await app(scope, receive, send)
+            return
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+            # A proxy in front of us may have taken the other one for the length, and what follows for a request.
+            refused = await errors.answer(Request(scope), Problem(HTTPStatus.BAD_REQUEST, TWO_LENGTHS, CLOSE))
+            await refused(scope, receive, send)
             return
         is_head = scope["method"] == "HEAD"
 

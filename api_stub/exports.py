@@ -14,15 +14,12 @@ from datetime import datetime
 from sqlalchemy import RowMapping
 
 from ledger.history import CUSTOMER_COLUMNS
-from ledger.readable import as_json, escaped, escaped_json
+from ledger.readable import JOINERS, as_json, escaped, escaped_json
 
 COLUMNS = (*CUSTOMER_COLUMNS, "id", "workflow_id")
 PIECE_CHARACTERS = 64 * 1024
 
-_JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
-"""They are seen: by them letters of some scripts, and emoji, look as they should."""
-
-_FORMULA = re.compile(rf"""(^|;)(?=[\s"{_JOINERS}]*[=+\-@＝＋－＠﹦﹢﹣﹫])""")
+_FORMULA = re.compile(rf"""(^|;)(?=[\s"{JOINERS}]*[=+\-@＝＋－＠﹦﹢﹣﹫])""")
 """Where a formula may begin: spreadsheets overlook space and quotes before one, and some take wide signs."""
 
 
@@ -53,4 +50,4 @@ def cell(value: object) -> str | int:
             # A semicolon is only within strings, and so is the same value as an escape.
             return escaped_json(as_json(value)).replace(";", "\\u003b")
         case _:
-            return _FORMULA.sub(r"\1'", escaped(str(value), keep=_JOINERS))
+            return _FORMULA.sub(r"\1'", escaped(str(value), keep=JOINERS))

@@ -19,7 +19,7 @@ from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from api_stub.problems import Problem
-from ledger.readable import as_json, beginning, escaped, readable_json, span
+from ledger.readable import JOINERS, as_json, beginning, escaped, readable_json, span
 
 _HERE = Path(__file__).parent
 _STATIC = _HERE / "static"
@@ -184,9 +184,15 @@ def _version(name: str) -> str:
     return hashlib.sha256((_STATIC / name).read_bytes()).hexdigest()[:12]
 
 
+def _visible(value: object) -> object:
+    """What a page shows of `value`: no text on it can turn round, hide or overwrite what is beside it."""
+    return escaped(value, keep=f"\n{JOINERS}") if type(value) is str else value  # not markup, which is ours
+
+
 _templates = Environment(
     loader=FileSystemLoader(_HERE / "templates"),
     autoescape=True,
+    finalize=_visible,
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,

@@ -230,13 +230,21 @@ _TOKEN = re.compile(
 )
 
 
+_JWT = re.compile(r"eyJ[\w-]+(?:\.|%(?:25)*2e)[\w-]+(?:\.|%(?:25)*2e)[\w-]+", re.IGNORECASE)
+"""Any token, wherever somebody has put it by mistake: three parts, of which the first is a JSON object in base64."""
+
+
 class _KeepTokensOut(logging.Filter):
     """Takes tokens out of the server's access log, also those in an address within an address, such as `next`."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.args, tuple):
-            record.args = tuple(_TOKEN.sub(r"\1…", value) if isinstance(value, str) else value for value in record.args)
+            record.args = tuple(_without_tokens(value) if isinstance(value, str) else value for value in record.args)
         return True
+
+
+def _without_tokens(text: str) -> str:
+    return _JWT.sub("…", _TOKEN.sub(r"\1…", text))
 
 
 def keep_tokens_out_of_logs() -> None:

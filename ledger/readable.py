@@ -15,6 +15,10 @@ def escaped(text: str, *, keep: str = "") -> str:
     )
 
 
+JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
+"""They are seen: by them letters of some scripts, and emoji, look as they should."""
+
+
 def escaped_json(text: str) -> str:
     """JSON, over several lines or on one, in which every control character is written as JSON does: \\u001b."""
     if text.isprintable():

@@ -68,7 +68,7 @@ def grant(connection: Connection) -> None:
             "run `holdfast migrate --roles` as the role that does"
         )
     for name, _ in tables:
-        connection.execute(text(f"REVOKE ALL ON {name} FROM {', '.join(PRIVILEGES)}"))
+        connection.execute(text(f"REVOKE ALL ON {name} FROM {', '.join(PRIVILEGES)} CASCADE"))
         for role, needed in PRIVILEGES.items():
             if name in needed:
                 connection.execute(text(f"GRANT {', '.join(needed[name])} ON {name} TO {role}"))
@@ -167,6 +167,10 @@ _GENERAL = text("""
         UNION ALL SELECT format('UPDATE %s', relname),
             CASE WHEN relkind = 'S' THEN has_sequence_privilege(me.oid, oid, 'UPDATE') END
             FROM pg_class WHERE relnamespace = to_regnamespace(current_schema())
+        UNION ALL SELECT 'SET session_replication_role',
+            has_parameter_privilege(me.oid, 'session_replication_role', 'SET')
+        UNION ALL SELECT format('replace the function %s', proname), pg_has_role(me.oid, proowner, 'MEMBER')
+            FROM pg_proc WHERE pronamespace = to_regnamespace(current_schema()) AND proname = 'credit_events_refuse_change'
         UNION ALL SELECT format('what %s may', rolname), pg_has_role(me.oid, oid, 'MEMBER') FROM pg_roles
             WHERE oid <> me.oid AND (starts_with(CAST(rolname AS text), 'pg_')
                 OR rolname = ANY(CAST(:roles AS text[])) AND me.rolname = ANY(CAST(:roles AS text[])))

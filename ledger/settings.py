@@ -102,7 +102,16 @@ class Settings(BaseSettings):
     def _is_public_key(cls, key: str | None) -> str | None:
         if key is not None and "-----BEGIN PUBLIC KEY-----" not in key:
             raise ValueError("must be a public key in PEM format, beginning with -----BEGIN PUBLIC KEY-----")
+        if key is not None and key.count("-----BEGIN") > 1:
+            raise ValueError("must be one key, not several")
         return key
+
+    @field_validator("jwt_audience", "jwt_issuer")
+    @classmethod
+    def _is_a_name(cls, name: str | None) -> str | None:
+        if name is not None and name != name.strip():
+            raise ValueError("must not begin or end with a space")
+        return name
 
     @field_validator("database_url")
     @classmethod

@@ -29,7 +29,7 @@ from api_stub.auth import LEEWAY_S
 from api_stub.pages import PLACES
 from api_stub.rendering import pairs
 from ledger import history
-from ledger.readable import readable_json, span
+from ledger.readable import escaped, readable_json, span
 from ledger.store import apply_batch
 from tests.acceptance.installation import Installation, installed
 from tests.acceptance.website import (
@@ -367,6 +367,16 @@ def test_however_the_name_of_the_token_is_written_the_log_does_not_have_it(addre
     assert record.getMessage() == f"/signin?next=%2F%3F{name}…"
 
 
+@pytest.mark.parametrize(
+    "path", ["/?access_token=TOKEN", "/?TOKEN", "/TOKEN", "/api/organizations/TOKEN/credits", "/signin;token=TOKEN#x"]
+)
+def test_a_token_that_somebody_has_put_elsewhere_is_not_in_the_log(address: str, path: str) -> None:
+    for given in (token(), token().replace(".", "%2E")):
+        record = logging.LogRecord("uvicorn.access", logging.INFO, "", 1, "%s", (path.replace("TOKEN", given),), None)
+        assert logging.getLogger("uvicorn.access").filter(record)
+        assert record.getMessage() == path.replace("TOKEN", "…")
+
+
 def test_the_json_api_does_not_read_the_cookie(customer: Visitor, org_id: str) -> None:
     assert customer.get(history_of(org_id)).status_code == 200
     assert customer.get(f"/api/organizations/{org_id}/credits").status_code == 401
@@ -630,7 +640,7 @@ def test_a_filter_that_makes_no_sense_is_explained_beside_what_was_typed(
     assert (page.status_code, sentence in page.text) == (422, True)
     typed = httpx.QueryParams(query).multi_items()
     for name, value in typed:
-        assert name in PLACES or f'value="{value}"' in page.text
+        assert name in PLACES or f'value="{escaped(value)}"' in page.text
         assert not re.search(rf'type="date" value="{re.escape(value)}"', page.text) or date.fromisoformat(value)
     assert '<section class="card" aria-labelledby="events">' not in page.text
     file = customer.get(f"{history_of(org_id)}.csv?{query}")
@@ -856,6 +866,25 @@ def test_text_of_the_file_that_is_no_formula_is_as_it_was(ledger: Installation, 
     answer = customer.get(f"{history_of(org_id)}.csv")
     _, *lines = csv.reader(io.StringIO(answer.text, newline=""))
     assert [line[exports.COLUMNS.index("activity_name")] for line in reversed(lines)] == texts
+
+
+def test_no_text_on_the_page_turns_round_or_hides_what_is_beside_it(
+    ledger: Installation, customer: Visitor, org_id: str
+) -> None:
+    unseen, seen = "\x1b[2J\x07\x9b\u202e\u200b\u2066", "\U0001f469\u200d\U0001f4bb"
+    text = f"a{unseen}b{seen}"
+    fields = {"credits": 7, "source": text, "activity_name": text, "metadata": {text: text, "deep": [text]}}
+    write(
+        ledger.engine,
+        org_id,
+        ("wallet.purchase", {"purchase_id": "p", "credits": 50}),
+        ("workflow.finish", {"workflow_id": "w", **fields}),
+        ("workflow.finish", {"workflow_id": "x", **fields, "metadata": {text: text}}),
+        ("workflow.start", {"workflow_id": "y", "credits": 1, "activity_name": text}),
+    )
+    page = customer.get(history_of(org_id)).text
+    assert not set(unseen[0:1] + unseen[4:]).intersection(page)
+    assert page.count(f"a\\x1b[2J\\x07\\x9b\\u202e\\u200b\\u2066b{seen}") >= 7
 
 
 def test_the_json_of_the_api_has_every_text_exactly(ledger: Installation, visitor: Visitor, org_id: str) -> None:

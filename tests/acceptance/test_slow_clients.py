@@ -117,3 +117,14 @@ def test_a_download_and_a_connection_that_is_used_again_take_as_long_as_they_wan
                 assert read_to_the_end(silent) == b""  # what a request may take is over
                 silent = connected(address, stack)
             assert sum(1 for _ in download.iter_lines()) == 2_001
+
+
+def test_a_request_of_two_lengths_ends_its_connection_and_nothing_behind_it_is_answered(address: str) -> None:
+    lengths = {"Content-Length": "4", "Transfer-Encoding": "chunked"}
+    with ExitStack() as stack:
+        connection = connected(address, stack)
+        connection.sendall(head("GET", CREDITS, **authorization(), **lengths) + b"\r\n0\r\n\r\n" + WHOLE)
+        answers = read_to_the_end(connection).decode()
+    assert answers.startswith("HTTP/1.1 400 ")
+    assert answers.count("HTTP/1.1 ") == 1
+    assert "The request has a Content-Length and a Transfer-Encoding." in answers

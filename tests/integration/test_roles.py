@@ -145,6 +145,15 @@ def test_granting_again_gives_what_is_missing_and_takes_what_is_too_much(engine:
     assert sql(engine, body) == [(False,)]
 
 
+def test_what_a_role_has_passed_on_is_taken_too(engine: Engine, database_url: str) -> None:
+    sql(engine, f"GRANT SELECT ON wallets TO {roles.WORKER} WITH GRANT OPTION")
+    worker = connect(as_role(roles.WORKER, database_url))
+    sql(worker, f"GRANT SELECT ON wallets TO {roles.READER}")
+    worker.dispose()
+    migrations.grant(engine)
+    assert (may_do(engine, roles.WORKER), may_do(engine, roles.READER)) == (WORKER, READER)
+
+
 def test_an_older_schema_has_its_grants_too_and_the_tables_that_come_later_theirs(engine: Engine) -> None:
     migrations.downgrade(engine, "0002")
     migrations.grant(engine)
@@ -376,10 +385,14 @@ BEYOND = [
     ("ALTER ROLE {} REPLICATION", "REPLICATION"),
     ("GRANT holdfast_worker TO {}", "what holdfast_worker may"),
     ("GRANT pg_execute_server_program TO {}", "what pg_execute_server_program may"),
+    ("GRANT SET ON PARAMETER session_replication_role TO {}", "SET session_replication_role"),
+    ("ALTER SCHEMA public OWNER TO {}", "CREATE in the schema public"),
+    ("ALTER FUNCTION credit_events_refuse_change OWNER TO {}", "replace the function credit_events_refuse_change"),
     ("ALTER ROLE {} NOINHERIT; GRANT holdfast TO {}", "change and drop every table"),
 ]
 TAKEN_BACK = """
     ALTER ROLE {0} NOCREATEROLE NOREPLICATION INHERIT;
+    REVOKE SET ON PARAMETER session_replication_role FROM {0};
     REVOKE holdfast_worker, pg_execute_server_program, holdfast FROM {0}
 """
 

@@ -187,6 +187,12 @@ def test_a_setting_like_no_other_is_told_all_there_are(environment: Environment)
             {"BROKER_URL": "host:6379"},
             "HOLDFAST_BROKER_URL must begin with redis://, rediss://, amqp:// or amqps:// and name a host",
         ),
+        ({"JWT_AUDIENCE": "sekrit "}, "HOLDFAST_JWT_AUDIENCE must not begin or end with a space"),
+        ({"JWT_ISSUER": "  "}, "HOLDFAST_JWT_ISSUER must not begin or end with a space"),
+        (
+            {"JWT_PUBLIC_KEY": "-----BEGIN PUBLIC KEY-----sekrit" * 2},
+            "HOLDFAST_JWT_PUBLIC_KEY must be one key, not several",
+        ),
         (
             {"RESULT_URL": "amqp://user:sekrit@host"},
             "HOLDFAST_RESULT_URL must begin with redis:// or rediss:// and name a host",
