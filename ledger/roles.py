@@ -170,7 +170,8 @@ _GENERAL = text("""
         UNION ALL SELECT 'SET session_replication_role',
             has_parameter_privilege(me.oid, 'session_replication_role', 'SET')
         UNION ALL SELECT format('replace the function %s', proname), pg_has_role(me.oid, proowner, 'MEMBER')
-            FROM pg_proc WHERE pronamespace = to_regnamespace(current_schema()) AND proname = 'credit_events_refuse_change'
+            FROM pg_proc WHERE proname = 'credit_events_refuse_change'
+                AND pronamespace = to_regnamespace(current_schema())
         UNION ALL SELECT format('what %s may', rolname), pg_has_role(me.oid, oid, 'MEMBER') FROM pg_roles
             WHERE oid <> me.oid AND (starts_with(CAST(rolname AS text), 'pg_')
                 OR rolname = ANY(CAST(:roles AS text[])) AND me.rolname = ANY(CAST(:roles AS text[])))
