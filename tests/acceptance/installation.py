@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import count
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from uuid import uuid4
 
 import httpx
@@ -24,6 +25,7 @@ from sqlalchemy import Engine, text
 
 from ledger.database import connect
 from ledger.roles import READER, WORKER
+from tests.acceptance import forks
 from tests.support import PATIENCE_S, as_role, eventually, sql
 from worker.broker import ENGINE_QUEUE, QUEUE
 from worker.embedded import Embedded, free_port
@@ -70,6 +72,36 @@ sys.exit(f"{codes}, {connects}" if any(codes) or connects != [os.getpid()] else 
 """
 SENT_BY_FORKS = {f"{who}-{n}" for who in ("before", "fork", "multiprocessing", "parent", "after") for n in range(20)}
 
+
+class Fork(Process):
+    """A part that is in Python; see `forks`."""
+
+    def _spawn(self, log: IO[bytes]) -> Any:
+        env, cwd = self._options["env"], self._options["cwd"]
+        with Path(os.devnull).open() as nothing:
+            streams = nothing.fileno(), log.fileno(), log.fileno()
+            return _Forked(forks.start(self.argv, *streams, env=env, cwd=cwd, death_signal=self.stop_signal))
+
+
+class _Forked:
+    """It, as if `subprocess.Popen` had started it."""
+
+    def __init__(self, process: ForkServerProcess) -> None:
+        self._process = process
+        self.pid = process.pid
+        self.stdin = Path(os.devnull).open("wb")  # noqa: SIM115 # until the process ends
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout_s: float) -> None:
+        self._process.join(timeout_s)
+
+
 _numbers = count(1)
 _broker_databases_in_use: set[int] = set()
 
@@ -96,11 +128,18 @@ class Installation:
         return environment(HOLDFAST_DATABASE_URL=url, HOLDFAST_BROKER_URL=self.broker_url)
 
     def start(self, name: str, *argv: str, **settings: str) -> Process:
-        """Start a part that works on the ledger, with more settings or others.
+        """Start a part that is in Python and works on the ledger, with more settings or others; see `forks`.
 
         It is killed with the installation, if it still runs then.
         """
-        process = Process(name, argv, self.folder, env={**self.environment_of(WORKER), **settings}, cwd=self.folder)
+        return self._start(Fork, name, argv, settings)
+
+    def start_anew(self, name: str, *argv: str, **settings: str) -> Process:
+        """The same, with every import and with options of Python."""
+        return self._start(Process, name, argv, settings)
+
+    def _start(self, kind: type[Process], name: str, argv: tuple[str, ...], settings: dict[str, str]) -> Process:
+        process = kind(name, argv, self.folder, env={**self.environment_of(WORKER), **settings}, cwd=self.folder)
         self._cleanup.callback(process.kill)
         process.start()
         return process

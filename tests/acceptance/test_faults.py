@@ -32,6 +32,7 @@ from tests.acceptance import commands, website
 from tests.acceptance.installation import (
     EMPTY,
     IMPATIENT_WORKER,
+    Fork,
     Installation,
     Producer,
     celery,
@@ -509,7 +510,7 @@ def test_a_place_for_answers_that_is_silent_does_not_hold_the_ledger_up(
         program = [*celery("worker")]
         place = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
         environment = {**installation.environment_of(WORKER), "HOLDFAST_RESULT_URL": place}
-        worker = Process("worker", program, installation.folder, env=environment, cwd=installation.folder)
+        worker = Fork("worker", program, installation.folder, env=environment, cwd=installation.folder)
         began_at = time.monotonic()
         with killed_at_the_end(worker):
             for number in range(5):

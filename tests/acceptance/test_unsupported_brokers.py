@@ -14,6 +14,7 @@ from ledger.store import apply_batch
 from tests.acceptance import commands
 from tests.acceptance.installation import (
     HOLDFAST,
+    Fork,
     Installation,
     celery,
     environment,
@@ -77,7 +78,7 @@ def unsupported(request: pytest.FixtureRequest) -> tuple[str, str]:
 @pytest.mark.parametrize("argv", [celery("worker"), celery("beat"), API], ids=["worker", "beat", "api"])
 def test_every_process_ends_with_one_line(folder: Path, unsupported: tuple[str, str], argv: list[str]) -> None:
     url, problem = unsupported
-    process = Process(
+    process = Fork(
         "refused",
         argv,
         folder,

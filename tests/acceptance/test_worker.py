@@ -4,7 +4,6 @@ import base64
 import json
 import re
 import signal
-import subprocess
 import sys
 from contextlib import closing
 from dataclasses import replace
@@ -18,6 +17,7 @@ from celery.schedules import schedule
 
 from ledger import audit
 from ledger.settings import Settings
+from tests.acceptance import commands
 from tests.acceptance.installation import (
     Installation,
     Producer,
@@ -175,7 +175,7 @@ def test_what_waits_is_one_batch_and_its_answers_are_stored_at_once(
 def test_its_log_is_one_line_of_json_for_an_event(installation: Installation, producer: Producer) -> None:
     # Without Celery's banner, and without its warning of being root, which is one of the tests' machine.
     program = [sys.executable, "-W", "ignore", "-m", "celery", "--quiet", "-A", "worker", "worker"]
-    worker = installation.start("worker", *program)
+    worker = installation.start_anew("worker", *program)
     producer.ask("wallet.grant", {}).get(timeout=PATIENCE_S, propagate=False)
     terminate(worker)
     assert exit_code(worker) == 0
@@ -543,7 +543,7 @@ def test_two_beats_begin_each_period_once(installation: Installation, producer: 
 
 
 def test_a_beat_whose_clock_goes_back_by_two_days_goes_on(installation: Installation) -> None:
-    beat = installation.start("beat", sys.executable, "-c", STEPPING_CLOCK + FAST_BEAT)
+    beat = installation.start_anew("beat", sys.executable, "-c", STEPPING_CLOCK + FAST_BEAT)
     eventually(lambda: log_of(beat).count("Sending due task") >= 2)
     (installation.folder / "stepped").touch()
     sent = log_of(beat).count("Sending due task")
@@ -651,7 +651,5 @@ DATABASE, BROKER = "postgresql+psycopg://u:sekrit@127.0.0.1:1/d", "redis://:sekr
     ],
 )
 def test_a_wrong_setting_is_one_line_and_exit_code_2(command: str, settings: dict[str, str], line: str) -> None:
-    ended = subprocess.run(
-        celery(command), env=environment(**settings), capture_output=True, text=True, timeout=PATIENCE_S
-    )
+    ended = commands.run_program(celery(command), env=environment(**settings))
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", line)

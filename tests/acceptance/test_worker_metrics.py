@@ -2,10 +2,10 @@
 
 import json
 import socket
-import subprocess
 from contextlib import closing
 
 from ledger.roles import WORKER
+from tests.acceptance import commands
 from tests.acceptance.installation import Installation, Producer, celery, log_of
 from tests.support import PATIENCE_S, eventually
 
@@ -39,7 +39,7 @@ def test_a_worker_that_cannot_serve_its_figures_says_so_and_does_not_start(insta
             ("nohost.invalid:9464", "Name or service not known"),
         ):
             told_to_serve = installation.environment_of(WORKER) | {"HOLDFAST_METRICS_ADDRESS": address}
-            ended = subprocess.run(celery("worker"), env=told_to_serve, capture_output=True, text=True, timeout=60)
+            ended = commands.run_program(celery("worker"), env=told_to_serve)
             assert ended.returncode == 2
             assert f"holdfast: HOLDFAST_METRICS_ADDRESS: cannot listen on {address}: {reason}\n" in ended.stderr
             assert "Traceback" not in ended.stderr

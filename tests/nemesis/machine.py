@@ -23,7 +23,7 @@ from sqlalchemy.exc import DBAPIError
 
 from ledger import migrations
 from ledger.database import connect
-from tests.acceptance.installation import environment
+from tests.acceptance.installation import Fork, environment
 from tests.nemesis import neighbour
 from tests.nemesis.producer import Producer
 from tests.nemesis.workload import FLOOD_ORG_ID, Message
@@ -143,7 +143,7 @@ class Machine:
     def _child(self, cleanup: ExitStack, name: str, script: str) -> Process:
         env = environment(HOLDFAST_DATABASE_URL=self.services.worker_url, HOLDFAST_BROKER_URL=self.services.broker.url)
         # SIGKILL, also when we are killed ourselves: it may be stopped just then, and would not hear a SIGTERM.
-        process = Process(
+        process = Fork(
             name,
             [sys.executable, "-c", script, f"{name}@nemesis"],
             self._folder,
