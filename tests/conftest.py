@@ -3,7 +3,6 @@
 And how hard Hypothesis tries: `default` on every push, `soak` (HYPOTHESIS_PROFILE=soak) ten times as long.
 """
 
-import gc
 import os
 import shutil
 import tempfile
@@ -37,11 +36,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest begin first, so that no process works on one while the others have ended."""
     long = {item.path for item in items if item.get_closest_marker("timeout") is not None}
     items.sort(key=lambda item: item.path not in long)
-
-
-def pytest_collection_finish() -> None:
-    """The garbage collector looks no more at what has been imported, which is most of what there is."""
-    gc.freeze()
 
 
 TEMPLATE = "holdfast"
