@@ -22,10 +22,10 @@ from bench.stand import Stand
 from bench.workload import NotAccountedError
 from ledger.database import describe
 from worker.batching import collect_garbage_seldom
+from worker.cli.terminal import fail
 from worker.client import NotSentError
-from worker.embedded import Embedded
-from worker.process import ServiceError
-from worker.terminal import fail
+from worker.local.embedded import Embedded
+from worker.local.process import ServiceError
 
 _BEGAN_AT = time.monotonic()
 

@@ -20,8 +20,8 @@ from ledger import audit, migrations
 from ledger.database import connect
 from ledger.settings import PREFIX
 from worker.broker import QUEUE, create_celery
-from worker.embedded import Embedded
-from worker.process import Process, ServiceError
+from worker.local.embedded import Embedded
+from worker.local.process import Process, ServiceError
 from worker.transport import UNACKED
 
 STAGED = "bench-staged"

@@ -18,7 +18,7 @@ from ledger import migrations
 from ledger.database import connect
 from tests import rabbitmq
 from tests.rabbitmq import RabbitMQ
-from worker.embedded import Embedded
+from worker.local.embedded import Embedded
 
 EVERY_PUSH = settings(
     max_examples=100,

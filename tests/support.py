@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import Engine, create_engine, make_url, text
 
 from ledger.store import Delivery
-from worker.embedded import Embedded
+from worker.local.embedded import Embedded
 
 Value = TypeVar("Value")
 

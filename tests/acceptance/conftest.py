@@ -6,7 +6,7 @@ from contextlib import closing
 import pytest
 
 from tests.acceptance.installation import Installation, Producer, installed, wait_for_workers
-from worker.embedded import Embedded
+from worker.local.embedded import Embedded
 
 
 @pytest.fixture

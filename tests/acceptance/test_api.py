@@ -31,9 +31,9 @@ from tests.acceptance.installation import Installation, installed, log_of
 from tests.acceptance.website import FUTURE, HISTORY, SECRET, Patient, served, serving, token
 from tests.support import PATIENCE_S, delivery, eventually, sql, suspended
 from worker.broker import ENGINE_QUEUE
+from worker.cli.holds import SOURCE as OPERATOR
 from worker.client import Client
-from worker.embedded import Embedded
-from worker.holds_cli import SOURCE as OPERATOR
+from worker.local.embedded import Embedded
 
 EVENTS = "/api/organizations/acme/credit-events"
 CREDITS = "/api/organizations/acme/credits"

@@ -14,7 +14,7 @@ from bench.stand import Stand, check_ledger
 from bench.workload import NotAccountedError, Workload
 from ledger.store import apply_batch
 from tests.support import delivery, sql
-from worker.embedded import Embedded
+from worker.local.embedded import Embedded
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
 

@@ -26,7 +26,7 @@ from tests.acceptance.installation import HOLDFAST, Installation, environment, i
 from tests.support import PATIENCE_S, delivery, eventually, sql
 from worker.broker import ENGINE_QUEUE
 from worker.client import Client
-from worker.embedded import Embedded
+from worker.local.embedded import Embedded
 
 COMMANDS = "migrate", "up", "demo", "verify", "wallet", "history"
 TIMEOUT_S = 300

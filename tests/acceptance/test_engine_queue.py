@@ -24,7 +24,7 @@ from tests.acceptance.installation import (
 from tests.support import EMBED, PATIENCE_S, eventually, sql
 from worker.broker import ENGINE_DEAD_QUEUE, ENGINE_QUEUE, QUEUE
 from worker.client import Client
-from worker.embedded import Embedded
+from worker.local.embedded import Embedded
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
 

@@ -19,7 +19,7 @@ from tests.acceptance.installation import Installation, Producer, celery, instal
 from tests.support import PATIENCE_S, eventually, sql
 from worker.broker import QUEUE
 from worker.client import Client
-from worker.embedded import Broker, Embedded, Postgres
+from worker.local.embedded import Broker, Embedded, Postgres
 from worker.transport import UNACKED
 
 SECURITY = (Path(__file__).parents[2] / "docs" / "security.md").read_text()

@@ -33,7 +33,7 @@ from tests.acceptance.installation import (
 from tests.acceptance.website import LETTERS, Visitor, form_token, operator_token, served
 from tests.support import EMBED, eventually, sql
 from worker.client import Client
-from worker.process import Process
+from worker.local.process import Process
 from worker.transport import TAKES_MANY, TAKES_ONE
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine

@@ -26,7 +26,7 @@ from tests.acceptance.installation import (
 )
 from tests.support import PATIENCE_S, eventually
 from worker.client import Client
-from worker.process import Process
+from worker.local.process import Process
 from worker.transport import UNACKED, UNACKED_INDEX
 
 README = (Path(__file__).parents[2] / "README.md").read_text()

@@ -20,7 +20,7 @@ from ledger import migrations, roles
 from ledger.database import connect
 from ledger.store import apply_batch
 from tests.support import PATIENCE_S, delivery, sql
-from worker.embedded import Embedded
+from worker.local.embedded import Embedded
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs" / "operating.md").read_text()

@@ -21,7 +21,7 @@ from tests.acceptance.commands import Ended, drawn
 from tests.acceptance.installation import Installation, Producer, environment, installed
 from tests.support import delivery, eventually, sql
 from worker.cli import app
-from worker.embedded import Embedded
+from worker.local.embedded import Embedded
 
 SECRET = "a secret of at least thirty-two characters"
 

@@ -45,7 +45,7 @@ from tests.acceptance.website import (
     token,
 )
 from tests.support import delivery, eventually, sql
-from worker.embedded import Embedded
+from worker.local.embedded import Embedded
 
 SESSION = "holdfast_session"
 POLICY = (

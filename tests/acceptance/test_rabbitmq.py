@@ -21,8 +21,8 @@ from tests.cut import cut_way_to
 from tests.rabbitmq import RabbitMQ
 from tests.support import PATIENCE_S, eventually
 from worker.broker import DEAD_QUEUE, ENGINE_DEAD_QUEUE, ENGINE_QUEUE, QUEUE, declare_queues, queues, taken_from
+from worker.cli.failed import _Sender
 from worker.client import BrokerUnavailableError, Client, NotSentError, Waiting
-from worker.failed_cli import _Sender
 from worker.publishing import TIMEOUT_S
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine

@@ -16,8 +16,8 @@ import pytest
 from ledger.settings import PREFIX, Settings
 from tests.support import PATIENCE_S, eventually
 from worker.client import Client, DeadLetteredError
-from worker.process import Process
-from worker.system import System
+from worker.local.process import Process
+from worker.local.system import System
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

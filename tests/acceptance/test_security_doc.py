@@ -18,7 +18,7 @@ from tests.rabbitmq import RabbitMQ
 from tests.support import PATIENCE_S, eventually, sql
 from worker.broker import ENGINE_QUEUE, QUEUE
 from worker.client import Client, NotSentError
-from worker.embedded import Embedded
+from worker.local.embedded import Embedded
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
 

@@ -12,8 +12,8 @@ from api_stub import protocol
 from ledger.store import apply_batch
 from tests.acceptance.website import HISTORY, Patient, app, serving, token
 from tests.support import PATIENCE_S, delivery
-from worker.embedded import Embedded
-from worker.system import API_OPTIONS
+from worker.local.embedded import Embedded
+from worker.local.system import API_OPTIONS
 
 CREDITS = "/api/organizations/acme/credits"
 REPORT = "/api/organizations/acme/workflows/w1/start"

@@ -16,7 +16,7 @@ from ledger.store import apply_batch
 from tests.acceptance import website
 from tests.acceptance.website import HISTORY, Patient, serving, token
 from tests.support import delivery
-from worker.embedded import Embedded
+from worker.local.embedded import Embedded
 
 EVENTS = "/api/organizations/acme/credit-events"
 CREDITS = "/api/organizations/acme/credits"

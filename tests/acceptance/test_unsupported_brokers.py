@@ -25,8 +25,8 @@ from tests.acceptance.installation import (
 from tests.acceptance.website import SECRET, token
 from tests.support import PATIENCE_S, delivery, eventually
 from worker.client import Client, NotSentError, UnsupportedBrokerError
-from worker.embedded import _valkey_binary, free_port
-from worker.process import Process
+from worker.local.embedded import _valkey_binary, free_port
+from worker.local.process import Process
 
 CLUSTER = "the broker is a Redis cluster; Holdfast needs a single server"
 SENTINEL = "the broker is a Redis Sentinel; Holdfast needs the server itself"

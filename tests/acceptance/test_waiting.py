@@ -25,7 +25,7 @@ from tests.acceptance.installation import (
 )
 from tests.support import PATIENCE_S, eventually, no_more_acting, on_insert_into, sql
 from worker.client import Client
-from worker.embedded import Embedded
+from worker.local.embedded import Embedded
 from worker.outage import SILENT_S
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine

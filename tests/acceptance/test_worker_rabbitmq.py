@@ -29,7 +29,7 @@ from tests.rabbitmq import RabbitMQ
 from tests.support import PATIENCE_S, eventually, sql
 from worker.broker import DEAD_QUEUE, QUEUE, declare_queues
 from worker.client import Client
-from worker.embedded import Embedded
+from worker.local.embedded import Embedded
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
 

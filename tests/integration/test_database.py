@@ -28,7 +28,7 @@ from ledger.database import (
 from ledger.state import Result
 from ledger.store import apply_batch
 from tests.support import PATIENCE_S, database_encoded_in, delivery, eventually, sql
-from worker.embedded import Embedded
+from worker.local.embedded import Embedded
 
 PURCHASE = "INSERT INTO posted_messages VALUES ('acme', 'purchase', 'p1', '{}', 'posted', NULL)"
 

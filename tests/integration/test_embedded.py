@@ -18,9 +18,9 @@ import pytest
 import redis
 
 from tests.support import eventually
-from worker import embedded
-from worker.embedded import Embedded, default_data_dir
-from worker.process import Process, ServiceError
+from worker.local import embedded
+from worker.local.embedded import Embedded, default_data_dir
+from worker.local.process import Process, ServiceError
 
 pytestmark = pytest.mark.timeout(300)  # seconds, on a slow machine
 
@@ -32,7 +32,7 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux signal
 HOLD = """
 import sys
 from pathlib import Path
-from worker.embedded import Embedded
+from worker.local.embedded import Embedded
 with Embedded(Path(sys.argv[1]), durable=False) as services:
     print(services.postgres.pid, services.broker.pid, services.postgres.sockets, flush=True)
     sys.stdin.read()
@@ -340,7 +340,7 @@ def test_an_ordinary_account_runs_them_too(data_dir: Path) -> None:
     nobody = pwd.getpwnam("nobody")
     identity = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
     os.chown(data_dir, nobody.pw_uid, nobody.pw_gid)
-    probe = [sys.executable, "-c", "import worker.embedded"]
+    probe = [sys.executable, "-c", "import worker.local.embedded"]
     try:
         if subprocess.run(probe, capture_output=True, cwd="/", **identity).returncode:
             pytest.skip(f"the account nobody cannot run {sys.executable} with the project's modules")

@@ -22,7 +22,7 @@ from ledger.store import DeadLettered, Waits, apply_batch
 from ledger.tables import metadata
 from tests.support import PATIENCE_S, delivery, eventually, sql
 from worker import cli
-from worker.embedded import Embedded
+from worker.local.embedded import Embedded
 
 TABLES = [
     "credit_events",

@@ -22,9 +22,9 @@ from ledger.messages import InvalidMessage, only_argument
 from ledger.state import Result
 from ledger.store import DeadLettered, Delivery, apply_batch
 from tests.support import EMBED, delivery, sql
+from worker.cli.failed import _Sender
+from worker.cli.terminal import open_ledger
 from worker.client import Client
-from worker.failed_cli import _Sender
-from worker.terminal import open_ledger
 
 REFUND = delivery("wallet.refund", org_id="acme", refund_id="r1", credits=30, workflow_id="run")
 FINISH = delivery("workflow.finish", org_id="acme", workflow_id="run", credits=80)

@@ -15,7 +15,7 @@ from ledger.database import connect
 from ledger.store import LOCKED, apply_batch, apply_waiting
 from tests.support import as_role, delivery, sql
 from worker import cli
-from worker.embedded import Embedded
+from worker.local.embedded import Embedded
 
 # Every table, and what each role may do to it: all or some of SELECT, INSERT, UPDATE, DELETE. Never more than that.
 WORKER = {

@@ -18,7 +18,7 @@ from ledger.messages import Message
 from ledger.state import Decision, Result
 from ledger.store import LOCKED, Applied, DeadLettered, Delivery, Waits, apply_batch, apply_waiting
 from tests.support import PATIENCE_S, delivery, eventually, sql
-from worker.embedded import Embedded
+from worker.local.embedded import Embedded
 
 EVENTS = """
     SELECT seq, event_type, credits, prepaid_balance_after, subscription_balance_after, reserved_after,

@@ -36,7 +36,7 @@ from ledger.messages import DELIVERY_LIMIT, MAX_BODY_BYTES, SUSPECT, too_large_e
 from tests.acceptance.installation import environment, open_folder
 from tests.support import PATIENCE_S, eventually
 from worker.broker import create_celery
-from worker.embedded import Broker, Embedded, free_port
+from worker.local.embedded import Broker, Embedded, free_port
 from worker.transport import (
     DELIVERED_TOO_OFTEN,
     MOST_BYTES,

@@ -29,8 +29,8 @@ from tests.nemesis.producer import Producer
 from tests.nemesis.workload import FLOOD_ORG_ID, Message
 from tests.support import sql
 from worker.broker import QUEUE
-from worker.embedded import Embedded
-from worker.process import Process
+from worker.local.embedded import Embedded
+from worker.local.process import Process
 from worker.transport import UNACKED, UNACKED_INDEX
 
 VISIBILITY_TIMEOUT_S = 3

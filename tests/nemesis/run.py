@@ -21,7 +21,7 @@ from tests.nemesis.neighbour import Neighbour, hold
 from tests.nemesis.producer import Producer
 from tests.nemesis.workload import Message, Workload
 from tests.support import sql
-from worker.process import Process
+from worker.local.process import Process
 
 DRAINED_WITHIN_S = 15.0
 LATE_S = 30.0

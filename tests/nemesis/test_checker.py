@@ -26,7 +26,7 @@ from tests.nemesis.producer import Producer, Sent
 from tests.nemesis.run import Goal, Report
 from tests.nemesis.workload import FLOOD_ORG_ID, Message, Workload
 from tests.support import sql
-from worker.embedded import Embedded
+from worker.local.embedded import Embedded
 
 HOUR = timedelta(hours=1)
 SEED = 20

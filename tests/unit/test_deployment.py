@@ -43,9 +43,17 @@ from ledger import roles
 from ledger.settings import PREFIX, Settings
 from tests.support import PATIENCE_S
 from worker import cli
-from worker.embedded import BROKER_USERS, INITDB_OPTIONS, POSTGRES_MAJOR, Embedded, Postgres, _valkey_binary, free_port
-from worker.process import Process
-from worker.system import API_OPTIONS
+from worker.local.embedded import (
+    BROKER_USERS,
+    INITDB_OPTIONS,
+    POSTGRES_MAJOR,
+    Embedded,
+    Postgres,
+    _valkey_binary,
+    free_port,
+)
+from worker.local.process import Process
+from worker.local.system import API_OPTIONS
 
 ROOT = Path(__file__).parents[2]
 COMPOSE_TEXT = (ROOT / "docker-compose.yml").read_text()

@@ -1,4 +1,4 @@
-"""Who may import whom: section 8 of the design, read from the sources."""
+"""Which module may import which, read from the sources."""
 
 import ast
 from pathlib import Path
@@ -30,6 +30,8 @@ RULES: list[Rule] = [
         for module in PURE
     ),
     ("worker/client.py", PURE, ("ledger",)),
+    ("worker/*.py", (), ("api_stub", "worker.cli", "worker.local", "typer", "rich")),
+    ("worker/local/**/*.py", (), ("api_stub", "worker.cli", "typer", "rich")),
     ("api_stub/**/*.py", ("worker.client",), ("worker",)),
     *((f"{package}/**/*.py", (), ("tests", "bench", "hypothesis", "pytest")) for package in PACKAGES),
 ]
@@ -99,6 +101,9 @@ def test_the_rules_are_about_sources_that_exist() -> None:
         ("ledger/state.py", "import os.path", "os.path"),
         ("worker/client.py", "from ledger.store import apply_batch", "ledger.store.apply_batch"),
         ("worker/x.py", "from tests.support import delivery", "tests.support.delivery"),
+        ("worker/x.py", "from api_stub.auth import sign", "api_stub.auth.sign"),
+        ("worker/x.py", "from worker.cli.terminal import say", "worker.cli.terminal.say"),
+        ("worker/local/x.py", "from worker.cli.terminal import say", "worker.cli.terminal.say"),
         ("api_stub/x.py", "import worker", "worker"),
         ("api_stub/deep/x.py", "from worker.clients import y", "worker.clients.y"),
     ],
@@ -118,6 +123,7 @@ def test_a_forbidden_import_is_found(tmp_path: Path, path: str, source: str, fou
         ("worker/x.py", "from ledger.store import apply_batch\nimport celery"),
         ("ledger/rules.py", "from datetime import datetime\nfrom .state import Wallet\nimport timeit"),
         ("ledger/deep/x.py", "from ..state import Wallet\nfrom . import sibling"),
+        ("worker/cli/x.py", "from api_stub.auth import sign\nfrom worker.local.system import System"),
     ],
 )
 def test_an_allowed_import_is_not_found(tmp_path: Path, path: str, source: str) -> None:

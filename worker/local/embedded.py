@@ -35,7 +35,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from ledger.roles import READER, WORKER
-from worker.process import Account, Process, ServiceError, die_with_us, end_family, run_as, signals_postponed
+from worker.local.process import Account, Process, ServiceError, die_with_us, end_family, run_as, signals_postponed
 
 POSTGRES_MAJOR = "18"
 OWNER = "holdfast"

@@ -12,7 +12,7 @@ from ledger import history
 from ledger import waiting as ledger_waiting
 from ledger.dead_letters import described
 from ledger.readable import escaped, span
-from worker.terminal import (
+from worker.cli.terminal import (
     AsJson,
     Column,
     Organization,

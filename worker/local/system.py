@@ -19,8 +19,8 @@ from ledger import migrations
 from ledger.database import connect
 from ledger.settings import PREFIX
 from worker.broker import create_celery
-from worker.embedded import Embedded, free_port
-from worker.process import Process, ServiceError
+from worker.local.embedded import Embedded, free_port
+from worker.local.process import Process, ServiceError
 
 HOST = "127.0.0.1"
 API_OPTIONS = ("--http", "api_stub.protocol:PromptProtocol", "--limit-concurrency", "500")

@@ -27,8 +27,7 @@ from ledger.dead_letters import (
 )
 from ledger.readable import beginning, escaped, shortened
 from ledger.state import Result
-from worker.client import Client, DeadLetteredError, InvalidMessageError, NoAnswerError
-from worker.terminal import (
+from worker.cli.terminal import (
     AsJson,
     By,
     Column,
@@ -47,6 +46,7 @@ from worker.terminal import (
     this_person,
     warn,
 )
+from worker.client import Client, DeadLetteredError, InvalidMessageError, NoAnswerError
 
 MAX_LISTED = 1_000
 ERROR_LISTED = 300

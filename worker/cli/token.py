@@ -8,7 +8,7 @@ import typer
 from ledger.messages import ID_PATTERN
 from ledger.readable import escaped
 from ledger.settings import Settings
-from worker.terminal import fail, one_line, this_person
+from worker.cli.terminal import fail, one_line, this_person
 
 app = typer.Typer()
 

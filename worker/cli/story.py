@@ -9,7 +9,7 @@ from urllib.request import Request, urlopen
 from api_stub.auth import sign
 from ledger.state import Result
 from worker.client import Client
-from worker.system import System
+from worker.local.system import System
 
 ORGANIZATION = "acme"
 

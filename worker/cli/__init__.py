@@ -1,0 +1,51 @@
+"""The command line, `holdfast`.
+
+Exit codes: 0 all is well; 1 the answer is no (an invariant is broken, an organization is unknown); 2 the command could
+not be carried out (a wrong setting, a service that does not answer).
+"""
+
+import typer
+from sqlalchemy.exc import DBAPIError
+
+from ledger import migrations, roles
+from ledger.database import UnsuitableDatabaseError, describe
+from ledger.settings import SettingsError
+from worker.cli import database, failed, holds, running, token, wallet
+from worker.cli.terminal import fail
+from worker.client import DeadLetteredError, InvalidMessageError, NoAnswerError, NotSentError
+from worker.local.process import ServiceError
+
+app = typer.Typer(
+    help="A credit ledger: what workflows reserve and use, exactly once.",
+    epilog="Example: holdfast demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+for group in (database, running, wallet, failed, holds, token):
+    app.add_typer(group.app)
+
+
+def main() -> None:
+    """Run the command line; every error is one line and an exit code."""
+    try:
+        app()
+    except (
+        SettingsError,
+        ServiceError,
+        migrations.LockedError,
+        migrations.NewerSchemaError,
+        roles.NotGrantedError,
+        NotSentError,
+        NoAnswerError,
+        DeadLetteredError,
+        InvalidMessageError,
+    ) as error:
+        fail(str(error))
+    except DBAPIError as error:
+        if isinstance(error.orig, UnsuitableDatabaseError):
+            fail(str(error.orig))
+        fail(f"the database does not answer as it should: {describe(error)}")

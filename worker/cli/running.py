@@ -1,0 +1,149 @@
+"""`holdfast up`, `holdfast demo` and `holdfast consuming`: start everything here, and ask whether a worker works."""
+
+import shutil
+import signal
+import tempfile
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from celery.utils.nodenames import default_nodename
+
+from ledger import audit, history
+from ledger.database import connect
+from ledger.dead_letters import described
+from ledger.settings import Settings
+from ledger.state import Result
+from worker import publishing
+from worker.broker import create_celery, queues
+from worker.cli import story
+from worker.cli.database import print_verdict
+from worker.cli.terminal import console, fail
+from worker.cli.wallet import history_table, wallet_table
+from worker.client import Client
+from worker.local.embedded import default_data_dir
+from worker.local.system import System
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: holdfast up --data-dir /srv/holdfast")
+def up(
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where everything is kept. Default: HOLDFAST_DATA_DIR, or .holdfast in the current folder."),
+    ] = None,
+) -> None:
+    """Start PostgreSQL, a broker, the worker, the beat and the API, until Ctrl-C. Needs nothing installed."""
+    folder = data_dir or Settings.load().data_dir or default_data_dir(Path.cwd())
+    _stop_on_signals()
+    try:
+        with System(folder, progress=_step) as system:
+            console.print(
+                "[bold green]Holdfast is ready.[/] Ctrl-C stops it.\n\n"
+                f"The credit history of the demo organization, {story.ORGANIZATION}, in a browser:\n"
+                f"  {story.sign_in_link(system)}\n\n"
+                "In another terminal, for the other commands and for engines:\n"
+                f'  export HOLDFAST_DATABASE_URL="{system.embedded.reader_url}"\n'
+                f'  export HOLDFAST_BROKER_URL="{system.embedded.broker_url}"\n'
+                f'  export HOLDFAST_ENGINE_BROKER_URL="{system.embedded.engine_broker_url}"\n'
+                f'  export HOLDFAST_JWT_SECRET="{system.jwt_secret}"\n'
+                f'  export API_URL="{system.url}"\n\n'
+                f"Figures for Prometheus: {' and '.join(system.metrics_urls)}\n"
+                f"Data and logs are in {system.embedded.data_dir}",
+                soft_wrap=True,
+            )
+            try:
+                system.supervise(until=_stop.is_set)
+            finally:
+                _progress("Stopping everything …")
+    except KeyboardInterrupt:
+        pass
+    console.print("Everything is stopped.")
+
+
+@app.command(epilog="Example: holdfast demo")
+def demo() -> None:
+    """Start everything in a temporary folder, send a story through it, show what became of it, and stop."""
+    _stop_on_signals()
+    folder = Path(tempfile.mkdtemp(prefix="holdfast-demo-"))
+    folder.chmod(0o711)  # as root, PostgreSQL runs as an account that has to pass through
+    try:
+        with System(folder, progress=_step) as system, Client(system.embedded.broker_url) as client:
+            console.print("\n[bold]What is sent through the broker, and what comes of it[/]")
+            for words, answer in story.tell(client):
+                if _stop.is_set():
+                    raise KeyboardInterrupt
+                console.print(_told(words, answer))
+            engine = connect(system.embedded.reader_url)
+            with engine.connect() as connection:
+                wallet = history.wallet(connection, story.ORGANIZATION)
+                page = history.events(connection, story.ORGANIZATION)
+            assert wallet is not None
+            console.print(wallet_table(wallet), history_table(page, story.ORGANIZATION))
+            verdict = audit.verify(engine)
+            engine.dispose()
+            is_same = story.fetch_events(system) == [history.as_item(event) for event in page.events]
+            console.print(f"Over HTTP it is {'the same' if is_same else 'NOT the same'}: {story.events_url(system)}\n")
+            print_verdict(verdict)
+            _progress("Stopping everything …")
+    except KeyboardInterrupt:
+        fail("interrupted; everything is stopped")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    raise typer.Exit(0 if verdict.is_clean and is_same else 1)
+
+
+@app.command(epilog="Example: holdfast consuming celery@host-1")
+def consuming(
+    worker: Annotated[str, typer.Argument(help="Its name. Default: the worker of this host.")] = default_nodename(None),
+    wait_s: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="How long it may take to answer.")] = 10,
+) -> None:
+    """Ask a worker whether it takes messages from all queues of the ledger. Exit code 1 if not."""
+    url = Settings.load("broker_url").broker_url
+    assert url is not None
+    try:
+        with create_celery("holdfast-asks", url, None) as asking, asking.connection_for_write() as connection:
+            publishing.connect(connection)
+            about = {"destination": [worker], "reply": True, "timeout": wait_s, "limit": 1}
+            replies = asking.control.broadcast("consuming", connection=connection, **about)
+    except publishing.BROKER_ERRORS as error:
+        fail(f"the broker does not answer: {error}", code=1)
+    if not replies:
+        fail(f"{worker} does not answer", code=1)
+    missing = [queue.name for queue in queues(url) if queue.name not in replies[0][worker]]
+    if missing:
+        fail(f"{worker} answers, and takes nothing from {', '.join(missing)}", code=1)
+    console.print(f"{worker} takes messages.")
+
+
+_stop = threading.Event()
+
+
+def _stop_on_signals() -> None:
+    """Make SIGINT (Ctrl-C), SIGTERM and SIGHUP stop the children in order."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        # Python drops an exception that is raised where none can be handled, such as a weak reference's callback: so
+        # whoever works in steps looks at the event too.
+        _stop.set()
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+
+
+def _step(line: str) -> None:
+    """Say what is done next, unless it is time to stop."""
+    if _stop.is_set():
+        raise KeyboardInterrupt
+    _progress(line)
+
+
+def _progress(line: str) -> None:
+    console.print(line, style="dim")
+
+
+def _told(words: str, answer: Result) -> str:
+    return f"  {words:<52} → {described(answer)}; {answer.available:,} available"

@@ -1,0 +1,130 @@
+"""`holdfast wallet` and `holdfast history`: what a customer sees, in a terminal."""
+
+from dataclasses import asdict
+from typing import Annotated, get_args
+
+import typer
+from rich.table import Table
+
+from ledger import history
+from ledger.history import EventFilter, Page, WalletView
+from ledger.readable import escaped
+from ledger.state import EventType
+from worker.cli.terminal import (
+    AsJson,
+    Column,
+    Organization,
+    console,
+    fail,
+    open_ledger,
+    print_json,
+    properties,
+    table,
+    when,
+)
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: holdfast wallet acme")
+def wallet(org_id: Organization, as_json: AsJson = False) -> None:
+    """Show an organization's balances. Exit code 1 if it has no wallet yet."""
+    with open_ledger() as engine, engine.connect() as connection:
+        view = history.wallet(connection, org_id)
+    if view is None:
+        fail(f"{org_id} has no wallet: no message has named it yet", code=1)
+    if as_json:
+        print_json(asdict(view))
+    else:
+        console.print(wallet_table(view))
+
+
+def _project(text: str | None) -> str | None:
+    try:
+        return None if text is None else history.project(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+@app.command("history", epilog="Example: holdfast history acme --type usage --type refund --from 2026-01-01")
+def show_history(
+    org_id: Organization,
+    first: Annotated[
+        str | None, typer.Option("--from", metavar="TIME", help="First day, or first moment (ISO 8601, UTC).")
+    ] = None,
+    last: Annotated[
+        str | None, typer.Option("--to", metavar="TIME", help="Last day, or the moment before which (ISO 8601, UTC).")
+    ] = None,
+    event_type: Annotated[
+        list[str] | None, typer.Option("--type", metavar="TYPE", help=f"Repeatable: {', '.join(get_args(EventType))}.")
+    ] = None,
+    project_id: Annotated[
+        str | None, typer.Option("--project", metavar="ID", help="Only this project.", callback=_project)
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, max=history.MAX_PAGE, help="How many events.")] = history.MAX_PAGE,
+    offset: Annotated[int, typer.Option(min=0, max=2**62, help="How many newer events to leave out.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show an organization's credit history, newest first."""
+    for name in event_type or ():
+        if name not in get_args(EventType):
+            known = ", ".join(get_args(EventType))
+            raise typer.BadParameter(f"{escaped(name)} is none of {known}", param_hint="--type")
+    try:
+        created_from, created_before = history.time_range(when(first, "--from"), when(last, "--to"))
+    except ValueError:
+        raise typer.BadParameter("must not be before --from", param_hint="--to") from None
+    matching = EventFilter(
+        created_from=created_from,
+        created_before=created_before,
+        event_types=event_type or (),  # type: ignore[arg-type] # checked above
+        project_id=project_id,
+    )
+    with open_ledger() as engine, engine.connect() as connection:
+        page = history.events(connection, org_id, matching, limit=limit, offset=offset)
+    if as_json:
+        items = [history.as_item(event) for event in page.events]
+        print_json({"items": items, "total": page.total, "limit": limit, "offset": offset})
+    elif page.events:
+        console.print(history_table(page, org_id))
+    else:
+        console.print("No events.")
+
+
+def wallet_table(view: WalletView) -> Table:
+    """The balances of a wallet."""
+    return properties(
+        f"Wallet of {view.org_id}",
+        [
+            ("available", view.available),
+            ("prepaid", view.prepaid_balance),
+            ("subscription left", view.subscription_balance),
+            ("reserved", view.reserved_credits),
+            ("used this period", view.used_this_period),
+            ("included this period", view.included_this_period),
+            ("plan", view.plan or "none"),
+            ("period ends", view.current_period_end),
+            ("credit limit", view.credit_limit),
+            ("period cap", "none" if view.period_cap is None else view.period_cap),
+        ],
+        amounts=True,
+    )
+
+
+_HISTORY_COLUMNS = (
+    Column("created_at", keeps_line=True),
+    Column("event_type", keeps_line=True),
+    Column("source", needs_width=130),
+    Column("project_id", needs_width=90),
+    Column("activity_name", needs_width=110),
+    Column("credits", is_amount=True),
+    Column("prepaid_balance_after", needs_width=40, is_amount=True),
+    Column("period_usage_after", needs_width=50, is_amount=True),
+    Column("metadata", needs_width=160),
+)
+
+
+def history_table(page: Page, org_id: str) -> Table:
+    """A page of events, newest first."""
+    shown = f"{len(page.events)} of {page.total} events" if len(page.events) < page.total else f"{page.total} events"
+    return table(f"Credit history of {org_id}, newest first: {shown}", _HISTORY_COLUMNS, page.events)
