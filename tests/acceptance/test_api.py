@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from sqlalchemy import Connection, Engine, event, text
 from starlette.types import Message
 
-from api_stub.app import OTHERS_SOURCES, STEPS
+from api_stub.workflows import OTHERS_SOURCES, STEPS
 from ledger import history as ledger_history
 from ledger.database import CONNECT_TIMEOUT_S, POOL_TIMEOUT_S, connect
 from ledger.messages import MESSAGES

@@ -10,7 +10,8 @@ from typing import Any, get_args
 
 import pytest
 
-from api_stub.app import STEPS, create_app
+from api_stub.app import create_app
+from api_stub.workflows import STEPS
 from docs.generate_messages import DEAD_LETTERS, EVENTS, EXAMPLES, HTTP_PATH, OUTCOMES, PAGE, render
 from ledger.messages import MAX_CREDITS, MESSAGES, Message, parse
 from ledger.settings import Settings

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from api_stub.app import STEPS, create_app
+from api_stub.app import create_app
+from api_stub.workflows import STEPS
 from ledger.history import when
 from ledger.messages import MESSAGES, InvalidMessage, parse
 from ledger.settings import Settings

@@ -1,0 +1,102 @@
+"""The credit history and the balances of an organization, for programs."""
+
+from dataclasses import asdict
+from datetime import datetime
+from http import HTTPStatus
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Query
+from pydantic import AfterValidator, PlainValidator
+
+from api_stub import answers, errors
+from api_stub.openapi import IS_A_TIME
+from api_stub.problems import Problem
+from api_stub.services import IS_AN_ID, Using, organization
+from ledger import history
+from ledger.history import EventFilter, WalletView
+from ledger.messages import MAX_CREDITS
+from ledger.state import EventType
+
+ReadableOrg = Annotated[str, Depends(organization("credits:read"))]
+Moment = Annotated[datetime, PlainValidator(history.moment), IS_A_TIME]
+# To FastAPI, a dataclass such as history.When would be a body.
+When = Annotated[Any, PlainValidator(history.when), IS_A_TIME]
+
+
+def event_filter(
+    date_from: Annotated[When | None, Query(description="First day or moment (ISO 8601).")] = None,
+    date_to: Annotated[
+        When | None, Query(description="Last day, or the moment before which; not before `date_from`.")
+    ] = None,
+    event_type: Annotated[list[EventType] | None, Query(description="Repeatable: any of these types.")] = None,
+    project_id: Annotated[
+        str | None,
+        Query(description="Only of this project.", json_schema_extra=IS_AN_ID),
+        AfterValidator(history.project),
+    ] = None,
+) -> EventFilter:
+    """The events that a request asks for."""
+    try:
+        created_from, created_before = history.time_range(date_from, date_to)
+    except ValueError:
+        raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "date_to must not be before date_from") from None
+    return EventFilter(created_from, created_before, tuple(event_type or ()), project_id)
+
+
+def add(app: FastAPI) -> None:
+    """Add what programs of customers read."""
+
+    @app.get(
+        "/api/organizations/{orgId}/credit-events",
+        tags=["credits"],
+        response_model=answers.EventPage,
+        responses=errors.READ_RESPONSES,
+    )
+    def credit_events(
+        org_id: ReadableOrg,
+        using: Using,
+        matching: Annotated[EventFilter, Depends(event_filter)],
+        limit: Annotated[int, Query(ge=1, le=history.MAX_PAGE)] = history.MAX_PAGE,
+        offset: Annotated[int, Query(ge=0, le=MAX_CREDITS)] = 0,
+        cursor: Annotated[
+            int | None, Query(ge=1, le=MAX_CREDITS, description="`next_cursor` of a page; not with `offset`.")
+        ] = None,
+    ) -> dict[str, Any]:
+        """The credit history, newest first. Follow `next_cursor` to read on while events are being added."""
+        if cursor is not None and offset:
+            raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "cursor cannot be combined with offset")
+        with using.reading(through=org_id if matching.looks_at_each else None) as ledger:
+            page = history.events(ledger, org_id, matching, limit=limit, offset=offset, before_seq=cursor)
+        return {
+            "items": [history.as_item(event) for event in page.events],
+            "total": page.total,
+            "limit": limit,
+            "offset": offset,
+            "next_cursor": page.next_before_seq,
+        }
+
+    @app.get(
+        "/api/organizations/{orgId}/credits",
+        tags=["credits"],
+        response_model=answers.Wallet | answers.WalletThen,
+        responses=errors.READ_RESPONSES,
+    )
+    def credits_of(
+        org_id: ReadableOrg,
+        using: Using,
+        at: Annotated[
+            Moment | None,
+            Query(description="The wallet as of this time (ISO 8601). A date alone is the beginning of that UTC day."),
+        ] = None,
+    ) -> dict[str, Any]:
+        """The wallet, now or as of a time."""
+        with using.reading() as ledger:
+            if at is not None:
+                return {"org_id": org_id, "at": at, **asdict(history.balances_at(ledger, org_id, at))}
+            return _wallet_json(history.wallet(ledger, org_id) or WalletView(org_id))
+
+
+def _wallet_json(view: WalletView) -> dict[str, Any]:
+    fields = asdict(view)
+    start, end = fields.pop("current_period_start"), fields.pop("current_period_end")
+    return {**fields, "current_period": None if start is None else {"start": start, "end": end}}
