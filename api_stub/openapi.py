@@ -7,7 +7,7 @@ from pydantic import WithJsonSchema
 
 from ledger.messages import PLAIN_TEXT_PATTERN, TIME_PATTERN
 
-# What the API's description asks for; `history.when` understands more. The years are those which no offset can take out
+# What the API's description asks for; `filters.when` understands more. The years are those which no offset can take out
 # of the calendar.
 _A_DAY = {"type": "string", "format": "date", "pattern": "^[12][0-9]{3}-[0-9]{2}-[0-9]{2}$"}
 _A_TIME = {"type": "string", "format": "date-time", "pattern": f"^[12][0-9]{{3}}-{TIME_PATTERN}$"}

@@ -19,10 +19,11 @@ from api_stub.problems import Problem
 from api_stub.rendering import PageRoute, add_assets, page, see_other
 from api_stub.services import OrgId, Using, require
 from api_stub.sessions import SignedIn, signed_in
-from ledger import history
-from ledger.history import EventFilter, Reservation, WalletView
+from ledger import filters, history, views
+from ledger.filters import EVERY_EVENT, EventFilter
 from ledger.messages import ID_PATTERN, MAX_CREDITS
 from ledger.state import EventType
+from ledger.views import Reservation, WalletView
 
 EVENT_TYPES: tuple[EventType, ...] = get_args(EventType)
 CHART_POINTS = 240
@@ -63,7 +64,7 @@ class Asked:
     @property
     def is_filtered(self) -> bool:
         """Whether any event is left out."""
-        return self.matching != EventFilter()
+        return self.matching != EVERY_EVENT
 
 
 def asked(request: Request) -> Asked:
@@ -73,22 +74,24 @@ def asked(request: Request) -> Asked:
     event_types = tuple(dict.fromkeys(name for name in query.getlist("event_type") if name))
     errors: dict[str, str] = {}
 
-    first = _understood(typed, "date_from", history.when, errors)
-    last = _understood(typed, "date_to", history.when, errors)
+    first = _understood(typed, "date_from", filters.when, errors)
+    last = _understood(typed, "date_to", filters.when, errors)
     created_from, created_before = None, None
     try:
-        created_from, created_before = history.time_range(first, last)
+        created_from, created_before = filters.time_range(first, last)
     except ValueError:
         errors["date_to"] = "date_to must not be before date_from."
     limit = _understood(typed, "limit", lambda text: _number(text, history.MAX_PAGE), errors)
     known = tuple(name for name in EVENT_TYPES if name in event_types)
     if len(known) < len(event_types):
         errors["event_type"] = f"event_type must be one of {', '.join(EVENT_TYPES)}."
-    project_id = _understood(typed, "project_id", history.project, errors)
+    project_id = _understood(typed, "project_id", filters.project, errors)
     return Asked(
         typed=typed,
         event_types=event_types,
-        matching=EventFilter(created_from, created_before, known, project_id),
+        matching=EventFilter(
+            created_from=created_from, created_before=created_before, event_types=known, project_id=project_id
+        ),
         limit=limit or history.MAX_PAGE,
         before_seq=_understood(typed, "before", lambda text: _number(text, MAX_CREDITS), errors),
         reservations_after=_understood(typed, PLACES[1], lambda text: _number(text, MAX_CREDITS), errors) or 0,
@@ -136,7 +139,7 @@ def credit_history(request: Request, org_id: ReadableOrg, asked_for: AskedFor, u
         if not asked_for.errors:
             found["events"] = _page_of_events(ledger, org_id, asked_for)
             found["chart"] = _chart(ledger, org_id, asked_for.matching, now)
-        found["wallet"] = history.wallet(ledger, org_id) or WalletView(org_id)
+        found["wallet"] = views.wallet(ledger, org_id) or WalletView(org_id)
         found["reservations"] = _open_reservations(ledger, org_id, asked_for)
     return page(
         request,
@@ -233,8 +236,8 @@ class Reservations:
 
 def _open_reservations(ledger: Connection, org_id: str, asked_for: Asked) -> Reservations:
     passed = asked_for.reservations_after
-    shown = history.open_reservations(ledger, org_id=org_id, offset=passed)
-    total, held = history.reservations_held(ledger, org_id)
+    shown = views.open_reservations(ledger, org_id=org_id, offset=passed)
+    total, held = views.reservations_held(ledger, org_id)
     # The page of the events stays as it is.
     place = {"before": asked_for.before_seq} if asked_for.before_seq is not None else {}
     last = passed + len(shown)

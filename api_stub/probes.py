@@ -19,7 +19,8 @@ from sqlalchemy.exc import DBAPIError
 
 from api_stub import answers
 from api_stub.services import Services
-from ledger import history, migrations
+from ledger import migrations
+from ledger.figures import system_figures
 from worker.client import BrokerUnavailableError
 
 PROBES = 4
@@ -93,7 +94,7 @@ class SystemCollector(Collector):
         """The figures, now."""
         try:
             with self._using.probe.connect() as connection:
-                figures = history.system_figures(connection)
+                figures = system_figures(connection)
         except DBAPIError:
             figures = {}
         yield _up("database", bool(figures))

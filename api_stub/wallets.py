@@ -12,15 +12,16 @@ from api_stub import answers, errors
 from api_stub.openapi import IS_A_TIME
 from api_stub.problems import Problem
 from api_stub.services import IS_AN_ID, Using, organization
-from ledger import history
-from ledger.history import EventFilter, WalletView
+from ledger import filters, history, views
+from ledger.filters import EventFilter
 from ledger.messages import MAX_CREDITS
 from ledger.state import EventType
+from ledger.views import WalletView
 
 ReadableOrg = Annotated[str, Depends(organization("credits:read"))]
-Moment = Annotated[datetime, PlainValidator(history.moment), IS_A_TIME]
-# To FastAPI, a dataclass such as history.When would be a body.
-When = Annotated[Any, PlainValidator(history.when), IS_A_TIME]
+Moment = Annotated[datetime, PlainValidator(filters.moment), IS_A_TIME]
+# To FastAPI, a dataclass such as filters.When would be a body.
+When = Annotated[Any, PlainValidator(filters.when), IS_A_TIME]
 
 
 def event_filter(
@@ -32,15 +33,20 @@ def event_filter(
     project_id: Annotated[
         str | None,
         Query(description="Only of this project.", json_schema_extra=IS_AN_ID),
-        AfterValidator(history.project),
+        AfterValidator(filters.project),
     ] = None,
 ) -> EventFilter:
     """The events that a request asks for."""
     try:
-        created_from, created_before = history.time_range(date_from, date_to)
+        created_from, created_before = filters.time_range(date_from, date_to)
     except ValueError:
         raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "date_to must not be before date_from") from None
-    return EventFilter(created_from, created_before, tuple(event_type or ()), project_id)
+    return EventFilter(
+        created_from=created_from,
+        created_before=created_before,
+        event_types=tuple(event_type or ()),
+        project_id=project_id,
+    )
 
 
 def add(app: FastAPI) -> None:
@@ -93,7 +99,7 @@ def add(app: FastAPI) -> None:
         with using.reading() as ledger:
             if at is not None:
                 return {"org_id": org_id, "at": at, **asdict(history.balances_at(ledger, org_id, at))}
-            return _wallet_json(history.wallet(ledger, org_id) or WalletView(org_id))
+            return _wallet_json(views.wallet(ledger, org_id) or WalletView(org_id))
 
 
 def _wallet_json(view: WalletView) -> dict[str, Any]:

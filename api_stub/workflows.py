@@ -14,7 +14,7 @@ from api_stub import answers, errors
 from api_stub.openapi import ANY_OBJECT
 from api_stub.problems import Problem
 from api_stub.services import IS_AN_ID, Using, organization
-from ledger import history
+from ledger import history, views
 from ledger.messages import ID_PATTERN, MESSAGES, InvalidMessage, parse
 from worker.client import NotSentError
 
@@ -47,7 +47,7 @@ def add(app: FastAPI) -> None:
         found = None
         if re.fullmatch(ID_PATTERN, workflow_id):
             with using.reading() as ledger:
-                found = history.workflow(ledger, org_id, workflow_id)
+                found = views.workflow(ledger, org_id, workflow_id)
         if found is None:
             raise Problem(HTTPStatus.NOT_FOUND, "There is no such workflow in this organization.")
         return {**asdict(found), "events": [history.as_item(event) for event in found.events]}

@@ -18,7 +18,7 @@ from bench.limits import bare_inserts_s
 from bench.stand import EMPTY, Stand, check_ledger
 from bench.workload import NotAccountedError, Workload, organization
 from ledger import history, scheduler
-from ledger.history import EventFilter
+from ledger.filters import EventFilter
 from ledger.store import apply_batch
 from worker.client import Client
 
@@ -221,7 +221,7 @@ class _Measurements:
         """(j) What a customer's page costs, near and far."""
         filters = (
             ("every", "every event", EventFilter()),
-            ("type", "one event type", EventFilter(event_types=["usage"])),
+            ("type", "one event type", EventFilter(event_types=("usage",))),
             ("project", "one project", EventFilter(project_id="project-1")),
         )
         with self._stand.opened(self._long) as engine, engine.connect() as connection:

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from sqlalchemy import Engine
 
-from ledger import audit, dead_letters, history
+from ledger import audit, dead_letters, views
 from ledger.dead_letters import (
     DeadLetter,
     LetterFilter,
@@ -351,7 +351,7 @@ def test_open_reservations_are_listed_oldest_first(engine: Engine) -> None:
 
     def found(**conditions: Any) -> list[tuple[str, int]]:
         with engine.connect() as connection:
-            return [(hold.workflow_id, hold.credits) for hold in history.open_reservations(connection, **conditions)]
+            return [(hold.workflow_id, hold.credits) for hold in views.open_reservations(connection, **conditions)]
 
     assert found() == [("first", 10), ("second", 20), ("third", 30)]
     assert found(limit=1) == [("first", 10)]

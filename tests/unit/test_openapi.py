@@ -9,7 +9,7 @@ from jsonschema import Draft202012Validator
 
 from api_stub.app import create_app
 from api_stub.workflows import STEPS
-from ledger.history import when
+from ledger.filters import when
 from ledger.messages import MESSAGES, InvalidMessage, parse
 from ledger.settings import Settings
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ledger import history
+from ledger import views
 from ledger import waiting as ledger_waiting
 from ledger.dead_letters import described
 from ledger.readable import escaped, span
@@ -76,7 +76,7 @@ def holds(
 ) -> None:
     """List open reservations, oldest first: a workflow that never ended holds its credits until they expire."""
     with open_ledger() as engine, engine.connect() as connection:
-        found = history.open_reservations(connection, org_id=org_id, older_than=older_than, limit=limit + 1)
+        found = views.open_reservations(connection, org_id=org_id, older_than=older_than, limit=limit + 1)
     shown = found[:limit]
     if as_json:
         print_json({"items": [asdict(reservation) for reservation in shown], "has_more": len(found) > limit})
@@ -103,7 +103,7 @@ def release(
     Exit code 1 if it holds no reservation.
     """
     with open_ledger() as engine, engine.connect() as connection:
-        workflow = history.workflow(connection, org_id, workflow_id)
+        workflow = views.workflow(connection, org_id, workflow_id)
     if workflow is None:
         fail(f"{org_id} has no workflow {workflow_id}: no message has named it yet", code=1)
     if workflow.state != "reserved":

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from celery.utils.nodenames import default_nodename
 
-from ledger import audit, history
+from ledger import audit, history, views
 from ledger.database import connect
 from ledger.dead_letters import described
 from ledger.settings import Settings
@@ -78,7 +78,7 @@ def demo() -> None:
                 console.print(_told(words, answer))
             engine = connect(system.embedded.reader_url)
             with engine.connect() as connection:
-                wallet = history.wallet(connection, story.ORGANIZATION)
+                wallet = views.wallet(connection, story.ORGANIZATION)
                 page = history.events(connection, story.ORGANIZATION)
             assert wallet is not None
             console.print(wallet_table(wallet), history_table(page, story.ORGANIZATION))

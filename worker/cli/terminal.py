@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy import Engine
 
-from ledger import history
+from ledger import filters
 from ledger.database import connect
 from ledger.messages import MAX_REASON_LENGTH
 from ledger.readable import escaped, escaped_json
@@ -76,12 +76,12 @@ WaitS = Annotated[
 ]
 
 
-def when(text: str | None, option: str) -> history.When | None:
+def when(text: str | None, option: str) -> filters.When | None:
     """The date or time that was given as `option`. Raises typer.BadParameter."""
     if text is None:
         return None
     try:
-        return history.when(text)
+        return filters.when(text)
     except ValueError as error:
         problem = str(error).replace("must be", "is not", 1)
         raise typer.BadParameter(f"{escaped(text)} {problem}", param_hint=option) from None

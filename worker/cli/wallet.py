@@ -6,10 +6,12 @@ from typing import Annotated, get_args
 import typer
 from rich.table import Table
 
-from ledger import history
-from ledger.history import EventFilter, Page, WalletView
+from ledger import filters, history, views
+from ledger.filters import EventFilter
+from ledger.history import Page
 from ledger.readable import escaped
 from ledger.state import EventType
+from ledger.views import WalletView
 from worker.cli.terminal import (
     AsJson,
     Column,
@@ -30,7 +32,7 @@ app = typer.Typer()
 def wallet(org_id: Organization, as_json: AsJson = False) -> None:
     """Show an organization's balances. Exit code 1 if it has no wallet yet."""
     with open_ledger() as engine, engine.connect() as connection:
-        view = history.wallet(connection, org_id)
+        view = views.wallet(connection, org_id)
     if view is None:
         fail(f"{org_id} has no wallet: no message has named it yet", code=1)
     if as_json:
@@ -41,7 +43,7 @@ def wallet(org_id: Organization, as_json: AsJson = False) -> None:
 
 def _project(text: str | None) -> str | None:
     try:
-        return None if text is None else history.project(text)
+        return None if text is None else filters.project(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
@@ -71,13 +73,13 @@ def show_history(
             known = ", ".join(get_args(EventType))
             raise typer.BadParameter(f"{escaped(name)} is none of {known}", param_hint="--type")
     try:
-        created_from, created_before = history.time_range(when(first, "--from"), when(last, "--to"))
+        created_from, created_before = filters.time_range(when(first, "--from"), when(last, "--to"))
     except ValueError:
         raise typer.BadParameter("must not be before --from", param_hint="--to") from None
     matching = EventFilter(
         created_from=created_from,
         created_before=created_before,
-        event_types=event_type or (),  # type: ignore[arg-type] # checked above
+        event_types=tuple(event_type or ()),  # type: ignore[arg-type] # checked above
         project_id=project_id,
     )
     with open_ledger() as engine, engine.connect() as connection:

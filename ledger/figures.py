@@ -1,0 +1,35 @@
+"""Figures about the whole ledger, for monitoring. Only reads."""
+
+from sqlalchemy import Connection, func, select
+
+from ledger.tables import credit_events, dead_letters, waiting_messages, wallets, workflows
+from ledger.views import STARTED
+
+
+def system_figures(connection: Connection) -> dict[str, tuple[str, float]]:
+    """Figures about the whole ledger for monitoring: by name, what they mean and their value."""
+    oldest_hold = (
+        select(func.min(credit_events.c.created_at))
+        .select_from(workflows.join(credit_events, STARTED))
+        .where(workflows.c.state == "reserved")
+    )
+    longest_wait = select(func.min(waiting_messages.c.waiting_since))
+    now = func.clock_timestamp()
+    row = connection.execute(
+        select(
+            select(func.count()).select_from(dead_letters).where(dead_letters.c.status == "open").scalar_subquery(),
+            func.coalesce(func.extract("epoch", now - oldest_hold.scalar_subquery()), 0),
+            select(func.count()).select_from(wallets).where(wallets.c.next_period_at <= now).scalar_subquery(),
+            select(func.count()).select_from(wallets).where(wallets.c.next_hold_expiry <= now).scalar_subquery(),
+            select(func.count()).select_from(waiting_messages).scalar_subquery(),
+            func.coalesce(func.extract("epoch", now - longest_wait.scalar_subquery()), 0),
+        )
+    ).one()
+    return {
+        "dead_letters_open": ("Dead letters that nobody has dealt with.", float(row[0])),
+        "oldest_hold_age_seconds": ("Age of the oldest open reservation; 0 if there is none.", float(row[1])),
+        "wallets_overdue_period": ("Wallets whose next period should have begun.", float(row[2])),
+        "wallets_overdue_hold": ("Wallets in which a reservation may have expired.", float(row[3])),
+        "waiting_messages": ("Messages that wait for their own organization, and for nobody else.", float(row[4])),
+        "waiting_oldest_age_seconds": ("How long the oldest of them waits; 0 if there is none.", float(row[5])),
+    }

@@ -1,0 +1,100 @@
+"""Which events are asked for, and how a person writes it: days and times, projects."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from datetime import UTC, date, datetime, time, timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement
+
+from ledger.messages import ID_PATTERN
+from ledger.state import EventType
+from ledger.tables import credit_events
+
+TIME_RANGE = "created_from", "created_before"
+"""The fields of a filter that are a range of numbers, as events are numbered in the order of their times."""
+
+
+def _where(condition: Callable[[Any], ColumnElement[bool]], *, default: Any) -> Any:
+    """A field of the filter: any value but the default is a condition on the event."""
+    return field(default=default, metadata={"condition": condition})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventFilter:
+    """Which events: every condition that is given holds. `created_from` is inclusive, `created_before` is not."""
+
+    created_from: datetime | None = None
+    created_before: datetime | None = None
+    event_types: tuple[EventType, ...] = _where(credit_events.c.event_type.in_, default=())
+    project_id: str | None = _where(credit_events.c.project_id.__eq__, default=None)
+
+    def conditions(self) -> tuple[ColumnElement[bool], ...]:
+        """What an event of the time range has to be, to match."""
+        given = ((each, getattr(self, each.name)) for each in fields(self) if each.name not in TIME_RANGE)
+        return tuple(each.metadata["condition"](value) for each, value in given if value != each.default)
+
+    def time_range_alone(self) -> "EventFilter":
+        """The filter of all events in its time range."""
+        return EventFilter(created_from=self.created_from, created_before=self.created_before)
+
+    @property
+    def looks_at_each(self) -> bool:
+        """Whether every event of the time range has to be looked at, to tell which ones match."""
+        return bool(self.conditions())
+
+
+EVERY_EVENT = EventFilter()
+
+
+@dataclass(frozen=True, slots=True)
+class When:
+    """A whole UTC day, which ends with the first moment after it; or one moment, which is both."""
+
+    begin: datetime
+    end: datetime
+
+
+def when(text: str) -> When:
+    """A date or time as a person writes it: ISO 8601; UTC unless it says otherwise.
+
+    In a query, a `+` that is not escaped arrives as a space: before an offset, that is read as the `+`.
+    Raises ValueError, whose text completes a sentence that begins with the parameter's name.
+    """
+    try:
+        day = date.fromisoformat(text)
+    except ValueError:
+        try:
+            value = datetime.fromisoformat(_OFFSET_WITHOUT_SIGN.sub(r"\1+\2", text))
+            at = (value if value.tzinfo else value.replace(tzinfo=UTC)).astimezone(UTC)
+        except (ValueError, OverflowError):
+            raise ValueError("must be a date or time such as 2026-01-31 or 2026-01-31T09:00:00Z") from None
+        return When(at, at)
+    begin = datetime.combine(day, time.min, UTC)
+    return When(begin, begin + timedelta(days=1) if day < date.max else datetime.max.replace(tzinfo=UTC))
+
+
+_OFFSET_WITHOUT_SIGN = re.compile(r"([T ][0-9:.,]+) ([0-9]{2}:[0-9]{2})\Z")
+
+
+def moment(text: str) -> datetime:
+    """The moment, or the first one of the day, that a person writes. Raises ValueError, as `when` does."""
+    return when(text).begin
+
+
+def time_range(first: When | None, last: When | None) -> tuple[datetime | None, datetime | None]:
+    """The range that begins with `first`, and ends with the whole of the day `last` or before the moment `last`.
+
+    Raises ValueError if `last` is before `first`.
+    """
+    if first is not None and last is not None and last.begin < first.begin and last.end <= first.begin:
+        raise ValueError("the range ends before it begins")
+    return None if first is None else first.begin, None if last is None else last.end
+
+
+def project(text: str) -> str:
+    """A project's id as a person writes it. Raises ValueError, as `when` does."""
+    if not re.fullmatch(ID_PATTERN, text):
+        raise ValueError("must have 1 to 128 characters, and only letters, digits and _ . : - among them")
+    return text

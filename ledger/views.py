@@ -1,0 +1,181 @@
+"""What there is now: an organization's wallet, its workflows and its open reservations. Only reads."""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from sqlalchemy import Connection, RowMapping, and_, func, select
+
+from ledger.state import WorkflowState
+from ledger.tables import credit_events, posted_messages, subscriptions, wallets, workflows
+
+# The event that a workflow's reservation is.
+STARTED = and_(
+    credit_events.c.org_id == workflows.c.org_id,
+    credit_events.c.idempotency_key == func.concat("start:", workflows.c.workflow_id),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WalletView:
+    """An organization's wallet, as it was written last: what is due but not yet posted is not in it."""
+
+    org_id: str
+    balance: int = 0
+    available: int = 0
+    prepaid_balance: int = 0
+    subscription_balance: int = 0
+    reserved_credits: int = 0
+    credit_limit: int = 0
+    period_cap: int | None = None
+    used_this_period: int = 0
+    included_this_period: int = 0
+    plan: str | None = None
+    current_period_start: datetime | None = None
+    current_period_end: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """An open reservation."""
+
+    org_id: str
+    workflow_id: str
+    project_id: str | None
+    activity_name: str | None
+    credits: int
+    reserved_at: datetime
+    expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class WorkflowView:
+    """What the ledger knows of one workflow, and its events, oldest first."""
+
+    workflow_id: str
+    state: WorkflowState
+    project_id: str | None
+    activity_name: str | None
+    reserved_credits: int | None
+    expires_at: datetime | None
+    used_credits: int | None
+    refunded_credits: int
+    events: list[RowMapping]
+
+
+def wallet(connection: Connection, org_id: str) -> WalletView | None:
+    """The wallet of `org_id`, or None if no message has ever named it."""
+    current = and_(
+        subscriptions.c.org_id == wallets.c.org_id,
+        subscriptions.c.subscription_id == wallets.c.subscription_id,
+    )
+    period_start = (
+        select(credit_events.c.metadata["period_start"].astext)
+        .where(
+            credit_events.c.org_id == wallets.c.org_id,
+            credit_events.c.idempotency_key
+            == func.concat("subscription:", subscriptions.c.subscription_id, ":", subscriptions.c.period),
+        )
+        .scalar_subquery()
+    )
+    query = select(wallets, subscriptions.c.plan, subscriptions.c.period_granted, period_start.label("period_start"))
+    row = connection.execute(
+        query.select_from(wallets.outerjoin(subscriptions, current)).where(wallets.c.org_id == org_id)
+    ).first()
+    if row is None:
+        return None
+    balance = row.prepaid_balance + row.subscription_balance
+    return WalletView(
+        org_id=row.org_id,
+        balance=balance,
+        available=balance - row.reserved,
+        prepaid_balance=row.prepaid_balance,
+        subscription_balance=row.subscription_balance,
+        reserved_credits=row.reserved,
+        credit_limit=row.credit_limit,
+        period_cap=row.period_cap,
+        used_this_period=row.period_usage,
+        included_this_period=row.period_granted or 0,
+        plan=row.plan,
+        current_period_start=None if row.period_start is None else datetime.fromisoformat(row.period_start),
+        current_period_end=None if row.period_start is None else row.next_period_at,
+    )
+
+
+def open_reservations(
+    connection: Connection,
+    *,
+    org_id: str | None = None,
+    older_than: timedelta | None = None,
+    limit: int = 100,
+    offset: int = 0,
+) -> list[Reservation]:
+    """The open reservations, oldest first, of one organization or of all: `limit` after the `offset` oldest.
+
+    One that has expired is among them until the next message for its wallet, or the beat, releases it.
+    """
+    query = (
+        select(workflows, credit_events.c.created_at)
+        .select_from(workflows.join(credit_events, STARTED))
+        .where(workflows.c.state == "reserved")
+        .order_by(credit_events.c.created_at, workflows.c.org_id, workflows.c.workflow_id)
+        .limit(limit)
+        .offset(offset)
+    )
+    if org_id is not None:
+        query = query.where(workflows.c.org_id == org_id)
+    if older_than is not None:
+        query = query.where(credit_events.c.created_at < func.clock_timestamp() - older_than)
+    return [
+        Reservation(
+            org_id=row.org_id,
+            workflow_id=row.workflow_id,
+            project_id=row.project_id,
+            activity_name=row.activity_name,
+            credits=row.start_credits,
+            reserved_at=row.created_at,
+            expires_at=row.expires_at,
+        )
+        for row in connection.execute(query)
+    ]
+
+
+def reservations_held(connection: Connection, org_id: str) -> tuple[int, int]:
+    """How many open reservations `org_id` has, and the credits that they hold together."""
+    held = select(func.count(), func.coalesce(func.sum(workflows.c.start_credits), 0))
+    row = connection.execute(held.where(workflows.c.org_id == org_id, workflows.c.state == "reserved")).one()
+    return row[0], int(row[1])
+
+
+def workflow(connection: Connection, org_id: str, workflow_id: str) -> WorkflowView | None:
+    """The workflow `workflow_id` of `org_id`, or None if no message has named it."""
+    known = select(workflows).where(workflows.c.org_id == org_id, workflows.c.workflow_id == workflow_id)
+    row = connection.execute(known).first()
+    if row is None:
+        return None
+    keys = [f"{step}:{workflow_id}" for step in ("start", "release", "finish")]
+    if row.refunded:
+        keys += _refund_keys(connection, org_id, workflow_id)
+    written = select(credit_events).where(credit_events.c.org_id == org_id, credit_events.c.idempotency_key.in_(keys))
+    return WorkflowView(
+        workflow_id=row.workflow_id,
+        state=row.state,
+        project_id=row.project_id,
+        activity_name=row.activity_name,
+        reserved_credits=row.start_credits if row.start_answer == "reserved" else None,
+        expires_at=row.expires_at,
+        used_credits=row.finish_credits,
+        refunded_credits=row.refunded,
+        events=list(connection.execute(written.order_by(credit_events.c.seq)).mappings()),
+    )
+
+
+def _refund_keys(connection: Connection, org_id: str, workflow_id: str) -> list[str]:
+    """The idempotency keys of a workflow's refunds: which they are, their messages say and not their metadata."""
+    columns = posted_messages.c
+    refunds = select(func.concat("refund:", columns.message_id)).where(
+        columns.org_id == org_id,
+        columns.kind == "refund",
+        columns.outcome == "posted",
+        columns.terms["workflow_id"].astext == workflow_id,
+    )
+    return list(connection.scalars(refunds))
