@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -190,12 +190,27 @@ class Message(BaseModel):
     )
     metadata: Metadata = Field(default_factory=dict, description="Kept on the events that the message causes.")
 
+    @property
+    def workflow_key(self) -> tuple[str, str] | None:
+        """The (org_id, workflow_id) of the workflow that it is about; None: it is about none."""
+        return None
+
+    @property
+    def subscription_key(self) -> tuple[str, str] | None:
+        """The (org_id, subscription_id) of the subscription that it is about; None: it is about none."""
+        return None
+
 
 class WorkflowMessage(Message):
     """A step in a workflow's life. Idempotent by (org_id, workflow_id, task)."""
 
     workflow_id: Id = Field(description="The run. Never used again for another one.")
     source: Source = "workflow-engine"
+
+    @property
+    def workflow_key(self) -> tuple[str, str]:
+        """The (org_id, workflow_id) of the workflow."""
+        return self.org_id, self.workflow_id
 
 
 class Start(WorkflowMessage):
@@ -246,6 +261,11 @@ class WalletMessage(Message):
         """The message's own id, unique within (org_id, kind)."""
         return str(getattr(self, self.id_field))
 
+    @property
+    def posted_key(self) -> tuple[str, str, str]:
+        """The (org_id, kind, message_id) by which it is known when it comes again."""
+        return self.org_id, self.kind, self.message_id
+
     def terms(self) -> dict[str, Any]:
         """What has to be the same when the message comes again, as JSON values."""
         return self.model_dump(mode="json", exclude={*Message.model_fields, self.id_field})
@@ -292,6 +312,11 @@ class Refund(WalletMessage):
     workflow_id: Id | None = Field(None, description="The workflow whose usage is refunded.")
     source: Source = "billing"
 
+    @property
+    def workflow_key(self) -> tuple[str, str] | None:
+        """The (org_id, workflow_id) of the workflow whose usage is refunded."""
+        return None if self.workflow_id is None else (self.org_id, self.workflow_id)
+
 
 class Bill(WalletMessage):
     """A billing entry; `credits` may be positive, negative or 0 (an entry for the record)."""
@@ -309,39 +334,43 @@ class VersionedMessage(WalletMessage):
     version: Version = Field(description="Only a higher one than every one before has an effect.")
 
 
-class Subscribe(VersionedMessage):
+class SubscriptionMessage(VersionedMessage):
+    """A change of one subscription."""
+
+    id_field = "subscription_id"
+    subscription_id: Id = Field(description="The subscription.")
+    source: Source = "billing"
+
+    @property
+    def message_id(self) -> str:
+        """Every version of a subscription is a message of its own."""
+        return f"{self.subscription_id}:{self.version}"
+
+    @property
+    def subscription_key(self) -> tuple[str, str]:
+        """The (org_id, subscription_id) of the subscription."""
+        return self.org_id, self.subscription_id
+
+
+class Subscribe(SubscriptionMessage):
     """The organization gets `monthly_credits` every month, counted from `anchor` (default: when first applied).
 
     At the end of a period what is left is kept up to `rollover_limit` credits.
     """
 
-    task, kind, id_field = "wallet.subscribe", "subscribe", "subscription_id"
-    subscription_id: Id = Field(description="The subscription.")
+    task, kind = "wallet.subscribe", "subscribe"
     plan: Name = Field(description="The plan's name, as customers read it.")
     monthly_credits: Credits = Field(description="What each period is given.")
     rollover_limit: Credits = Field(0, description="The most that is kept of what a period leaves.")
     anchor: Instant | None = Field(
         None, description="When the first period starts, and so the day of the month of all others. It never changes."
     )
-    source: Source = "billing"
-
-    @property
-    def message_id(self) -> str:
-        """Every version of a subscription is a message of its own."""
-        return f"{self.subscription_id}:{self.version}"
 
 
-class Unsubscribe(VersionedMessage):
+class Unsubscribe(SubscriptionMessage):
     """No further allocation; what is left expires when the period ends."""
 
-    task, kind, id_field = "wallet.unsubscribe", "unsubscribe", "subscription_id"
-    subscription_id: Id = Field(description="The subscription.")
-    source: Source = "billing"
-
-    @property
-    def message_id(self) -> str:
-        """Every version of a subscription is a message of its own."""
-        return f"{self.subscription_id}:{self.version}"
+    task, kind = "wallet.unsubscribe", "unsubscribe"
 
 
 class Configure(VersionedMessage):
@@ -355,23 +384,12 @@ class Configure(VersionedMessage):
     source: Source = "admin"
 
 
-MESSAGES: dict[str, type[Message]] = {
-    model.task: model
-    for model in (
-        Start,
-        Finish,
-        Cancel,
-        Fail,
-        Purchase,
-        Grant,
-        Adjust,
-        Refund,
-        Bill,
-        Subscribe,
-        Unsubscribe,
-        Configure,
-    )
-}
+AnyWorkflowMessage = Start | Finish | Cancel | Fail
+AnyWalletMessage = Purchase | Grant | Adjust | Refund | Bill | Subscribe | Unsubscribe | Configure
+AnyMessage = AnyWorkflowMessage | AnyWalletMessage
+"""Every message that there is. `rules.decide` has a rule for each, or mypy says which one lacks it."""
+
+MESSAGES: dict[str, type[AnyMessage]] = {model.task: model for model in get_args(AnyMessage)}
 """Every message by its task name."""
 
 
@@ -384,7 +402,7 @@ class InvalidMessage:
     org_id: str | None
 
 
-WORKFLOW_TASKS = frozenset(name for name, model in MESSAGES.items() if issubclass(model, WorkflowMessage))
+WORKFLOW_TASKS = frozenset(model.task for model in get_args(AnyWorkflowMessage))
 """What an engine may send."""
 
 
@@ -410,7 +428,7 @@ def only_argument(task: str, args: Sequence[object], kwargs: Mapping[str, object
     return InvalidMessage("invalid_message", error, None)
 
 
-def parse(task: str, payload: object) -> Message | InvalidMessage:
+def parse(task: str, payload: object) -> AnyMessage | InvalidMessage:
     """Read the JSON value `payload` as the message that `task` takes; pass on why there is none. Never raises."""
     if isinstance(payload, InvalidMessage):
         return payload

@@ -7,11 +7,14 @@ message. Every event is made by `_post`, which asserts the arithmetic of the led
 import json
 from collections.abc import Mapping
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, assert_never
 
 from ledger.messages import (
     MAX_CREDITS,
     Adjust,
+    AnyMessage,
+    AnyWalletMessage,
+    AnyWorkflowMessage,
     Bill,
     Cancel,
     Configure,
@@ -52,7 +55,7 @@ class _OutOfRangeError(Exception):
 
 def decide(
     wallet: Wallet,
-    message: Message,
+    message: AnyMessage,
     now: datetime,
     *,
     workflow: Workflow | None = None,
@@ -68,15 +71,11 @@ def decide(
     assert not wallet.is_due(now)
     assert wallet.last_event_at is None or wallet.last_event_at <= now
     try:
-        match message:
-            case WorkflowMessage():
-                return _decide_workflow(wallet, message, now, workflow)
-            case WalletMessage() if posted is not None:
-                return _repeat(wallet, message, posted)
-            case WalletMessage():
-                return _decide_wallet(wallet, message, now, workflow, subscription)
-            case _:
-                raise AssertionError(f"no rule for {message!r}")
+        if isinstance(message, WorkflowMessage):
+            return _decide_workflow(wallet, message, now, workflow)
+        if posted is not None:
+            return _repeat(wallet, message, posted)
+        return _decide_wallet(wallet, message, now, workflow, subscription)
     except _OutOfRangeError:
         return _refuse(wallet, "balance_out_of_range", f"{message.task}: a balance would pass 2^53-1 credits")
 
@@ -84,7 +83,7 @@ def decide(
 # Workflows
 
 
-def _decide_workflow(wallet: Wallet, message: WorkflowMessage, now: datetime, workflow: Workflow | None) -> Decision:
+def _decide_workflow(wallet: Wallet, message: AnyWorkflowMessage, now: datetime, workflow: Workflow | None) -> Decision:
     match message:
         case Start():
             return _start(wallet, message, now, workflow)
@@ -93,7 +92,7 @@ def _decide_workflow(wallet: Wallet, message: WorkflowMessage, now: datetime, wo
         case Cancel() | Fail():
             return _end(wallet, message, now, workflow)
         case _:
-            raise AssertionError(f"no rule for {message!r}")
+            assert_never(message)
 
 
 def _start(wallet: Wallet, message: Start, now: datetime, workflow: Workflow | None) -> Decision:
@@ -227,7 +226,7 @@ def _answer(
 
 def _decide_wallet(
     wallet: Wallet,
-    message: WalletMessage,
+    message: AnyWalletMessage,
     now: datetime,
     workflow: Workflow | None,
     subscription: Subscription | None,
@@ -250,7 +249,7 @@ def _decide_wallet(
         case Configure():
             decision = _configure(wallet, message)
         case _:
-            raise AssertionError(f"no rule for {message!r}")
+            assert_never(message)
     if decision.refusal is not None:
         return decision
     posted = PostedMessage(

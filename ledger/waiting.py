@@ -25,8 +25,25 @@ from ledger.messages import SUSPECT
 NOBODY = ""
 """Stands for the organization of a message that names none."""
 
+LOCKED = "its wallet is locked"
+RECORD_LOCKED = "one of its workflows or subscriptions is locked"
+BEING_CREATED = "its wallet is being created"
+BEHIND = "its earlier messages wait"
+MUCH_DUE = "more is due in its wallet than one transaction does"
+SLOW = "the database takes too long over its messages"
+BLOCKED = "a row that its messages need is locked"
+
 MAX_NAMED = 10_000
 """The most organizations that `organizations` returns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """What became of a message that waits for its organization. It is kept, and may be acknowledged."""
+
+    org_id: str
+    """`NOBODY`, if the message names none."""
+    reason: str
 
 
 class WaitingMessage(NamedTuple):

@@ -22,7 +22,8 @@ from kombu.message import Message
 
 from ledger.messages import only_argument
 from ledger.state import Result
-from ledger.store import DeadLettered, Delivery, Waits, apply_batch
+from ledger.store import DeadLettered, Delivery, apply_batch
+from ledger.waiting import Waits
 from worker import metrics
 from worker.answers import Answer, Answers, tell_dead_letter, value_of
 from worker.background import Background

@@ -7,7 +7,8 @@ from prometheus_client import Counter, Gauge, Histogram, start_http_server
 
 from ledger.settings import SettingsError
 from ledger.state import Result
-from ledger.store import DeadLettered, Waits
+from ledger.store import DeadLettered
+from ledger.waiting import Waits
 from worker.tasks import TASKS
 
 _messages = Counter("holdfast_messages", "Messages that were answered.", ["task", "outcome"])

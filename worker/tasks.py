@@ -14,7 +14,8 @@ from sqlalchemy import Engine
 from ledger import scheduler
 from ledger.messages import MESSAGES, only_argument
 from ledger.state import Result
-from ledger.store import DeadLettered, Delivery, Waits, apply_batch
+from ledger.store import DeadLettered, Delivery, apply_batch
+from ledger.waiting import Waits
 
 SCHEDULER_TASKS = {
     scheduler.POST_DUE: scheduler.post_due,

@@ -27,7 +27,8 @@ from sqlalchemy.exc import OperationalError
 from ledger import audit, migrations
 from ledger.database import connect
 from ledger.roles import WORKER
-from ledger.store import LOCKED, apply_batch
+from ledger.store import apply_batch
+from ledger.waiting import LOCKED
 from tests.acceptance import commands, website
 from tests.acceptance.installation import (
     EMPTY,

@@ -12,7 +12,7 @@ from sqlalchemy import Engine, text
 from ledger import audit, migrations
 from ledger.database import connect
 from ledger.messages import DELIVERY_LIMIT
-from ledger.store import LOCKED
+from ledger.waiting import LOCKED
 from tests.acceptance import commands
 from tests.acceptance.installation import (
     Installation,

@@ -18,8 +18,9 @@ from sqlalchemy import Engine, event, text
 from ledger import audit, migrations
 from ledger.database import connect
 from ledger.state import Result
-from ledger.store import DeadLettered, Waits, apply_batch
+from ledger.store import DeadLettered, apply_batch
 from ledger.tables import metadata
+from ledger.waiting import Waits
 from tests.support import PATIENCE_S, delivery, eventually, sql
 from worker import cli
 from worker.local.embedded import Embedded

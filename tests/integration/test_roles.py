@@ -12,7 +12,8 @@ from sqlalchemy.exc import DBAPIError
 
 from ledger import audit, dead_letters, history, migrations, roles, scheduler, waiting
 from ledger.database import connect
-from ledger.store import LOCKED, apply_batch, apply_waiting
+from ledger.store import apply_batch, apply_waiting
+from ledger.waiting import LOCKED
 from tests.support import as_role, delivery, sql
 from worker import cli
 from worker.local.embedded import Embedded

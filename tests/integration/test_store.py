@@ -16,7 +16,8 @@ from ledger import audit, rules, store
 from ledger.database import connect, is_transient
 from ledger.messages import Message
 from ledger.state import Decision, Result
-from ledger.store import LOCKED, Applied, DeadLettered, Delivery, Waits, apply_batch, apply_waiting
+from ledger.store import Applied, DeadLettered, Delivery, apply_batch, apply_waiting
+from ledger.waiting import LOCKED, Waits
 from tests.support import PATIENCE_S, delivery, eventually, sql
 from worker.local.embedded import Embedded
 

@@ -8,25 +8,13 @@ import psycopg
 import pytest
 from sqlalchemy import Engine, text
 
-from ledger import audit, rules, scheduler, store, waiting
+from ledger import audit, rules, scheduler, waiting, working_set
 from ledger.database import connect, is_transient
 from ledger.messages import DELIVERY_LIMIT, InvalidMessage
 from ledger.state import Result
-from ledger.store import (
-    BEHIND,
-    BLOCKED,
-    LOCKED,
-    LONG_PATIENCE_S,
-    MUCH_DUE,
-    PATIENCE_S,
-    RECORD_LOCKED,
-    SLOW,
-    Applied,
-    Delivery,
-    Waits,
-    apply_batch,
-    apply_waiting,
-)
+from ledger.store import LONG_PATIENCE_S, Applied, Delivery, apply_batch, apply_waiting
+from ledger.waiting import BEHIND, BLOCKED, LOCKED, MUCH_DUE, RECORD_LOCKED, SLOW, Waits
+from ledger.working_set import PATIENCE_S
 from tests.support import delivery, no_more_acting, on_insert_into, sql
 
 pytestmark = pytest.mark.timeout(300)  # seconds, on a slow machine
@@ -167,7 +155,7 @@ def test_a_wallet_that_another_worker_has_for_a_moment_does_not_wait_with_a_lock
     apply_batch(engine, [purchase("acme", "first"), purchase("globex", "first")])
     with locked(other, "globex"), other.connect() as worker:
         worker.execute(text("SELECT 1 FROM wallets WHERE org_id = 'acme' FOR UPDATE"))
-        monkeypatch.setattr(store.time, "sleep", lambda _: worker.rollback())
+        monkeypatch.setattr(working_set.time, "sleep", lambda _: worker.rollback())
         answers = apply_batch(engine, [purchase("acme", "second"), purchase("globex", "second")])
     assert outcomes(answers) == ["posted", "Waits"]
     assert outcomes(apply_all_waiting(engine, "globex")) == ["posted"]
@@ -510,7 +498,7 @@ def test_an_attempt_that_fails_and_lets_its_worker_live_does_not_count(
 @pytest.fixture
 def most_due(monkeypatch: pytest.MonkeyPatch) -> int:
     """A small bound, so that few holds are many."""
-    monkeypatch.setattr(store, "MOST_DUE", 10)
+    monkeypatch.setattr(working_set, "MOST_DUE", 10)
     return 10
 
 

@@ -13,7 +13,7 @@ from threading import Event
 from time import monotonic
 from typing import Literal
 
-from ledger.store import MOST_DUE
+from ledger.working_set import MOST_DUE
 from tests.nemesis import checker
 from tests.nemesis.checker import Finding
 from tests.nemesis.machine import Machine

@@ -18,7 +18,8 @@ from ledger.database import connect
 from ledger.messages import InvalidMessage
 from ledger.scheduler import release_expired
 from ledger.state import Result
-from ledger.store import MOST_DUE, Delivery, apply_batch
+from ledger.store import Delivery, apply_batch
+from ledger.working_set import MOST_DUE
 from tests.nemesis import checker, neighbour
 from tests.nemesis.checker import ANSWER_KEY, Finding
 from tests.nemesis.machine import WAITING, Machine, expire_all

@@ -3,7 +3,7 @@
 import json
 import math
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -11,6 +11,7 @@ from ledger.messages import (
     MAX_BODY_BYTES,
     MAX_METADATA_BYTES,
     MESSAGES,
+    AnyMessage,
     InvalidMessage,
     Message,
     WalletMessage,
@@ -636,3 +637,13 @@ def test_no_valid_message_is_too_large_however_it_is_escaped() -> None:
     }
     assert isinstance(parse("workflow.start", largest), Message)
     assert len(json.dumps([[largest], {}, {}], indent=4)) < MAX_BODY_BYTES / 2
+
+
+def test_every_class_of_a_message_is_one_of_the_messages() -> None:
+    assert {model for model in subclasses(Message) if "task" in vars(model)} == set(get_args(AnyMessage))
+
+
+def subclasses(model: type[Message]) -> set[type[Message]]:
+    """All below `model` that this project defines."""
+    own = {each for each in model.__subclasses__() if each.__module__ == Message.__module__}
+    return own.union(*map(subclasses, own))

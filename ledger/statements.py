@@ -1,0 +1,93 @@
+"""Statements for sets of records, generated: rows arrive as one array for each column.
+
+The fields of a record are the columns of its table, in the same order.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import psycopg
+from psycopg.rows import args_row
+from sqlalchemy import BigInteger, Dialect, Table, Text
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
+
+from ledger import arrays
+
+Connection = psycopg.Connection[Any]
+
+
+def select(connection: Connection, record: type[Any], statement: str, parameters: Sequence[Any]) -> psycopg.Cursor[Any]:
+    cursor = connection.cursor(row_factory=args_row(record), binary=True)
+    return cursor.execute(statement, parameters)
+
+
+def find(connection: Connection, record: type[Any], statement: str, keys: set[Any]) -> Callable[[], Sequence[Any]]:
+    """Look for the records with `keys`, if there are any; what is returned gives them, after the round trip."""
+    if not keys:
+        return tuple
+    return select(
+        connection, record, statement, [arrays.text(column) for column in zip(*sorted(keys), strict=True)]
+    ).fetchall
+
+
+class Write(NamedTuple):
+    """A statement that writes rows, which arrive as one array per column."""
+
+    sql: str
+    encoders: tuple[Callable[[Sequence[Any]], object], ...]
+
+    def of(self, rows: Sequence[Any]) -> tuple[str, list[object]]:
+        """What to execute, to write `rows`."""
+        columns = zip(*sorted(rows), strict=True)  # neighbours in an index cost less, one after the other
+        return self.sql, [encode(column) for encode, column in zip(self.encoders, columns, strict=True)]
+
+
+# What is not named here is rare: psycopg finds out how to send a list.
+_ENCODERS: dict[type, Callable[[Any], object]] = {
+    Text: arrays.text,
+    BigInteger: arrays.bigint,
+    TIMESTAMP: arrays.timestamptz,
+    JSONB: arrays.jsonb,
+}
+_DIALECT: Dialect = postgresql.dialect()
+
+
+def column_names(record: type[Any]) -> str:
+    return ", ".join(record._fields)
+
+
+def write(table: Table, record: type[Any], statement: str) -> Write:
+    """`statement` with `{rows}` replaced by the rows of `record` that arrive as arrays."""
+    types = [table.c[name].type for name in record._fields]
+    columns = ", ".join(f"%b::{column_type.compile(_DIALECT)}[]" for column_type in types)
+    rows = f"unnest({columns}) AS new ({column_names(record)})"
+    return Write(statement.format(rows=rows), tuple(_ENCODERS.get(type(column_type), list) for column_type in types))
+
+
+def insert(table: Table, record: type[Any], on_conflict: str = "") -> Write:
+    names = column_names(record)
+    return write(table, record, f"INSERT INTO {table.name} ({names}) SELECT {names} FROM {{rows}} {on_conflict}")
+
+
+def update(table: Table, record: type[Any]) -> Write:
+    same = " AND ".join(f"{table.name}.{key.name} = new.{key.name}" for key in table.primary_key)
+    changes = ", ".join(f"{name} = new.{name}" for name in record._fields if not table.c[name].primary_key)
+    return write(table, record, f"UPDATE {table.name} SET {changes} FROM {{rows}} WHERE {same}")
+
+
+def by_key(table: Table, record: type[Any]) -> str:
+    keys = [column.name for column in table.primary_key]
+    columns = ", ".join("%b::text[]" for _ in keys)
+    return (
+        f"SELECT {column_names(record)} FROM {table.name}"
+        f" JOIN unnest({columns}) AS named ({', '.join(keys)}) USING ({', '.join(keys)})"
+    )
+
+
+def lock_that_can_be(table: Table) -> str:
+    keys = ", ".join(column.name for column in table.primary_key)
+    return (
+        f"SELECT {keys} FROM {table.name} JOIN unnest(%b::text[], %b::text[]) AS named ({keys}) USING ({keys})"
+        f" FOR NO KEY UPDATE OF {table.name} SKIP LOCKED"
+    )

@@ -1,0 +1,403 @@
+"""What one transaction locks, loads, decides and writes, set by set.
+
+The number of statements does not depend on the number of messages: they travel in two round trips, one to load and one
+to write.
+"""
+
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+from psycopg.errors import LockNotAvailable, QueryCanceled
+
+from ledger import arrays, clocks, rules, tables, waiting
+from ledger.database import LOCK_TIMEOUT_S
+from ledger.messages import AnyMessage, InvalidMessage, WalletMessage
+from ledger.state import Event, PostedMessage, Refusal, Result, Subscription, Wallet, Workflow
+from ledger.statements import Connection, by_key, column_names, find, insert, lock_that_can_be, select, update
+from ledger.waiting import BEHIND, BEING_CREATED, LOCKED, MUCH_DUE, RECORD_LOCKED, Waits
+
+MOST_DUE = 1_000
+"""The most events that one transaction writes for what is due; some more, if periods begin. The rest comes after it."""
+
+PATIENCE_S = 1.0
+"""How long a batch waits for one statement before it looks for the culprit."""
+
+SHORT_PATIENCE_S = 0.25
+"""The same while it looks for one culprit."""
+
+SECOND_LOOK_S = 0.1
+"""How long after a wallet was found locked it is looked at again: another worker has it for less than that."""
+
+Decided = Result | InvalidMessage | Refusal | Waits
+"""What becomes of a message."""
+
+
+class _Named:
+    """What messages name, by its keys."""
+
+    def __init__(self, messages: Iterable[AnyMessage]) -> None:
+        self.workflows: set[tuple[str, str]] = set()
+        self.posted: set[tuple[str, str, str]] = set()
+        self.subscriptions: set[tuple[str, str]] = set()
+        for message in messages:
+            if (workflow := message.workflow_key) is not None:
+                self.workflows.add(workflow)
+            if (subscription := message.subscription_key) is not None:
+                self.subscriptions.add(subscription)
+            if isinstance(message, WalletMessage):
+                self.posted.add(message.posted_key)
+
+
+class WorkingSet:
+    """What one transaction has locked and loaded, and what it is going to write."""
+
+    def __init__(self, locked: Iterable[Wallet], database_now: datetime) -> None:
+        clocks.check(database_now)
+        self.wallets = {wallet.org_id: wallet for wallet in locked}
+        # The database's clock, but never before what the wallet has already seen.
+        self.now = {
+            org_id: max(database_now, wallet.last_event_at or database_now) for org_id, wallet in self.wallets.items()
+        }
+        self.workflows: dict[tuple[str, str], Workflow] = {}
+        self.subscriptions: dict[tuple[str, str], Subscription] = {}
+        self.posted: dict[tuple[str, str, str], PostedMessage] = {}
+        self.events: list[Event] = []
+        self.reasons_to_wait: dict[str, str] = {}
+        """Why the messages of an organization cannot be applied in this transaction."""
+        # As they are in the database.
+        self._loaded_wallets = dict(self.wallets)
+        self._loaded_workflows: dict[tuple[str, str], Workflow] = {}
+        self._loaded_subscriptions: dict[tuple[str, str], Subscription] = {}
+        self._new_posted: list[PostedMessage] = []
+
+    @classmethod
+    def load(
+        cls,
+        connection: Connection,
+        messages: Sequence[AnyMessage],
+        *,
+        known_to_wait: Mapping[str, str],
+        patience_s: float | None,
+        looked_twice: bool = False,
+    ) -> "WorkingSet":
+        """Lock the wallets of `messages`, load all that deciding them needs, and post what is due.
+
+        An organization that has to wait is in `reasons_to_wait`: it is one of those `known_to_wait`, with their
+        reasons, or messages of it wait already. With `patience_s`, what somebody else has locked is not waited for, and
+        its organization has to wait, too.
+        """
+        again = partial(cls.load, connection, messages, patience_s=patience_s)
+        named_ids = {message.org_id for message in messages}
+        org_ids = sorted(named_ids.difference(known_to_wait))
+        if carefully := patience_s is not None:
+            lock, read_clock = _LOCK_WALLETS_THAT_CAN_BE, _clock(patience_s)
+        else:
+            lock, read_clock = _LOCK_WALLETS, _CLOCK
+        with connection.pipeline():
+            connection.execute(BEGIN)
+            locked = select(connection, Wallet, lock, [arrays.text(org_ids)])
+            clock = connection.execute(read_clock)
+            named = _Named(messages)
+            workflows = find(connection, Workflow, _WORKFLOWS, named.workflows)
+            posted = find(connection, PostedMessage, _POSTED, named.posted)
+        now, somebody_waits, *_ = clock.fetchall()[0]
+        work = cls(locked.fetchall(), now)
+        if missing := [org_id for org_id in org_ids if org_id not in work.wallets]:
+            there = {org_id for (org_id,) in connection.execute(_THERE, [arrays.text(missing)])}
+            # Those that are not there will be; one that is there by now was just created by somebody else.
+            connection.execute("ROLLBACK")
+            unknown = sorted(set(missing) - there)
+            if carefully and there and not looked_twice:
+                time.sleep(SECOND_LOOK_S)
+                looked_twice = True
+            elif carefully:
+                being_created = [org_id for org_id in unknown if not cls.can_create(connection, org_id)]
+                found_out = dict.fromkeys(there, LOCKED) | dict.fromkeys(being_created, BEING_CREATED)
+                known_to_wait = {**known_to_wait, **found_out}
+            else:
+                cls.create(connection, unknown)
+            return again(known_to_wait=known_to_wait, looked_twice=looked_twice)
+        work.reasons_to_wait = dict(known_to_wait)
+        if somebody_waits:
+            for (org_id,) in connection.execute(_WAITING, [arrays.text(sorted(named_ids))]):
+                work.reasons_to_wait[org_id] = BEHIND
+        work._keep_loaded(workflows(), posted())
+        work._post_due(connection, named.subscriptions)
+        if carefully and (stuck := work.with_locked_records(connection)):
+            connection.execute("ROLLBACK")
+            known_to_wait = {**known_to_wait, **dict.fromkeys(stuck, RECORD_LOCKED)}
+            return again(known_to_wait=known_to_wait, looked_twice=looked_twice)
+        return work
+
+    @classmethod
+    def load_due(cls, connection: Connection, org_ids: Sequence[str], patience_s: float) -> "WorkingSet":
+        """Lock those of the wallets `org_ids` that nobody else holds, and post what is due in them."""
+        with connection.pipeline():
+            connection.execute(BEGIN)
+            locked = select(connection, Wallet, _LOCK_WALLETS_THAT_CAN_BE, [arrays.text(sorted(org_ids))])
+            clock = connection.execute(_clock(patience_s))
+        [(now, *_)] = clock.fetchall()
+        work = cls(locked.fetchall(), now)
+        work._post_due(connection, set())
+        if stuck := work.with_locked_records(connection):
+            connection.execute("ROLLBACK")
+            work = cls.load_due(connection, sorted(set(org_ids) - stuck), patience_s)
+            work.reasons_to_wait |= dict.fromkeys(stuck, RECORD_LOCKED)
+        return work
+
+    def with_locked_records(self, connection: Connection) -> set[str]:
+        """The organizations of which somebody else has locked a workflow or a subscription that is loaded."""
+        stuck: set[str] = set()
+        for loaded, lock in (
+            (self._loaded_workflows, _LOCK_WORKFLOWS_THAT_CAN_BE),
+            (self._loaded_subscriptions, _LOCK_SUBSCRIPTIONS_THAT_CAN_BE),
+        ):
+            if keys := sorted(key for key in loaded if key[0] in self.wallets):
+                can_be = connection.execute(lock, [arrays.text(column) for column in zip(*keys, strict=True)])
+                stuck |= {org_id for org_id, _ in set(keys).difference(can_be)}
+        return stuck
+
+    @staticmethod
+    def create(connection: Connection, org_ids: Collection[str]) -> None:
+        """Create wallets, in a transaction of its own: to do so while holding others would invite deadlocks."""
+        if not org_ids:
+            return
+        with connection.pipeline():
+            connection.execute(BEGIN)
+            connection.execute(*_CREATE_WALLETS.of([Wallet(org_id) for org_id in org_ids]))
+            connection.execute("COMMIT")
+
+    @classmethod
+    def can_create(cls, connection: Connection, org_id: str) -> bool:
+        """Create a wallet, unless somebody else is about to create it and takes time over that."""
+        connection.execute(BEGIN)
+        connection.execute(_clock(SHORT_PATIENCE_S))
+        try:
+            connection.execute(*_CREATE_WALLETS.of([Wallet(org_id)]))
+        except (LockNotAvailable, QueryCanceled):
+            connection.execute("ROLLBACK")
+            return False
+        connection.execute("COMMIT")
+        return True
+
+    def load_named(self, connection: Connection, messages: Sequence[AnyMessage]) -> None:
+        """Load what deciding `messages` needs besides their wallets, which are locked."""
+        named = _Named(messages)
+        with connection.pipeline():
+            workflows = find(connection, Workflow, _WORKFLOWS, named.workflows)
+            posted = find(connection, PostedMessage, _POSTED, named.posted)
+            subscriptions = find(connection, Subscription, _SUBSCRIPTIONS, named.subscriptions)
+        self._keep_loaded(workflows(), posted(), subscriptions())
+
+    def _keep_loaded(
+        self,
+        workflows: Iterable[Workflow] = (),
+        posted: Iterable[PostedMessage] = (),
+        subscriptions: Iterable[Subscription] = (),
+    ) -> None:
+        # What is known already may have changed in this transaction.
+        new_workflows = {
+            key: workflow
+            for workflow in workflows
+            if (key := (workflow.org_id, workflow.workflow_id)) not in self._loaded_workflows
+        }
+        self._loaded_workflows |= new_workflows
+        self.workflows |= new_workflows
+        self.posted |= {(known.org_id, known.kind, known.message_id): known for known in posted}
+        new_subscriptions = {
+            key: known
+            for known in subscriptions
+            if (key := (known.org_id, known.subscription_id)) not in self._loaded_subscriptions
+        }
+        self._loaded_subscriptions |= new_subscriptions
+        self.subscriptions |= new_subscriptions
+
+    def _post_due(self, connection: Connection, named_subscriptions: set[tuple[str, str]]) -> None:
+        """Do what time alone does, before any message; load the subscriptions that this or a message needs."""
+        due = [wallet for wallet in self.wallets.values() if wallet.is_due(self.now[wallet.org_id])]
+        if not due and not named_subscriptions:
+            return
+        current = {(wallet.org_id, wallet.subscription_id) for wallet in due if wallet.subscription_id is not None}
+        holding = [wallet.org_id for wallet in due if wallet.next_hold_expiry is not None]
+        holding_at = [arrays.text(holding), arrays.timestamptz([self.now[org_id] for org_id in holding])]
+        with connection.pipeline():
+            subscriptions = find(connection, Subscription, _SUBSCRIPTIONS, current | named_subscriptions)
+            found = select(connection, Workflow, _EXPIRED_HOLDS, [*holding_at, MOST_DUE])
+            next_expiry = connection.execute(_NEXT_HOLD_EXPIRY, holding_at)
+        expired = sorted(found.fetchall(), key=lambda workflow: (workflow.expires_at, workflow.workflow_id))
+        self._keep_loaded(expired, subscriptions=subscriptions())
+        for wallet in due:
+            self._begin_due_periods(wallet)
+        # Periods first: a wallet in which more of them are due keeps its holds for another time.
+        overdue = {org_id for org_id, wallet in self.wallets.items() if self._period_is_due(wallet)}
+        for workflow in expired:
+            if workflow.org_id not in overdue:
+                self._release_expired(workflow)
+        if len(expired) < MOST_DUE:  # otherwise, there may be more of them
+            for org_id, expires_at in next_expiry.fetchall():
+                if org_id not in overdue:
+                    self._keep(self.wallets[org_id]._replace(next_hold_expiry=expires_at), ())
+        for org_id, wallet in self.wallets.items():
+            if wallet.is_due(self.now[org_id]):
+                self.reasons_to_wait[org_id] = MUCH_DUE
+
+    def _period_is_due(self, wallet: Wallet) -> bool:
+        return wallet.next_period_at is not None and wallet.next_period_at <= self.now[wallet.org_id]
+
+    def _begin_due_periods(self, wallet: Wallet) -> None:
+        if wallet.subscription_id is None:
+            return
+        subscription = self.subscriptions[wallet.org_id, wallet.subscription_id]
+        wallet, subscription, events = rules.begin_due_periods(
+            wallet, subscription, self.now[wallet.org_id], most_events=MOST_DUE - len(self.events)
+        )
+        self._keep(wallet, events, subscription=subscription)
+
+    def _release_expired(self, workflow: Workflow) -> None:
+        org_id = workflow.org_id
+        wallet, workflow, event = rules.release_expired(self.wallets[org_id], workflow, self.now[org_id])
+        self._keep(wallet, (event,), workflow=workflow)
+
+    def decide(self, messages: Sequence[AnyMessage | InvalidMessage]) -> list[Decided]:
+        """What becomes of `messages`, in order: those that have to wait change nothing."""
+        if not self.reasons_to_wait:  # as nearly always
+            return [message if isinstance(message, InvalidMessage) else self.apply(message) for message in messages]
+        return [self._decide(message) for message in messages]
+
+    def _decide(self, message: AnyMessage | InvalidMessage) -> Decided:
+        org_id = message.org_id or waiting.NOBODY
+        if org_id in self.reasons_to_wait:
+            return Waits(org_id, self.reasons_to_wait[org_id])
+        return message if isinstance(message, InvalidMessage) else self.apply(message)
+
+    def apply(self, message: AnyMessage) -> Result | Refusal:
+        """Decide `message` on the state that the messages before it have left."""
+        org_id, key = message.org_id, message.workflow_key
+        subscription_key = message.subscription_key
+        decision = rules.decide(
+            self.wallets[org_id],
+            message,
+            self.now[org_id],
+            workflow=None if key is None else self.workflows.get(key),
+            subscription=None if subscription_key is None else self.subscriptions.get(subscription_key),
+            posted=self.posted.get(message.posted_key) if isinstance(message, WalletMessage) else None,
+        )
+        if decision.refusal is not None:
+            return decision.refusal
+        if not decision.duplicate:
+            self._keep(decision.wallet, decision.events, decision.workflow, decision.subscription, decision.posted)
+        workflow = None if key is None else self.workflows[key]
+        return Result(
+            decision.outcome,
+            decision.reason,
+            decision.duplicate,
+            org_id,
+            None if key is None else key[1],
+            None if workflow is None else workflow.state,
+            tuple([event.seq for event in decision.events]),
+            decision.wallet.available,
+        )
+
+    def _keep(
+        self,
+        wallet: Wallet,
+        events: Sequence[Event],
+        workflow: Workflow | None = None,
+        subscription: Subscription | None = None,
+        posted: PostedMessage | None = None,
+    ) -> None:
+        self.wallets[wallet.org_id] = wallet
+        self.events += events
+        if workflow is not None:
+            self.workflows[workflow.org_id, workflow.workflow_id] = workflow
+        if subscription is not None:
+            self.subscriptions[subscription.org_id, subscription.subscription_id] = subscription
+        if posted is not None:
+            self.posted[posted.org_id, posted.kind, posted.message_id] = posted
+            self._new_posted.append(posted)
+
+    def write_and_commit(self, connection: Connection) -> None:
+        """Write everything that changed, set by set, and commit."""
+        # COMMIT is a statement like any other: psycopg's own `commit()` waits for the answers before it has sent all of
+        # it, so once the sockets' buffers are full it waits forever.
+        with connection.pipeline():
+            # PostgreSQL begins while the rest is being put together, so what is put together last is the largest.
+            for write, rows in (
+                (_INSERT_WORKFLOWS, _new(self.workflows, self._loaded_workflows)),
+                (_UPDATE_WORKFLOWS, _changed(self.workflows, self._loaded_workflows)),
+                (_INSERT_SUBSCRIPTIONS, _new(self.subscriptions, self._loaded_subscriptions)),
+                (_UPDATE_SUBSCRIPTIONS, _changed(self.subscriptions, self._loaded_subscriptions)),
+                (_UPDATE_WALLETS, _changed(self.wallets, self._loaded_wallets)),
+                (_INSERT_POSTED, self._new_posted),
+                (_INSERT_EVENTS, self.events),
+            ):
+                if rows:
+                    connection.execute(*write.of(rows))
+            committed = connection.execute("COMMIT")
+        assert committed.statusmessage == "COMMIT"
+
+
+def exists(connection: Connection, org_id: str) -> bool:
+    """Whether `org_id` has a wallet, locked or not."""
+    return bool(connection.execute(_THERE, [arrays.text([org_id])]).fetchall())
+
+
+def _new(records: Mapping[Any, Any], loaded: Mapping[Any, Any]) -> list[Any]:
+    return [record for key, record in records.items() if key not in loaded]
+
+
+def _changed(records: Mapping[Any, Any], loaded: Mapping[Any, Any]) -> list[Any]:
+    return [records[key] for key, as_loaded in loaded.items() if records[key] is not as_loaded]
+
+
+def _clock(statement_timeout_s: float) -> str:
+    # Rows are looked up by their keys, one after the other; the planner takes that for dearer than it is, and would
+    # rather read all of a table of some hundred thousand rows.
+    settings = {
+        "lock_timeout": f"{min(LOCK_TIMEOUT_S, statement_timeout_s / 2)}s",
+        "statement_timeout": f"{statement_timeout_s}s",
+        "enable_hashjoin": "off",
+        "enable_mergejoin": "off",
+    }
+    local = [f"set_config('{name}', '{value}', true)" for name, value in settings.items()]
+    return f"SELECT clock_timestamp(), EXISTS (SELECT FROM waiting_messages), {', '.join(local)}"
+
+
+# Whatever the server's default: what is read once a lock is held is current.
+BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
+# The clock is read once the locks are held, and whether anybody waits at all; the settings are for what follows.
+_CLOCK = _clock(PATIENCE_S)
+_LOCK_WALLETS = f"SELECT {column_names(Wallet)} FROM wallets WHERE org_id = ANY(%b::text[]) ORDER BY org_id FOR UPDATE"
+_LOCK_WALLETS_THAT_CAN_BE = f"{_LOCK_WALLETS} SKIP LOCKED"
+_THERE = "SELECT org_id FROM wallets WHERE org_id = ANY(%b::text[])"
+_WAITING = "SELECT DISTINCT org_id FROM waiting_messages WHERE org_id = ANY(%b::text[])"
+_CREATE_WALLETS = insert(tables.wallets, Wallet, "ON CONFLICT DO NOTHING")
+_WORKFLOWS = by_key(tables.workflows, Workflow)
+_POSTED = by_key(tables.posted_messages, PostedMessage)
+_SUBSCRIPTIONS = by_key(tables.subscriptions, Subscription)
+# OFFSET 0 keeps this from becoming a join, which would read everybody's open holds.
+_EXPIRED_HOLDS = f"""
+    SELECT expired.* FROM unnest(%b::text[], %b::timestamptz[]) AS due (org_id, now) CROSS JOIN LATERAL (
+        SELECT {column_names(Workflow)} FROM workflows
+        WHERE workflows.org_id = due.org_id AND state = 'reserved' AND expires_at <= due.now
+        ORDER BY expires_at OFFSET 0
+    ) AS expired LIMIT %b
+"""
+_LOCK_WORKFLOWS_THAT_CAN_BE = lock_that_can_be(tables.workflows)
+_LOCK_SUBSCRIPTIONS_THAT_CAN_BE = lock_that_can_be(tables.subscriptions)
+_NEXT_HOLD_EXPIRY = """
+    SELECT org_id, (
+        SELECT min(expires_at) FROM workflows
+        WHERE workflows.org_id = due.org_id AND state = 'reserved' AND expires_at > due.now
+    ) FROM unnest(%b::text[], %b::timestamptz[]) AS due (org_id, now)
+"""
+_UPDATE_WALLETS = update(tables.wallets, Wallet)
+_INSERT_WORKFLOWS = insert(tables.workflows, Workflow)
+_UPDATE_WORKFLOWS = update(tables.workflows, Workflow)
+_INSERT_SUBSCRIPTIONS = insert(tables.subscriptions, Subscription)
+_UPDATE_SUBSCRIPTIONS = update(tables.subscriptions, Subscription)
+_INSERT_POSTED = insert(tables.posted_messages, PostedMessage)
+_INSERT_EVENTS = insert(tables.credit_events, Event)
