@@ -4,7 +4,6 @@ A third of the truth: what a workload must leave is computed here from its messa
 rules nor those of the naive way, so both are held against the same figures.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from functools import cached_property
 from sqlalchemy import Engine, text
 
 from bench.envelopes import Message, envelopes
+from ledger import bodies
 from ledger.store import Delivery
 
 FUNDS = 1_000_000_000
@@ -75,7 +75,7 @@ class Workload:
     @cached_property
     def deliveries(self) -> list[Delivery]:
         """The messages as a worker hands them to the ledger."""
-        return [Delivery(task, payload, json.dumps([[payload], {}, {}]).encode()) for task, payload in self.messages]
+        return [Delivery(task, payload, bodies.written([payload], {})) for task, payload in self.messages]
 
     def check(self, engine: Engine, *, used_before: int = 0) -> None:
         """See that every message had its effect, once, and the balances are right. Raises NotAccountedError.

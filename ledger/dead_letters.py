@@ -16,6 +16,7 @@ from typing import Any
 import psycopg
 from sqlalchemy import ColumnElement, Connection, Engine, Update, func, or_, select, update
 
+from ledger.bodies import arguments
 from ledger.messages import MAX_BODY_BYTES
 from ledger.readable import escaped, escaped_json, readable_json, shortened
 from ledger.state import Result
@@ -192,21 +193,6 @@ _NEVER_REPLAYED = {
 
 _SENT = "sent; "
 """How a resolution begins when what the message did is not known."""
-
-
-def arguments(body: bytes) -> tuple[list[Any], dict[str, Any]] | None:
-    """The positional and the named arguments that a message was sent with; None: this is no message of Celery's."""
-    try:
-        message = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    match message:
-        case [list(args), dict(kwargs), _]:
-            return args, kwargs
-        case {"args": list(args), "kwargs": dict(kwargs)}:  # the first version of Celery's protocol
-            return args, kwargs
-        case _:
-            return None
 
 
 def _digest(letter: DeadLetter) -> bytes:

@@ -7,7 +7,7 @@ passes can be written to the database as it is. Nothing here knows a wallet; wha
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
@@ -417,15 +417,6 @@ def too_large_entry(size: int, limit: int, sha1: str) -> InvalidMessage:
     kept = f"only the body in its first {MAX_BODY_BYTES:,} is kept; the SHA-1 of the whole entry is {sha1}"
     error = f"the message's entry in the queue has {size:,} bytes, more than {limit:,}: {kept}"
     return InvalidMessage("too_large", error, None)
-
-
-def only_argument(task: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
-    """The one argument that a task was sent with, or the InvalidMessage that says it was sent otherwise."""
-    if len(args) == 1 and not kwargs:
-        return args[0]
-    sent = f"{len(args)} positional and {len(kwargs)} named"
-    error = f"{task} takes one positional argument, the message as a JSON object; got {sent}"
-    return InvalidMessage("invalid_message", error, None)
 
 
 def parse(task: str, payload: object) -> AnyMessage | InvalidMessage:

@@ -15,7 +15,6 @@ A fault of the whole database (see `database.is_transient`) is raised as it is: 
 has happened, and applying it again is safe.
 """
 
-import json
 import logging
 import time
 import traceback
@@ -31,7 +30,7 @@ from psycopg.pq import TransactionStatus
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from ledger import dead_letters, waiting
+from ledger import bodies, dead_letters, waiting
 from ledger.database import (
     LedgerConnection,
     describe,
@@ -45,7 +44,6 @@ from ledger.messages import (
     DELIVERY_LIMIT,
     AnyMessage,
     InvalidMessage,
-    only_argument,
     parse,
 )
 from ledger.readable import beginning
@@ -181,7 +179,7 @@ def catch_up(engine: Engine, org_ids: Sequence[str], *, task: str) -> Iterator[i
 
     def bury(engine: Engine, org_id: str, error: Exception) -> _CaughtUp:
         payload = {"org_id": org_id}
-        _bury(engine, Delivery(task, payload, json.dumps([[payload], {}, {}]).encode()), error)
+        _bury(engine, Delivery(task, payload, bodies.written([payload], {})), error)
         return _CaughtUp(0, ())
 
     def leave_out(_: Engine, org_ids: Sequence[str], error: Exception) -> list[_CaughtUp]:
@@ -451,9 +449,9 @@ def _delivery(kept: NumberedMessage) -> Delivery:
         assert kept.error is not None
         payload = InvalidMessage(kept.error_code, kept.error, None)
     else:
-        arguments = dead_letters.arguments(kept.body)
+        arguments = bodies.arguments(kept.body)
         assert arguments is not None
-        payload = only_argument(kept.task, *arguments)
+        payload = bodies.only_argument(kept.task, *arguments)
     return Delivery(kept.task, payload, kept.body, kept.answer_to)
 
 

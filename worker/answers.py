@@ -16,6 +16,7 @@ from redis.exceptions import RedisError
 
 from ledger.state import Result
 from ledger.store import DeadLettered
+from worker.runs import RunEnded
 from worker.tasks import as_value
 
 logger = logging.getLogger(__name__)
@@ -23,8 +24,8 @@ logger = logging.getLogger(__name__)
 PAUSE_S = 10
 """How long no answers are stored after that has failed."""
 
-Answer = Result | DeadLettered | int
-"""What became of a message; of a run of the scheduler, the number of events that it wrote."""
+Answer = Result | DeadLettered | RunEnded
+"""What became of a message, or of a run of the scheduler."""
 
 
 class Answers:
@@ -65,8 +66,8 @@ def tell_dead_letter(answer: DeadLettered) -> None:
 
 
 def value_of(answer: Answer) -> Any:
-    """What a caller is given: the result as a JSON object, the number, or the exception."""
-    return answer if isinstance(answer, int) else as_value(answer)
+    """What a caller is given: the result as a JSON object, the number of events of a run, or the exception."""
+    return answer.events if isinstance(answer, RunEnded) else as_value(answer)
 
 
 def _stored(backend: Any, task_id: str, answer: Answer) -> str:

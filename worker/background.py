@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread
-from typing import NamedTuple
 
 from psycopg.errors import QueryCanceled
 from sqlalchemy import Engine
@@ -27,6 +26,7 @@ from ledger.working_set import SHORT_PATIENCE_S
 from worker import metrics
 from worker.answers import Answers, tell_dead_letter
 from worker.outage import Outage
+from worker.runs import Run, RunEnded
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +55,6 @@ THIRD_CLOCK_EVERY_S = 60.0
 
 END_WITHIN_S = 0.5
 """How long a worker that ends waits for this. What is broken off is rolled back, and done by another one."""
-
-
-class _Run(NamedTuple):
-    """A run of the scheduler that somebody has asked for."""
-
-    task: str
-    answer_to: str | None
 
 
 class _Pace:
@@ -113,8 +106,8 @@ class Background:
         self._answers = answers
         self._outage = outage
         self._stopped = Event()
-        self._asked: SimpleQueue[_Run] = SimpleQueue()
-        self._run: _Run | None = None
+        self._asked: SimpleQueue[Run] = SimpleQueue()
+        self._run: Run | None = None
         self._steps: Iterator[int] = iter(())
         self._written = 0
         self._third_clock_at = 0.0
@@ -134,9 +127,9 @@ class Background:
         for thread in self._threads:
             thread.start()
 
-    def ask(self, task: str, answer_to: str | None) -> None:
+    def ask(self, run: Run) -> None:
         """Do a run of the scheduler, soon. Returns at once."""
-        self._asked.put(_Run(task, answer_to))
+        self._asked.put(run)
 
     def known_to_wait(self) -> frozenset[str]:
         """The organizations whose messages wait, as far as this worker knows."""
@@ -265,8 +258,9 @@ class Background:
             try:
                 self._written += next(self._steps)
             except StopIteration:
-                self._answers.store([(self._run.answer_to, self._written)])
-                metrics.count_answers([(self._run.task, self._written)])
+                ended = RunEnded(self._written)
+                self._answers.store([(self._run.answer_to, ended)])
+                metrics.count_answers([(self._run.task, ended)])
                 self._run = None
             except Exception:
                 self._steps = scheduler.steps(self._engine, self._run.task)  # it begins again

@@ -12,15 +12,13 @@ ledger knows them, so they change nothing.
 import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
-from celery import Celery, Task
 from celery.worker.consumer import Consumer
 from kombu.message import Message
 
-from ledger.messages import only_argument
 from ledger.state import Result
 from ledger.store import DeadLettered, Delivery, apply_batch
 from ledger.waiting import Waits
@@ -29,7 +27,7 @@ from worker.answers import Answer, Answers, tell_dead_letter, value_of
 from worker.background import Background
 from worker.monitoring import Monitored
 from worker.outage import Outage
-from worker.tasks import SCHEDULER_TASKS
+from worker.runs import Run
 from worker.transport import Channel
 
 # It reports every connection that breaks while it is used; we report the outage.
@@ -40,9 +38,6 @@ MOST_MESSAGES = 500
 
 FIRST_DELAY_S = 0.05
 LONGEST_DELAY_S = 2.0
-Outcome = Result | DeadLettered | Waits | None
-"""What became of a message; None: it is a run of the scheduler, which is done in the background."""
-
 _WHO = "batches"
 
 
@@ -50,57 +45,8 @@ class Arrival(NamedTuple):
     """A message that is not acknowledged yet."""
 
     message: Message
-    delivery: Delivery
+    content: Delivery | Run
     monitored: Monitored | None
-
-
-def raw_body(message: Message) -> bytes:
-    """The body as it arrived; without one, what kombu has in its place."""
-    body = message.body
-    if isinstance(body, bytes | bytearray | memoryview):
-        return bytes(body)
-    try:
-        return str(body).encode(errors="surrogateescape")
-    except UnicodeEncodeError:  # half a surrogate pair
-        return str(body).encode(errors="surrogatepass")
-
-
-def answer_to(message: Message) -> str | None:
-    """The id under which its sender waits for an answer, if it does."""
-    headers = message.headers
-    if not isinstance(headers, dict) or headers.get("ignore_result") is not False:
-        return None
-    task_id = headers.get("id")
-    return task_id if is_text(task_id) else None
-
-
-def is_text(value: object) -> TypeGuard[str]:
-    """Whether it is a string that can be sent and stored, which one with half of a surrogate pair cannot."""
-    if not isinstance(value, str):
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def strategy(task: Task, _app: Celery, consumer: Consumer) -> Callable[..., None]:
-    """How the messages of `task` are taken: Celery's hook, set as the task's `Strategy`."""
-    batch: Batch = consumer.batch
-
-    def receive(message: Message, body: Sequence[Any], *_: object) -> None:
-        args, kwargs, _embed = body
-        payload = None if task.name in SCHEDULER_TASKS else only_argument(task.name, args, kwargs)
-        batch.add(
-            Arrival(
-                message,
-                Delivery(task.name, payload, raw_body(message), answer_to(message)),
-                Monitored.received(task, message, consumer),
-            )
-        )
-
-    return receive
 
 
 class Batch:
@@ -162,8 +108,11 @@ class Batch:
         monitored = [arrival.monitored for arrival in arrivals if arrival.monitored is not None]
         for one in monitored:
             one.started()
+        deliveries = [arrival.content for arrival in arrivals if isinstance(arrival.content, Delivery)]
+        monitors = [arrival.monitored for arrival in arrivals if isinstance(arrival.content, Delivery)]
         try:
-            outcomes = self._outcomes(arrivals)
+            with self._outage.asking(_WHO):
+                outcomes = apply_batch(self._engine, deliveries, known_to_wait=self._background.known_to_wait())
         except Exception as error:  # noqa: BLE001 - to let it pass would end the worker; to acknowledge would lose them
             self._outage.failed(_WHO, error)
             self._try_again_later()
@@ -174,21 +123,22 @@ class Batch:
         del self._arrivals[: len(arrivals)]
         self._applied += [arrival.message for arrival in arrivals]
         answered: list[tuple[str | None, Answer]] = []
-        for arrival, outcome in zip(arrivals, outcomes, strict=True):
-            if isinstance(outcome, (Result, DeadLettered)):
-                answered.append((arrival.delivery.answer_to, outcome))
-                if isinstance(outcome, DeadLettered):
-                    tell_dead_letter(outcome)
-            elif outcome is None:
-                self._background.ask(arrival.delivery.task, arrival.delivery.answer_to)
-            else:
+        for delivery, monitor, outcome in zip(deliveries, monitors, outcomes, strict=True):
+            if isinstance(outcome, Waits):
                 self._background.note([outcome.org_id])
-            if arrival.monitored is not None:
-                arrival.monitored.ended(_told(outcome), took_s=took_s)
+            else:
+                answered.append((delivery.answer_to, outcome))
+            if isinstance(outcome, DeadLettered):
+                tell_dead_letter(outcome)
+            if monitor is not None:
+                monitor.ended(_told(outcome), took_s=took_s)
+        for arrival in arrivals:
+            if isinstance(arrival.content, Run):
+                self._background.ask(arrival.content)
+                if arrival.monitored is not None:
+                    arrival.monitored.ended(None, took_s=took_s)
         metrics.count_batch(len(arrivals), took_s=took_s)
-        metrics.count_answers(
-            (arrival.delivery.task, outcome) for arrival, outcome in zip(arrivals, outcomes, strict=True)
-        )
+        metrics.count_answers((delivery.task, outcome) for delivery, outcome in zip(deliveries, outcomes, strict=True))
         self._answers.store(answered)
         self._acknowledge()
         return True
@@ -198,15 +148,6 @@ class Batch:
         self._consumer.timer.call_after(self._delay_s, self._consumer.call_soon, (self.flush,))
         self._delay_s = min(2 * self._delay_s, LONGEST_DELAY_S)
 
-    def _outcomes(self, arrivals: Sequence[Arrival]) -> list[Outcome]:
-        """Apply the messages; the scheduler's runs are done in the background."""
-        messages = [arrival.delivery for arrival in arrivals if not _is_run(arrival.delivery)]
-        with self._outage.asking(_WHO):
-            applied = iter(apply_batch(self._engine, messages, known_to_wait=self._background.known_to_wait()))
-        if len(messages) == len(arrivals):
-            return list(applied)
-        return [None if _is_run(arrival.delivery) else next(applied) for arrival in arrivals]
-
     def _acknowledge(self) -> None:
         channel = self._consumer.task_consumer.channel
         if isinstance(channel, Channel):
@@ -215,11 +156,6 @@ class Batch:
             # In the order of arrival, so everything before the last one is applied too.
             self._applied[-1].ack(multiple=True)
         self._applied = []
-
-
-def _is_run(delivery: Delivery) -> bool:
-    """Whether it is a run of the scheduler, and not one that must become a dead letter."""
-    return delivery.task in SCHEDULER_TASKS and delivery.payload is None
 
 
 def collect_garbage_seldom() -> None:
@@ -233,12 +169,8 @@ def collect_garbage_seldom() -> None:
     gc.set_threshold(50_000, 20, 100)
 
 
-def _told(outcome: Outcome) -> Any:
+def _told(outcome: Result | DeadLettered | Waits) -> Any:
     """What monitors are told."""
-    match outcome:
-        case None:
-            return None
-        case Waits():
-            return {"outcome": "waits", "reason": outcome.reason}
-        case _:
-            return value_of(outcome)
+    if isinstance(outcome, Waits):
+        return {"outcome": "waits", "reason": outcome.reason}
+    return value_of(outcome)

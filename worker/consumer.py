@@ -10,7 +10,6 @@ after it has waited or was replayed, either. What else is there becomes a dead l
 """
 
 import hashlib
-import json
 import logging
 import time
 import warnings
@@ -20,17 +19,17 @@ from typing import Any, ClassVar
 
 from amqp.exceptions import IrrecoverableConnectionError
 from celery.exceptions import CPendingDeprecationWarning, WorkerShutdown
-from celery.utils.time import maybe_iso8601
 from celery.worker.consumer import Consumer as CeleryConsumer
 from celery.worker.state import maybe_shutdown
 from kombu.connection import Connection
 from kombu.message import Message
 from redis.exceptions import ResponseError
 
+from ledger.bodies import only_argument, strict_arguments, written
 from ledger.messages import MAX_BODY_BYTES, WORKFLOW_TASKS, InvalidMessage, too_large_body
 from ledger.store import Delivery
 from worker import metrics
-from worker.batching import Arrival, Batch, answer_to, is_text, raw_body
+from worker.batching import Arrival, Batch
 from worker.broker import (
     DEAD_QUEUES,
     ENGINE_QUEUE,
@@ -43,7 +42,10 @@ from worker.broker import (
     taken_from,
 )
 from worker.control import answer_questions_only
-from worker.tasks import TASKS
+from worker.envelope import answer_to, named_task, raw_body, task_and_arguments
+from worker.monitoring import Monitored
+from worker.runs import Run
+from worker.tasks import SCHEDULER_TASKS, TASKS
 from worker.transport import DELIVERED_TOO_OFTEN, Channel, SetAside, UnsupportedServerError, read_json
 
 logger = logging.getLogger(__name__)
@@ -181,7 +183,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
             self._keep(message, problem)
             return
         try:
-            task, body = _task_and_body(message, raw)
+            task, (args, kwargs) = task_and_arguments(message, raw)
         except Exception as error:  # noqa: BLE001 - what is in the message decides; every worker that takes it would end
             self._keep(message, InvalidMessage("undecodable_message", str(error), None))
             return
@@ -192,8 +194,13 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
             if task not in WORKFLOW_TASKS:
                 self._keep(message, _not_allowed(task))
                 return
-            _take_source_out(message, body)
-        self.strategies[task](message, body)
+            _take_source_out(message, args, kwargs)
+        monitored = Monitored.received(self.app.tasks[task], message, self)
+        if task in SCHEDULER_TASKS:
+            self.batch.add(Arrival(message, Run(task, answer_to(message)), monitored))
+            return
+        payload = only_argument(task, args, kwargs)
+        self.batch.add(Arrival(message, Delivery(task, payload, raw_body(message), answer_to(message)), monitored))
 
     def _keep(self, message: Message, problem: InvalidMessage) -> None:
         """Have the batch make a dead letter of it."""
@@ -201,7 +208,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
             problem = _problem_of_engine(message, problem)
         body = raw_body(message)
         message.body = b""  # which may be large, and is not needed to acknowledge it
-        delivery = Delivery(_named_task(message), problem, body[:MAX_BODY_BYTES], answer_to(message))
+        delivery = Delivery(named_task(message), problem, body[:MAX_BODY_BYTES], answer_to(message))
         self.batch.add(Arrival(message, delivery, None))
 
 
@@ -218,17 +225,17 @@ def _known_problem(message: Message, raw: bytes) -> InvalidMessage | None:
 
 def _problem_of_engine(message: Message, problem: InvalidMessage) -> InvalidMessage:
     """Why a message of an engine is kept: a replay, which goes to `credits`, must not let in what is refused here."""
-    task = _named_task(message)
+    task = named_task(message)
     if problem.code in ("too_large", "not_allowed"):
         return problem
     if task and task not in WORKFLOW_TASKS:
         return _not_allowed(task)
     if problem == DELIVERED_TOO_OFTEN:
         with suppress(ValueError, RecursionError):
-            match read_json(raw_body(message)):
-                case [list(), dict(), dict() | None] as body if task:
-                    _take_source_out(message, body)
-                    return problem
+            found = strict_arguments(read_json(raw_body(message)))
+            if task and found is not None:
+                _take_source_out(message, *found)
+                return problem
     why = f"{_ONLY_WORKFLOWS}, and this is none that can be read: {problem.error}"
     return InvalidMessage("not_allowed", why, problem.org_id)
 
@@ -238,59 +245,10 @@ def _not_allowed(task: str) -> InvalidMessage:
     return InvalidMessage("not_allowed", error, None)
 
 
-def _take_source_out(message: Message, body: list[Any]) -> None:
-    """Leave the source to the ledger, in the arguments in `body` and in what is kept of the message."""
-    named = [argument for argument in body[0] if isinstance(argument, dict) and "source" in argument]
+def _take_source_out(message: Message, args: list[Any], kwargs: dict[str, Any]) -> None:
+    """Leave the source to the ledger, in the arguments and in what is kept of the message."""
+    named = [argument for argument in args if isinstance(argument, dict) and "source" in argument]
     for argument in named:
         del argument["source"]
     if named:
-        message.body = json.dumps(body).encode()
-
-
-def _named_task(message: Message) -> str:
-    if isinstance(message, SetAside):
-        return message.task
-    task = message.headers.get("task") if isinstance(message.headers, dict) else None
-    return task if isinstance(task, str) else ""
-
-
-def _task_and_body(message: Message, raw: bytes) -> tuple[str, list[Any]]:
-    """The task that a message names, and its [args, kwargs, embed]. Raises ValueError, which says what is wrong."""
-    headers = message.headers
-    if not isinstance(headers, dict):
-        raise ValueError("the message's headers must be an object")
-    if message.content_type != "application/json":
-        raise ValueError(f"the body must be application/json, not {str(message.content_type)[:100]!a}")
-    try:
-        body = read_json(raw)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the body cannot be decoded: {error}") from None
-    if "task" not in headers:
-        return _first_protocol(message, body)
-    if not isinstance(headers["task"], str):
-        raise ValueError("the message's header task must be a string")
-    if not is_text(headers.get("id")):
-        raise ValueError("the message's header id must be a string")
-    for name in ("eta", "expires"):
-        if headers.get(name) is None:
-            continue
-        try:
-            maybe_iso8601(headers[name])
-        except (AttributeError, ValueError, TypeError, OverflowError):
-            raise ValueError(f"the message's header {name} is not a time") from None
-    match body:
-        case [list(), dict(), dict() | None]:
-            return headers["task"], body
-        case _:
-            raise ValueError("the body must be [args, kwargs, embed], as Celery sends it")
-
-
-def _first_protocol(message: Message, body: object) -> tuple[str, list[Any]]:
-    match body:
-        case {"task": str(task), "id": str(task_id), "args": list(args), **rest} if isinstance(
-            kwargs := rest.get("kwargs", {}), dict
-        ) and is_text(task_id):
-            message.headers["id"] = task_id
-            return task, [args, kwargs, {}]
-        case _:
-            raise ValueError("the message names no task")
+        message.body = written(args, kwargs)

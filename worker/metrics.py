@@ -9,6 +9,7 @@ from ledger.settings import SettingsError
 from ledger.state import Result
 from ledger.store import DeadLettered
 from ledger.waiting import Waits
+from worker.runs import RunEnded
 from worker.tasks import TASKS
 
 _messages = Counter("holdfast_messages", "Messages that were answered.", ["task", "outcome"])
@@ -50,15 +51,14 @@ def count_batch(messages: int, *, took_s: float) -> None:
     _batch_seconds.observe(took_s)
 
 
-def count_answers(answered: Iterable[tuple[str, Result | DeadLettered | Waits | int | None]]) -> None:
-    """Count what became of messages: of each its task, and the answer. None is not counted: there is none yet."""
+def count_answers(answered: Iterable[tuple[str, Result | DeadLettered | Waits | RunEnded]]) -> None:
+    """Count what became of messages: of each its task, and the answer."""
     # A label must not grow with what anybody sends.
     outcomes = collections.Counter(
         (task if task in TASKS else "unknown", _outcome(answer)) for task, answer in answered
     )
     for (task, outcome), number in outcomes.items():
-        if outcome is not None:
-            _messages.labels(task, outcome).inc(number)
+        _messages.labels(task, outcome).inc(number)
 
 
 def tell_who_waits(organizations: Sequence[tuple[str, str, float]]) -> None:
@@ -69,7 +69,7 @@ def tell_who_waits(organizations: Sequence[tuple[str, str, float]]) -> None:
         _waiting_since.labels(org_id, reason).set(since)
 
 
-def _outcome(answer: Result | DeadLettered | Waits | int | None) -> str | None:
+def _outcome(answer: Result | DeadLettered | Waits | RunEnded) -> str:
     match answer:
         case Result():
             return "duplicate" if answer.duplicate else answer.outcome
@@ -77,7 +77,5 @@ def _outcome(answer: Result | DeadLettered | Waits | int | None) -> str | None:
             return "dead_letter"
         case Waits():
             return "waits"
-        case int():
+        case RunEnded():
             return "run"
-        case None:
-            return None

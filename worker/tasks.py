@@ -4,15 +4,14 @@ A worker takes their messages in batches (`worker.batching`), and the scheduler'
 (`worker.background`); called by hand, a task does the same at once.
 """
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 from celery import Celery
 from sqlalchemy import Engine
 
-from ledger import scheduler
-from ledger.messages import MESSAGES, only_argument
+from ledger import bodies, scheduler
+from ledger.messages import MESSAGES
 from ledger.state import Result
 from ledger.store import DeadLettered, Delivery, apply_batch
 from ledger.waiting import Waits
@@ -43,15 +42,15 @@ def as_value(answer: Result | DeadLettered) -> dict[str, Any] | MessageDeadLette
 def register(app: Celery, engine: Engine) -> None:
     """Give `app` all tasks, working on `engine`."""
     for name in MESSAGES:
-        app.task(_message_task(name, engine), name=name, Strategy="worker.batching:strategy")
+        app.task(_message_task(name, engine), name=name)
     for name, run in SCHEDULER_TASKS.items():
-        app.task(_scheduler_task(run, engine), name=name, Strategy="worker.batching:strategy")
+        app.task(_scheduler_task(run, engine), name=name)
 
 
 def _message_task(name: str, engine: Engine) -> Callable[..., dict[str, Any]]:
     def apply_message(*args: object, **kwargs: object) -> dict[str, Any]:
-        body = json.dumps([args, kwargs, {}], default=str).encode()
-        [answer] = apply_batch(engine, [Delivery(name, only_argument(name, args, kwargs), body)])
+        body = bodies.written(args, kwargs)
+        [answer] = apply_batch(engine, [Delivery(name, bodies.only_argument(name, args, kwargs), body)])
         if isinstance(answer, Waits):
             raise MessageWaitsError(f"{name} waits, and will be applied by a worker: {answer.reason}")
         value = as_value(answer)

@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import Engine
 
 from ledger import audit, dead_letters, views
+from ledger.bodies import only_argument
 from ledger.dead_letters import (
     DeadLetter,
     LetterFilter,
@@ -18,7 +19,7 @@ from ledger.dead_letters import (
     StillFailsError,
     UnknownLetterError,
 )
-from ledger.messages import InvalidMessage, only_argument
+from ledger.messages import InvalidMessage
 from ledger.state import Result
 from ledger.store import DeadLettered, Delivery, apply_batch
 from tests.support import EMBED, delivery, sql

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import pytest
 
+from ledger.bodies import only_argument
 from ledger.messages import (
     MAX_BODY_BYTES,
     MAX_METADATA_BYTES,
@@ -15,7 +16,6 @@ from ledger.messages import (
     InvalidMessage,
     Message,
     WalletMessage,
-    only_argument,
     parse,
     too_large_body,
     too_large_entry,

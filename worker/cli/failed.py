@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from sqlalchemy import Engine
 
-from ledger import dead_letters
+from ledger import bodies, dead_letters
 from ledger.dead_letters import (
     MAX_ERROR_LENGTH,
     KeptLetter,
@@ -335,7 +335,7 @@ def _fields(letter: ListedLetter) -> dict[str, Any]:
 
 def _item(letter: KeptLetter) -> dict[str, Any]:
     """All of it: the message as it was sent, if it is one, and its bytes in any case."""
-    args, kwargs = dead_letters.arguments(letter.body) or (None, None)
+    args, kwargs = bodies.arguments(letter.body) or (None, None)
     body = base64.b64encode(letter.body).decode()
     return {**_fields(letter), "traceback": letter.traceback, "args": args, "kwargs": kwargs, "body_base64": body}
 

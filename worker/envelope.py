@@ -1,0 +1,89 @@
+"""What is around a message's arguments: its headers and its body, as kombu delivers them and Celery means them."""
+
+from typing import TypeGuard
+
+from celery.utils.time import maybe_iso8601
+from kombu.message import Message
+
+from ledger.bodies import Arguments, strict_arguments
+from worker.transport import SetAside, read_json
+
+
+def raw_body(message: Message) -> bytes:
+    """The body as it arrived; without one, what kombu has in its place."""
+    body = message.body
+    if isinstance(body, bytes | bytearray | memoryview):
+        return bytes(body)
+    try:
+        return str(body).encode(errors="surrogateescape")
+    except UnicodeEncodeError:  # half a surrogate pair
+        return str(body).encode(errors="surrogatepass")
+
+
+def answer_to(message: Message) -> str | None:
+    """The id under which its sender waits for an answer, if it does."""
+    headers = message.headers
+    if not isinstance(headers, dict) or headers.get("ignore_result") is not False:
+        return None
+    task_id = headers.get("id")
+    return task_id if is_text(task_id) else None
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """Whether it is a string that can be sent and stored, which one with half of a surrogate pair cannot."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def named_task(message: Message) -> str:
+    """The task that it names; empty, if it names none."""
+    if isinstance(message, SetAside):
+        return message.task
+    task = message.headers.get("task") if isinstance(message.headers, dict) else None
+    return task if isinstance(task, str) else ""
+
+
+def task_and_arguments(message: Message, raw: bytes) -> tuple[str, Arguments]:
+    """The task that a message with the body `raw` names, and its arguments. Raises ValueError: the text says why."""
+    headers = message.headers
+    if not isinstance(headers, dict):
+        raise ValueError("the message's headers must be an object")
+    if message.content_type != "application/json":
+        raise ValueError(f"the body must be application/json, not {str(message.content_type)[:100]!a}")
+    try:
+        body = read_json(raw)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the body cannot be decoded: {error}") from None
+    if "task" not in headers:
+        return _first_protocol(message, body)
+    if not isinstance(headers["task"], str):
+        raise ValueError("the message's header task must be a string")
+    if not is_text(headers.get("id")):
+        raise ValueError("the message's header id must be a string")
+    for name in ("eta", "expires"):
+        if headers.get(name) is None:
+            continue
+        try:
+            maybe_iso8601(headers[name])
+        except (AttributeError, ValueError, TypeError, OverflowError):
+            raise ValueError(f"the message's header {name} is not a time") from None
+    found = strict_arguments(body)
+    if found is None:
+        raise ValueError("the body must be [args, kwargs, embed], as Celery sends it")
+    return headers["task"], found
+
+
+def _first_protocol(message: Message, body: object) -> tuple[str, Arguments]:
+    match body:
+        case {"task": str(task), "id": str(task_id), "args": list(args), **rest} if isinstance(
+            kwargs := rest.get("kwargs", {}), dict
+        ) and is_text(task_id):
+            message.headers["id"] = task_id
+            return task, (args, kwargs)
+        case _:
+            raise ValueError("the message names no task")
