@@ -19,13 +19,16 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Self, TypedDict, Unpack, overload
+from inspect import signature
+from typing import Any, Generic, ParamSpec, Self, cast, overload
 
 from celery.utils import uuid
 from kombu.connection import Connection
 from kombu.exceptions import EncodeError
+from pydantic import BaseModel
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.client import PubSub
@@ -33,7 +36,24 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from ledger.broker_urls import REDIS_SCHEMES, refuse_no_broker, refuse_no_result_store
-from ledger.messages import WORKFLOW_TASKS, InvalidMessage, parse
+from ledger.messages import (
+    WORKFLOW_TASKS,
+    Adjust,
+    AnyMessage,
+    Bill,
+    Cancel,
+    Configure,
+    Fail,
+    Finish,
+    Grant,
+    InvalidMessage,
+    Purchase,
+    Refund,
+    Start,
+    Subscribe,
+    Unsubscribe,
+    parse,
+)
 from ledger.state import Result
 from worker.broker import ENGINE_QUEUE, QUEUE, create_celery
 from worker.publishing import BROKER_ERRORS, TIMEOUT_S, Encoded, Publisher, connect, leave
@@ -82,294 +102,124 @@ class Waiting:
     oldest: bytes | None
 
 
-class Options(TypedDict, total=False):
-    """What every message may carry besides its own fields."""
+Sent = ParamSpec("Sent")
+Asked = ParamSpec("Asked")
 
-    source: str
-    occurred_at: datetime | str
-    metadata: dict[str, Any]
+
+class Method(Generic[Sent, Asked]):
+    """Sends one kind of message. Takes the message's fields by name, and how many seconds to wait for the answer."""
+
+    def __init__(self, message: Callable[Sent, AnyMessage], asked: Callable[Asked, AnyMessage]) -> None:
+        """`asked` is `message` with `wait_s` among its fields. It is for type checkers and `help` alone."""
+        self.task = cast(type[AnyMessage], message).task
+        self.__doc__, self.__signature__ = message.__doc__, signature(asked)
+        self._sender: Messages | None = None
+
+    def __get__(self, sender: "Messages | None", _: object) -> Self:
+        bound = copy(self)
+        bound._sender = sender  # noqa: SLF001 - of the same class
+        return bound
+
+    @overload
+    def __call__(self, *args: Sent.args, **kwargs: Sent.kwargs) -> None: ...
+
+    @overload
+    def __call__(self, *args: Asked.args, **kwargs: Asked.kwargs) -> Result: ...
+
+    def __call__(self, *args: Any, **fields: Any) -> Result | None:
+        """Send it. Fields that are None are left out. Raises InvalidMessageError if it is not valid."""
+        if args:
+            raise TypeError(f"{self.task} takes its fields by name")
+        assert self._sender is not None
+        wait_s = fields.pop("wait_s", None)
+        given = {name: value for name, value in fields.items() if value is not None}
+        message = {name: value.isoformat() if isinstance(value, datetime) else value for name, value in given.items()}
+        return self._sender.send(self.task, message, wait_s=wait_s)
+
+
+class _Asked(BaseModel):
+    wait_s: float
+
+
+class _Start(_Asked, Start): ...
+
+
+class _Finish(_Asked, Finish): ...
+
+
+class _Cancel(_Asked, Cancel): ...
+
+
+class _Fail(_Asked, Fail): ...
+
+
+class _Purchase(_Asked, Purchase): ...
+
+
+class _Grant(_Asked, Grant): ...
+
+
+class _Adjust(_Asked, Adjust): ...
+
+
+class _Refund(_Asked, Refund): ...
+
+
+class _Bill(_Asked, Bill): ...
+
+
+class _Subscribe(_Asked, Subscribe): ...
+
+
+class _Unsubscribe(_Asked, Unsubscribe): ...
+
+
+class _Configure(_Asked, Configure): ...
 
 
 class Messages(ABC):
     """A method for every message of the ledger. Each raises InvalidMessageError if its message is not valid."""
 
+    start = Method(Start, _Start)
+    finish = Method(Finish, _Finish)
+    cancel = Method(Cancel, _Cancel)
+    fail = Method(Fail, _Fail)
+    purchase = Method(Purchase, _Purchase)
+    grant = Method(Grant, _Grant)
+    adjust = Method(Adjust, _Adjust)
+    refund = Method(Refund, _Refund)
+    bill = Method(Bill, _Bill)
+    subscribe = Method(Subscribe, _Subscribe)
+    unsubscribe = Method(Unsubscribe, _Unsubscribe)
+    configure = Method(Configure, _Configure)
+
     def __init__(self, publisher: Publisher) -> None:
         self._publisher = publisher
 
-    def _refused(self, task: str, message: object) -> InvalidMessage | None:
-        """Why no worker would take this message from the queue that it is for, if that is so."""
-        if self._publisher.queue != ENGINE_QUEUE:
-            return None
-        if task not in WORKFLOW_TASKS:
-            error = f"{task} is not taken from {ENGINE_QUEUE}, the queue of engines: whoever may sends it to {QUEUE}"
-            return InvalidMessage("not_allowed", error, None)
-        if isinstance(message, dict) and "source" in message:
-            error = f"{task}: an engine names no source, as nobody could rely on it: the worker sets it"
-            return InvalidMessage("not_allowed", error, None)
-        return None
+    def send(self, task: str, message: dict[str, Any], *, wait_s: float | None = None) -> Result | None:
+        """Send the message, a JSON object, that `task` takes. Raises InvalidMessageError if it is not valid."""
+        self._refuse_not_allowed(task, message)
+        problem = parse(task, message)
+        if isinstance(problem, InvalidMessage):
+            raise InvalidMessageError(problem.error)
+        return self._take(task, message, wait_s)
 
     @abstractmethod
     def _take(self, task: str, message: dict[str, Any], wait_s: float | None) -> Result | None:
         """Do with a valid message what is to be done with it."""
 
-    def _send(self, task: str, wait_s: float | None, options: Options, **fields: object) -> Result | None:
-        given = {name: value for name, value in {**fields, **options}.items() if value is not None}
-        payload = {name: value.isoformat() if isinstance(value, datetime) else value for name, value in given.items()}
-        message = self._refused(task, payload) or parse(task, payload)
-        if isinstance(message, InvalidMessage):
-            raise InvalidMessageError(message.error)
-        return self._take(task, payload, wait_s)
-
-    @overload
-    def start(
-        self,
-        *,
-        org_id: str,
-        workflow_id: str,
-        credits: int,
-        project_id: str | None = ...,
-        activity_name: str | None = ...,
-        expires_in_s: int | None = ...,
-        wait_s: float,
-        **options: Unpack[Options],
-    ) -> Result: ...
-
-    @overload
-    def start(
-        self,
-        *,
-        org_id: str,
-        workflow_id: str,
-        credits: int,
-        project_id: str | None = ...,
-        activity_name: str | None = ...,
-        expires_in_s: int | None = ...,
-        wait_s: None = ...,
-        **options: Unpack[Options],
-    ) -> None: ...
-
-    def start(
-        self,
-        *,
-        org_id: str,
-        workflow_id: str,
-        credits: int,
-        project_id: str | None = None,
-        activity_name: str | None = None,
-        expires_in_s: int | None = None,
-        wait_s: float | None = None,
-        **options: Unpack[Options],
-    ) -> Result | None:
-        """Reserve `credits` for a workflow, for at most `expires_in_s` seconds (60-2592000; default: a day).
-
-        Run it if the answer `holds`: sent again, a start has its first outcome, whatever has happened since.
-        """
-        return self._send(
-            "workflow.start",
-            wait_s,
-            options,
-            org_id=org_id,
-            workflow_id=workflow_id,
-            credits=credits,
-            project_id=project_id,
-            activity_name=activity_name,
-            expires_in_s=expires_in_s,
-        )
-
-    def finish(
-        self,
-        *,
-        org_id: str,
-        workflow_id: str,
-        credits: int,
-        project_id: str | None = None,
-        activity_name: str | None = None,
-        wait_s: float | None = None,
-        **options: Unpack[Options],
-    ) -> Result | None:
-        """The workflow is done and used `credits`: release what it held, charge what it used."""
-        return self._send(
-            "workflow.finish",
-            wait_s,
-            options,
-            org_id=org_id,
-            workflow_id=workflow_id,
-            credits=credits,
-            project_id=project_id,
-            activity_name=activity_name,
-        )
-
-    def cancel(
-        self,
-        *,
-        org_id: str,
-        workflow_id: str,
-        reason: str | None = None,
-        wait_s: float | None = None,
-        **options: Unpack[Options],
-    ) -> Result | None:
-        """The workflow was cancelled: release what it held."""
-        return self._send("workflow.cancel", wait_s, options, org_id=org_id, workflow_id=workflow_id, reason=reason)
-
-    def fail(
-        self,
-        *,
-        org_id: str,
-        workflow_id: str,
-        reason: str | None = None,
-        wait_s: float | None = None,
-        **options: Unpack[Options],
-    ) -> Result | None:
-        """The workflow failed: release what it held."""
-        return self._send("workflow.fail", wait_s, options, org_id=org_id, workflow_id=workflow_id, reason=reason)
-
-    def purchase(
-        self, *, org_id: str, purchase_id: str, credits: int, wait_s: float | None = None, **options: Unpack[Options]
-    ) -> Result | None:
-        """The organization bought prepaid `credits`."""
-        return self._send("wallet.purchase", wait_s, options, org_id=org_id, purchase_id=purchase_id, credits=credits)
-
-    def grant(
-        self,
-        *,
-        org_id: str,
-        grant_id: str,
-        credits: int,
-        reason: str | None = None,
-        wait_s: float | None = None,
-        **options: Unpack[Options],
-    ) -> Result | None:
-        """The organization was given prepaid `credits`."""
-        return self._send(
-            "wallet.grant", wait_s, options, org_id=org_id, grant_id=grant_id, credits=credits, reason=reason
-        )
-
-    def adjust(
-        self,
-        *,
-        org_id: str,
-        adjustment_id: str,
-        credits: int,
-        reason: str,
-        allow_negative: bool | None = None,
-        wait_s: float | None = None,
-        **options: Unpack[Options],
-    ) -> Result | None:
-        """Correct the prepaid balance by `credits`; below zero only with `allow_negative`."""
-        return self._send(
-            "wallet.adjust",
-            wait_s,
-            options,
-            org_id=org_id,
-            adjustment_id=adjustment_id,
-            credits=credits,
-            reason=reason,
-            allow_negative=allow_negative,
-        )
-
-    def refund(
-        self,
-        *,
-        org_id: str,
-        refund_id: str,
-        credits: int,
-        workflow_id: str | None = None,
-        wait_s: float | None = None,
-        **options: Unpack[Options],
-    ) -> Result | None:
-        """Give `credits` back; for a named workflow never more, in total, than it used."""
-        return self._send(
-            "wallet.refund",
-            wait_s,
-            options,
-            org_id=org_id,
-            refund_id=refund_id,
-            credits=credits,
-            workflow_id=workflow_id,
-        )
-
-    def bill(
-        self,
-        *,
-        org_id: str,
-        billing_id: str,
-        credits: int,
-        invoice_id: str | None = None,
-        wait_s: float | None = None,
-        **options: Unpack[Options],
-    ) -> Result | None:
-        """A billing entry of `credits`: positive, negative, or 0 for the record."""
-        return self._send(
-            "wallet.bill",
-            wait_s,
-            options,
-            org_id=org_id,
-            billing_id=billing_id,
-            credits=credits,
-            invoice_id=invoice_id,
-        )
-
-    def subscribe(
-        self,
-        *,
-        org_id: str,
-        subscription_id: str,
-        version: int,
-        plan: str,
-        monthly_credits: int,
-        rollover_limit: int | None = None,
-        anchor: datetime | str | None = None,
-        wait_s: float | None = None,
-        **options: Unpack[Options],
-    ) -> Result | None:
-        """The organization gets `monthly_credits` every month, counted from `anchor` (default: when first applied)."""
-        return self._send(
-            "wallet.subscribe",
-            wait_s,
-            options,
-            org_id=org_id,
-            subscription_id=subscription_id,
-            version=version,
-            plan=plan,
-            monthly_credits=monthly_credits,
-            rollover_limit=rollover_limit,
-            anchor=anchor,
-        )
-
-    def unsubscribe(
-        self,
-        *,
-        org_id: str,
-        subscription_id: str,
-        version: int,
-        wait_s: float | None = None,
-        **options: Unpack[Options],
-    ) -> Result | None:
-        """No further allocation; what is left expires when the period ends."""
-        return self._send(
-            "wallet.unsubscribe", wait_s, options, org_id=org_id, subscription_id=subscription_id, version=version
-        )
-
-    def configure(
-        self,
-        *,
-        org_id: str,
-        version: int,
-        credit_limit: int | None = None,
-        period_cap: int | None = None,
-        wait_s: float | None = None,
-        **options: Unpack[Options],
-    ) -> Result | None:
-        """Set the wallet's limits, both: None is the default, no credit and no cap."""
-        return self._send(
-            "wallet.configure",
-            wait_s,
-            options,
-            org_id=org_id,
-            version=version,
-            credit_limit=credit_limit,
-            period_cap=period_cap,
-        )
+    def _refuse_not_allowed(self, task: str, message: object) -> None:
+        """Raise InvalidMessageError if no worker would take this message from the queue that it is for."""
+        if self._publisher.queue != ENGINE_QUEUE:
+            return
+        if task not in WORKFLOW_TASKS:
+            raise InvalidMessageError(
+                f"{task} is not taken from {ENGINE_QUEUE}, the queue of engines: whoever may sends it to {QUEUE}"
+            )
+        if isinstance(message, dict) and "source" in message:
+            raise InvalidMessageError(
+                f"{task}: an engine names no source, as nobody could rely on it: the worker sets it"
+            )
 
 
 class Batch(Messages):
@@ -484,8 +334,7 @@ class Client(Messages):
 
         A run of the scheduler, which is a task too, has no Result: the answer is None.
         """
-        if problem := self._refused(task, args[0] if args else None):
-            raise InvalidMessageError(problem.error)
+        self._refuse_not_allowed(task, args[0] if args else None)
         if wait_s is None:
             self._publish(task, [_encoded(self._publisher, task, args, kwargs)])
             return None

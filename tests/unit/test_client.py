@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ledger.messages import MESSAGES
 from worker import publishing
 from worker.broker import ENGINE_QUEUE
-from worker.client import Client, InvalidMessageError
+from worker.client import Client, InvalidMessageError, Method
 from worker.publishing import CHUNK_BYTES, CHUNK_MESSAGES, Encoded
 
 NOWHERE = "redis://127.0.0.1:1/0"
@@ -47,11 +47,17 @@ def sent(client: Client, monkeypatch: pytest.MonkeyPatch) -> Sent:
 
 
 def test_there_is_a_method_for_every_message_with_its_fields() -> None:
-    common = {"source", "occurred_at", "metadata"}
-    for task, model in MESSAGES.items():
-        method = getattr(Client, task.split(".")[1])
-        named = set(inspect.signature(method).parameters) - {"self", "wait_s", "options"}
-        assert (task, named) == (task, set(model.model_fields) - common)
+    methods = {name: getattr(Client, name) for name in dir(Client) if isinstance(getattr(Client, name), Method)}
+    assert {name: method.task for name, method in methods.items()} == {task.split(".")[1]: task for task in MESSAGES}
+    for method in methods.values():
+        model = MESSAGES[method.task]
+        assert set(inspect.signature(method).parameters) == {*model.model_fields, "wait_s"}
+        assert method.__doc__ == model.__doc__
+
+
+def test_a_methods_fields_are_named(client: Client) -> None:
+    with pytest.raises(TypeError, match=r"workflow\.start takes its fields by name"):
+        client.start("acme", "run", 5)  # type: ignore[call-overload]
 
 
 def test_a_message_has_only_what_was_given(client: Client, sent: Sent) -> None:

@@ -11,6 +11,7 @@ import typer
 from ledger import views
 from ledger import waiting as ledger_waiting
 from ledger.dead_letters import described
+from ledger.messages import Cancel
 from ledger.readable import escaped, span
 from worker.cli.terminal import (
     AsJson,
@@ -109,13 +110,8 @@ def release(
     if workflow.state != "reserved":
         fail(f"workflow {workflow_id} of {org_id} is {workflow.state}: it holds no reservation", code=1)
     with open_client() as client:
-        answer = client.cancel(
-            org_id=org_id,
-            workflow_id=workflow_id,
-            reason=why,
-            source=SOURCE,
-            wait_s=wait_s if client.keeps_answers else None,
-        )
+        message = {"org_id": org_id, "workflow_id": workflow_id, "reason": why, "source": SOURCE}
+        answer = client.send(Cancel.task, message, wait_s=wait_s if client.keeps_answers else None)
     if answer is not None and answer.outcome != "released":
         fail(f"workflow {workflow_id} of {org_id} ended meanwhile: {described(answer)}", code=1)
     if as_json:
