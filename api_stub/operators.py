@@ -4,10 +4,9 @@ What an operator does is done by `ledger.dead_letters`, under the name that the 
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends, FastAPI, Form, Request, Response
@@ -27,8 +26,8 @@ from ledger.dead_letters import (
 )
 from ledger.messages import MAX_CREDITS, MAX_REASON_LENGTH, MESSAGES
 from ledger.readable import escaped, shortened
-from ledger.state import Result
-from worker.client import Client, DeadLetteredError, InvalidMessageError, NoAnswerError, NotSentError
+from worker.client import NotSentError
+from worker.replaying import Replayer
 
 STATUSES = ("open", "replayed", "discarded", "all")
 PAGE = 50
@@ -129,8 +128,7 @@ def dead_letter(request: Request, letter: Found) -> Response:
 def replay(request: Request, letter: Found, session: Operator, using: Using) -> Response:
     """Send the message again and wait a few seconds for what it does."""
     try:
-        by = session.principal.subject
-        dead_letters.replay(using.engine, letter.id, by=by, send=_sender(using.client))
+        Replayer(using.engine, using.client, by=session.principal.subject, wait_s=ANSWER_TIMEOUT_S).replay(letter.id)
     except StillFailsError as error:
         failure = f"The message was sent and failed again: {error}"
         return _letter_page(request, _as_it_is_now(using, letter.id), HTTPStatus.CONFLICT, failure)
@@ -167,25 +165,6 @@ def nothing() -> Response:
 def add(app: FastAPI) -> None:
     """Add the operators' pages."""
     app.include_router(router)
-
-
-def _sender(client: Client) -> Callable[[str, list[Any], dict[str, Any]], Result | str]:
-    wait_s = ANSWER_TIMEOUT_S if client.keeps_answers else None
-
-    def send(task: str, args: list[Any], kwargs: dict[str, Any]) -> Result | str:
-        try:
-            answer = client.send_as_is(task, args, kwargs, wait_s=wait_s)
-        except DeadLetteredError as error:
-            raise StillFailsError(str(error)) from None
-        except InvalidMessageError:
-            raise NotReplayableError("the message is nested too deep to be sent again") from None
-        except NoAnswerError as error:
-            return str(error)
-        if answer is not None:
-            return answer
-        return "this broker keeps no answers" if wait_s is None else "it has run"
-
-    return send
 
 
 def _letter_page(

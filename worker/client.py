@@ -67,22 +67,26 @@ return entry and redis.sha1hex(string.sub(entry, 1, 65536) .. string.sub(entry, 
 """
 
 
-class InvalidMessageError(ValueError):
+class ClientError(Exception):
+    """Whatever goes wrong with a message or the broker."""
+
+
+class InvalidMessageError(ClientError, ValueError):
     """The message is not valid; nothing was sent. The text says what is wrong with it."""
 
 
-class NotSentError(Exception):
+class NotSentError(ClientError):
     """The message, or all of a batch, could not be handed to the broker for certain. Sending it again is safe.
 
     Of a batch, the broker may have none, some or all messages: send all again.
     """
 
 
-class NoAnswerError(Exception):
+class NoAnswerError(ClientError):
     """The message was sent, but its answer did not come in time. It is still applied; sending it again is safe."""
 
 
-class BrokerUnavailableError(Exception):
+class BrokerUnavailableError(ClientError):
     """The broker does not answer."""
 
 
@@ -90,7 +94,7 @@ class UnsupportedBrokerError(BrokerUnavailableError):
     """The broker answers, and can never be used. The text says why."""
 
 
-class DeadLetteredError(Exception):
+class DeadLetteredError(ClientError):
     """The message arrived but could not be applied, and was kept as a dead letter. The text says why."""
 
 

@@ -13,6 +13,7 @@ from amqp.exceptions import PreconditionFailed
 from celery import Celery
 from kombu import Connection, Queue
 from kombu.message import Message
+from sqlalchemy import Engine
 
 from ledger.messages import DELIVERY_LIMIT
 from tests import rabbitmq
@@ -21,9 +22,9 @@ from tests.cut import cut_way_to
 from tests.rabbitmq import RabbitMQ
 from tests.support import PATIENCE_S, eventually
 from worker.broker import DEAD_QUEUE, ENGINE_DEAD_QUEUE, ENGINE_QUEUE, QUEUE, declare_queues, queues, taken_from
-from worker.cli.failed import _Sender
 from worker.client import BrokerUnavailableError, Client, NotSentError, Waiting
 from worker.publishing import TIMEOUT_S
+from worker.replaying import Replayer
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
 
@@ -130,10 +131,11 @@ def test_a_queue_that_was_deleted_is_made_again(client: Client, channel: Any) ->
     assert take_all(channel, QUEUE, 1) == ["gift-2"]
 
 
-def test_a_broker_that_keeps_no_answers_is_not_asked_for_one(client: Client, channel: Any) -> None:
+def test_a_broker_that_keeps_no_answers_is_not_asked_for_one(engine: Engine, client: Client, channel: Any) -> None:
     with pytest.raises(ValueError, match="wait_s needs a result_url: this broker keeps no answers"):
         client.grant(org_id="acme", grant_id="gift", credits=1, wait_s=1)
-    assert _Sender(client, 10).send(7, "wallet.grant", [{}], {}) == "this broker keeps no answers"
+    replayer = Replayer(engine, client, by="ann", wait_s=10)
+    assert replayer.send(7, "wallet.grant", [{}], {}) == "this broker keeps no answers"
     assert take(channel, QUEUE).headers["task"] == "wallet.grant"
     assert channel.basic_get(QUEUE) is None
 

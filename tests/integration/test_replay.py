@@ -23,9 +23,9 @@ from ledger.messages import InvalidMessage
 from ledger.state import Result
 from ledger.store import DeadLettered, Delivery, apply_batch
 from tests.support import EMBED, delivery, sql
-from worker.cli.failed import _Sender
 from worker.cli.terminal import open_ledger
 from worker.client import Client
+from worker.replaying import Replayer
 
 REFUND = delivery("wallet.refund", org_id="acme", refund_id="r1", credits=30, workflow_id="run")
 FINISH = delivery("workflow.finish", org_id="acme", workflow_id="run", credits=80)
@@ -206,7 +206,7 @@ def test_a_message_of_the_first_version_of_celerys_protocol_is_replayed(engine: 
 # What cannot be replayed or discarded
 
 
-def test_what_cannot_be_encoded_does_not_stop_the_others() -> None:
+def test_what_cannot_be_encoded_does_not_stop_the_others(engine: Engine) -> None:
     nested: list[Any] = []
     for _ in range(100_000):
         nested = [nested]
@@ -214,7 +214,7 @@ def test_what_cannot_be_encoded_does_not_stop_the_others() -> None:
         Client("redis://127.0.0.1:1/0") as client,
         pytest.raises(NotReplayableError, match="dead letter 7 is nested too deep to be sent again"),
     ):
-        _Sender(client, 10).send(7, "wallet.grant", [nested], {})
+        Replayer(engine, client, by="ann", wait_s=10).send(7, "wallet.grant", [nested], {})
 
 
 def test_an_unknown_letter_is_neither_replayed_nor_discarded(engine: Engine) -> None:

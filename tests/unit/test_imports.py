@@ -32,7 +32,7 @@ RULES: list[Rule] = [
     ("worker/client.py", PURE, ("ledger",)),
     ("worker/*.py", (), ("api_stub", "worker.cli", "worker.local", "typer", "rich")),
     ("worker/local/**/*.py", (), ("api_stub", "worker.cli", "typer", "rich")),
-    ("api_stub/**/*.py", ("worker.client",), ("worker",)),
+    ("api_stub/**/*.py", ("worker.client", "worker.replaying"), ("worker",)),
     *((f"{package}/**/*.py", (), ("tests", "bench", "hypothesis", "pytest")) for package in PACKAGES),
 ]
 CLOCKS = ("now", "utcnow", "today")

@@ -12,7 +12,7 @@ from ledger.database import UnsuitableDatabaseError, describe
 from ledger.settings import SettingsError
 from worker.cli import database, failed, holds, running, token, wallet
 from worker.cli.terminal import fail
-from worker.client import DeadLetteredError, InvalidMessageError, NoAnswerError, NotSentError
+from worker.client import ClientError
 from worker.local.process import ServiceError
 
 app = typer.Typer(
@@ -39,10 +39,7 @@ def main() -> None:
         migrations.LockedError,
         migrations.NewerSchemaError,
         roles.NotGrantedError,
-        NotSentError,
-        NoAnswerError,
-        DeadLetteredError,
-        InvalidMessageError,
+        ClientError,
     ) as error:
         fail(str(error))
     except DBAPIError as error:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from enum import StrEnum
-from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -26,7 +25,6 @@ from ledger.dead_letters import (
     UnknownLetterError,
 )
 from ledger.readable import beginning, escaped, shortened
-from ledger.state import Result
 from worker.cli.terminal import (
     AsJson,
     By,
@@ -46,7 +44,7 @@ from worker.cli.terminal import (
     this_person,
     warn,
 )
-from worker.client import Client, DeadLetteredError, InvalidMessageError, NoAnswerError
+from worker.replaying import Replayer
 
 MAX_LISTED = 1_000
 ERROR_LISTED = 300
@@ -188,9 +186,9 @@ def replay(
             if all_matching and not yes:
                 _ask(f"Replay {_counted(len(chosen))}?")
             with open_client() as client:
-                sender = _Sender(client, wait_s)
+                replayer = Replayer(engine, client, by=by, wait_s=wait_s)
                 for letter_id in chosen:
-                    done.append(_replay_one(engine, letter_id, by, sender))
+                    done.append(_replay_one(engine, letter_id, replayer))
                     if done[-1].error is None:
                         tell(f"Dead letter {letter_id}: {done[-1].outcome}.")
             if len(chosen) > 1:
@@ -255,32 +253,9 @@ def _well(done: list[Done]) -> int:
 # Replaying
 
 
-class _Sender:
-    """Sends messages and waits for each answer; once one has not come in time, it waits for no other."""
-
-    def __init__(self, client: Client, wait_s: float) -> None:
-        self._client = client
-        self._wait_s = wait_s if client.keeps_answers else None
-        self._unanswered = "this broker keeps no answers"
-
-    def send(self, letter_id: int, task: str, args: list[Any], kwargs: dict[str, Any]) -> Result | str:
-        try:
-            answer = self._client.send_as_is(task, args, kwargs, wait_s=self._wait_s)
-        except DeadLetteredError as error:
-            raise StillFailsError(str(error)) from error
-        except InvalidMessageError as error:
-            raise NotReplayableError(f"dead letter {letter_id} is nested too deep to be sent again") from error
-        except NoAnswerError as error:
-            self._wait_s, self._unanswered = None, "not waited for, as the worker did not answer the one before"
-            return str(error)
-        if answer is not None:
-            return answer
-        return self._unanswered if self._wait_s is None else "it has run"
-
-
-def _replay_one(engine: Engine, letter_id: int, by: str, sender: _Sender) -> Done:
+def _replay_one(engine: Engine, letter_id: int, replayer: Replayer) -> Done:
     try:
-        return Done(letter_id, dead_letters.replay(engine, letter_id, by=by, send=partial(sender.send, letter_id)))
+        return Done(letter_id, replayer.replay(letter_id))
     except (UnknownLetterError, NotReplayableError) as error:
         return _refused(letter_id, str(error))
     except StillFailsError as error:
