@@ -4,9 +4,10 @@ The drawing is 1,000 wide and 100 high, and meant to be stretched: labels are te
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+
+from ledger.history import Course
 
 WIDTH, HEIGHT = 1_000, 100
 INTERVALS = 4
@@ -35,13 +36,9 @@ class Chart:
     """The lowest and the highest balance. None: not known."""
 
 
-def step_chart(
-    points: Sequence[tuple[datetime, int]], *, ends: datetime, extremes: tuple[int, int] | None = None
-) -> Chart:
-    """The chart of `points` (each a time, and the balance from then on; at least one, oldest first) until `ends`.
-
-    `extremes` are the lowest and the highest balance of that time, where they are known: `points` may leave them out.
-    """
+def step_chart(course: Course) -> Chart:
+    """The chart of `course`, whose points may leave out the extremes."""
+    points, ends, extremes = course.points, course.ends, course.extremes
     begins = points[0][0]
     length_s = max((ends - begins).total_seconds(), 1e-6)
     amounts = [amount for _, amount in points]

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime
 from http import HTTPStatus
 from itertools import chain
 from typing import Annotated, Any, TypeVar, get_args
@@ -14,7 +14,7 @@ from fastapi.responses import StreamingResponse
 from sqlalchemy import Connection
 
 from api_stub import exports, sessions
-from api_stub.chart import Chart, step_chart
+from api_stub.chart import step_chart
 from api_stub.problems import Problem
 from api_stub.rendering import PageRoute, add_assets, page, see_other
 from api_stub.services import OrgId, Using, require
@@ -137,8 +137,10 @@ def credit_history(request: Request, org_id: ReadableOrg, asked_for: AskedFor, u
     found: dict[str, Any] = {"events": None, "chart": None}
     with using.reading(through=org_id) as ledger:  # for the chart
         if not asked_for.errors:
-            found["events"] = _page_of_events(ledger, org_id, asked_for)
-            found["chart"] = _chart(ledger, org_id, asked_for.matching, now)
+            matching = history.find(ledger, org_id, asked_for.matching)
+            course = matching.course(ledger, points=CHART_POINTS, now=now)
+            found["events"] = _page_of_events(ledger, matching, asked_for)
+            found["chart"] = None if course is None else step_chart(course)
         found["wallet"] = views.wallet(ledger, org_id) or WalletView(org_id)
         found["reservations"] = _open_reservations(ledger, org_id, asked_for)
     return page(
@@ -199,12 +201,12 @@ class Events:
         return self.first + len(self.page.events) - 1
 
 
-def _page_of_events(ledger: Connection, org_id: str, asked_for: Asked) -> Events:
+def _page_of_events(ledger: Connection, matching: history.Found, asked_for: Asked) -> Events:
     limit, before = asked_for.limit, asked_for.before_seq
-    found = history.events(ledger, org_id, asked_for.matching, limit=limit, before_seq=before)
+    found = matching.page(ledger, limit=limit, before_seq=before)
     passed, newer = 0, None
     if before is not None:
-        passed, newer = history.newer(ledger, org_id, asked_for.matching, limit=limit, before_seq=before)
+        passed, newer = matching.newer(ledger, limit=limit, before_seq=before)
     newest = asked_for.query()
     return Events(
         page=found,
@@ -243,28 +245,6 @@ def _open_reservations(ledger: Connection, org_id: str, asked_for: Asked) -> Res
     last = passed + len(shown)
     newer = asked_for.query(**place, reservations_after=last) if shown and last < total else None
     return Reservations(shown, total, held, passed, asked_for.query(**place), newer)
-
-
-def _chart(ledger: Connection, org_id: str, matching: EventFilter, now: datetime) -> Chart | None:
-    """The course of the available balance in the filter's range of time, whatever else it leaves out."""
-    begins = history.first_event_at(ledger, org_id)
-    ends = now if matching.created_before is None else min(now, matching.created_before)
-    if begins is None:
-        return None
-    points = history.available_over_time(ledger, org_id, matching, points=CHART_POINTS)
-    extremes = history.lowest_and_highest(ledger, org_id, matching)
-    if matching.created_from is not None and matching.created_from > begins:
-        before = history.balances_at(ledger, org_id, matching.created_from - timedelta(microseconds=1))
-        begun_with = before.available
-        # Without an event in the range, what it begins with is all that there is.
-        if extremes is not None or not points:
-            lowest, highest = extremes or (begun_with, begun_with)
-            extremes = min(lowest, begun_with), max(highest, begun_with)
-        points = [(matching.created_from, begun_with), *points]
-    if not points or ends < points[0][0]:
-        return None
-    ends = max(ends, points[-1][0])  # the database's clock may be ahead of ours
-    return step_chart(points, ends=ends, extremes=extremes)
 
 
 def _org_ids(session: SignedIn) -> list[str] | None:

@@ -19,8 +19,7 @@ from sqlalchemy.exc import DBAPIError
 
 from api_stub import answers
 from api_stub.services import Services
-from ledger import migrations
-from ledger.figures import system_figures
+from ledger import figures, migrations
 from worker.client import BrokerUnavailableError
 
 PROBES = 4
@@ -94,11 +93,11 @@ class SystemCollector(Collector):
         """The figures, now."""
         try:
             with self._using.probe.connect() as connection:
-                figures = system_figures(connection)
+                found = figures.system_figures(connection)
         except DBAPIError:
-            figures = {}
-        yield _up("database", bool(figures))
-        for name, (help_text, value) in figures.items():
+            found = {}
+        yield _up("database", bool(found))
+        for name, (help_text, value) in found.items():
             yield GaugeMetricFamily(f"holdfast_{name}", help_text, value=value)
         try:
             waiting = self._using.client.waiting()
@@ -111,9 +110,9 @@ class SystemCollector(Collector):
             "How long the oldest waiting message has been seen to wait, from scrape to scrape; it may be older.",
             labels=["queue"],
         )
-        for queue, found in waiting.items():
-            messages.add_metric([queue], found.messages)
-            ages.add_metric([queue], self._seen_for_s(queue, found.oldest))
+        for queue, inside in waiting.items():
+            messages.add_metric([queue], inside.messages)
+            ages.add_metric([queue], self._seen_for_s(queue, inside.oldest))
         yield messages
         yield ages
 

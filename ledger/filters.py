@@ -35,10 +35,6 @@ class EventFilter:
         given = ((each, getattr(self, each.name)) for each in fields(self) if each.name not in TIME_RANGE)
         return tuple(each.metadata["condition"](value) for each, value in given if value != each.default)
 
-    def time_range_alone(self) -> "EventFilter":
-        """The filter of all events in its time range."""
-        return EventFilter(created_from=self.created_from, created_before=self.created_before)
-
     @property
     def looks_at_each(self) -> bool:
         """Whether every event of the time range has to be looked at, to tell which ones match."""

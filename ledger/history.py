@@ -84,20 +84,27 @@ class Balances:
     used_this_period: int
 
 
-def balances_at(connection: Connection, org_id: str, moment: datetime) -> Balances:
-    """The balances of `org_id` after the last event that is not later than `moment`; all 0 before the first."""
-    columns = credit_events.c
-    seq = _first_not(connection, org_id, columns.created_at <= moment) - 1
-    row = connection.execute(select(credit_events).where(columns.org_id == org_id, columns.seq == seq)).first()
-    if row is None:
-        return Balances(0, 0, 0, 0, 0)
-    return Balances(
-        available=row.prepaid_balance_after + row.subscription_balance_after - row.reserved_after,
-        prepaid_balance=row.prepaid_balance_after,
-        subscription_balance=row.subscription_balance_after,
-        reserved_credits=row.reserved_after,
-        used_this_period=row.period_usage_after,
-    )
+@dataclass(frozen=True, slots=True)
+class Course:
+    """How the available balance went during a range of time."""
+
+    points: list[tuple[datetime, int]]
+    """Steps, oldest first: a time, and the balance from then on. The first one is the range's begin or first event."""
+    ends: datetime
+    extremes: tuple[int, int] | None
+    """The lowest and the highest balance; None: the events are too many to look for them."""
+
+
+def find(connection: Connection, org_id: str, matching: EventFilter = EVERY_EVENT) -> "Found":
+    """The events of `org_id` that match and are there now. Looks for the ends of the time range, and for no event."""
+    created_at, first = credit_events.c.created_at, 1
+    if matching.created_from is not None:
+        first = _first_not(connection, org_id, created_at < matching.created_from)
+    if matching.created_before is None:
+        end = number_of_events(connection, org_id) + 1
+    else:
+        end = _first_not(connection, org_id, created_at < matching.created_before)
+    return Found(org_id, first, end, matching.created_from, matching.created_before, matching.conditions())
 
 
 def events(
@@ -109,110 +116,20 @@ def events(
     offset: int = 0,
     before_seq: int | None = None,
 ) -> Page:
-    """A page of the credit history of `org_id`: `limit` events (1-100), newest first.
-
-    It begins after the `offset` newest, or, with `before_seq`, at the first event older than that: pages that continue
-    one another in this way neither skip nor repeat an event while new ones are added.
-    """
-    assert 1 <= limit <= MAX_PAGE
-    assert offset >= 0
-    found = _range(connection, org_id, matching)
-    page = found if before_seq is None else found.before(before_seq)
-    columns = credit_events.c
-    total = None
-    if page.sieve:
-        # Passing over the newer events, and perhaps sorting them, by their numbers alone: rows can be long. A query of
-        # its own, as within one the planner may do it again for every row.
-        numbers = connection.scalars(page.select().with_only_columns(columns.seq).offset(offset).limit(limit + 1)).all()
-        query = page.select().where(columns.seq.in_(numbers))
-        if before_seq is None and len(numbers) <= limit and (numbers or not offset):
-            total = offset + len(numbers)  # all were passed over: no need to do it again
-    else:
-        query = page.before(page.end - offset).select()
-    rows = list(connection.execute(query.limit(limit + 1)).mappings())  # one more tells whether there is more
-    shown = rows[:limit]
-    if total is None:
-        total = found.count(connection)
-    return Page(shown, total, shown[-1]["seq"] if len(rows) > limit else None)
-
-
-def newer(
-    connection: Connection, org_id: str, matching: EventFilter, *, limit: int, before_seq: int
-) -> tuple[int, int | None]:
-    """What is newer than the page that begins before `before_seq`: how many matching events, and which page of `limit`
-    events comes just before it, as its `before_seq`. None: the newest page, which may overlap this one.
-    """
-    found = _range(connection, org_id, matching).since(before_seq)
-    if not found.sieve:
-        begins = found.first + limit
-        return found.count(connection), begins if begins < found.end else None
-    upwards = found.select().order_by(None).order_by(credit_events.c.seq).with_only_columns(credit_events.c.seq)
-    return found.count(connection), connection.scalar(upwards.offset(limit).limit(1))
-
-
-def all_events(engine: Engine, org_id: str, matching: EventFilter) -> Iterator[RowMapping]:
-    """Every matching event that there is when the first one is asked for, newest first: for exports of any size.
-
-    They are read `EXPORT_STEP` numbers at a time, with no connection held in between, however long the reader takes.
-    The result is still that of one moment: events never change, and one that is added has a higher number.
-    """
-    with engine.connect() as connection:
-        found = _range(connection, org_id, matching)
-    for end in range(found.end, found.first, -EXPORT_STEP):
-        with engine.connect() as connection:
-            step = connection.execute(found.since(end - EXPORT_STEP).before(end).select()).mappings().all()
-        yield from step
-
-
-def number_of_events(connection: Connection, org_id: str) -> int:
-    """How many events the credit history of `org_id` has."""
-    return connection.scalar(select(func.max(credit_events.c.seq)).where(credit_events.c.org_id == org_id)) or 0
-
-
-def first_event_at(connection: Connection, org_id: str) -> datetime | None:
-    """When the credit history of `org_id` begins. None: it has no events."""
-    first = select(credit_events.c.created_at).where(credit_events.c.org_id == org_id, credit_events.c.seq == 1)
-    return connection.scalar(first)
-
-
-def available_over_time(
-    connection: Connection, org_id: str, matching: EventFilter, *, points: int
-) -> list[tuple[datetime, int]]:
-    """The available balance of `org_id` over the time range of `matching`, as at most `points` steps, oldest first.
-
-    They are the range's first event, and the last one of each equal share of the others.
-    """
-    assert points >= 2
-    columns = credit_events.c
-    in_range = _range(connection, org_id, matching.time_range_alone())
-    others = max(0, in_range.count(connection) - 1)
-    shares = min(points - 1, others)
-    chosen = [in_range.first, *(in_range.first + others * share // shares for share in range(1, shares + 1))]
-    steps = in_range.select().where(columns.seq.in_(chosen)).with_only_columns(columns.created_at, _available)
-    return [(row[0], row[1]) for row in connection.execute(steps.order_by(None).order_by(columns.seq))]
-
-
-def lowest_and_highest(connection: Connection, org_id: str, matching: EventFilter) -> tuple[int, int] | None:
-    """The lowest and the highest available balance of `org_id` after any event in the time range of `matching`.
-
-    None: the range has no event, or more than `MAX_COMPARED`.
-    """
-    in_range = _range(connection, org_id, matching.time_range_alone())
-    if not 1 <= in_range.count(connection) <= MAX_COMPARED:
-        return None
-    ends = in_range.select().order_by(None).with_only_columns(func.min(_available), func.max(_available))
-    row = connection.execute(ends).one()
-    return row[0], row[1]
+    """A page of the credit history of `org_id`: see `Found.page`."""
+    return find(connection, org_id, matching).page(connection, limit=limit, offset=offset, before_seq=before_seq)
 
 
 @dataclass(frozen=True, slots=True)
-class _Range:
-    """The events of one organization that are numbered from `first` to before `end` and that `sieve` lets through."""
+class Found:
+    """The events of one organization that are numbered from `first` to before `end` and meet all `conditions`."""
 
     org_id: str
     first: int
     end: int
-    sieve: tuple[ColumnElement[bool], ...]
+    created_from: datetime | None
+    created_before: datetime | None
+    conditions: tuple[ColumnElement[bool], ...] = ()
 
     def since(self, seq: int) -> Self:
         """The part that begins at `seq`."""
@@ -226,27 +143,139 @@ class _Range:
         """The events, newest first."""
         columns = credit_events.c
         numbered = and_(columns.org_id == self.org_id, columns.seq >= self.first, columns.seq < self.end)
-        return select(credit_events).where(numbered, *self.sieve).order_by(columns.seq.desc())
+        return select(credit_events).where(numbered, *self.conditions).order_by(columns.seq.desc())
 
     def count(self, connection: Connection) -> int:
         """How many they are."""
-        if not self.sieve:
+        if not self.conditions:
             return max(0, self.end - self.first)
         counted = self.select().order_by(None).with_only_columns(func.count())
         return connection.scalar(counted) or 0
 
+    def page(
+        self, connection: Connection, *, limit: int = MAX_PAGE, offset: int = 0, before_seq: int | None = None
+    ) -> Page:
+        """A page of them: `limit` events (1-100), newest first.
 
-def _range(connection: Connection, org_id: str, matching: EventFilter) -> _Range:
-    """The events of `org_id` that match and are there now."""
+        It begins after the `offset` newest, or, with `before_seq`, at the first event older than that: pages that
+        continue one another in this way neither skip nor repeat an event while new ones are added.
+        """
+        assert 1 <= limit <= MAX_PAGE
+        assert offset >= 0
+        page = self if before_seq is None else self.before(before_seq)
+        columns = credit_events.c
+        total = None
+        if page.conditions:
+            # Passing over the newer events, and perhaps sorting them, by their numbers alone: rows can be long. A query
+            # of its own, as within one the planner may do it again for every row.
+            numbers = connection.scalars(
+                page.select().with_only_columns(columns.seq).offset(offset).limit(limit + 1)
+            ).all()
+            query = page.select().where(columns.seq.in_(numbers))
+            if before_seq is None and len(numbers) <= limit and (numbers or not offset):
+                total = offset + len(numbers)  # all were passed over: no need to do it again
+        else:
+            query = page.before(page.end - offset).select()
+        rows = list(connection.execute(query.limit(limit + 1)).mappings())  # one more tells whether there is more
+        shown = rows[:limit]
+        if total is None:
+            total = self.count(connection)
+        return Page(shown, total, shown[-1]["seq"] if len(rows) > limit else None)
+
+    def newer(self, connection: Connection, *, limit: int, before_seq: int) -> tuple[int, int | None]:
+        """What is newer than the page that begins before `before_seq`.
+
+        How many matching events; and which page of `limit` events comes just before it, as its `before_seq`. None: the
+        newest page, which may overlap this one.
+        """
+        found = self.since(before_seq)
+        if not found.conditions:
+            begins = found.first + limit
+            return found.count(connection), begins if begins < found.end else None
+        upwards = found.select().order_by(None).order_by(credit_events.c.seq).with_only_columns(credit_events.c.seq)
+        return found.count(connection), connection.scalar(upwards.offset(limit).limit(1))
+
+    def course(self, connection: Connection, *, points: int, now: datetime) -> Course | None:
+        """How the available balance went in its time range, `now` at most, in about `points` steps.
+
+        The conditions leave out no step. None: nothing had happened by then.
+        """
+        in_range = replace(self, conditions=())
+        steps, extremes = in_range.steps(connection, points=points), in_range.lowest_and_highest(connection)
+        if self.created_from is not None and self.first > 1:
+            begun_with = balances_after(connection, self.org_id, self.first - 1).available
+            # Without an event in the range, what it begins with is all that there is.
+            if extremes is not None or not steps:
+                lowest, highest = extremes or (begun_with, begun_with)
+                extremes = min(lowest, begun_with), max(highest, begun_with)
+            steps = [(self.created_from, begun_with), *steps]
+        ends = now if self.created_before is None else min(now, self.created_before)
+        if not steps or ends < steps[0][0]:
+            return None
+        return Course(steps, max(ends, steps[-1][0]), extremes)  # the database's clock may be ahead of ours
+
+    def steps(self, connection: Connection, *, points: int) -> list[tuple[datetime, int]]:
+        """The available balance after the first event, and after the last one of each equal share of the others.
+
+        At most `points` in all, oldest first, each with its time.
+        """
+        assert points >= 2
+        columns = credit_events.c
+        others = max(0, self.end - self.first - 1)
+        shares = min(points - 1, others)
+        chosen = [self.first, *(self.first + others * share // shares for share in range(1, shares + 1))]
+        steps = self.select().where(columns.seq.in_(chosen)).with_only_columns(columns.created_at, _available)
+        return [(row[0], row[1]) for row in connection.execute(steps.order_by(None).order_by(columns.seq))]
+
+    def lowest_and_highest(self, connection: Connection) -> tuple[int, int] | None:
+        """The lowest and the highest available balance after any event.
+
+        None: there is no event, or more than `MAX_COMPARED`.
+        """
+        if not 1 <= self.end - self.first <= MAX_COMPARED:
+            return None
+        ends = self.select().order_by(None).with_only_columns(func.min(_available), func.max(_available))
+        row = connection.execute(ends).one()
+        return row[0], row[1]
+
+
+def balances_at(connection: Connection, org_id: str, moment: datetime) -> Balances:
+    """The balances of `org_id` after the last event that is not later than `moment`; all 0 before the first."""
+    return balances_after(connection, org_id, _first_not(connection, org_id, credit_events.c.created_at <= moment) - 1)
+
+
+def balances_after(connection: Connection, org_id: str, seq: int) -> Balances:
+    """The balances of `org_id` after its event number `seq`; all 0 if there is none."""
     columns = credit_events.c
-    first = 1
-    if matching.created_from is not None:
-        first = _first_not(connection, org_id, columns.created_at < matching.created_from)
-    if matching.created_before is None:
-        end = number_of_events(connection, org_id) + 1
-    else:
-        end = _first_not(connection, org_id, columns.created_at < matching.created_before)
-    return _Range(org_id, first, end, matching.conditions())
+    row = connection.execute(select(credit_events).where(columns.org_id == org_id, columns.seq == seq)).first()
+    if row is None:
+        return Balances(0, 0, 0, 0, 0)
+    return Balances(
+        available=row.prepaid_balance_after + row.subscription_balance_after - row.reserved_after,
+        prepaid_balance=row.prepaid_balance_after,
+        subscription_balance=row.subscription_balance_after,
+        reserved_credits=row.reserved_after,
+        used_this_period=row.period_usage_after,
+    )
+
+
+def all_events(engine: Engine, org_id: str, matching: EventFilter) -> Iterator[RowMapping]:
+    """Every matching event that there is when the first one is asked for, newest first: for exports of any size.
+
+    They are read `EXPORT_STEP` numbers at a time, with no connection held in between, however long the reader takes.
+    The result is still that of one moment: events never change, and one that is added has a higher number.
+    """
+    with engine.connect() as connection:
+        found = find(connection, org_id, matching)
+    for end in range(found.end, found.first, -EXPORT_STEP):
+        with engine.connect() as connection:
+            step = connection.execute(found.since(end - EXPORT_STEP).before(end).select()).mappings().all()
+        yield from step
+
+
+def number_of_events(connection: Connection, org_id: str) -> int:
+    """How many events the credit history of `org_id` has."""
+    return connection.scalar(select(func.max(credit_events.c.seq)).where(credit_events.c.org_id == org_id)) or 0
 
 
 def _first_not(connection: Connection, org_id: str, is_early: ColumnElement[bool]) -> int:

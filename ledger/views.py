@@ -5,6 +5,7 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import Connection, RowMapping, and_, func, select
 
+from ledger.periods import period_start
 from ledger.state import WorkflowState
 from ledger.tables import credit_events, posted_messages, subscriptions, wallets, workflows
 
@@ -68,22 +69,15 @@ def wallet(connection: Connection, org_id: str) -> WalletView | None:
         subscriptions.c.org_id == wallets.c.org_id,
         subscriptions.c.subscription_id == wallets.c.subscription_id,
     )
-    period_start = (
-        select(credit_events.c.metadata["period_start"].astext)
-        .where(
-            credit_events.c.org_id == wallets.c.org_id,
-            credit_events.c.idempotency_key
-            == func.concat("subscription:", subscriptions.c.subscription_id, ":", subscriptions.c.period),
-        )
-        .scalar_subquery()
-    )
-    query = select(wallets, subscriptions.c.plan, subscriptions.c.period_granted, period_start.label("period_start"))
+    columns = subscriptions.c
+    query = select(wallets, columns.plan, columns.period_granted, columns.anchor, columns.period)
     row = connection.execute(
         query.select_from(wallets.outerjoin(subscriptions, current)).where(wallets.c.org_id == org_id)
     ).first()
     if row is None:
         return None
     balance = row.prepaid_balance + row.subscription_balance
+    has_period = row.period is not None
     return WalletView(
         org_id=row.org_id,
         balance=balance,
@@ -96,8 +90,8 @@ def wallet(connection: Connection, org_id: str) -> WalletView | None:
         used_this_period=row.period_usage,
         included_this_period=row.period_granted or 0,
         plan=row.plan,
-        current_period_start=None if row.period_start is None else datetime.fromisoformat(row.period_start),
-        current_period_end=None if row.period_start is None else row.next_period_at,
+        current_period_start=period_start(row.anchor, row.period) if has_period else None,
+        current_period_end=row.next_period_at if has_period else None,
     )
 
 

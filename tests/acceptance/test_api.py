@@ -20,7 +20,6 @@ from sqlalchemy import Connection, Engine, event, text
 from starlette.types import Message
 
 from api_stub.workflows import OTHERS_SOURCES, STEPS
-from ledger import history as ledger_history
 from ledger.database import CONNECT_TIMEOUT_S, POOL_TIMEOUT_S, connect
 from ledger.messages import MESSAGES
 from ledger.roles import READER
@@ -666,13 +665,13 @@ def log(api: Api) -> Iterator[io.StringIO]:
 @pytest.mark.parametrize(
     ("path", "function", "fault"),
     [
-        (CREDITS, "wallet", _defect),
-        (CREDITS, "wallet", _wrong_statement),
-        (EVENTS, "events", _defect),
-        (EVENTS, "events", _wrong_statement),
-        ("/metrics", "system_figures", _defect),
-        (HISTORY, "open_reservations", _defect),
-        (HISTORY, "open_reservations", _wrong_statement),
+        (CREDITS, "views.wallet", _defect),
+        (CREDITS, "views.wallet", _wrong_statement),
+        (EVENTS, "history.events", _defect),
+        (EVENTS, "history.events", _wrong_statement),
+        ("/metrics", "figures.system_figures", _defect),
+        (HISTORY, "views.open_reservations", _defect),
+        (HISTORY, "views.open_reservations", _wrong_statement),
     ],
 )
 def test_what_nobody_expected_is_a_sentence_and_the_log_has_the_rest(
@@ -683,7 +682,7 @@ def test_what_nobody_expected_is_a_sentence_and_the_log_has_the_rest(
     function: str,
     fault: Callable[..., None],
 ) -> None:
-    monkeypatch.setattr(ledger_history, function, fault)
+    monkeypatch.setattr(f"ledger.{function}", fault)
     failed = api.get(path)
     assert (failed.status_code, failed.headers["connection"]) == (500, "close")
     assert (failed.headers["cache-control"], failed.headers["x-content-type-options"]) == ("no-store", "nosniff")

@@ -27,6 +27,7 @@ def subscribe(**fields: Any) -> Delivery:
     return acme("wallet.subscribe", **(terms | fields))
 
 
+RED = EventFilter(project_id="red")
 THREE_DAYS = EventFilter(created_from=datetime(2026, 1, 2, tzinfo=UTC), created_before=datetime(2026, 1, 5, tzinfo=UTC))
 
 
@@ -383,9 +384,9 @@ def test_a_range_of_time_is_found_wherever_it_begins_and_ends(engine: Engine) ->
                 assert (seqs(page), page.total) == (expected, len(expected))
                 passed = sum(at <= created_from for at in moments)
                 assert history.balances_at(connection, org_id, created_from).prepaid_balance == passed
-                until = history.available_over_time(connection, org_id, matching, points=1_000)
+                until = history.find(connection, org_id, matching).steps(connection, points=1_000)
                 assert until == [(moments[seq - 1], seq) for seq in reversed(expected)]
-                extremes = history.lowest_and_highest(connection, org_id, matching)
+                extremes = history.find(connection, org_id, matching).lowest_and_highest(connection)
                 assert extremes == ((expected[-1], expected[0]) if expected else None)
 
 
@@ -462,7 +463,10 @@ def test_pages_by_offset_and_by_number_are_the_same_slices(engine: Engine) -> No
                 assert (seqs(page), page.total) == (older[:10], len(matches))
                 newer = [seq for seq in reversed(matches) if seq >= before]
                 begins = newer[10] if len(newer) > 10 else None
-                assert history.newer(connection, "acme", matching, limit=10, before_seq=before) == (len(newer), begins)
+                assert history.find(connection, "acme", matching).newer(connection, limit=10, before_seq=before) == (
+                    len(newer),
+                    begins,
+                )
 
 
 def events_read(connection: Connection) -> int:
@@ -475,10 +479,12 @@ READS: dict[str, Callable[[Connection], object]] = {
     "the newest page": lambda c: history.events(c, "acme"),
     "a page far back": lambda c: history.events(c, "acme", offset=9_000),
     "a page of a range": lambda c: history.events(c, "acme", THREE_DAYS, offset=2_000),
-    "what is newer": lambda c: history.newer(c, "acme", EVERY_EVENT, limit=100, before_seq=500),
+    "what is newer": lambda c: history.find(c, "acme", EVERY_EVENT).newer(c, limit=100, before_seq=500),
     "balances long ago": lambda c: history.balances_at(c, "acme", datetime(2026, 1, 1, 1, tzinfo=UTC)),
-    "the chart": lambda c: history.available_over_time(c, "acme", EVERY_EVENT, points=100),
-    "the extremes, where they are too many to look at": lambda c: history.lowest_and_highest(c, "acme", EVERY_EVENT),
+    "the chart": lambda c: history.find(c, "acme", EVERY_EVENT).steps(c, points=100),
+    "the extremes, where they are too many to look at": lambda c: history.find(
+        c, "acme", EVERY_EVENT
+    ).lowest_and_highest(c),
 }
 
 
@@ -501,7 +507,7 @@ FILTERED: dict[str, Callable[[Connection], object]] = {
     "a project": lambda c: history.events(c, "acme", EventFilter(project_id="red"), offset=1_500),
     "a project that no event has": lambda c: history.events(c, "acme", EventFilter(project_id="nope")),
     "both": lambda c: history.events(c, "acme", EventFilter(event_types=("refund",), project_id="red")),
-    "what is newer": lambda c: history.newer(c, "acme", EventFilter(project_id="red"), limit=100, before_seq=500),
+    "what is newer": lambda c: history.find(c, "acme", RED).newer(c, limit=100, before_seq=500),
 }
 
 
@@ -540,13 +546,13 @@ def test_the_extremes_are_among_all_events_of_the_range(engine: Engine, monkeypa
     ends = [acme("workflow.cancel", workflow_id=f"w{n}") for n in range(100, 600)]
     apply_batch(engine, [purchase, *chain.from_iterable(zip(starts, ends, strict=True))])
     with engine.connect() as connection:
-        assert history.lowest_and_highest(connection, "acme", EVERY_EVENT) == (401, 1_000)
+        assert history.find(connection, "acme", EVERY_EVENT).lowest_and_highest(connection) == (401, 1_000)
         for points in (2, 3, 240):
-            steps = history.available_over_time(connection, "acme", EVERY_EVENT, points=points)
+            steps = history.find(connection, "acme", EVERY_EVENT).steps(connection, points=points)
             assert (len(steps), steps[0][1], steps[-1][1]) == (points, 1_000, 1_000)
         for most, known in ((1_001, True), (1_000, False)):
             monkeypatch.setattr(history, "MAX_COMPARED", most)
-            assert (history.lowest_and_highest(connection, "acme", EVERY_EVENT) is not None) == known
+            assert (history.find(connection, "acme", EVERY_EVENT).lowest_and_highest(connection) is not None) == known
 
 
 # Workflows and reservations.
