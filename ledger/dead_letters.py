@@ -19,7 +19,7 @@ from sqlalchemy import ColumnElement, Connection, Engine, Update, func, or_, sel
 from ledger.bodies import arguments
 from ledger.messages import MAX_BODY_BYTES
 from ledger.readable import escaped, escaped_json, readable_json, shortened
-from ledger.state import Result
+from ledger.state import ErrorCode, Result
 from ledger.tables import dead_letters
 
 MAX_ERROR_LENGTH = 4_000
@@ -34,7 +34,7 @@ class DeadLetter:
     body: bytes
     """The message as received."""
     org_id: str | None
-    code: str
+    code: ErrorCode
     error: str
     """One sentence for a person: what is wrong with the message."""
     traceback: str | None = None

@@ -26,6 +26,8 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError, to_json
 
+from ledger.state import ErrorCode
+
 MAX_CREDITS = 2**53 - 1
 """The largest amount or balance, in credits: every JSON client reads it exactly."""
 
@@ -397,7 +399,7 @@ MESSAGES: dict[str, type[AnyMessage]] = {model.task: model for model in get_args
 class InvalidMessage:
     """What could not be read as a message, and why, in words for a person."""
 
-    code: str
+    code: ErrorCode
     error: str
     org_id: str | None
 

@@ -33,12 +33,13 @@ from ledger.messages import (
 from ledger.periods import period_at, period_start
 from ledger.state import (
     OUTCOMES,
-    Answer,
     Decision,
+    ErrorCode,
     Event,
     EventType,
     PostedMessage,
     Refusal,
+    StepAnswer,
     Subscription,
     Wallet,
     Workflow,
@@ -137,7 +138,7 @@ def _start(wallet: Wallet, message: Start, now: datetime, workflow: Workflow | N
     return _answer(wallet, "reserved", workflow=workflow, event=event)
 
 
-def _reservation_answer(wallet: Wallet, credits: int) -> Answer:
+def _reservation_answer(wallet: Wallet, credits: int) -> StepAnswer:
     if wallet.available + wallet.credit_limit < credits:
         return "insufficient_credits"
     if wallet.period_cap is not None and wallet.period_usage + wallet.reserved + credits > wallet.period_cap:
@@ -188,7 +189,7 @@ def _end(wallet: Wallet, message: Cancel | Fail, now: datetime, workflow: Workfl
     """Cancel or fail. The net effect of a workflow without a finish is zero."""
     cancelled = isinstance(message, Cancel)
     state: WorkflowState = "cancelled" if cancelled else "failed"
-    answer: Answer = "already_ended"
+    answer: StepAnswer = "already_ended"
     event = None
     if workflow is None:
         workflow, answer = Workflow(message.org_id, message.workflow_id, state), "not_started"
@@ -204,7 +205,7 @@ def _end(wallet: Wallet, message: Cancel | Fail, now: datetime, workflow: Workfl
 
 def _answer(
     wallet: Wallet,
-    answer: Answer,
+    answer: StepAnswer,
     *,
     duplicate: bool = False,
     workflow: Workflow | None = None,
@@ -627,7 +628,7 @@ def _metadata(message: Message, **own: Any) -> dict[str, Any]:
     return kept
 
 
-def _refuse(wallet: Wallet, code: str, error: str) -> Decision:
+def _refuse(wallet: Wallet, code: ErrorCode, error: str) -> Decision:
     return Decision(wallet, refusal=Refusal(code, error))
 
 

@@ -22,9 +22,28 @@ EventType = Literal[
 ]
 WorkflowState = Literal["reserved", "rejected", "settled", "cancelled", "failed", "expired"]
 OutcomeName = Literal["reserved", "rejected", "settled", "released", "posted", "ignored"]
-Answer = Literal["reserved", "insufficient_credits", "period_cap", "released", "not_started", "already_ended"]
+StepAnswer = Literal["reserved", "insufficient_credits", "period_cap", "released", "not_started", "already_ended"]
+Reason = Literal[
+    "insufficient_credits", "period_cap", "not_started", "already_ended", "stale_version", "not_subscribed"
+]
+"""Why a message did what its outcome says, where there is more than one reason."""
 
-OUTCOMES: dict[Answer, tuple[OutcomeName, str | None]] = {
+ErrorCode = Literal[
+    "invalid_message",
+    "too_large",
+    "not_allowed",
+    "delivery_limit",
+    "undecodable_message",
+    "unknown_task",
+    "conflict",
+    "insufficient_credits",
+    "refund_exceeds_usage",
+    "balance_out_of_range",
+    "unexpected_error",
+]
+"""Why a message is a dead letter."""
+
+OUTCOMES: dict[StepAnswer, tuple[OutcomeName, Reason | None]] = {
     "reserved": ("reserved", None),
     "insufficient_credits": ("rejected", "insufficient_credits"),
     "period_cap": ("rejected", "period_cap"),
@@ -79,11 +98,11 @@ class Workflow(NamedTuple):
     workflow_id: str
     state: WorkflowState
     start_credits: int | None = None
-    start_answer: Answer | None = None
+    start_answer: StepAnswer | None = None
     expires_at: datetime | None = None
     finish_credits: int | None = None
-    cancel_answer: Answer | None = None
-    fail_answer: Answer | None = None
+    cancel_answer: StepAnswer | None = None
+    fail_answer: StepAnswer | None = None
     refunded: int = 0
     project_id: str | None = None
     activity_name: str | None = None
@@ -115,7 +134,7 @@ class PostedMessage(NamedTuple):
     message_id: str
     terms: Mapping[str, Any]
     outcome: OutcomeName
-    reason: str | None
+    reason: Reason | None
 
 
 class Event(NamedTuple):
@@ -144,7 +163,7 @@ class Event(NamedTuple):
 class Refusal:
     """Why a message cannot be applied, now or by trying again: it becomes a dead letter."""
 
-    code: str
+    code: ErrorCode
     error: str
 
 
@@ -156,7 +175,7 @@ class Decision(NamedTuple):
 
     wallet: Wallet
     outcome: OutcomeName = "ignored"
-    reason: str | None = None
+    reason: Reason | None = None
     duplicate: bool = False
     events: tuple[Event, ...] = ()
     workflow: Workflow | None = None
@@ -169,7 +188,7 @@ class Result(NamedTuple):
     """What a message did, as its sender is told."""
 
     outcome: OutcomeName
-    reason: str | None
+    reason: Reason | None
     duplicate: bool
     org_id: str
     workflow_id: str | None

@@ -47,7 +47,7 @@ from ledger.messages import (
     parse,
 )
 from ledger.readable import beginning
-from ledger.state import Result
+from ledger.state import ErrorCode, Result
 from ledger.statements import Connection
 from ledger.waiting import (
     BEHIND,
@@ -87,7 +87,7 @@ MAX_TRACEBACK_LENGTH = 64 * 1024
 """How much of a traceback a dead letter keeps: its last characters, which say most."""
 
 Item = TypeVar("Item")
-Answer = TypeVar("Answer")
+Became = TypeVar("Became")
 
 
 class Delivery(NamedTuple):
@@ -107,7 +107,7 @@ class DeadLettered:
     """What became of a message that could not be applied."""
 
     letter_id: int
-    code: str
+    code: ErrorCode
     error: str
 
 
@@ -198,17 +198,17 @@ def _in_transactions(
     engine: Engine,
     items: Sequence[Item],
     org_id_of: Callable[[Item], str],
-    apply: Callable[[Connection, Sequence[Item], float | None], list[Answer]],
-    bury: Callable[[Engine, Item, Exception], Answer],
-    keep_waiting: Callable[[Engine, Sequence[Item], Exception], Sequence[Answer]],
-) -> list[Answer]:
+    apply: Callable[[Connection, Sequence[Item], float | None], list[Became]],
+    bury: Callable[[Engine, Item, Exception], Became],
+    keep_waiting: Callable[[Engine, Sequence[Item], Exception], Sequence[Became]],
+) -> list[Became]:
     """Apply `items` in as few transactions as possible.
 
     An item that cannot be applied even on its own is buried; an organization whose items cannot be applied now is kept
     waiting, with all of them that are left. After a failure, `apply` is told to be careful: to leave out what somebody
     else has locked, and how many seconds to wait for a statement.
     """
-    answers: dict[int, Answer] = {}
+    answers: dict[int, Became] = {}
     places: Sequence[int] = range(len(items))
     pending = [(part, False) for part in _parts(places, MAX_BATCH)]
     culprits: dict[str, Exception] = {}

@@ -28,7 +28,7 @@ from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.types import TypeEngine
 
 from ledger.messages import ID_CHARACTERS, MAX_CREDITS, MAX_ID_LENGTH
-from ledger.state import Answer, EventType, OutcomeName, WorkflowState
+from ledger.state import EventType, OutcomeName, StepAnswer, WorkflowState
 
 metadata = MetaData()
 
@@ -124,9 +124,9 @@ workflows = Table(
     _check("workflows_start_credits", f"start_credits BETWEEN 0 AND {MAX_CREDITS}"),
     _check("workflows_finish_credits", f"finish_credits BETWEEN 0 AND {MAX_CREDITS}"),
     _check("workflows_start", "(start_credits IS NULL) = (start_answer IS NULL)"),
-    _check("workflows_start_answer", _one_of("start_answer", Answer)),
-    _check("workflows_cancel_answer", _one_of("cancel_answer", Answer)),
-    _check("workflows_fail_answer", _one_of("fail_answer", Answer)),
+    _check("workflows_start_answer", _one_of("start_answer", StepAnswer)),
+    _check("workflows_cancel_answer", _one_of("cancel_answer", StepAnswer)),
+    _check("workflows_fail_answer", _one_of("fail_answer", StepAnswer)),
     _check("workflows_settled", "(state = 'settled') = (finish_credits IS NOT NULL)"),
     _check("workflows_hold", "COALESCE(start_answer = 'reserved', false) = (expires_at IS NOT NULL)"),
     _check("workflows_reserved", "state NOT IN ('reserved', 'expired') OR expires_at IS NOT NULL"),

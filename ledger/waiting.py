@@ -21,6 +21,7 @@ from sqlalchemy import Connection, text
 
 from ledger import arrays
 from ledger.messages import SUSPECT
+from ledger.state import ErrorCode
 
 NOBODY = ""
 """Stands for the organization of a message that names none."""
@@ -55,7 +56,7 @@ class WaitingMessage(NamedTuple):
     """The message as received."""
     answer_to: str | None
     """Who wants its answer; only the sender's side knows what that means."""
-    error_code: str | None
+    error_code: ErrorCode | None
     error: str | None
     """Why it will be a dead letter, if that is known already."""
     reason: str
@@ -69,7 +70,7 @@ class NumberedMessage(NamedTuple):
     task: str
     body: bytes
     answer_to: str | None
-    error_code: str | None
+    error_code: ErrorCode | None
     error: str | None
 
 
