@@ -53,7 +53,7 @@ router = APIRouter(
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class LetterQuery:
     """Which dead letters the list was asked for: as typed, and as understood."""
 
     status: str
@@ -72,7 +72,7 @@ class Asked:
         return urlencode({name: value for name, value in kept.items() if value} | changes)
 
 
-def asked(status: str = "open", code: str = "", task: str = "", before_id: str = "") -> Asked:
+def letter_query(status: str = "open", code: str = "", task: str = "", before_id: str = "") -> LetterQuery:
     """Read the query."""
     errors = {}
     if status not in STATUSES:
@@ -82,7 +82,7 @@ def asked(status: str = "open", code: str = "", task: str = "", before_id: str =
     for name, text in (("code", code), ("task", task)):
         if not text.isprintable():
             errors[name] = f"{name} must not contain control characters."
-    return Asked(status, code.strip(), task.strip(), _letter_id(before_id), errors)
+    return LetterQuery(status, code.strip(), task.strip(), _letter_id(before_id), errors)
 
 
 def found(letter_id: str, using: Using) -> KeptLetter:
@@ -93,12 +93,12 @@ def found(letter_id: str, using: Using) -> KeptLetter:
         raise Problem(HTTPStatus.NOT_FOUND, "There is no such dead letter.") from None
 
 
-AskedFor = Annotated[Asked, Depends(asked)]
+Query = Annotated[LetterQuery, Depends(letter_query)]
 Found = Annotated[KeptLetter, Depends(found)]
 
 
 @router.get("/dead-letters")
-def dead_letter_list(request: Request, asked_for: AskedFor, using: Using) -> Response:
+def dead_letter_list(request: Request, asked_for: Query, using: Using) -> Response:
     """The dead letters that match, newest first."""
     letters = []
     if not asked_for.errors:

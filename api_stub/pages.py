@@ -37,7 +37,7 @@ router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class HistoryQuery:
     """What a page was asked to show: as typed, as understood, and what could not be understood."""
 
     typed: Mapping[str, str]
@@ -67,7 +67,7 @@ class Asked:
         return self.matching != EVERY_EVENT
 
 
-def asked(request: Request) -> Asked:
+def history_query(request: Request) -> HistoryQuery:
     """Read the query. Fields of the form that were left empty are as if they were not there."""
     query = request.query_params
     typed = {name: query.get(name, "").strip() for name in ("date_from", "date_to", "project_id", "limit", *PLACES)}
@@ -86,7 +86,7 @@ def asked(request: Request) -> Asked:
     if len(known) < len(event_types):
         errors["event_type"] = f"event_type must be one of {', '.join(EVENT_TYPES)}."
     project_id = _understood(typed, "project_id", filters.project, errors)
-    return Asked(
+    return HistoryQuery(
         typed=typed,
         event_types=event_types,
         matching=EventFilter(
@@ -99,7 +99,7 @@ def asked(request: Request) -> Asked:
     )
 
 
-AskedFor = Annotated[Asked, Depends(asked)]
+Query = Annotated[HistoryQuery, Depends(history_query)]
 
 
 def readable(org_id: OrgId, session: SignedIn) -> str:
@@ -108,7 +108,7 @@ def readable(org_id: OrgId, session: SignedIn) -> str:
     return org_id
 
 
-ReadableOrg = Annotated[str, Depends(readable)]
+VisibleOrg = Annotated[str, Depends(readable)]
 
 
 @router.get("/")
@@ -131,7 +131,7 @@ def start(request: Request, session: SignedIn, organization: str = "") -> Respon
 
 
 @router.get("/organizations/{orgId}/credit-history")
-def credit_history(request: Request, org_id: ReadableOrg, asked_for: AskedFor, using: Using) -> Response:
+def credit_history(request: Request, org_id: VisibleOrg, asked_for: Query, using: Using) -> Response:
     """The wallet, the course of its balance, its open reservations, and a page of its events."""
     now = datetime.now(UTC)
     found: dict[str, Any] = {"events": None, "chart": None}
@@ -156,7 +156,7 @@ def credit_history(request: Request, org_id: ReadableOrg, asked_for: AskedFor, u
 
 
 @router.get("/organizations/{orgId}/credit-history.csv")
-def credit_history_as_csv(org_id: ReadableOrg, asked_for: AskedFor, using: Using) -> Response:
+def credit_history_as_csv(org_id: VisibleOrg, asked_for: Query, using: Using) -> Response:
     """Every event that the filter lets through, newest first, as a file."""
     if asked_for.errors:
         raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, " ".join(asked_for.errors.values()))
@@ -201,7 +201,7 @@ class Events:
         return self.first + len(self.page.events) - 1
 
 
-def _page_of_events(ledger: Connection, matching: history.Found, asked_for: Asked) -> Events:
+def _page_of_events(ledger: Connection, matching: history.Found, asked_for: HistoryQuery) -> Events:
     limit, before = asked_for.limit, asked_for.before_seq
     found = matching.page(ledger, limit=limit, before_seq=before)
     passed, newer = 0, None
@@ -236,7 +236,7 @@ class Reservations:
         return self.passed + len(self.shown)
 
 
-def _open_reservations(ledger: Connection, org_id: str, asked_for: Asked) -> Reservations:
+def _open_reservations(ledger: Connection, org_id: str, asked_for: HistoryQuery) -> Reservations:
     passed = asked_for.reservations_after
     shown = views.open_reservations(ledger, org_id=org_id, offset=passed)
     total, held = views.reservations_held(ledger, org_id)

@@ -136,3 +136,7 @@ def organization(scope: Scope) -> Callable[..., str]:
         return org_id
 
     return checked
+
+
+ReadableOrg = Annotated[str, Depends(organization("credits:read"))]
+WritableOrg = Annotated[str, Depends(organization("workflows:write"))]

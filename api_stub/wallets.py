@@ -11,23 +11,22 @@ from pydantic import AfterValidator, PlainValidator
 from api_stub import answers, errors
 from api_stub.openapi import IS_A_TIME
 from api_stub.problems import Problem
-from api_stub.services import IS_AN_ID, Using, organization
+from api_stub.services import IS_AN_ID, ReadableOrg, Using
 from ledger import filters, history, views
 from ledger.filters import EventFilter
 from ledger.messages import MAX_CREDITS
 from ledger.state import EventType
 from ledger.views import WalletView
 
-ReadableOrg = Annotated[str, Depends(organization("credits:read"))]
 Moment = Annotated[datetime, PlainValidator(filters.moment), IS_A_TIME]
-# To FastAPI, a dataclass such as filters.When would be a body.
-When = Annotated[Any, PlainValidator(filters.when), IS_A_TIME]
+# To FastAPI, a dataclass such as filters.DayOrTime would be a body.
+DayOrTime = Annotated[Any, PlainValidator(filters.when), IS_A_TIME]
 
 
 def event_filter(
-    date_from: Annotated[When | None, Query(description="First day or moment (ISO 8601).")] = None,
+    date_from: Annotated[DayOrTime | None, Query(description="First day or moment (ISO 8601).")] = None,
     date_to: Annotated[
-        When | None, Query(description="Last day, or the moment before which; not before `date_from`.")
+        DayOrTime | None, Query(description="Last day, or the moment before which; not before `date_from`.")
     ] = None,
     event_type: Annotated[list[EventType] | None, Query(description="Repeatable: any of these types.")] = None,
     project_id: Annotated[

@@ -7,13 +7,13 @@ from dataclasses import asdict
 from http import HTTPStatus
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Path, Request
+from fastapi import FastAPI, Path, Request
 from fastapi.concurrency import run_in_threadpool
 
 from api_stub import answers, errors
 from api_stub.openapi import ANY_OBJECT
 from api_stub.problems import Problem
-from api_stub.services import IS_AN_ID, Using, organization
+from api_stub.services import IS_AN_ID, ReadableOrg, Using, WritableOrg
 from ledger import history, views
 from ledger.messages import ID_PATTERN, MESSAGES, InvalidMessage, parse
 from worker.client import NotSentError
@@ -27,8 +27,6 @@ OTHERS_SOURCES = ("admin", "billing", "operator", "scheduler")
 SOURCE_PATTERN = "[ -~]+"
 """Of what an engine's `source` consists over HTTP: in all of Unicode, too much looks like something else."""
 
-ReadableOrg = Annotated[str, Depends(organization("credits:read"))]
-WritableOrg = Annotated[str, Depends(organization("workflows:write"))]
 STEPS = ("start", "finish", "cancel", "fail")
 WorkflowId = Annotated[str, Path(alias="workflowId", description="The workflow's id.", json_schema_extra=IS_AN_ID)]
 

@@ -49,7 +49,7 @@ def _optional(name: str, column_type: TypeEngine[Any] | type[TypeEngine[Any]]) -
     return Column(name, column_type, nullable=True)
 
 
-Instant = TIMESTAMP(timezone=True)
+Timestamp = TIMESTAMP(timezone=True)
 
 
 def _ids(*columns: str) -> str:
@@ -73,7 +73,7 @@ wallets = Table(
     metadata,
     _column("org_id", Text),
     _column("last_seq", BigInteger),
-    _optional("last_event_at", Instant),
+    _optional("last_event_at", Timestamp),
     _column("prepaid_balance", BigInteger),
     _column("subscription_balance", BigInteger),
     _column("reserved", BigInteger),
@@ -82,8 +82,8 @@ wallets = Table(
     _optional("period_cap", BigInteger),
     _column("config_version", BigInteger),
     _optional("subscription_id", Text),
-    _optional("next_period_at", Instant),
-    _optional("next_hold_expiry", Instant),
+    _optional("next_period_at", Timestamp),
+    _optional("next_hold_expiry", Timestamp),
     PrimaryKeyConstraint("org_id", name="wallets_pkey"),
     *(_check(f"wallets_{name}", rule.format("")) for name, rule in _BALANCE_RULES.items()),
     _check("wallets_org_id", _ids("org_id")),
@@ -111,7 +111,7 @@ workflows = Table(
     _column("state", Text),
     _optional("start_credits", BigInteger),
     _optional("start_answer", Text),
-    _optional("expires_at", Instant),
+    _optional("expires_at", Timestamp),
     _optional("finish_credits", BigInteger),
     _optional("cancel_answer", Text),
     _optional("fail_answer", Text),
@@ -144,7 +144,7 @@ subscriptions = Table(
     _optional("plan", Text),
     _column("monthly_credits", BigInteger),
     _column("rollover_limit", BigInteger),
-    _optional("anchor", Instant),
+    _optional("anchor", Timestamp),
     _optional("period", Integer),
     _column("period_granted", BigInteger),
     PrimaryKeyConstraint("org_id", "subscription_id", name="subscriptions_pkey"),
@@ -178,7 +178,7 @@ credit_events = Table(
     metadata,
     _column("org_id", Text),
     _column("seq", BigInteger),
-    _column("created_at", Instant),
+    _column("created_at", Timestamp),
     _column("event_type", Text),
     _column("source", Text),
     _optional("workflow_id", Text),
@@ -231,9 +231,9 @@ dead_letters = Table(
     _column("error", Text),
     _optional("traceback", Text),
     _column("attempts", BigInteger),
-    Column("first_failed_at", Instant, nullable=False, server_default=func.clock_timestamp()),
-    Column("last_failed_at", Instant, nullable=False, server_default=func.clock_timestamp()),
-    _optional("resolved_at", Instant),
+    Column("first_failed_at", Timestamp, nullable=False, server_default=func.clock_timestamp()),
+    Column("last_failed_at", Timestamp, nullable=False, server_default=func.clock_timestamp()),
+    _optional("resolved_at", Timestamp),
     _optional("resolved_by", Text),
     _optional("resolution", Text),
     PrimaryKeyConstraint("id", name="dead_letters_pkey"),
@@ -266,7 +266,7 @@ waiting_messages = Table(
     _optional("error_code", Text),  # why it will be a dead letter, if that is known
     _optional("error", Text),
     _column("reason", Text),
-    Column("waiting_since", Instant, nullable=False, server_default=func.clock_timestamp()),
+    Column("waiting_since", Timestamp, nullable=False, server_default=func.clock_timestamp()),
     Column("attempts", BigInteger, nullable=False, server_default=text("0")),
     PrimaryKeyConstraint("org_id", "number", name="waiting_messages_pkey"),
     _check("waiting_messages_error", "(error_code IS NULL) = (error IS NULL)"),

@@ -49,7 +49,7 @@ class Arrival(NamedTuple):
     monitored: Monitored | None
 
 
-class Batch:
+class Inbox:
     """What has arrived at one consumer and is not acknowledged."""
 
     def __init__(self, consumer: Consumer) -> None:

@@ -29,7 +29,7 @@ from ledger.bodies import only_argument, strict_arguments, written
 from ledger.messages import MAX_BODY_BYTES, WORKFLOW_TASKS, InvalidMessage, too_large_body
 from ledger.store import Delivery
 from worker import metrics
-from worker.batching import Arrival, Batch
+from worker.batching import Arrival, Inbox
 from worker.broker import (
     DEAD_QUEUES,
     ENGINE_QUEUE,
@@ -69,7 +69,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
         # What workers tell one another ours need not know.
         super().__init__(*args, without_mingle=True, without_gossip=True, **kwargs)
         answer_questions_only()
-        self.batch = Batch(self)
+        self.inbox = Inbox(self)
         self._is_refused = False
         self._risk: str | None = None
 
@@ -82,7 +82,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
 
     def stop(self) -> None:
         """The worker ends."""
-        self.batch.stop()
+        self.inbox.stop()
         super().stop()
 
     def on_connection_error_before_connected(self, exc: Exception) -> None:
@@ -110,7 +110,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
 
     def _flush(self) -> None:
         try:
-            self.batch.flush()
+            self.inbox.flush()
         except self.connection_errors:
             # To read on from the lost connection would be another error, with a traceback.
             self.hub._pop_ready()  # noqa: SLF001 - kombu has no other way to forget it
@@ -118,7 +118,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
 
     def create_task_handler(self, *_: Any, **__: Any) -> Callable[[Message], None]:
         """What is called with every message; asked for at the beginning of each connection."""
-        self.batch.reconnected()
+        self.inbox.reconnected()
         return self._receive
 
     def on_ready(self) -> None:
@@ -197,10 +197,10 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
             _take_source_out(message, args, kwargs)
         monitored = Monitored.received(self.app.tasks[task], message, self)
         if task in SCHEDULER_TASKS:
-            self.batch.add(Arrival(message, Run(task, answer_to(message)), monitored))
+            self.inbox.add(Arrival(message, Run(task, answer_to(message)), monitored))
             return
         payload = only_argument(task, args, kwargs)
-        self.batch.add(Arrival(message, Delivery(task, payload, raw_body(message), answer_to(message)), monitored))
+        self.inbox.add(Arrival(message, Delivery(task, payload, raw_body(message), answer_to(message)), monitored))
 
     def _keep(self, message: Message, problem: InvalidMessage) -> None:
         """Have the batch make a dead letter of it."""
@@ -209,7 +209,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
         body = raw_body(message)
         message.body = b""  # which may be large, and is not needed to acknowledge it
         delivery = Delivery(named_task(message), problem, body[:MAX_BODY_BYTES], answer_to(message))
-        self.batch.add(Arrival(message, delivery, None))
+        self.inbox.add(Arrival(message, delivery, None))
 
 
 def _known_problem(message: Message, raw: bytes) -> InvalidMessage | None:

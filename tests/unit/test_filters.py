@@ -8,7 +8,7 @@ import pytest
 import typer
 from starlette.requests import Request
 
-from api_stub.pages import asked
+from api_stub.pages import history_query
 from api_stub.wallets import event_filter
 from ledger.filters import EVERY_EVENT, TIME_RANGE, EventFilter
 from worker import cli
@@ -33,7 +33,7 @@ def test_every_field_of_the_filter_is_listed_here() -> None:
 def test_a_field_can_be_given_wherever_events_are_asked_for(name: str) -> None:
     parameter, option, value = PLACES[name]
     assert parameter in signature(event_filter).parameters
-    page = asked(Request({"type": "http", "query_string": f"{parameter}={value}".encode()}))
+    page = history_query(Request({"type": "http", "query_string": f"{parameter}={value}".encode()}))
     assert not page.errors
     assert f"{parameter}={value}" in page.query()
     assert getattr(page.matching, name) != getattr(EVERY_EVENT, name)
