@@ -34,10 +34,11 @@ soak: $(VENV)/dev.stamp ## half an hour of faults: nothing lost, nothing applied
 bench: $(VENV)/runtime.stamp ## measure it, against the naive way: the table of docs/performance.md
 	@$(BIN)/python -m bench
 
-lint: $(VENV)/dev.stamp ## lint, format check, types
+lint: $(VENV)/dev.stamp ## lint, format check, types, dead code
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/vulture
 
 format: $(VENV)/dev.stamp ## format the code, repair what lint can repair
 	$(BIN)/ruff check --fix

@@ -27,6 +27,8 @@ _VALUES: dict[str, Any] = {
 
 
 class DescribedAPI(FastAPI):
+    """FastAPI, with a description that says more."""
+
     def openapi(self) -> dict[str, Any]:
         """The description, with what bodies refer to, and without null in parameters, where nobody can send it."""
         if self.openapi_schema is None:

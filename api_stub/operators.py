@@ -64,6 +64,7 @@ class LetterQuery:
 
     @property
     def matching(self) -> LetterFilter:
+        """The same as a filter of dead letters."""
         return LetterFilter(None if self.status == "all" else self.status, self.code or None, self.task or None)
 
     def query(self, **changes: object) -> str:

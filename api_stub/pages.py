@@ -198,6 +198,7 @@ class Events:
 
     @property
     def last(self) -> int:
+        """The number of the page's last event."""
         return self.first + len(self.page.events) - 1
 
 
@@ -233,6 +234,7 @@ class Reservations:
 
     @property
     def last(self) -> int:
+        """The number of the last one shown, counted from the oldest: 1, 2, …"""
         return self.passed + len(self.shown)
 
 

@@ -28,6 +28,7 @@ class Row:
 
     @property
     def median(self) -> float:
+        """The median of the values."""
         return statistics.median(self.values)
 
 
@@ -46,6 +47,7 @@ class Bar:
         return rows[self.key].median / (1 if self.over is None else rows[self.over].median)
 
     def is_met(self, rows: dict[str, Row]) -> bool:
+        """Whether the value of `rows` is within the bar."""
         value = self.value(rows)
         return (self.at_least is None or value >= self.at_least) and (self.at_most is None or value <= self.at_most)
 
@@ -80,11 +82,6 @@ class Report:
                 rows.setdefault(figure.key, Row(figure.key, figure.what, figure.unit, [])).values.append(figure.value)
         in_order = sorted(rows.items(), key=lambda item: item[0][0])  # by their letters
         return cls(dict(in_order), circumstances)
-
-    @property
-    def missed(self) -> list[Bar]:
-        """The bars that are not met."""
-        return [bar for bar in BARS if not bar.is_met(self.rows)]
 
     def as_json(self) -> dict[str, Any]:
         """Everything, for programs."""

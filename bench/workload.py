@@ -26,6 +26,7 @@ class NotAccountedError(Exception):
 
 
 def organization(number: int) -> str:
+    """The id of an organization."""
     return f"org-{number}"
 
 

@@ -1,0 +1,1 @@
+"""The ledger: rules, their store in PostgreSQL, and what is read from it. Knows neither Celery nor HTTP."""

@@ -2,13 +2,15 @@
 
 import os
 import socket
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import psycopg
 from psycopg import conninfo, pq
 from psycopg.errors import Diagnostic, OperatorIntervention
+from psycopg.pq import TransactionStatus
 from psycopg.types.numeric import Int8BinaryDumper
 from sqlalchemy import URL, Engine, NullPool, create_engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
@@ -297,3 +299,23 @@ def describe(error: BaseException) -> str:
             f"{line}; run `holdfast migrate --roles` as the owner of the tables, or connect as a role that may do this"
         )
     return line
+
+
+@contextmanager
+def raw_connection(engine: Engine) -> Iterator[LedgerConnection]:
+    """A psycopg connection that begins no transaction by itself. One that failed is closed, not used again."""
+    with engine.connect() as pooled:
+        connection = pooled.connection.driver_connection
+        assert isinstance(connection, LedgerConnection)
+        try:
+            connection.autocommit = True  # the BEGIN that psycopg would send costs a round trip of its own
+            yield connection
+            connection.refuse_unconfirmed()
+            connection.autocommit = False
+        except BaseException:
+            # The server ends a connection that was closed a moment later; until then, it would hold the locks.
+            if connection.info.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
+                with suppress(psycopg.Error):
+                    connection.execute("ROLLBACK")
+            pooled.invalidate()
+            raise

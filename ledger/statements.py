@@ -18,6 +18,7 @@ Connection = psycopg.Connection[Any]
 
 
 def select(connection: Connection, record: type[Any], statement: str, parameters: Sequence[Any]) -> psycopg.Cursor[Any]:
+    """Execute `statement`; the cursor gives records."""
     cursor = connection.cursor(row_factory=args_row(record), binary=True)
     return cursor.execute(statement, parameters)
 
@@ -54,6 +55,7 @@ _DIALECT: Dialect = postgresql.dialect()
 
 
 def column_names(record: type[Any]) -> str:
+    """The columns of `record`, for a statement."""
     return ", ".join(record._fields)
 
 
@@ -66,17 +68,20 @@ def write(table: Table, record: type[Any], statement: str) -> Write:
 
 
 def insert(table: Table, record: type[Any], on_conflict: str = "") -> Write:
+    """Insert records into `table`."""
     names = column_names(record)
     return write(table, record, f"INSERT INTO {table.name} ({names}) SELECT {names} FROM {{rows}} {on_conflict}")
 
 
 def update(table: Table, record: type[Any]) -> Write:
+    """Replace the rows of `table` that have the keys of the records."""
     same = " AND ".join(f"{table.name}.{key.name} = new.{key.name}" for key in table.primary_key)
     changes = ", ".join(f"{name} = new.{name}" for name in record._fields if not table.c[name].primary_key)
     return write(table, record, f"UPDATE {table.name} SET {changes} FROM {{rows}} WHERE {same}")
 
 
 def by_key(table: Table, record: type[Any]) -> str:
+    """Select the rows of `table` whose keys are given: an array for each column of the key."""
     keys = [column.name for column in table.primary_key]
     columns = ", ".join("%b::text[]" for _ in keys)
     return (
@@ -86,6 +91,7 @@ def by_key(table: Table, record: type[Any]) -> str:
 
 
 def lock_that_can_be(table: Table) -> str:
+    """Lock the rows of `table` whose keys are given, and select the keys of those that nobody else has locked."""
     keys = ", ".join(column.name for column in table.primary_key)
     return (
         f"SELECT {keys} FROM {table.name} JOIN unnest(%b::text[], %b::text[]) AS named ({keys}) USING ({keys})"

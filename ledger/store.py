@@ -16,30 +16,26 @@ has happened, and applying it again is safe.
 """
 
 import logging
-import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import psycopg
 from psycopg.errors import LockNotAvailable, QueryCanceled
-from psycopg.pq import TransactionStatus
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
 from ledger import bodies, dead_letters, waiting
 from ledger.database import (
-    LedgerConnection,
     describe,
-    is_abandoned,
-    is_lost_connection,
     is_transient,
-    may_be_local,
+    raw_connection,
 )
 from ledger.dead_letters import MAX_ERROR_LENGTH, DeadLetter
+from ledger.isolation import Work, apply_all
 from ledger.messages import (
     DELIVERY_LIMIT,
     AnyMessage,
@@ -61,33 +57,15 @@ from ledger.waiting import (
     WaitingMessage,
     Waits,
 )
-from ledger.working_set import BEGIN, PATIENCE_S, SHORT_PATIENCE_S, Decided, WorkingSet, exists
+from ledger.working_set import BEGIN, LONG_PATIENCE_S, PATIENCE_S, Decided, WorkingSet, exists
 
 logger = logging.getLogger(__name__)
-
-MAX_BATCH = 1_000
-"""The most messages that one transaction applies; more are applied as several batches."""
-
-SHORTEST_PATIENCE_S = 0.05
-"""How long a statement may take while one culprit of many is looked for: others wait behind them."""
-
-LONG_PATIENCE_S = 10.0
-"""How long one statement may take where nobody else waits for it."""
-
-PIECES = 32
-"""Into how many parts a batch is split that fails for somebody's reason: two steps lead to the culprit."""
-
-MOST_CULPRITS = 10
-"""How many organizations fail alone, while nobody gets through, before it is taken for everybody's fault."""
 
 MAX_TASK_LENGTH = 256
 """How much of a task's name a dead letter keeps: it is part of an index."""
 
 MAX_TRACEBACK_LENGTH = 64 * 1024
 """How much of a traceback a dead letter keeps: its last characters, which say most."""
-
-Item = TypeVar("Item")
-Became = TypeVar("Became")
 
 
 class Delivery(NamedTuple):
@@ -128,7 +106,7 @@ def apply_batch(
     Organizations that are `known_to_wait` need not be found out about: their messages go behind those that wait, and
     no time is lost over their wallets. Raises a database error that is transient: see the module's description.
     """
-    return _in_transactions(engine, deliveries, _org_id, partial(_apply, known_to_wait), _bury, _keep_waiting)
+    return apply_all(engine, deliveries, Work(_org_id, partial(_apply, known_to_wait), _bury, _keep_waiting))
 
 
 def apply_waiting(engine: Engine, org_id: str, *, limit: int, patience_s: float = PATIENCE_S) -> Applied:
@@ -139,12 +117,12 @@ def apply_waiting(engine: Engine, org_id: str, *, limit: int, patience_s: float 
     """
     taken: Taken | None = None
     try:
-        with _connection(engine) as connection:
+        with raw_connection(engine) as connection:
             found = _take_waiting(connection, org_id, limit, patience_s)
         if isinstance(found, Applied):
             return found
         taken = found
-        with _connection(engine) as connection:
+        with raw_connection(engine) as connection:
             if taken.attempts > DELIVERY_LIMIT:
                 return _bury_waiting(connection, org_id, taken, None)
             applied = _apply_waiting(connection, org_id, taken, patience_s)
@@ -159,13 +137,13 @@ def apply_waiting(engine: Engine, org_id: str, *, limit: int, patience_s: float 
         count = limit if taken is None else len(taken.numbers)
         if count > 1:
             return apply_waiting(engine, org_id, limit=count // 2, patience_s=patience_s)
-        with _connection(engine) as connection:
+        with raw_connection(engine) as connection:
             return _bury_waiting(connection, org_id, taken, error)
 
 
 def _give_back(engine: Engine, org_id: str, taken: Taken) -> None:
     """This attempt has not ended the worker. If not even that can be written, it counts as if it had."""
-    with suppress(psycopg.Error, DBAPIError), _connection(engine) as connection:
+    with suppress(psycopg.Error, DBAPIError), raw_connection(engine) as connection:
         waiting.give_back(connection, org_id, taken)
 
 
@@ -186,133 +164,13 @@ def catch_up(engine: Engine, org_ids: Sequence[str], *, task: str) -> Iterator[i
         logger.warning("%s leaves out the organization %s this time: %s", task, org_ids[0], describe(error))
         return [_CaughtUp(0, ())] * len(org_ids)
 
-    first = _in_transactions(engine, org_ids, str, _catch_up, bury, leave_out)
+    work: Work[str, _CaughtUp] = Work(str, _catch_up, bury, leave_out)
+    first = apply_all(engine, org_ids, work)
     yield _written(first)
     for done in first:
         for org_id in done.unfinished:
-            while written := _written(_in_transactions(engine, [org_id], str, _catch_up, bury, leave_out)):
+            while written := _written(apply_all(engine, [org_id], work)):
                 yield written
-
-
-def _in_transactions(
-    engine: Engine,
-    items: Sequence[Item],
-    org_id_of: Callable[[Item], str],
-    apply: Callable[[Connection, Sequence[Item], float | None], list[Became]],
-    bury: Callable[[Engine, Item, Exception], Became],
-    keep_waiting: Callable[[Engine, Sequence[Item], Exception], Sequence[Became]],
-) -> list[Became]:
-    """Apply `items` in as few transactions as possible.
-
-    An item that cannot be applied even on its own is buried; an organization whose items cannot be applied now is kept
-    waiting, with all of them that are left. After a failure, `apply` is told to be careful: to leave out what somebody
-    else has locked, and how many seconds to wait for a statement.
-    """
-    answers: dict[int, Became] = {}
-    places: Sequence[int] = range(len(items))
-    pending = [(part, False) for part in _parts(places, MAX_BATCH)]
-    culprits: dict[str, Exception] = {}
-    waited_for = 0
-    while pending:
-        places, carefully = pending.pop()
-        if culprits:
-            places = [place for place in places if org_id_of(items[place]) not in culprits]
-        if not places:
-            continue
-        # The more had to be waited for, the less each of them may cost the others.
-        patience_s = max(SHORT_PATIENCE_S / (1 + waited_for), SHORTEST_PATIENCE_S) if carefully else None
-        began_at = time.monotonic()
-        try:
-            with _connection(engine) as connection:
-                answers |= zip(places, apply(connection, [items[place] for place in places], patience_s), strict=True)
-        except Exception as error:  # noqa: BLE001 - what cannot be isolated is raised, as `fault`
-            fault = error
-            if not is_transient(error):
-                if len(places) > 1:
-                    pending += [(half, carefully) for half in _parts(places, (len(places) + 1) // 2)]
-                    continue
-                try:
-                    answers[places[0]] = bury(engine, items[places[0]], error)
-                    continue
-                except psycopg.Error as second:
-                    fault = second
-            if not _others_can_go_on(engine, fault):
-                raise fault from None
-            is_slow = isinstance(fault, QueryCanceled)
-            slow_ones = sum(isinstance(fault, QueryCanceled) for fault in culprits.values())
-            if not carefully and not is_slow:
-                pending.append((places, True))
-            elif is_slow and answers and slow_ones >= MOST_CULPRITS:
-                # Each further try costs the others time. Those that are left are tried by themselves.
-                culprits |= {org_id_of(items[place]): fault for place in places}
-            elif len(places) > 1:
-                pending += [(part, True) for part in _dealt(places, lambda place: org_id_of(items[place]))]
-            elif answers or len(culprits) < MOST_CULPRITS:
-                culprits[org_id_of(items[places[0]])] = fault
-                if patience_s is not None and time.monotonic() - began_at > patience_s / 2:
-                    waited_for += 1  # whoever fails at once costs the others nothing
-            else:
-                raise fault from None
-    for org_id, fault in culprits.items():
-        left = [place for place, item in enumerate(items) if place not in answers and org_id_of(item) == org_id]
-        try:
-            answers |= zip(left, keep_waiting(engine, [items[place] for place in left], fault), strict=True)
-        except psycopg.Error as second:  # not even that can be written
-            raise fault from second
-    return [answers[place] for place in range(len(items))]
-
-
-def _parts(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
-    """`items` in parts of at most `size`, the last part first, so that the first one is popped first."""
-    return [items[first : first + size] for first in range(0, len(items), size)][::-1]
-
-
-def _dealt(places: Sequence[int], org_id_at: Callable[[int], str]) -> list[Sequence[int]]:
-    """`places` in `PIECES` parts, so that no organization is in two of them; those of a single one in order.
-
-    Neighbours get into different parts: what is wrong with one of them is often wrong with the other.
-    """
-    places_of: dict[str, list[int]] = {}
-    for place in places:
-        places_of.setdefault(org_id_at(place), []).append(place)
-    if len(places_of) == 1:
-        return _parts(places, -(-len(places) // PIECES))
-    groups = [places_of[org_id] for org_id in sorted(places_of)]
-    return [[place for group in groups[first::PIECES] for place in group] for first in range(min(PIECES, len(groups)))]
-
-
-def _others_can_go_on(engine: Engine, error: Exception) -> bool:
-    if not may_be_local(error) or is_abandoned(engine):
-        return False
-    if is_lost_connection(error):
-        try:
-            with _connection(engine) as connection:
-                connection.execute("SELECT 1")
-        except Exception as second:
-            if not is_transient(second):
-                raise
-            return False
-    return True
-
-
-@contextmanager
-def _connection(engine: Engine) -> Iterator[Connection]:
-    """A psycopg connection that begins no transaction by itself. One that failed is closed, not used again."""
-    with engine.connect() as pooled:
-        connection = pooled.connection.driver_connection
-        assert isinstance(connection, LedgerConnection)
-        try:
-            connection.autocommit = True  # the BEGIN that psycopg would send costs a round trip of its own
-            yield connection
-            connection.refuse_unconfirmed()
-            connection.autocommit = False
-        except BaseException:
-            # The server ends a connection that was closed a moment later; until then, it would hold the locks.
-            if connection.info.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
-                with suppress(psycopg.Error):
-                    connection.execute("ROLLBACK")
-            pooled.invalidate()
-            raise
 
 
 def _apply(
@@ -381,7 +239,7 @@ def _keep_waiting(engine: Engine, deliveries: Sequence[Delivery], error: Excepti
     """Keep the messages of one organization that cannot be applied now."""
     reason = reason_to_wait(error)
     kept = [_waiting_message(delivery, parse(delivery.task, delivery.payload), reason) for delivery in deliveries]
-    with _connection(engine) as connection:
+    with raw_connection(engine) as connection:
         waiting.keep(connection, kept)
     return [Waits(message.org_id, message.reason) for message in kept]
 
@@ -474,7 +332,7 @@ def _catch_up(connection: Connection, org_ids: Sequence[str], _: float | None) -
 
 
 def _bury(engine: Engine, delivery: Delivery, error: Exception) -> DeadLettered:
-    with _connection(engine) as connection:
+    with raw_connection(engine) as connection:
         return _record_unexpected(connection, delivery, error)
 
 

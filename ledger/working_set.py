@@ -28,6 +28,12 @@ PATIENCE_S = 1.0
 SHORT_PATIENCE_S = 0.25
 """The same while it looks for one culprit."""
 
+SHORTEST_PATIENCE_S = 0.05
+"""How long a statement may take while one culprit of many is looked for: others wait behind them."""
+
+LONG_PATIENCE_S = 10.0
+"""How long one statement may take where nobody else waits for it."""
+
 SECOND_LOOK_S = 0.1
 """How long after a wallet was found locked it is looked at again: another worker has it for less than that."""
 

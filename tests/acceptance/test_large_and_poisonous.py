@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import zlib
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -171,17 +172,23 @@ def test_a_letter_that_is_too_large_is_shown_and_not_replayed(installation: Inst
     assert installation.count("credit_events") == 0
 
 
+def sent(purchase_id: str) -> bytes:
+    return json.dumps([[purchase(purchase_id)], {}, EMBED]).encode()
+
+
+def delivered_too_often(body: bytes) -> str:
+    return f'{{"restored": {DELIVERY_LIMIT}, {entry(body)[1:]}'
+
+
+def holdfast_failed(installation: Installation, *arguments: str) -> tuple[int, list[str], list[str]]:
+    ended = commands.run("failed", *arguments, env=installation.environment)
+    return ended.returncode, ended.stdout.splitlines(), ended.stderr.splitlines()
+
+
 def test_operators_are_told_which_letters_cannot_be_sent_again_and_the_others_are(
     installation: Installation, producer: Producer
 ) -> None:
     installation.start_worker()
-
-    def sent(purchase_id: str) -> bytes:
-        return json.dumps([[purchase(purchase_id)], {}, EMBED]).encode()
-
-    def delivered_too_often(body: bytes) -> str:
-        return f'{{"restored": {DELIVERY_LIMIT}, {entry(body)[1:]}'
-
     for number, arriving in enumerate(
         (
             entry(sent("cut") + b" " * MAX_BODY_BYTES),
@@ -212,10 +219,7 @@ def test_operators_are_told_which_letters_cannot_be_sent_again_and_the_others_ar
         assert press("replay", 2).status_code == 303
         assert '<dd id="resolution">posted</dd>' in operator.get(f"{LETTERS}/2").text
 
-        def holdfast(*arguments: str) -> tuple[int, list[str], list[str]]:
-            ended = commands.run("failed", *arguments, env=installation.environment)
-            return ended.returncode, ended.stdout.splitlines(), ended.stderr.splitlines()
-
+        failed = partial(holdfast_failed, installation)
         plan = [
             "      2 × delivery_limit, wallet.purchase",
             "      1 × too_large, wallet.purchase",
@@ -223,10 +227,10 @@ def test_operators_are_told_which_letters_cannot_be_sent_again_and_the_others_ar
         ]
         told = [f"holdfast: d{sentence}" for sentence in (part, nothing.format(3), nothing.format(4))]
         would = "Would replay 2 dead letters. Nothing was sent."
-        assert holdfast("replay", "--all", "--dry-run") == (1, [*plan, would], told)
+        assert failed("replay", "--all", "--dry-run") == (1, [*plan, would], told)
         posted = ["Dead letter 5: posted.", "Dead letter 6: posted.", "2 of 5 dead letters replayed."]
-        assert holdfast("replay", "--all", "--yes") == (1, [*plan, *posted], told)
-        assert holdfast("discard", "1", "2", "3", "--why", "a test") == (
+        assert failed("replay", "--all", "--yes") == (1, [*plan, *posted], told)
+        assert failed("discard", "1", "2", "3", "--why", "a test") == (
             1,
             ["Dead letter 1 is discarded.", "Dead letter 3 is discarded."],
             ["holdfast: dead letter 2 was replayed by olga: posted"],

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Connection, Engine, text
 
 from ledger import audit, rules, store
-from ledger.database import connect, is_transient
+from ledger.database import connect, is_transient, raw_connection
 from ledger.messages import Message
 from ledger.state import Decision, Result
 from ledger.store import Applied, DeadLettered, Delivery, apply_batch, apply_waiting
@@ -891,7 +891,7 @@ def test_a_transaction_that_failed_has_given_up_its_locks_before_the_next_one_be
     other = connect(database_url)
     with other.connect() as watching:
         for _ in range(100):
-            with suppress(KeyError), store._connection(engine) as connection:
+            with suppress(KeyError), raw_connection(engine) as connection:
                 connection.execute("BEGIN")
                 connection.execute("SELECT 1 FROM wallets FOR UPDATE")
                 raise KeyError

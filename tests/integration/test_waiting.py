@@ -12,9 +12,9 @@ from ledger import audit, rules, scheduler, waiting, working_set
 from ledger.database import connect, is_transient
 from ledger.messages import DELIVERY_LIMIT, InvalidMessage
 from ledger.state import Result
-from ledger.store import LONG_PATIENCE_S, Applied, Delivery, apply_batch, apply_waiting
+from ledger.store import Applied, Delivery, apply_batch, apply_waiting
 from ledger.waiting import BEHIND, BLOCKED, LOCKED, MUCH_DUE, RECORD_LOCKED, SLOW, Waits
-from ledger.working_set import PATIENCE_S
+from ledger.working_set import LONG_PATIENCE_S, PATIENCE_S
 from tests.support import delivery, no_more_acting, on_insert_into, sql
 
 pytestmark = pytest.mark.timeout(300)  # seconds, on a slow machine

@@ -139,6 +139,7 @@ class Column:
 
     @property
     def heading(self) -> str:
+        """The name; that of an amount takes several lines, as its values are short."""
         return self.name.replace("_", "\n") if self.is_amount else self.name
 
 

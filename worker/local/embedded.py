@@ -95,6 +95,7 @@ class Postgres(Process):
         self._end({"fast": signal.SIGINT, "immediate": signal.SIGQUIT}[mode])
 
     def url(self, role: str, database: str) -> str:
+        """The URL of `database` for `role`."""
         # With its port, or PGPORT of the reader's environment would count.
         return f"postgresql+psycopg://{role}@/{database}?host={quote(str(self.sockets))}&port=5432"
 
@@ -282,6 +283,7 @@ class Embedded:
         return self.broker.url_of("engine")
 
     def start(self) -> None:
+        """Start both; raises ServiceError."""
         with ExitStack() as cleanup:
             account = _postgres_account()
             cleanup.enter_context(_locked(self.data_dir, account))
@@ -438,6 +440,7 @@ def _postgres_bin(folder: Path, account: Account | None) -> Path:
 
 
 def free_port() -> int:
+    """A port of the loopback interface that nobody uses now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

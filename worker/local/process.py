@@ -73,6 +73,7 @@ class Process:
 
     @property
     def is_running(self) -> bool:
+        """Whether it was started and has not ended."""
         return self._child is not None and self._child.poll() is None
 
     def start(self) -> None:
@@ -169,6 +170,7 @@ def signals_postponed() -> Iterator[None]:
 
 
 def run_as(account: Account | None) -> dict[str, Any]:
+    """The arguments of Popen that make a program run as `account`; None: as who runs this one."""
     return {} if account is None else {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
 
 

@@ -1,4 +1,4 @@
-"""Which module may import which, read from the sources."""
+"""What holds the structure of the code: which module may import which, and how long a function may be."""
 
 import ast
 from pathlib import Path
@@ -136,3 +136,18 @@ def test_an_allowed_import_is_not_found(tmp_path: Path, path: str, source: str) 
 def test_a_clock_that_is_read_is_found() -> None:
     source = "a = datetime.now(UTC)\nb = dt.datetime.utcnow\nc = date.today()\nd = now\n"
     assert clocks_read(source) == {"datetime.now", "dt.datetime.utcnow", "date.today"}
+
+
+MOST_LINES = 60
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    long = [
+        f"{path.relative_to(ROOT)}: {function.name} has {lines} lines"
+        for package in (*PACKAGES, "bench", "docs", "tests")
+        for path in (ROOT / package).rglob("*.py")
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (lines := (function.end_lineno or 0) - function.lineno + 1) > MOST_LINES
+    ]
+    assert long == []

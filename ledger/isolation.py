@@ -1,0 +1,169 @@
+"""Applying items of many organizations in as few transactions as possible, when some of them fail.
+
+A batch that fails is split until the culprit stands alone. What only time will solve, such as a locked wallet, concerns
+its own organization: that is kept waiting, and the others go on.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import psycopg
+from psycopg.errors import QueryCanceled
+from sqlalchemy import Engine
+
+from ledger.database import is_abandoned, is_lost_connection, is_transient, may_be_local, raw_connection
+from ledger.statements import Connection
+from ledger.working_set import SHORT_PATIENCE_S, SHORTEST_PATIENCE_S
+
+MAX_BATCH = 1_000
+"""The most messages that one transaction applies; more are applied as several batches."""
+
+PIECES = 32
+"""Into how many parts a batch is split that fails for somebody's reason: two steps lead to the culprit."""
+
+MOST_CULPRITS = 10
+"""How many organizations fail alone, while nobody gets through, before it is taken for everybody's fault."""
+
+Item = TypeVar("Item")
+Became = TypeVar("Became")
+
+
+@dataclass(frozen=True, slots=True)
+class Work(Generic[Item, Became]):
+    """How items are applied, and what is done with those that cannot be."""
+
+    org_id_of: Callable[[Item], str]
+    apply: Callable[[Connection, Sequence[Item], float | None], list[Became]]
+    """Applies items in one transaction.
+
+    With a number of seconds it is careful: it leaves out what somebody else has locked, and waits no longer for one
+    statement.
+    """
+    bury: Callable[[Engine, Item, Exception], Became]
+    """Gives up an item that cannot be applied even on its own."""
+    keep_waiting: Callable[[Engine, Sequence[Item], Exception], Sequence[Became]]
+    """Keeps the items of one organization that cannot be applied now."""
+
+
+def apply_all(engine: Engine, items: Sequence[Item], work: Work[Item, Became]) -> list[Became]:
+    """Apply `items`; returns what became of each. Raises a database error that concerns everybody."""
+    return _Run(engine, items, work).done()
+
+
+@dataclass(slots=True)
+class _Run(Generic[Item, Became]):
+    engine: Engine
+    items: Sequence[Item]
+    work: Work[Item, Became]
+    became: dict[int, Became] = field(default_factory=dict)
+    """By the place of the item."""
+    culprits: dict[str, Exception] = field(default_factory=dict)
+    """The organizations that are kept waiting, and why."""
+    pending: list[tuple[Sequence[int], bool]] = field(default_factory=list)
+    """The places to be tried together, and whether carefully. The last ones are next."""
+    waited_for: int = 0
+    """How many culprits had to be waited for."""
+
+    def done(self) -> list[Became]:
+        """Apply all items."""
+        self.pending += [(part, False) for part in _parts(range(len(self.items)), MAX_BATCH)]
+        while self.pending:
+            places, carefully = self.pending.pop()
+            if self.culprits:
+                places = [place for place in places if self._org_id(place) not in self.culprits]
+            if places:
+                self._try(places, carefully=carefully)
+        for org_id, fault in self.culprits.items():
+            self._keep_waiting(org_id, fault)
+        return [self.became[place] for place in range(len(self.items))]
+
+    def _org_id(self, place: int) -> str:
+        return self.work.org_id_of(self.items[place])
+
+    def _try(self, places: Sequence[int], *, carefully: bool) -> None:
+        # The more had to be waited for, the less each of them may cost the others.
+        patience_s = max(SHORT_PATIENCE_S / (1 + self.waited_for), SHORTEST_PATIENCE_S) if carefully else None
+        began_at = time.monotonic()
+        fault: Exception
+        try:
+            with raw_connection(self.engine) as connection:
+                became = self.work.apply(connection, [self.items[place] for place in places], patience_s)
+        except Exception as error:  # noqa: BLE001 - what cannot be isolated is raised
+            fault = error
+        else:
+            self.became |= zip(places, became, strict=True)
+            return
+        if not is_transient(fault):
+            if len(places) > 1:
+                self.pending += [(half, carefully) for half in _parts(places, (len(places) + 1) // 2)]
+                return
+            try:
+                self.became[places[0]] = self.work.bury(self.engine, self.items[places[0]], fault)
+            except psycopg.Error as second:
+                fault = second
+            else:
+                return
+        if not _others_can_go_on(self.engine, fault):
+            raise fault from None
+        had_to_wait = patience_s is not None and time.monotonic() - began_at > patience_s / 2
+        self._isolate(places, fault, carefully=carefully, had_to_wait=had_to_wait)
+
+    def _isolate(self, places: Sequence[int], fault: Exception, *, carefully: bool, had_to_wait: bool) -> None:
+        """Try `places` again, in another way, or keep them waiting."""
+        is_slow = isinstance(fault, QueryCanceled)
+        slow_ones = sum(isinstance(fault, QueryCanceled) for fault in self.culprits.values())
+        if not carefully and not is_slow:
+            self.pending.append((places, True))
+        elif is_slow and self.became and slow_ones >= MOST_CULPRITS:
+            # Each further try costs the others time. Those that are left are tried by themselves.
+            self.culprits |= {self._org_id(place): fault for place in places}
+        elif len(places) > 1:
+            self.pending += [(part, True) for part in _dealt(places, self._org_id)]
+        elif self.became or len(self.culprits) < MOST_CULPRITS:
+            self.culprits[self._org_id(places[0])] = fault
+            self.waited_for += had_to_wait  # whoever fails at once costs the others nothing
+        else:
+            raise fault from None
+
+    def _keep_waiting(self, org_id: str, fault: Exception) -> None:
+        left = [place for place in range(len(self.items)) if place not in self.became and self._org_id(place) == org_id]
+        try:
+            kept = self.work.keep_waiting(self.engine, [self.items[place] for place in left], fault)
+        except psycopg.Error as second:  # not even that can be written
+            raise fault from second
+        self.became |= zip(left, kept, strict=True)
+
+
+def _parts(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """`items` in parts of at most `size`, the last part first, so that the first one is popped first."""
+    return [items[first : first + size] for first in range(0, len(items), size)][::-1]
+
+
+def _dealt(places: Sequence[int], org_id_at: Callable[[int], str]) -> list[Sequence[int]]:
+    """`places` in `PIECES` parts, so that no organization is in two of them; those of a single one in order.
+
+    Neighbours get into different parts: what is wrong with one of them is often wrong with the other.
+    """
+    places_of: dict[str, list[int]] = {}
+    for place in places:
+        places_of.setdefault(org_id_at(place), []).append(place)
+    if len(places_of) == 1:
+        return _parts(places, -(-len(places) // PIECES))
+    groups = [places_of[org_id] for org_id in sorted(places_of)]
+    return [[place for group in groups[first::PIECES] for place in group] for first in range(min(PIECES, len(groups)))]
+
+
+def _others_can_go_on(engine: Engine, error: Exception) -> bool:
+    if not may_be_local(error) or is_abandoned(engine):
+        return False
+    if is_lost_connection(error):
+        try:
+            with raw_connection(engine) as connection:
+                connection.execute("SELECT 1")
+        except Exception as second:
+            if not is_transient(second):
+                raise
+            return False
+    return True
