@@ -184,7 +184,7 @@ class Installation:
 
 
 class Producer:
-    """What an engine in another company is: plain Celery and the names of DESIGN's section 4."""
+    """What an engine in another company is: plain Celery and the names of docs/messages.md."""
 
     def __init__(self, broker_url: str) -> None:
         self.celery = Celery(broker=broker_url, backend=broker_url, set_as_current=False)
@@ -238,7 +238,7 @@ def send_from_forks(broker_url: str) -> None:
 
 
 def celery(command: str) -> list[str]:
-    """The command line, as DESIGN says it works: without any flag."""
+    """The command line of a part as the README has it: without any flag."""
     return [sys.executable, "-m", "celery", "-A", "worker", command]
 
 

@@ -1,4 +1,4 @@
-"""Every message of DESIGN's section 4, sent one after the other to one wallet, and what each answers."""
+"""Every message of docs/messages.md, sent one after the other to one wallet, and what each answers."""
 
 from typing import Any
 

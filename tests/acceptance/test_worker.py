@@ -1,4 +1,4 @@
-"""The worker and the beat, as processes, fed by a producer that knows nothing but DESIGN's section 4."""
+"""The worker and the beat, as processes, fed by a producer that knows nothing but docs/messages.md."""
 
 import base64
 import json

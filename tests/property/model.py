@@ -1,4 +1,4 @@
-"""A naive model of one wallet, written from sections 2 to 6 of the design and not from the code.
+"""A naive model of one wallet, written from what users are promised and not from the code.
 
 It keeps plain facts and adds them up from the beginning whenever somebody asks. Slow, and meant to be obviously right.
 It knows no bounds: whoever uses it stays below 2^53-1 credits.
@@ -274,7 +274,7 @@ class Model:
 
 
 def check_history(events: Sequence[Event]) -> None:
-    """Every event is numbered, changes what section 3 says, and leaves Σ credits = available."""
+    """Every event is numbered, changes what its type says, and leaves Σ credits = available."""
     total = prepaid = subscription = reserved = usage = 0
     for number, event in enumerate(events, start=1):
         assert event.seq == number

@@ -1,4 +1,4 @@
-"""Section 5 of the design: what a workflow does depends on the set of its messages, not on their order or number."""
+"""The theorem: what a workflow does depends on the set of its messages, not on their order or number."""
 
 from datetime import UTC, datetime
 from itertools import permutations

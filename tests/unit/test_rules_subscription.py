@@ -70,7 +70,7 @@ def test_subscribing_posts_the_period_that_begins_now() -> None:
 
 
 def test_the_credit_of_a_subscribe_message_carries_its_source_and_metadata() -> None:
-    # Section 4: the default source of wallet.subscribe is billing. Section 5: its metadata is kept on the event.
+    # The default source of wallet.subscribe is billing, and its metadata is kept on the event.
     [event] = subscribe(MemoryLedger(NOW), metadata={"contract": "c7", "plan": "mine"}).events
     assert event.source == "billing"
     assert (event.metadata["contract"], event.metadata["plan"]) == ("c7", "pro")

@@ -1,4 +1,4 @@
-"""A workflow's life: the table of section 5 of the design cell by cell, and what its events say."""
+"""A workflow's life: what each message does in each state, and what its events say."""
 
 from datetime import UTC, datetime
 from typing import Any
