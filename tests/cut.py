@@ -68,7 +68,8 @@ def _relay(sender: socket.socket, port: int, after_bytes: float, way: Way) -> No
         sent = 0
         while True:
             for key, _ in ready.select():
-                data = key.fileobj.recv(65536)  # type: ignore[union-attr]
+                assert isinstance(key.fileobj, socket.socket)
+                data = key.fileobj.recv(65536)
                 if not data or (key.fileobj is broker and sent > after_bytes):
                     return
                 if key.fileobj is sender:

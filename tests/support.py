@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import psutil
@@ -36,15 +37,24 @@ def eventually(predicate: Callable[[], Value], *, timeout_s: float = PATIENCE_S)
 @contextmanager
 def suspended(*pids: int) -> Iterator[None]:
     """These processes do nothing; those that are about to end, neither."""
-    idle = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
     with ExitStack() as resumed:
         for pid in pids:
             with suppress(psutil.NoSuchProcess):
                 process = psutil.Process(pid)
                 process.suspend()
                 resumed.callback(process.resume)
-                eventually(lambda process=process: process.status() in idle)
+                eventually(partial(_is_idle, process))
         yield
+
+
+def _is_idle(process: psutil.Process) -> bool:
+    return process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+
+
+def raw(value: object) -> bytes:
+    """A value from Redis as it is there: its client makes no text of it, but has types for both."""
+    assert isinstance(value, bytes)
+    return value
 
 
 def delivery(task: str, **fields: Any) -> Delivery:

@@ -163,7 +163,7 @@ class Installation:
 
     def waiting(self) -> dict[str, int]:
         """How many messages are in the queue, and how many a worker holds."""
-        return {"credits": self.broker.llen(QUEUE), "unacked": self.broker.hlen(UNACKED)}  # type: ignore[dict-item]
+        return {"credits": self.broker.llen(QUEUE), "unacked": self.broker.hlen(UNACKED)}
 
     def is_drained(self) -> bool:
         """Whether no message is on its way: neither in the broker, nor waiting for its organization."""

@@ -52,6 +52,7 @@ NOT_ASCII = (
     "adm\u0131n",  # an i without its dot
     "größe",
 )
+UNSIGNED = jwt.encode({"orgs": "*", "exp": FUTURE}, None, algorithm="none")  # type: ignore[arg-type]
 IS_NO_ID = "must have 1 to 128 characters, and only letters, digits and _ . : - among them"
 MOMENT = r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{6})?\+00:00"
 
@@ -291,7 +292,7 @@ def test_what_cannot_be_an_organization_does_not_exist_for_anybody(api: Api, org
             401,
             "The token is not valid.",
         ),
-        (f"Bearer {jwt.encode({'orgs': '*', 'exp': FUTURE}, None, algorithm='none')}", 401, "The token is not valid."),
+        (f"Bearer {UNSIGNED}", 401, "The token is not valid."),
         (f"Bearer {token(orgs=['other'])}", 404, "There is no such organization."),
         (f"Bearer {token(orgs=[])}", 404, "There is no such organization."),
         (f"Bearer {token(scope='workflows:write')}", 403, "The token lacks the scope credits:read."),
@@ -537,7 +538,9 @@ def test_health_and_metrics_need_no_token(api: Api, history: None) -> None:
 def test_the_log_of_the_server_has_no_health_check_that_went_well(installation: Installation) -> None:
     settings = {"HOLDFAST_JWT_SECRET": SECRET, **installation.environment_of(READER)}
     server = installation.start("api", sys.executable, "-m", "uvicorn", "api_stub.app:app", "--port", "0", **settings)
-    address = eventually(lambda: re.search(r"http://127\.0\.0\.1:\d+", log_of(server)))[0]
+    found = eventually(lambda: re.search(r"http://127\.0\.0\.1:\d+", log_of(server)))
+    assert found is not None
+    address = found[0]
     for path in ("/healthz", "/readyz", "/readyz?by=docker", "/api/organizations/acme/credits"):
         httpx.get(address + path, timeout=PATIENCE_S)
     sql(installation.engine, "UPDATE alembic_version SET version_num = '9999'")

@@ -153,7 +153,10 @@ class Person:
     def events(self) -> list[int]:
         """The numbers of the events on the page."""
         rows = self.driver.find_elements(By.CSS_SELECTOR, "tr[data-event]")
-        return self.driver.execute_script("return arguments[0].map(row => Number(row.dataset.event))", rows)
+        numbers: list[int] = self.driver.execute_script(
+            "return arguments[0].map(row => Number(row.dataset.event))", rows
+        )
+        return numbers
 
     def prefer(self, scheme: str) -> None:
         features = [{"name": "prefers-color-scheme", "value": scheme}]
@@ -457,7 +460,7 @@ def test_the_longest_names_stick_out_of_nothing(running: Installation, person: P
 def test_no_number_is_broken_on_any_screen(running: Installation, person: Person, credits: int) -> None:
     org_id = f"has-{credits}"
     workflow = {"workflow_id": "run", "credits": credits // 3}
-    messages = [
+    messages: list[tuple[str, dict[str, Any]]] = [
         ("wallet.configure", {"version": 1, "credit_limit": credits, "period_cap": credits}),
         ("wallet.subscribe", {"subscription_id": "s", "version": 1, "plan": "Team", "monthly_credits": credits}),
         ("wallet.purchase", {"purchase_id": "p", "credits": credits}),

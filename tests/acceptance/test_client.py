@@ -14,11 +14,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from ledger.state import Result
+from ledger.state import Result, WorkflowState
 from tests.acceptance.installation import SENT_BY_FORKS, Installation, Producer, send_from_forks
 from tests.acceptance.story import STORY
 from tests.cut import cut_way_to
-from tests.support import PATIENCE_S, eventually, sql
+from tests.support import PATIENCE_S, eventually, raw, sql
 from worker.client import Client, DeadLetteredError, InvalidMessageError, NoAnswerError, NotSentError
 from worker.publishing import TIMEOUT_S
 
@@ -57,22 +57,20 @@ def test_a_start_is_reserved_rejected_or_a_duplicate(client: Client) -> None:
 
 def test_a_start_that_comes_again_after_a_cancel_holds_nothing(client: Client) -> None:
     client.purchase(org_id="cancelled", purchase_id="order", credits=100)
-    run = {"org_id": "cancelled", "workflow_id": "run-1"}
-    assert client.start(**run, credits=60, wait_s=PATIENCE_S).holds
-    assert client.cancel(**run, wait_s=PATIENCE_S).state == "cancelled"
-    again = client.start(**run, credits=60, wait_s=PATIENCE_S)
+    assert client.start(org_id="cancelled", workflow_id="run-1", credits=60, wait_s=PATIENCE_S).holds
+    assert client.cancel(org_id="cancelled", workflow_id="run-1", wait_s=PATIENCE_S).state == "cancelled"
+    again = client.start(org_id="cancelled", workflow_id="run-1", credits=60, wait_s=PATIENCE_S)
     assert again == Result("reserved", None, True, "cancelled", "run-1", "cancelled", (), 100)
     assert not again.holds
 
 
 def test_a_start_that_comes_again_after_its_hold_expired_holds_nothing(running: Installation, client: Client) -> None:
     client.purchase(org_id="expired", purchase_id="order", credits=100)
-    run = {"org_id": "expired", "workflow_id": "run-1", "credits": 60}
-    assert client.start(**run, expires_in_s=60, wait_s=PATIENCE_S).holds
+    assert client.start(org_id="expired", workflow_id="run-1", credits=60, expires_in_s=60, wait_s=PATIENCE_S).holds
     past = "clock_timestamp() - interval '1 second'"
     sql(running.engine, f"UPDATE workflows SET expires_at = {past} WHERE org_id = 'expired'")
     sql(running.engine, f"UPDATE wallets SET next_hold_expiry = {past} WHERE org_id = 'expired'")
-    again = client.start(**run, wait_s=PATIENCE_S)
+    again = client.start(org_id="expired", workflow_id="run-1", credits=60, wait_s=PATIENCE_S)
     assert again == Result("reserved", None, True, "expired", "run-1", "expired", (), 100)
     assert not again.holds
 
@@ -83,14 +81,14 @@ def test_a_start_that_comes_again_after_its_hold_expired_holds_nothing(running: 
     ids=["older", "the same", "newer"],
 )
 def test_the_answer_of_a_worker_of_another_version_is_understood(
-    installation: Installation, others: dict[str, Any], state: str | None
+    installation: Installation, others: dict[str, Any], state: WorkflowState | None
 ) -> None:
     """A worker that does not know `state` yet, or that says more than this client knows, while both are updated."""
     said = {"outcome": "reserved", "reason": None, "duplicate": False, "org_id": "acme", "workflow_id": "run-1"}
     result = {**said, "event_seqs": [1], "available": 40, **others}
     with Client(installation.broker_url) as client, ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(client.start, org_id="acme", workflow_id="run-1", credits=60, wait_s=PATIENCE_S)
-        envelope = json.loads(eventually(lambda: installation.broker.rpop("credits")))
+        envelope = json.loads(raw(eventually(lambda: installation.broker.rpop("credits"))))
         key = f"celery-task-meta-{envelope['headers']['id']}"
         installation.broker.publish(key, json.dumps({"status": "SUCCESS", "result": result}))
         answer = waiting.result(PATIENCE_S)
@@ -135,16 +133,30 @@ def test_occurred_at_and_the_other_options_are_on_the_event(
     running: Installation, client: Client, occurred_at: datetime | str, request: pytest.FixtureRequest
 ) -> None:
     org_id = request.node.callspec.id.replace(" ", "-")
-    options = {"source": "crm", "metadata": {"note": "été"}}
-    client.grant(org_id=org_id, grant_id="gift", credits=1, occurred_at=occurred_at, wait_s=PATIENCE_S, **options)
+    client.grant(
+        org_id=org_id,
+        grant_id="gift",
+        credits=1,
+        occurred_at=occurred_at,  # type: ignore[arg-type]  # text is taken too
+        source="crm",
+        metadata={"note": "été"},
+        wait_s=PATIENCE_S,
+    )
     kept = sql(running.engine, "SELECT source, metadata FROM credit_events WHERE org_id = :org_id", org_id=org_id)
     metadata = {"note": "été", "grant_id": "gift", "occurred_at": "2026-01-31T09:00:00+00:00"}
     assert kept == [("crm", metadata)]
 
 
 def test_an_anchor_may_be_a_datetime(running: Installation, client: Client) -> None:
-    plan = {"subscription_id": "sub", "version": 1, "plan": "team", "monthly_credits": 10}
-    client.subscribe(org_id="anchored", anchor=datetime(2026, 1, 31, tzinfo=UTC), wait_s=PATIENCE_S, **plan)
+    client.subscribe(
+        org_id="anchored",
+        subscription_id="sub",
+        version=1,
+        plan="team",
+        monthly_credits=10,
+        anchor=datetime(2026, 1, 31, tzinfo=UTC),
+        wait_s=PATIENCE_S,
+    )
     anchors = sql(running.engine, "SELECT anchor FROM subscriptions WHERE org_id = 'anchored'")
     assert anchors == [(datetime(2026, 1, 31, tzinfo=UTC),)]
 
@@ -232,7 +244,7 @@ def test_a_message_is_byte_for_byte_what_celery_sends(
         with client.batch() as batch:
             batch.finish(**message)
     producer.celery.send_task("workflow.finish", args=[message], queue="credits", ignore_result=True)
-    sent = [without_ids(envelope) for envelope in installation.broker.lrange("credits", 0, -1)]
+    sent = [without_ids(raw(envelope)) for envelope in installation.broker.lrange("credits", 0, -1)]
     assert len(sent) == 3
     assert len(set(sent)) == 1
 
@@ -359,8 +371,8 @@ def test_an_unreachable_result_store_is_an_error_of_the_clients_own(
     assert "sekrit" not in str(failed.value)
 
 
-@pytest.mark.parametrize(("scheme", "wait_s"), [("redis", None), ("redis", 1.0), ("amqp", None)])
-def test_a_broker_that_never_answers_is_given_up(silent_port: int, scheme: str, wait_s: float | None) -> None:
+@pytest.mark.parametrize(("scheme", "waits"), [("redis", {}), ("redis", {"wait_s": 1.0}), ("amqp", {})])
+def test_a_broker_that_never_answers_is_given_up(silent_port: int, scheme: str, waits: dict[str, Any]) -> None:
     with Client(f"{scheme}://127.0.0.1:{silent_port}/0") as client, told_soon(), pytest.raises(NotSentError) as failed:
-        client.start(org_id="acme", workflow_id="run", credits=1, wait_s=wait_s)
+        client.start(org_id="acme", workflow_id="run", credits=1, **waits)
     assert str(failed.value) != ""

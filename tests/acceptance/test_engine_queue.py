@@ -5,10 +5,11 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
-from kombu import Connection
+from kombu.connection import Connection
 
 from ledger import audit
 from ledger.messages import DELIVERY_LIMIT, SUSPECT
@@ -25,11 +26,12 @@ from tests.support import EMBED, PATIENCE_S, eventually, sql
 from worker.broker import ENGINE_DEAD_QUEUE, ENGINE_QUEUE, QUEUE
 from worker.client import Client
 from worker.local.embedded import Embedded
+from worker.local.process import Process
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
 
 GRANT = {"org_id": "acme", "grant_id": "forged", "credits": 10**9}
-FINISH = {"org_id": "acme", "workflow_id": "run", "credits": 5}
+FINISH: dict[str, Any] = {"org_id": "acme", "workflow_id": "run", "credits": 5}
 FORGED = {**FINISH, "source": "billing"}
 
 
@@ -125,6 +127,10 @@ def test_its_messages_have_the_workers_source_now_and_after_they_waited_or_were_
     assert (answer["outcome"], sources(installation)[-1]) == ("settled", "billing")
 
 
+def has_ended(worker: Process) -> bool:
+    return not worker.is_running
+
+
 def test_what_killed_workers_held_of_it_is_still_an_engines(installation: Installation, producer: Producer) -> None:
     sql(installation.engine, "ALTER TABLE wallets RENAME TO away")  # nothing can be applied, so it is held
     command = [sys.executable, "-c", IMPATIENT_WORKER]
@@ -135,7 +141,7 @@ def test_what_killed_workers_held_of_it_is_still_an_engines(installation: Instal
         worker = installation.start(f"worker-{number}", *command)
         eventually(lambda: installation.waiting()["unacked"] > 0)
         os.kill(worker.pid, signal.SIGKILL)
-        eventually(lambda worker=worker: not worker.is_running)
+        eventually(partial(has_ended, worker))
     sql(installation.engine, "ALTER TABLE away RENAME TO wallets")
     installation.start("last", *command)
     eventually(lambda: installation.count("credit_events") == 2 and installation.count("dead_letters") == 1)
@@ -212,7 +218,7 @@ def test_on_rabbitmq_what_was_delivered_too_often_gains_no_rights(ledger: Instal
         for _ in range(DELIVERY_LIMIT):  # further workers that die of it
             with Connection(rabbitmq_url) as connection, connection.channel() as channel:
                 for _ in range(2):
-                    eventually(lambda channel=channel: channel.basic_get(ENGINE_QUEUE))
+                    eventually(partial(channel.basic_get, ENGINE_QUEUE))
                 connection.collect()
         with Connection(rabbitmq_url) as connection, connection.channel() as channel:
             declared = lambda: channel.queue_declare(ENGINE_DEAD_QUEUE, passive=True).message_count == 2  # noqa: E731

@@ -35,7 +35,7 @@ def as_admin(server: Postgres) -> Iterator[psycopg.Connection[Any]]:
 
 def configure(server: Postgres, name: str, value: str) -> None:
     with as_admin(server) as admin:
-        admin.execute(f"ALTER SYSTEM SET {name} = '{value}'")  # type: ignore[call-overload]
+        admin.execute(f"ALTER SYSTEM SET {name} = '{value}'")
         admin.execute("SELECT pg_reload_conf()")
 
 
@@ -153,12 +153,12 @@ def test_what_a_replica_of_redis_has_missed_is_sent_again_and_applied_once(insta
         administrator.execute_command("ACL", "SETUSER", name, "on", f">{password}", *rights.split())
         follower.config_set("primaryuser", name)
         follower.config_set("primaryauth", password)
-        follower.replicaof(source.hostname, source.port)  # type: ignore[arg-type]
+        follower.replicaof(source.hostname, source.port)
         sender = stack.enter_context(Client(primary.url))
         for number in range(10):
             sender.grant(**grant(number))
         eventually(lambda: follower.llen(QUEUE) == 10)
-        follower.replicaof("NO", "ONE")  # type: ignore[arg-type]
+        follower.replicaof("NO", "ONE")
         for number in range(10, 15):
             sender.grant(**grant(number))
         primary.kill()

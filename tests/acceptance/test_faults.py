@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -507,6 +508,9 @@ def test_a_worker_told_to_stop_while_the_database_is_stuck_gives_its_messages_ba
 def test_a_place_for_answers_that_is_silent_does_not_hold_the_ledger_up(
     installation: Installation, producer: Producer
 ) -> None:
+    def applied(messages: int) -> bool:
+        return installation.count("credit_events") == messages
+
     with socket.create_server(("127.0.0.1", 0)) as silent:
         program = [*celery("worker")]
         place = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
@@ -516,7 +520,7 @@ def test_a_place_for_answers_that_is_silent_does_not_hold_the_ledger_up(
         with killed_at_the_end(worker):
             for number in range(5):
                 producer.ask("wallet.grant", grant("acme", str(number)))
-                eventually(lambda number=number: installation.count("credit_events") == number + 1)
+                eventually(partial(applied, number + 1))
             assert eventually(installation.is_drained)
             terminate(worker)
             assert exit_code(worker) == 0

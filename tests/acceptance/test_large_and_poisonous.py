@@ -32,7 +32,7 @@ from tests.acceptance.installation import (
     warnings_in,
 )
 from tests.acceptance.website import LETTERS, Visitor, form_token, operator_token, served
-from tests.support import EMBED, eventually, sql
+from tests.support import EMBED, eventually, raw, sql
 from worker.client import Client
 from worker.local.process import Process
 from worker.transport import TAKES_MANY, TAKES_ONE
@@ -121,7 +121,7 @@ def test_who_asks_what_waits_is_not_sent_what_waits(installation: Installation) 
     """The API asks at every scrape, and whenever it tells whether it is ready."""
 
     def sent_bytes() -> int:
-        return int(installation.broker.info("stats")["total_net_output_bytes"])  # type: ignore[index]
+        return int(installation.broker.info("stats")["total_net_output_bytes"])
 
     with Client(installation.broker_url) as client:
         oldest = []
@@ -176,6 +176,10 @@ def sent(purchase_id: str) -> bytes:
     return json.dumps([[purchase(purchase_id)], {}, EMBED]).encode()
 
 
+def are_kept(installation: Installation, letters: int) -> bool:
+    return installation.count("dead_letters") == letters
+
+
 def delivered_too_often(body: bytes) -> str:
     return f'{{"restored": {DELIVERY_LIMIT}, {entry(body)[1:]}'
 
@@ -200,7 +204,7 @@ def test_operators_are_told_which_letters_cannot_be_sent_again_and_the_others_ar
         )
     ):
         installation.broker.lpush("credits", arriving)
-        eventually(lambda number=number: installation.count("dead_letters") == number + 1)
+        eventually(partial(are_kept, installation, number + 1))
     part = "ead letter 1 has only the first part of its message: it must be sent anew, and smaller"
     nothing = "ead letter {} holds no message that could be sent again"
 
@@ -255,7 +259,7 @@ def test_a_message_that_ends_its_worker_each_time_becomes_a_dead_letter(
     installation.broker.lpush("credits", f'{{"restored": {ended}, {poison[1:]}')  # so many workers it has ended before
     for number in range(ended, DELIVERY_LIMIT):
         worker = start_impatient(installation, f"worker-{number}")
-        eventually(lambda number=number: restored(installation) == [number])
+        eventually(partial(is_held, installation, restored_times=number))
         os.kill(worker.pid, signal.SIGKILL)
         worker.kill()
     for number in (1, 2):
@@ -277,10 +281,14 @@ def test_a_message_that_ends_its_worker_each_time_becomes_a_dead_letter(
     assert "Traceback" not in log_of(last)
 
 
+def is_held(installation: Installation, *, restored_times: int) -> bool:
+    return restored(installation) == [restored_times]
+
+
 def restored(installation: Installation) -> list[int]:
     """How often what is held was restored."""
     held = re.compile(rb'^\[{"restored": (\d+), ')
-    counts = [held.match(value) for value in installation.broker.hvals("credits.unacked")]  # type: ignore[union-attr]
+    counts = [held.match(raw(value)) for value in installation.broker.hvals("credits.unacked")]
     return [0 if count is None else int(count[1]) for count in counts]
 
 

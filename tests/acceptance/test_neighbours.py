@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import redis
 from celery import Celery
-from kombu import Queue
+from kombu.entity import Queue
 
 from ledger import audit
 from tests.acceptance import commands
@@ -24,7 +24,7 @@ from tests.acceptance.installation import (
     environment,
     exit_code,
 )
-from tests.support import PATIENCE_S, eventually
+from tests.support import PATIENCE_S, eventually, raw
 from worker.client import Client
 from worker.local.process import Process
 from worker.transport import UNACKED, UNACKED_INDEX
@@ -87,7 +87,7 @@ def run_producer(program: str, broker_url: str) -> None:
 
 
 def ran(diary: redis.Redis) -> Counter[str]:
-    return Counter(name.decode() for name in diary.lrange("ran", 0, -1))  # type: ignore[union-attr]
+    return Counter(raw(name).decode() for name in diary.lrange("ran", 0, -1))
 
 
 def leave_behind(installation: Installation, taken_at: float) -> None:
@@ -96,8 +96,7 @@ def leave_behind(installation: Installation, taken_at: float) -> None:
         finish = {"org_id": "acme", "workflow_id": "late", "credits": 80}
         producer.celery.send_task("workflow.finish", args=[finish], queue="staging")
     broker = installation.broker
-    item = broker.rpop("staging")
-    assert isinstance(item, bytes)
+    item = raw(broker.rpop("staging"))
     broker.hset(UNACKED, "late", b'[%s, "", "credits"]' % item)
     broker.zadd(UNACKED_INDEX, {"late": taken_at})
 
@@ -121,7 +120,9 @@ def test_on_redis_each_takes_and_restores_its_own(installation: Installation) ->
             engine.send_task("engine.render", args=[number])
         run_producer(PRODUCER, url)
         eventually(lambda: len(list(ran(broker).elements())) == 1 + TASKS and broker.hlen("unacked") == 1)
-        [(archive, taken_at)] = broker.zrange("unacked_index", 0, -1, withscores=True)  # type: ignore[misc]
+        [archive] = map(raw, broker.zrange("unacked_index", 0, -1))
+        taken_at = broker.zscore("unacked_index", archive)
+        assert taken_at is not None
         # What ours finds timed out now was taken when the neighbour's was.
         leave_behind(installation, taken_at)
         eventually(lambda: installation.count("credit_events") == MESSAGES + 1)

@@ -108,7 +108,7 @@ def purchase(engine: Engine, purchase_id: str, credits: int) -> None:
 
 def block(heading: str, number: int = 0) -> str:
     section = DOCUMENT.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    return re.findall(r"^```\w+\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)[number]
+    return str(re.findall(r"^```\w+\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)[number])
 
 
 def test_a_backup_is_restored(machine: Machine) -> None:
@@ -146,7 +146,9 @@ def test_a_backup_that_is_cut_short_is_an_error_and_nothing_starts_on_it(machine
 
 def test_the_nightly_check_prints_only_what_is_wrong(machine: Machine) -> None:
     line = block("Every night").strip()
-    schedule, folder, command = re.fullmatch(r"(\S+ \S+ \* \* \*) cd (\S+) && (.*)", line).groups()
+    entry = re.fullmatch(r"(\S+ \S+ \* \* \*) cd (\S+) && (.*)", line)
+    assert entry is not None
+    schedule, folder, command = entry.groups()
     assert (schedule, folder) == ("30 3 * * *", "/srv/holdfast")
     assert "%" not in command, "which cron takes for the end of the line"
     clean = machine.run(command)

@@ -224,10 +224,10 @@ def test_behind_a_proxy_a_person_signs_in_does_things_and_signs_out(address: str
         signed_in = visitor.post("/signin", data=fields)
         assert (signed_in.status_code, signed_in.headers["location"]) == (303, letter)
         visitor.headers["Cookie"] = signed_in.headers["set-cookie"].partition(";")[0]
-        form = {"form": form_token(visitor.get(letter))}
-        done = visitor.post(f"{letter}/discard", data={**form, "reason": "a test"})
+        fields = {"form": form_token(visitor.get(letter))}
+        done = visitor.post(f"{letter}/discard", data={**fields, "reason": "a test"})
         assert (done.status_code, done.headers["location"]) == (303, letter)
-        signed_out = visitor.post("/signout", data=form)
+        signed_out = visitor.post("/signout", data=fields)
         assert signed_out.headers["location"] == "/signin"
         assert signed_out.headers["set-cookie"].startswith(f"__Host-{SESSION}=")
         assert {"Secure", "Max-Age=0", "Path=/"} <= set(signed_out.headers["set-cookie"].split("; "))

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from amqp.exceptions import PreconditionFailed
 from celery import Celery
-from kombu import Connection, Queue
+from kombu.connection import Connection
+from kombu.entity import Queue
 from kombu.message import Message
 from sqlalchemy import Engine
 
@@ -103,7 +104,12 @@ def test_a_process_and_its_forks_share_one_client(channel: Any, rabbitmq_url: st
 
 
 def test_a_message_is_what_a_stock_producer_sends(client: Client, channel: Any, rabbitmq_url: str) -> None:
-    message = {"org_id": "acme", "workflow_id": "run", "credits": 5, "metadata": {"note": 'é "quoted"'}}
+    message: dict[str, Any] = {
+        "org_id": "acme",
+        "workflow_id": "run",
+        "credits": 5,
+        "metadata": {"note": 'é "quoted"'},
+    }
     client.finish(**message)
     with stock_producer(rabbitmq_url) as app:
         app.send_task("workflow.finish", args=[message], queue=LEDGER, ignore_result=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from amqp.exceptions import AccessRefused
-from kombu import Connection
+from kombu.connection import Connection
 
 from tests.acceptance.installation import Installation, installed
 from tests.rabbitmq import RabbitMQ

@@ -2,6 +2,7 @@
 
 import re
 from contextlib import closing
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -117,9 +118,13 @@ def test_a_waiting_message_that_ends_its_workers_becomes_a_dead_letter_and_the_o
         return count
 
     sql(installation.engine, f"UPDATE waiting_messages SET attempts = {DELIVERY_LIMIT - 2}")
+
+    def has_ended_one_more(before: int) -> bool:
+        return ended() > before
+
     while (before := ended()) < DELIVERY_LIMIT:
         worker = installation.start_worker(f"worker-{uuid4()}")
-        eventually(lambda before=before: ended() > before)
+        eventually(partial(has_ended_one_more, before))
         worker.kill()
     last = installation.start_worker("last")
     assert innocent.get(timeout=PATIENCE_S)["available"] == 2

@@ -8,6 +8,7 @@ import sys
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -350,7 +351,7 @@ def test_who_asked_for_an_answer_is_told_that_there_is_no_such_task(
 
 
 LIST_ITEM = b"\xff no message at all"
-WHAT_CELERY_DROPS_OR_DIES_OF = {
+WHAT_CELERY_DROPS_OR_DIES_OF: dict[str, tuple[str | bytes, tuple[str, str, str | None]]] = {
     "unknown task": (
         envelope('[[{"org_id": "acme"}], {}, {}]', task="wallet.nothing"),
         ("wallet.nothing", "unknown_task", "there is no task named 'wallet.nothing'"),
@@ -525,6 +526,10 @@ def test_the_scheduler_catches_up_idle_wallets_once_however_often_it_runs(
     assert installation.count("dead_letters") == 0
 
 
+def has_sent_tasks(beat: Process) -> bool:
+    return log_of(beat).count("Sending due task") >= 8
+
+
 def test_two_beats_begin_each_period_once(installation: Installation, producer: Producer) -> None:
     installation.start_worker()
     wait_for_workers(producer)
@@ -534,7 +539,7 @@ def test_two_beats_begin_each_period_once(installation: Installation, producer: 
     subscribe_and_begin(installation, producer, org_ids[5:])
     eventually(lambda: installation.count("credit_events") == 5 * 3 + 5)
     for beat in beats:
-        eventually(lambda beat=beat: log_of(beat).count("Sending due task") >= 8)
+        eventually(partial(has_sent_tasks, beat))
         terminate(beat)
         assert exit_code(beat) == 0, beat.last_words()
     eventually(installation.is_drained)

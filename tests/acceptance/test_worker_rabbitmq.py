@@ -6,11 +6,12 @@ import os
 import signal
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import psutil
 import pytest
-from kombu import Connection
+from kombu.connection import Connection
 
 from ledger import audit
 from ledger.messages import DELIVERY_LIMIT, MAX_BODY_BYTES
@@ -81,6 +82,10 @@ def test_messages_are_applied_in_batches_and_answered(ledger: Installation, rabb
     assert is_sound(ledger, events=5_001)
 
 
+def has_more_events(ledger: Installation, before: int) -> bool:
+    return ledger.count("credit_events") > before
+
+
 def test_what_killed_and_stopped_workers_held_is_applied_once(
     ledger: Installation, rabbitmq_url: str, client: Client
 ) -> None:
@@ -88,7 +93,7 @@ def test_what_killed_and_stopped_workers_held_is_applied_once(
     for number in range(4):
         before = ledger.count("credit_events")
         worker = ledger.start_worker_on(rabbitmq_url, f"worker-{number}")
-        eventually(lambda before=before: ledger.count("credit_events") > before)
+        eventually(partial(has_more_events, ledger, before))
         if number % 2:
             terminate(worker)
             assert exit_code(worker) == 0, worker.last_words()
@@ -146,7 +151,7 @@ def test_what_ends_its_worker_each_time_is_a_dead_letter_that_can_be_replayed(
     os.kill(first.pid, signal.SIGKILL)
     for _ in range(DELIVERY_LIMIT):  # further workers that die of it
         with Connection(rabbitmq_url) as connection, connection.channel() as channel:
-            eventually(lambda channel=channel: channel.basic_get(QUEUE))
+            eventually(partial(channel.basic_get, QUEUE))
             connection.collect()
     eventually(lambda: waiting(rabbitmq_url)[DEAD_QUEUE] == 1)
     for number in range(3):
@@ -158,7 +163,9 @@ def test_what_ends_its_worker_each_time_is_a_dead_letter_that_can_be_replayed(
     assert (code, task) == ("delivery_limit", "wallet.grant")
     [args, kwargs, _] = json.loads(bytes(body))
     eventually(lambda: is_drained(rabbitmq_url))
-    assert client.send_as_is(task, args, kwargs, wait_s=PATIENCE_S).available == 8
+    applied = client.send_as_is(task, args, kwargs, wait_s=PATIENCE_S)
+    assert applied is not None
+    assert applied.available == 8
     assert worker.is_running
     assert audit.verify(ledger.engine).is_clean
 

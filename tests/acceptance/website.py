@@ -31,7 +31,7 @@ def operator_token() -> str:
     return token(sub="olga", orgs=[], scope="operator")
 
 
-def app(database_url: str, broker_url: str, **settings: str) -> FastAPI:
+def app(database_url: str, broker_url: str, **settings: Any) -> FastAPI:
     """The app on this database, which is named for its owner: it connects as the reader."""
     database_url = as_role(READER, database_url)
     return create_app(Settings(database_url=database_url, broker_url=broker_url, jwt_secret=SECRET, **settings))

@@ -13,6 +13,7 @@ from ledger import audit, scheduler
 from ledger.database import connect
 from ledger.state import Result
 from ledger.store import DeadLettered, Delivery, apply_batch
+from ledger.waiting import Waits
 from tests.support import PATIENCE_S, delivery, sql
 
 Answer = TypeVar("Answer")
@@ -48,7 +49,7 @@ def purchase(org_id: str, purchase_id: str, credits: int = 10) -> Delivery:
 def test_twenty_reservations_at_once_hold_no_more_than_there_is(engine: Engine, database_url: str) -> None:
     apply_batch(engine, [purchase("acme", "p1", 500)])
 
-    def start(number: int, own: Engine) -> Result | DeadLettered:
+    def start(number: int, own: Engine) -> Result | DeadLettered | Waits:
         message = delivery("workflow.start", org_id="acme", workflow_id=f"w{number}", credits=75)
         return apply_batch(own, [message])[0]
 
@@ -127,7 +128,7 @@ def test_a_message_delivered_ten_times_at_once_is_applied_once(engine: Engine, d
             strict=True,
         ):
 
-            def deliver(_: int, own: Engine, message: Delivery = message) -> Result | DeadLettered:
+            def deliver(_: int, own: Engine, message: Delivery = message) -> Result | DeadLettered | Waits:
                 return apply_batch(own, [message])[0]
 
             answers = at_once(engines, deliver)
@@ -140,7 +141,7 @@ def test_a_message_delivered_ten_times_at_once_is_applied_once(engine: Engine, d
 
 
 def test_conflicting_messages_at_once_apply_one_and_keep_the_others(engine: Engine, database_url: str) -> None:
-    def deliver(number: int, own: Engine) -> Result | DeadLettered:
+    def deliver(number: int, own: Engine) -> Result | DeadLettered | Waits:
         return apply_batch(own, [purchase("acme", "p1", 100 + number)])[0]
 
     with writers(database_url, 10) as engines:

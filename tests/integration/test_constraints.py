@@ -5,8 +5,9 @@ only the one; PostgreSQL looks at CHECKs in the order of their names, so where a
 """
 
 import json
-from typing import Any
+from typing import Any, cast
 
+import psycopg
 import pytest
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import IntegrityError
@@ -326,7 +327,7 @@ def refusal(connection: Connection, table: str, row: Row) -> str:
         with connection.begin_nested():
             insert(connection, table, row)
     except IntegrityError as error:
-        diagnosis = error.orig.diag  # type: ignore[union-attr]
+        diagnosis = cast(psycopg.Error, error.orig).diag
         return str(diagnosis.constraint_name or f"{diagnosis.column_name} is NULL")
     return "accepted"
 

@@ -14,6 +14,7 @@ from ledger import dead_letters, rules
 from ledger.messages import InvalidMessage
 from ledger.state import Decision, Result
 from ledger.store import DeadLettered, Delivery, apply_batch
+from ledger.waiting import Waits
 from tests.support import delivery, sql
 
 BAD = delivery("wallet.purchase", org_id="acme", purchase_id="p1", credits=0)
@@ -23,7 +24,7 @@ DISCARD = """
 """
 
 
-def letter_of(answer: Result | DeadLettered) -> DeadLettered:
+def letter_of(answer: Result | DeadLettered | Waits) -> DeadLettered:
     assert isinstance(answer, DeadLettered)
     return answer
 
@@ -144,7 +145,7 @@ def test_a_clock_that_was_set_back_does_not_stop_a_letter(engine: Engine) -> Non
         ("\x00\ud800", None),
         ([["\x00"], {"\ud800": 1}], None),
         (None, None),
-        (InvalidMessage("undecodable", "the body is not JSON", None), None),
+        (InvalidMessage("undecodable_message", "the body is not JSON", None), None),
     ],
     ids=ascii,
 )
@@ -154,7 +155,7 @@ def test_text_that_postgresql_cannot_hold_survives_as_bytes(
     body = b"\x00\xff" if isinstance(payload, InvalidMessage) else json.dumps([[payload], {}, {}]).encode()
     good = delivery("wallet.purchase", org_id="globex", purchase_id="p1", credits=5)
     refused, applied = apply_batch(engine, [Delivery("wallet.purchase", payload, body), good])
-    code = "undecodable" if isinstance(payload, InvalidMessage) else "invalid_message"
+    code = "undecodable_message" if isinstance(payload, InvalidMessage) else "invalid_message"
     assert letter_of(refused).code == code
     assert applied == Result("posted", None, False, "globex", None, None, (1,), 5)
     assert sql(engine, "SELECT body, org_id, error_code, error, traceback FROM dead_letters") == [

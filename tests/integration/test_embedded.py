@@ -338,7 +338,7 @@ def test_root_copies_the_programs_out_of_a_closed_folder(data_dir: Path, monkeyp
 @as_root
 def test_an_ordinary_account_runs_them_too(data_dir: Path) -> None:
     nobody = pwd.getpwnam("nobody")
-    identity = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+    identity: dict[str, Any] = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
     os.chown(data_dir, nobody.pw_uid, nobody.pw_gid)
     probe = [sys.executable, "-c", "import worker.local.embedded"]
     try:

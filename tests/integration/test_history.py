@@ -7,7 +7,7 @@ from itertools import accumulate, chain
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine, QueuePool, text
 
 from ledger import filters, history, views
 from ledger.filters import EVERY_EVENT, EventFilter
@@ -614,6 +614,7 @@ def test_an_export_is_the_history_at_its_beginning_and_holds_no_connection(
 ) -> None:
     monkeypatch.setattr(history, "EXPORT_STEP", 20)
     begin = datetime(2026, 1, 1, tzinfo=UTC)
+    assert isinstance(engine.pool, QueuePool)
     write_grants(engine, "acme", [begin + timedelta(minutes=n) for n in range(250)])
     write_grants(engine, "globex", [begin])
     expected = [seq for page in range(3) for seq in seqs(events(engine, matching, offset=100 * page))]

@@ -1,6 +1,7 @@
 """Replaying and discarding dead letters on a real PostgreSQL: the letter tells what came of it, and none is lost."""
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -31,7 +32,7 @@ REFUND = delivery("wallet.refund", org_id="acme", refund_id="r1", credits=30, wo
 FINISH = delivery("workflow.finish", org_id="acme", workflow_id="run", credits=80)
 
 
-def worker(engine: Engine) -> Any:
+def worker(engine: Engine) -> Callable[[str, list[Any], dict[str, Any]], Result]:
     """Applies what is sent at once, and answers."""
 
     def send(task: str, args: list[Any], kwargs: dict[str, Any]) -> Result:
@@ -39,6 +40,7 @@ def worker(engine: Engine) -> Any:
         [answer] = apply_batch(engine, [Delivery(task, only_argument(task, args, kwargs), body)])
         if isinstance(answer, DeadLettered):
             raise StillFailsError(answer.error)
+        assert isinstance(answer, Result)
         return answer
 
     return send

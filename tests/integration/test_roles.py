@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from ledger import audit, dead_letters, history, migrations, roles, scheduler, waiting
 from ledger.database import connect
 from ledger.store import apply_batch, apply_waiting
-from ledger.waiting import LOCKED
+from ledger.waiting import LOCKED, Waits
 from tests.support import as_role, delivery, sql
 from worker import cli
 from worker.local.embedded import Embedded
@@ -80,7 +80,9 @@ def holdfast(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         monkeypatch.setattr(sys, "argv", ["holdfast", *arguments])
         with pytest.raises(SystemExit) as ended:
             cli.main()
-        return ended.value.code or 0, *capsys.readouterr()
+        code = ended.value.code or 0
+        assert isinstance(code, int)
+        return code, *capsys.readouterr()
 
     return run
 
@@ -251,7 +253,8 @@ def test_the_worker_writes_the_ledger_and_the_reader_reads_it(
     with engine.connect() as holder:
         holder.exec_driver_sql("SELECT 1 FROM wallets FOR UPDATE")
         [waits] = apply_batch(worker, [purchase])
-        assert waits.reason == LOCKED  # type: ignore[union-attr]
+        assert isinstance(waits, Waits)
+        assert waits.reason == LOCKED
         with reader.connect() as connection:
             assert [found.org_id for found in waiting.organizations(connection)] == ["acme"]
     assert len(apply_waiting(worker, "acme", limit=10).answers) == 1

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Engine, text
 
 from ledger import audit, rules, store
 from ledger.database import connect, is_transient, raw_connection
-from ledger.messages import Message
+from ledger.messages import AnyMessage
 from ledger.state import Decision, Result
 from ledger.store import Applied, DeadLettered, Delivery, apply_batch, apply_waiting
 from ledger.waiting import LOCKED, Waits
@@ -126,7 +126,7 @@ CONVERSATION_EVENTS = [
 
 @pytest.mark.parametrize("size", [1, 4, 100])
 def test_every_message_is_answered_and_written_the_same_in_batches_of_any_size(engine: Engine, size: int) -> None:
-    answers: list[Result | DeadLettered] = []
+    answers: list[Result | DeadLettered | Waits] = []
     for first in range(0, len(CONVERSATION), size):
         answers += apply_batch(engine, [message for message, _ in CONVERSATION[first : first + size]])
     assert answers == [answer for _, answer in CONVERSATION]
@@ -534,7 +534,7 @@ def a_hundred_starts() -> list[Delivery]:
     return [start(f"org-{n % 10}", f"w{n}", 1) for n in range(100)]
 
 
-def assert_only_the_42nd_became_a_dead_letter(engine: Engine, answers: Sequence[Result | DeadLettered]) -> str:
+def assert_only_the_42nd_became_a_dead_letter(engine: Engine, answers: Sequence[Result | DeadLettered | Waits]) -> str:
     """The dead letter's traceback."""
     assert [n for n, answer in enumerate(answers) if not isinstance(answer, Result)] == [42]
     assert Counter(answer.outcome for answer in answers if isinstance(answer, Result)) == {"reserved": 99}
@@ -578,7 +578,7 @@ def test_a_message_that_the_rules_trip_over_stands_alone(engine: Engine, monkeyp
     apply_batch(engine, [purchase(f"org-{n}", 100) for n in range(10)])
     decide = rules.decide
 
-    def trip(wallet: Any, message: Message, *rest: Any, **known: Any) -> Decision:
+    def trip(wallet: Any, message: AnyMessage, *rest: Any, **known: Any) -> Decision:
         if getattr(message, "workflow_id", None) == "w42":
             raise RuntimeError("half \ud800 and \x00")
         return decide(wallet, message, *rest, **known)

@@ -130,7 +130,7 @@ def answers(broker: redis.Redis) -> dict[str, dict[str, Any]]:
     found = {}
     for first in range(0, len(keys), 1_000):
         some = keys[first : first + 1_000]
-        for key, value in zip(some, broker.mget(some), strict=True):  # type: ignore[arg-type]
+        for key, value in zip(some, broker.mget(some), strict=True):
             if value is not None:
                 found[key.decode().removeprefix(ANSWER_KEY)] = json.loads(value)
     return found

@@ -27,7 +27,7 @@ from tests.acceptance.installation import Fork, environment
 from tests.nemesis import neighbour
 from tests.nemesis.producer import Producer
 from tests.nemesis.workload import FLOOD_ORG_ID, Message
-from tests.support import sql
+from tests.support import raw, sql
 from worker.broker import QUEUE
 from worker.local.embedded import Embedded
 from worker.local.process import Process
@@ -160,7 +160,9 @@ class Machine:
     def waiting(self) -> dict[str, int | None]:
         """How many messages are where: first in the broker, at one instant, then in the database; None: it is down."""
         with self.broker.pipeline(transaction=True) as pipe:
-            pipe.llen(QUEUE).hlen(UNACKED).zcard(UNACKED_INDEX)
+            pipe.llen(QUEUE)
+            pipe.hlen(UNACKED)
+            pipe.zcard(UNACKED_INDEX)
             found = dict(zip((QUEUE, UNACKED, UNACKED_INDEX), pipe.execute(), strict=True))
         try:
             [(found[WAITING],)] = sql(self.engine, f"SELECT count(*) FROM {WAITING}")
@@ -177,12 +179,12 @@ class Machine:
             self.engine,
             "SELECT count(*) FROM wallets WHERE least(next_period_at, next_hold_expiry) <= clock_timestamp()",
         )
-        return due == 0
+        return bool(due == 0)
 
     def held_by(self, pid: int) -> int:
         """How many messages the worker with this process id holds; 0 if the broker cannot say."""
         with suppress(redis.RedisError):
-            return sum(tag.startswith(b"%d-" % pid) for tag in self.broker.hkeys(UNACKED))  # type: ignore[union-attr]
+            return sum(raw(tag).startswith(b"%d-" % pid) for tag in self.broker.hkeys(UNACKED))
         return 0
 
     def dead_by_themselves(self) -> list[str]:
@@ -384,7 +386,7 @@ class Machine:
         """The kernel has all that the broker has confirmed before this moment."""
         for _ in range(10_000):
             asked_at = monotonic()
-            if self.broker.info("persistence")["aof_buffer_length"] == 0:  # type: ignore[index]
+            if self.broker.info("persistence")["aof_buffer_length"] == 0:
                 return asked_at
         raise TimeoutError("the broker does not write its append-only file")
 

@@ -15,6 +15,8 @@ import redis
 from celery import Celery
 from kombu.exceptions import OperationalError
 
+from tests.support import raw
+
 TASKS = ("neighbour.render", "neighbour.archive")
 HELD = tuple(f"neighbour-held-{number}" for number in range(10))
 """The delivery tags of what the worker elsewhere holds."""
@@ -85,17 +87,16 @@ class Neighbour(Thread):
 
 def hold(broker: redis.Redis, broker_url: str) -> None:
     """Have the worker elsewhere hold `HELD`, as Celery's own transport does."""
-    seconds, _ = broker.time()  # type: ignore[misc]
+    seconds, _ = broker.time()
     with Celery(broker=broker_url, set_as_current=False) as app:
         for tag in HELD:
             app.send_task(TASKS[1], args=[tag], queue="neighbour.staging")
-            item = broker.rpop("neighbour.staging")
-            assert isinstance(item, bytes)
-            broker.hset("unacked", tag, b'[%s, "", "celery"]' % item)  # type: ignore[arg-type]
+            item = raw(broker.rpop("neighbour.staging"))
+            broker.hset("unacked", tag, b'[%s, "", "celery"]' % item)
             broker.zadd("unacked_index", {tag: seconds - HELD_FOR_S})
 
 
 def restored(broker: redis.Redis) -> list[str]:
     """The tags of what it does not hold any more."""
-    held: set[bytes] = set(broker.hkeys("unacked")) & set(broker.zrange("unacked_index", 0, -1))  # type: ignore[arg-type]
+    held = set(map(raw, broker.hkeys("unacked"))) & set(map(raw, broker.zrange("unacked_index", 0, -1)))
     return [tag for tag in HELD if tag.encode() not in held]

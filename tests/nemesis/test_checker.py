@@ -6,11 +6,12 @@ from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from time import monotonic
+from typing import Any
 from uuid import uuid4
 
-import kombu
 import pytest
 import redis
+from kombu.connection import Connection
 from sqlalchemy import Engine
 
 from ledger import audit
@@ -368,7 +369,7 @@ def test_what_is_taken_from_the_worker_of_another_application_is_found(sound: Le
 
 def test_a_worker_that_restores_what_another_application_holds_is_found(sound: Ledger, services: Embedded) -> None:
     url = services.broker.url.removesuffix("0") + "15"
-    with kombu.Connection(url, transport_options={"visibility_timeout": 3}) as connection:
+    with Connection(url, transport_options={"visibility_timeout": 3}) as connection:
         connection.default_channel.qos.restore_visible()
     assert {finding.kind for finding in sound.findings()} == {"neighbour"}
 
@@ -411,10 +412,10 @@ def test_only_what_was_delivered_again_after_its_commit_counts_as_absorbed(ledge
 GOAL = Goal(seconds=1, messages=10, kills=2)
 
 
-def report(**changes: object) -> Report:
-    proof = {"messages": 10, "kills": 2, "has_done_all": True, "kills_at_work": 1, "absorbed": 1, "neighbour_tasks": 1}
-    proof |= {"locks_at_work": 1, "largest_flood": MOST_DUE + 1}
-    return Report(7, GOAL, Path("/logs"), **{**proof, **changes})  # type: ignore[arg-type]
+def report(**changes: Any) -> Report:
+    proof: dict[str, Any] = {"messages": 10, "kills": 2, "has_done_all": True, "kills_at_work": 1, "absorbed": 1}
+    proof |= {"neighbour_tasks": 1, "locks_at_work": 1, "largest_flood": MOST_DUE + 1}
+    return Report(7, GOAL, Path("/logs"), **{**proof, **changes})
 
 
 def test_a_run_that_found_nothing_and_did_enough_passes() -> None:

@@ -150,8 +150,8 @@ class Workload:
         """Two that begin and stay open, and the finish of one of those at the beginning, expired by now or not."""
         messages = [self._flood_start(f"run-{next(self._numbers)}") for _ in range(2)]
         if self._flood:
-            finish = {"org_id": FLOOD_ORG_ID, "workflow_id": self._flood.pop(), "credits": self._random.randint(0, 200)}
-            messages.append(self._message("workflow.finish", **finish))
+            run = {"org_id": FLOOD_ORG_ID, "workflow_id": self._flood.pop()}
+            messages.append(self._message("workflow.finish", **run, credits=self._random.randint(0, 200)))
         return messages
 
     def _posting(self) -> Message:
@@ -167,8 +167,8 @@ class Workload:
             case 4:
                 return self._message("wallet.bill", org_id=org_id, billing_id=message_id, credits=amount)
             case 5:
-                fields = {"adjustment_id": message_id, "credits": -amount, "reason": "nemesis", "allow_negative": True}
-                return self._message("wallet.adjust", org_id=org_id, **fields)
+                fields: dict[str, Any] = {"adjustment_id": message_id, "reason": "nemesis", "allow_negative": True}
+                return self._message("wallet.adjust", org_id=org_id, credits=-amount, **fields)
             case _:  # refused, if the prepaid balance is too low just then
                 fate = "either" if org_id.startswith("scarce") else "applied"
                 return self._message("wallet.bill", fate=fate, org_id=org_id, billing_id=message_id, credits=-amount)

@@ -4,7 +4,7 @@ PostgreSQL says what time it is, so in the database of this test `clock_timestam
 in a schema that is searched before `pg_catalog`. Nothing of the ledger is changed for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
@@ -103,6 +103,7 @@ class PostgresDriver:
             if isinstance(answer, Result):
                 told.append(((answer.outcome, answer.reason, answer.duplicate), answer.available, answer.holds))
             else:
+                assert isinstance(answer, store.DeadLettered)
                 told.append((("refused", answer.code, False), None, False))
         return told
 
@@ -214,7 +215,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(messages=st.lists(MESSAGES, min_size=1, max_size=8))
     def deliver(self, messages: list[Sent]) -> None:
-        expected = []
+        expected: list[Told] = []
         for task, fields in messages:
             answer = self.model.receive(task, fields, self.now)
             if answer[0] == "refused":
@@ -306,15 +307,17 @@ def test_the_database_tells_the_time_that_it_is_told(clocked_engine: Engine) -> 
 
 @pytest.mark.timeout(1_800)
 def test_the_rules_do_what_the_model_does() -> None:
-    run_state_machine_as_test(lambda: LedgerMachine(RulesDriver()), settings=settings(max_examples=_examples(3.0)))
+    _run(RulesDriver, share=3.0)
 
 
 @pytest.mark.timeout(1_800)
 def test_the_ledger_in_postgresql_does_what_the_model_does(clocked_engine: Engine) -> None:
+    _run(lambda: PostgresDriver(clocked_engine), share=1.0)
+
+
+def _run(driver: Callable[[], Driver], *, share: float) -> None:
+    """Run the machine on new drivers, for this share of the usual number of examples."""
     run_state_machine_as_test(
-        lambda: LedgerMachine(PostgresDriver(clocked_engine)), settings=settings(max_examples=_examples(1.0))
+        lambda: LedgerMachine(driver()),  # type: ignore[arg-type]  # it takes more than the class that it asks for
+        settings=settings(max_examples=int(settings().max_examples * share)),
     )
-
-
-def _examples(share: float) -> int:
-    return int(settings().max_examples * share)

@@ -56,13 +56,14 @@ class MemoryLedger:
             self.wallet, known, events = rules.begin_due_periods(self.wallet, known, self.now)
             self.subscriptions[known.subscription_id] = known
             self.events += events
-        held = [workflow for workflow in self.workflows.values() if workflow.state == "reserved"]
-        for workflow in sorted(held, key=lambda workflow: (workflow.expires_at, workflow.workflow_id)):
-            if workflow.expires_at <= self.now:
+        held = sorted(_hold(workflow) for workflow in self.workflows.values() if workflow.state == "reserved")
+        for expires_at, workflow_id in held:
+            if expires_at <= self.now:
+                workflow = self.workflows[workflow_id]
                 self.wallet, expired, event = rules.release_expired(self.wallet, workflow, self.now)
-                self.workflows[workflow.workflow_id] = expired
+                self.workflows[workflow_id] = expired
                 self.events.append(event)
-        open_until = [workflow.expires_at for workflow in held if workflow.expires_at > self.now]
+        open_until = [expires_at for expires_at, _ in held if expires_at > self.now]
         self.wallet = self.wallet._replace(next_hold_expiry=min(open_until, default=None))
         return self.events[before:]
 
@@ -91,3 +92,8 @@ class MemoryLedger:
         if decision.posted is not None:
             self.posted[decision.posted.kind, decision.posted.message_id] = decision.posted
         return decision
+
+
+def _hold(workflow: Workflow) -> tuple[datetime, str]:
+    assert workflow.expires_at is not None
+    return workflow.expires_at, workflow.workflow_id

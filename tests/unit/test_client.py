@@ -77,8 +77,9 @@ def test_a_message_has_only_what_was_given(client: Client, sent: Sent) -> None:
 
 def test_a_moment_is_sent_as_text_with_its_offset(client: Client, sent: Sent) -> None:
     moment = datetime(2026, 1, 31, 9, tzinfo=UTC)
-    plan = {"subscription_id": "sub", "version": 1, "plan": "team", "monthly_credits": 10}
-    client.subscribe(org_id="acme", anchor=moment, occurred_at="2026-01-31T10:00:00+01:00", **plan)
+    plan: dict[str, Any] = {"subscription_id": "sub", "version": 1, "plan": "team", "monthly_credits": 10}
+    as_text = "2026-01-31T10:00:00+01:00"
+    client.subscribe(org_id="acme", anchor=moment, occurred_at=as_text, **plan)  # type: ignore[call-overload]
     times = {"anchor": "2026-01-31T09:00:00+00:00", "occurred_at": "2026-01-31T10:00:00+01:00"}
     assert sent == [("wallet.subscribe", {"org_id": "acme", **plan, **times}, True)]
 

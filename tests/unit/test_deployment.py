@@ -16,13 +16,12 @@ import sys
 import tempfile
 import threading
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-import click
 import psutil
 import psycopg
 import pytest
@@ -119,13 +118,20 @@ def seconds(duration: str) -> int:
     return number * {"s": 1, "m": 60}[unit]
 
 
-def unknown_options(command: click.Command, words: list[str]) -> list[str]:
+class Command(Protocol):
+    """Of click, or of the click inside typer."""
+
+    @property
+    def params(self) -> Sequence[Any]: ...
+
+
+def unknown_options(command: Command, words: list[str]) -> list[str]:
     known = {option for parameter in command.params for option in parameter.opts}
     return [word for word in words if word.startswith("-") and word not in known]
 
 
 @pytest.fixture
-def service_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def service_settings(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Settings]:
     """Call it with a service: from then on the settings are the ones that it is given."""
     for variable in os.environ:
         if variable.startswith(PREFIX):
@@ -252,7 +258,7 @@ def test_the_file_of_secrets_reaches_neither_git_nor_the_image() -> None:
     ],
 )
 def test_a_service_is_given_the_settings_it_needs_and_no_secret_more(
-    service: str, names: list[str], service_settings: Any
+    service: str, names: list[str], service_settings: Callable[[str], Settings]
 ) -> None:
     assert sorted(environment(service)) == sorted([*names, *(OPTIONAL if service == "api" else [])])
     settings = service_settings(service)
@@ -261,14 +267,18 @@ def test_a_service_is_given_the_settings_it_needs_and_no_secret_more(
 
 
 @pytest.mark.parametrize("name", OPTIONAL)
-def test_the_api_is_given_what_is_optional_where_it_is_set(name: str, service_settings: Any) -> None:
+def test_the_api_is_given_what_is_optional_where_it_is_set(
+    name: str, service_settings: Callable[[str], Settings]
+) -> None:
     assert SERVICES["api"]["environment"][name] == f"${{{name}:-}}"
     field = name.removeprefix(PREFIX).lower()
     assert getattr(service_settings("api"), field) is None, "an empty variable is as good as none"
 
 
-def test_every_worker_serves_its_figures_within_the_network_alone(service_settings: Any) -> None:
-    host, port = service_settings("worker").metrics_address.split(":")
+def test_every_worker_serves_its_figures_within_the_network_alone(service_settings: Callable[[str], Settings]) -> None:
+    address = service_settings("worker").metrics_address
+    assert address is not None
+    host, port = address.split(":")
     assert host == "0.0.0.0", "a container's own loopback is nobody else's"
     assert SERVICES["worker"]["expose"] == [str(port)]
     assert "ports" not in SERVICES["worker"]
@@ -287,14 +297,14 @@ def test_every_worker_serves_its_figures_within_the_network_alone(service_settin
     ],
 )
 def test_every_service_connects_as_the_role_that_it_needs(
-    service: str, role: str, password: str, service_settings: Any
+    service: str, role: str, password: str, service_settings: Callable[[str], Settings]
 ) -> None:
     database = urlsplit(service_settings(service).database_url)
     assert (database.hostname, database.port, database.path) == ("postgres", 5432, "/holdfast")
     assert (database.username, database.password) == (role, environment("database")[password])
 
 
-def test_the_settings_lead_to_the_broker_with_its_password(service_settings: Any) -> None:
+def test_the_settings_lead_to_the_broker_with_its_password(service_settings: Callable[[str], Settings]) -> None:
     settings = service_settings("worker")
     broker = urlsplit(settings.broker_url)
     assert (broker.hostname, broker.port, broker.path) == ("broker", 6379, "/0")
@@ -312,7 +322,7 @@ def test_the_migration_is_a_command_of_holdfast() -> None:
 
 
 @pytest.mark.parametrize("service", ["worker", "beat"])
-def test_celery_knows_the_command_and_finds_the_app(service: str, service_settings: Any) -> None:
+def test_celery_knows_the_command_and_finds_the_app(service: str, service_settings: Callable[[str], Settings]) -> None:
     assert SERVICES[service]["command"] == ["celery", "--quiet", "-A", "worker", service]
     assert service in celery_command.commands
     settings = service_settings(service)
@@ -321,7 +331,7 @@ def test_celery_knows_the_command_and_finds_the_app(service: str, service_settin
     assert app.conf.broker_url == settings.broker_url
 
 
-def test_uvicorn_finds_the_api_and_listens_where_it_is_published(service_settings: Any) -> None:
+def test_uvicorn_finds_the_api_and_listens_where_it_is_published(service_settings: Callable[[str], Settings]) -> None:
     program, target, *options = SERVICES["api"]["command"]
     assert (program, target) == ("uvicorn", "api_stub.app:app")
     assert unknown_options(uvicorn.main, options) == []
@@ -605,8 +615,8 @@ def test_the_database_is_holdfasts_own_whatever_of_it_was_there(half: str, postg
         for password in ("first", "it's rotated"):
             made = make_the_database(postgres, password)
             assert (made.returncode, made.stdout, made.stderr) == (0, "", "")
-            login = {"user": "holdfast", "dbname": "holdfast", "host": str(postgres.sockets), "port": 5432}
-            with psycopg.connect(**login, password=f"{password} of holdfast") as own:
+            login: dict[str, Any] = {"dbname": "holdfast", "host": str(postgres.sockets), "port": 5432}
+            with psycopg.connect(**login, user="holdfast", password=f"{password} of holdfast") as own:
                 own.execute("CREATE TABLE IF NOT EXISTS kept ()")
                 owner = own.execute(
                     "SELECT pg_get_userbyid(datdba), rolsuper, rolcreatedb, rolcreaterole"
@@ -614,14 +624,13 @@ def test_the_database_is_holdfasts_own_whatever_of_it_was_there(half: str, postg
                 )
                 assert owner.fetchone() == ("holdfast", False, False, False)
             for role in ROLES:
-                login["user"] = role
-                with psycopg.connect(**login, password=f"{password} of {role}") as own:
+                with psycopg.connect(**login, user=role, password=f"{password} of {role}") as own:
                     rights = (
                         "SELECT rolsuper OR rolcreatedb OR rolcreaterole FROM pg_roles WHERE rolname = current_user"
                     )
                     assert own.execute(rights).fetchone() == (False,)
                 with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
-                    psycopg.connect(**login, password="another one")
+                    psycopg.connect(**login, user=role, password="another one")
         admin.execute("DROP DATABASE holdfast")
         admin.execute(f"DROP ROLE {', '.join(ROLES)}")
 

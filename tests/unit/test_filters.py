@@ -43,7 +43,8 @@ def test_a_field_can_be_given_wherever_events_are_asked_for(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in FIELDS if name not in TIME_RANGE])
 def test_a_field_that_is_given_is_a_condition(name: str) -> None:
     value: Any = PLACES[name][2]
-    matching = EventFilter(**{name: (value,) if isinstance(getattr(EVERY_EVENT, name), tuple) else value})
+    given: dict[str, Any] = {name: (value,) if isinstance(getattr(EVERY_EVENT, name), tuple) else value}
+    matching = EventFilter(**given)
     assert len(matching.conditions()) == 1
     assert matching.looks_at_each
     assert EVERY_EVENT.conditions() == ()

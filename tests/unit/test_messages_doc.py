@@ -45,7 +45,8 @@ def section(task: str) -> str:
 
 def example(task: str) -> dict[str, Any]:
     [found] = re.findall(r"^```json\n(.*?)\n```$", section(task), re.MULTILINE | re.DOTALL)
-    return json.loads(found)
+    message: dict[str, Any] = json.loads(found)
+    return message
 
 
 def own_metadata() -> dict[str, set[str]]:

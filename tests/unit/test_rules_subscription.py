@@ -577,7 +577,8 @@ def test_periods_begun_a_few_at_a_time_are_the_same_as_all_at_once(most_events: 
     subscribe(ledger)
     subscription, now = ledger.subscriptions["s1"], at(12, 31)
     at_once = rules.begin_due_periods(ledger.wallet, subscription, now)
-    wallet, events, steps = ledger.wallet, [], 0
+    events: list[Event] = []
+    wallet, steps = ledger.wallet, 0
     while wallet.is_due(now) and steps < 100:
         wallet, subscription, begun = rules.begin_due_periods(wallet, subscription, now, most_events=most_events)
         assert len(begun) <= most_events + 1

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from ledger import rules
-from ledger.messages import Message, WalletMessage, WorkflowMessage
+from ledger.messages import Cancel, Message, WalletMessage, WorkflowMessage
 from ledger.state import Event, Refusal, Wallet, Workflow
 from tests.unit.memory import MemoryLedger, Row, row, rows
 
@@ -294,7 +294,7 @@ def test_a_finish_releases_and_then_charges_in_one_go() -> None:
     ledger = ledger_with(100)
     ledger.send("workflow.start", workflow_id="w1", credits=40, project_id="proj", activity_name="Résumé")
     decision = ledger.send("workflow.finish", workflow_id="w1", credits=30, metadata={"reason": "mine", "run": 7})
-    common = {
+    common: dict[str, Any] = {
         "org_id": "acme",
         "created_at": NOW,
         "source": "workflow-engine",
@@ -518,7 +518,7 @@ def test_a_reservation_beyond_the_bound_is_refused() -> None:
 
 
 def test_a_message_without_a_rule_is_an_error() -> None:
-    fields = {"org_id": "acme", "source": "x"}
+    fields: dict[str, Any] = {"org_id": "acme", "source": "x"}
 
     class Unruled(Message):
         task = "unruled"
@@ -531,19 +531,19 @@ def test_a_message_without_a_rule_is_an_error() -> None:
 
     for message in (Unruled(**fields), UnruledStep(**fields, workflow_id="w1"), UnruledChange(**fields)):
         with pytest.raises(AssertionError, match="unreachable, but got: Unruled"):
-            rules.decide(Wallet("acme"), message, NOW)
+            rules.decide(Wallet("acme"), message, NOW)  # type: ignore[arg-type]
 
 
 def test_what_is_due_comes_before_any_message() -> None:
     ledger = ledger_with(100)
     ledger.send("workflow.start", workflow_id="w1", credits=40, expires_in_s=60)
-    message = rules.Cancel(org_id="acme", workflow_id="w1")
+    message = Cancel(org_id="acme", workflow_id="w1")
     with pytest.raises(AssertionError):
         rules.decide(ledger.wallet, message, datetime(2026, 1, 31, 9, 1, tzinfo=UTC))
 
 
 def test_another_organizations_wallet_or_an_earlier_clock_is_an_error() -> None:
-    message = rules.Cancel(org_id="acme", workflow_id="w1")
+    message = Cancel(org_id="acme", workflow_id="w1")
     with pytest.raises(AssertionError):
         rules.decide(Wallet("other"), message, NOW)
     with pytest.raises(AssertionError):
