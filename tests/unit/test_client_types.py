@@ -1,0 +1,48 @@
+"""What a type checker knows of the producer: without `wait_s` there is no answer, with it there is one.
+
+`make lint` is what checks the types; here nothing is sent.
+"""
+
+import inspect
+import re
+from typing import assert_type
+
+from ledger.messages import MESSAGES
+from ledger.state import Result
+from worker.client import Client
+
+
+def _each_message(client: Client) -> None:
+    """Never called."""
+    assert_type(client.start(org_id="acme", workflow_id="run", credits=5), None)
+    assert_type(client.start(org_id="acme", workflow_id="run", credits=5, wait_s=1), Result)
+    assert_type(client.finish(org_id="acme", workflow_id="run", credits=5), None)
+    assert_type(client.finish(org_id="acme", workflow_id="run", credits=5, wait_s=1), Result)
+    assert_type(client.cancel(org_id="acme", workflow_id="run"), None)
+    assert_type(client.cancel(org_id="acme", workflow_id="run", wait_s=1), Result)
+    assert_type(client.fail(org_id="acme", workflow_id="run"), None)
+    assert_type(client.fail(org_id="acme", workflow_id="run", wait_s=1), Result)
+    assert_type(client.purchase(org_id="acme", purchase_id="order", credits=5), None)
+    assert_type(client.purchase(org_id="acme", purchase_id="order", credits=5, wait_s=1), Result)
+    assert_type(client.grant(org_id="acme", grant_id="gift", credits=5), None)
+    assert_type(client.grant(org_id="acme", grant_id="gift", credits=5, wait_s=1), Result)
+    assert_type(client.adjust(org_id="acme", adjustment_id="fix", credits=5, reason="typo"), None)
+    assert_type(client.adjust(org_id="acme", adjustment_id="fix", credits=5, reason="typo", wait_s=1), Result)
+    assert_type(client.refund(org_id="acme", refund_id="back", credits=5), None)
+    assert_type(client.refund(org_id="acme", refund_id="back", credits=5, wait_s=1), Result)
+    assert_type(client.bill(org_id="acme", billing_id="bill", credits=5), None)
+    assert_type(client.bill(org_id="acme", billing_id="bill", credits=5, wait_s=1), Result)
+    assert_type(client.subscribe(org_id="acme", subscription_id="sub", version=1, plan="team", monthly_credits=5), None)
+    assert_type(
+        client.subscribe(org_id="acme", subscription_id="sub", version=1, plan="team", monthly_credits=5, wait_s=1),
+        Result,
+    )
+    assert_type(client.unsubscribe(org_id="acme", subscription_id="sub", version=1), None)
+    assert_type(client.unsubscribe(org_id="acme", subscription_id="sub", version=1, wait_s=1), Result)
+    assert_type(client.configure(org_id="acme", version=1), None)
+    assert_type(client.configure(org_id="acme", version=1, wait_s=1), Result)
+
+
+def test_the_types_of_every_message_are_checked() -> None:
+    named = re.findall(r"client\.(\w+)\(", inspect.getsource(_each_message))
+    assert sorted(named) == sorted(2 * [task.split(".")[1] for task in MESSAGES])
