@@ -70,7 +70,8 @@ def _taken_over(*streams: Any) -> None:
 
 
 def _main(argv: list[str], env: dict[str, str], cwd: Path | None, death_signal: int | None, _: None) -> None:
-    os.close(forkserver._forkserver._forkserver_alive_fd)  # else the process that was forked would not end before us
+    alive_fd: int = vars(forkserver._forkserver)["_forkserver_alive_fd"]
+    os.close(alive_fd)  # else the process that was forked would not end before us
     gc.freeze()  # nobody looks again and again at the packages, which are copied for who touches them
     if death_signal is not None:
         os.setsid()
