@@ -127,7 +127,9 @@ CHECKS = (
              AND CASE WHEN strpos(idempotency_key, '/') > 0 THEN usage_change = 0 ELSE period_usage_after = 0 END
           WHEN event_type = 'adjustment' AND starts_with(idempotency_key, 'subscription:')
             THEN subscription_change = credits AND prepaid_change = 0 AND reserved_change = 0 AND usage_change = 0
-          ELSE prepaid_change = credits AND subscription_change = 0 AND reserved_change = 0 AND usage_change = 0
+          WHEN event_type IN ('prepaid_purchase', 'grant', 'refund', 'adjustment', 'billing')
+            THEN prepaid_change = credits AND subscription_change = 0 AND reserved_change = 0 AND usage_change = 0
+          ELSE false -- a type that is not known here
         END
         """,
     ),
