@@ -103,7 +103,7 @@ def _slow(ledger: Connection, *_: object, **__: object) -> None:
 def test_a_question_that_takes_too_long_is_ended_and_told_how_to_ask(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(history, "events", _slow)
+    monkeypatch.setattr(history, "find", _slow)
     with client(address) as reader:
         answer = reader.get(EVENTS)
         assert (answer.status_code, answer.json()["detail"]) == (503, TOO_LONG)
