@@ -647,3 +647,38 @@ def subclasses(model: type[Message]) -> set[type[Message]]:
     """All below `model` that this project defines."""
     own = {each for each in model.__subclasses__() if each.__module__ == Message.__module__}
     return own.union(*map(subclasses, own))
+
+
+@pytest.mark.parametrize(
+    ("task", "fields", "workflow", "subscription", "posted"),
+    [
+        ("workflow.start", start(), ("acme", "w1"), None, None),
+        ("wallet.adjust", adjust(), None, None, ("acme", "adjustment", "a1")),
+        ("wallet.subscribe", subscribe(), None, ("acme", "s1"), ("acme", "subscribe", "s1:1")),
+        (
+            "wallet.unsubscribe",
+            {"org_id": "acme", "subscription_id": "s1", "version": 2},
+            None,
+            ("acme", "s1"),
+            ("acme", "unsubscribe", "s1:2"),
+        ),
+        (
+            "wallet.refund",
+            {"org_id": "acme", "refund_id": "r1", "credits": 1, "workflow_id": "w1"},
+            ("acme", "w1"),
+            None,
+            ("acme", "refund", "r1"),
+        ),
+        ("wallet.refund", {"org_id": "acme", "refund_id": "r1", "credits": 1}, None, None, ("acme", "refund", "r1")),
+    ],
+)
+def test_a_message_says_which_records_it_names(
+    task: str,
+    fields: dict[str, Any],
+    workflow: tuple[str, str] | None,
+    subscription: tuple[str, str] | None,
+    posted: tuple[str, str, str] | None,
+) -> None:
+    message = read(task, fields)
+    assert (message.workflow_key, message.subscription_key) == (workflow, subscription)
+    assert (message.posted_key if isinstance(message, WalletMessage) else None) == posted
