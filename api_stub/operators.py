@@ -25,7 +25,7 @@ from ledger.dead_letters import (
     UnknownLetterError,
 )
 from ledger.messages import MAX_CREDITS, MAX_REASON_LENGTH, MESSAGES
-from ledger.readable import escaped, shortened
+from ledger.readable import shortened
 from worker.client import NotSentError
 from worker.replaying import Replayer
 
@@ -178,7 +178,7 @@ def _letter_page(
         status,
         letter=letter,
         message=dead_letters.readable(letter.body, MAX_SHOWN, rest),
-        traceback=escaped(shortened(letter.traceback or "", MAX_SHOWN, rest), keep="\n"),
+        traceback=shortened(letter.traceback or "", MAX_SHOWN, rest),
         max_error=dead_letters.MAX_ERROR_LENGTH,
         unreplayable=_unreplayable(letter),
         failure=failure,

@@ -230,7 +230,7 @@ _TOKEN = re.compile(
 )
 
 
-_JWT = re.compile(r"eyJ[\w-]+(?:\.|%(?:25)*2e)[\w-]+(?:\.|%(?:25)*2e)[\w-]+", re.IGNORECASE)
+_ANY_TOKEN = re.compile(r"eyJ[\w-]+(?:\.|%(?:25)*2e)[\w-]+(?:\.|%(?:25)*2e)[\w-]+", re.IGNORECASE)
 """Any token, wherever somebody has put it by mistake: three parts, of which the first is a JSON object in base64."""
 
 
@@ -244,7 +244,7 @@ class _KeepTokensOut(logging.Filter):
 
 
 def _without_tokens(text: str) -> str:
-    return _JWT.sub("…", _TOKEN.sub(r"\1…", text))
+    return _ANY_TOKEN.sub("…", _TOKEN.sub(r"\1…", text))
 
 
 def keep_tokens_out_of_logs() -> None:

@@ -94,7 +94,7 @@ def excess(connection: Connection, role: str) -> str | None:
     """
     about = {"role": role, "tables": list(_TABLES), "roles": list(PRIVILEGES)}
     general = list(connection.scalars(_GENERAL, about))
-    if general and general[0] == "everything":
+    if "everything" in general:
         return "everything, as a superuser"
     if connection.scalar(_OWNS, about):
         return "change and drop every table"

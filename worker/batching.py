@@ -103,13 +103,19 @@ class Inbox:
                     connection.drain_events(timeout=0)
 
     def _apply(self, arrivals: Sequence[Arrival]) -> bool:
-        """Apply the first of what has arrived; answers whether that worked."""
+        """Apply the first of what has arrived; returns whether that worked."""
         began_at = time.monotonic()
-        monitored = [arrival.monitored for arrival in arrivals if arrival.monitored is not None]
-        for one in monitored:
-            one.started()
-        deliveries = [arrival.content for arrival in arrivals if isinstance(arrival.content, Delivery)]
-        monitors = [arrival.monitored for arrival in arrivals if isinstance(arrival.content, Delivery)]
+        deliveries: list[Delivery] = []
+        monitors: list[Monitored | None] = []
+        runs: list[tuple[Run, Monitored | None]] = []
+        for _, content, monitor in arrivals:
+            if monitor is not None:
+                monitor.started()
+            if isinstance(content, Run):
+                runs.append((content, monitor))
+            else:
+                deliveries.append(content)
+                monitors.append(monitor)
         try:
             with self._outage.asking(_WHO):
                 outcomes = apply_batch(self._engine, deliveries, known_to_wait=self._background.known_to_wait())
@@ -132,11 +138,10 @@ class Inbox:
                 tell_dead_letter(outcome)
             if monitor is not None:
                 monitor.ended(_told(outcome), took_s=took_s)
-        for arrival in arrivals:
-            if isinstance(arrival.content, Run):
-                self._background.ask(arrival.content)
-                if arrival.monitored is not None:
-                    arrival.monitored.ended(None, took_s=took_s)
+        for run, monitor in runs:
+            self._background.ask(run)
+            if monitor is not None:
+                monitor.ended(None, took_s=took_s)
         metrics.count_batch(len(arrivals), took_s=took_s)
         metrics.count_answers((delivery.task, outcome) for delivery, outcome in zip(deliveries, outcomes, strict=True))
         self._answers.store(answered)
