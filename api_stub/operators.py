@@ -33,7 +33,8 @@ STATUSES = ("open", "replayed", "discarded", "all")
 PAGE = 50
 ERROR_LISTED = 300
 """The most characters of an error that the list shows."""
-ANSWER_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 5
+"""How long the page of a letter waits for what its message does."""
 MAX_SHOWN = 64 * 1024
 """The most characters of a message or a traceback that are shown."""
 
@@ -127,7 +128,7 @@ def dead_letter(request: Request, letter: Found) -> Response:
 
 @router.post("/dead-letters/{letter_id}/replay", dependencies=[Depends(checked_form)])
 def replay(request: Request, letter: Found, session: Operator, using: Using) -> Response:
-    """Send the message again and wait a few seconds for what it does."""
+    """Send the message again and wait for what it does, for ANSWER_TIMEOUT_S at most."""
     try:
         Replayer(using.engine, using.client, by=session.principal.subject, wait_s=ANSWER_TIMEOUT_S).replay(letter.id)
     except StillFailsError as error:
@@ -181,6 +182,7 @@ def _letter_page(
         traceback=shortened(letter.traceback or "", MAX_SHOWN, rest),
         max_error=dead_letters.MAX_ERROR_LENGTH,
         unreplayable=_unreplayable(letter),
+        answer_timeout_s=ANSWER_TIMEOUT_S,
         failure=failure,
         reason=reason,
         max_reason=MAX_REASON_LENGTH,

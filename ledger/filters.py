@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement
 
-from ledger.messages import ID_PATTERN
+from ledger.messages import ID_PATTERN, MAX_ID_LENGTH
 from ledger.state import EventType
 from ledger.tables import credit_events
 
@@ -92,5 +92,5 @@ def time_range(first: When | None, last: When | None) -> tuple[datetime | None, 
 def project(text: str) -> str:
     """A project's id as a person writes it. Raises ValueError, as `when` does."""
     if not re.fullmatch(ID_PATTERN, text):
-        raise ValueError("must have 1 to 128 characters, and only letters, digits and _ . : - among them")
+        raise ValueError(f"must have 1 to {MAX_ID_LENGTH} characters, and only letters, digits and _ . : - among them")
     return text

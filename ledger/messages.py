@@ -79,7 +79,7 @@ def _metadata(value: object) -> dict[str, Any]:
     if problem := _metadata_problem(value, depth=1):
         raise PydanticCustomError("metadata", "{problem}", {"problem": problem})
     if len(to_json(value)) > MAX_METADATA_BYTES:
-        raise PydanticCustomError("metadata", "must not be larger than 8 KiB as JSON")
+        raise PydanticCustomError("metadata", f"must not be larger than {MAX_METADATA_BYTES // 1024} KiB as JSON")
     return value
 
 
@@ -129,7 +129,7 @@ MAX_ID_LENGTH = 128
 ID_PATTERN = f"[{ID_CHARACTERS}]{{1,{MAX_ID_LENGTH}}}"
 
 Id = Annotated[str, StringConstraints(pattern=f"^{ID_PATTERN}$")]
-"""1-128 characters of `A-Z a-z 0-9 _ . : -`."""
+"""1 to `MAX_ID_LENGTH` characters of `A-Z a-z 0-9 _ . : -`."""
 
 PLAIN_TEXT_PATTERN = r"^[^\x00]*$"
 """What `_plain_text` lets pass, for a JSON Schema."""
@@ -465,7 +465,7 @@ def _sentence(detail: ErrorDetails) -> str:
         case "string_unicode":
             return f"{field} must not contain half a surrogate pair"
         case "string_pattern_mismatch":
-            return f"{field} must be 1-128 characters of A-Z a-z 0-9 _ . : -, got {_shown(detail['input'])}"
+            return f"{field} must be 1-{MAX_ID_LENGTH} characters of A-Z a-z 0-9 _ . : -, got {_shown(detail['input'])}"
         case "metadata" | "reason" | "zero":
             return f"{field} {detail['msg']}"
         case _:
@@ -492,7 +492,7 @@ def _shown(value: object) -> str:
 def _org_id(payload: object) -> str | None:
     """The organization a bad message names, if it names one that could exist."""
     match payload:
-        case {"org_id": str(org_id)} if org_id.isascii() and org_id.isprintable() and 1 <= len(org_id) <= 128:
+        case {"org_id": str(org_id)} if org_id.isascii() and org_id.isprintable() and 1 <= len(org_id) <= MAX_ID_LENGTH:
             return org_id
         case _:
             return None

@@ -63,7 +63,8 @@ class Settings(BaseSettings):
     )
     jwt_secret: SecretStr | None = Field(
         None,
-        description="The secret that API tokens are signed with (HS256), at least 32 characters, 8 of them different",
+        description=f"The secret that API tokens are signed with (HS256), at least {MIN_SECRET_LENGTH} characters, "
+        f"{MIN_SECRET_VARIETY} of them different",
     )
     jwt_public_key: str | None = Field(
         None,

@@ -21,7 +21,7 @@ from ledger.database import TRANSACTION_TIMEOUT_S, UnsuitableDatabaseError, aban
 from ledger.messages import MAX_BODY_BYTES
 from ledger.settings import Settings, SettingsError
 from worker import metrics
-from worker.batching import collect_garbage_seldom
+from worker.batching import MOST_MESSAGES, collect_garbage_seldom
 from worker.broker import create_celery, inflate_within, masked, queues, reason
 from worker.publishing import BROKER_ERRORS
 from worker.tasks import SCHEDULER_TASKS, register
@@ -47,8 +47,8 @@ def create_app(settings: Settings) -> Celery:
         # One process is one database connection; more throughput is more workers.
         worker_pool="solo",
         worker_concurrency=1,
-        # Two batches: one in hand, and the next.
-        worker_prefetch_multiplier=1_000,
+        # One batch in hand, and the next.
+        worker_prefetch_multiplier=2 * MOST_MESSAGES,
         # Only a caller that asks has its result stored, and for an hour.
         task_ignore_result=True,
         result_expires=3600,
