@@ -50,7 +50,8 @@ docs: $(VENV)/runtime.stamp ## write docs/messages.md again, after a change of t
 # One resolution for every supported Python and system. The tool has an environment of its own, so that a
 # broken lock file cannot keep it from running.
 COMPILE = UV_CUSTOM_COMPILE_COMMAND='make lock' .venv-lock/bin/uv pip compile --quiet --universal --upgrade \
-	--generate-hashes --no-emit-index-url --no-strip-extras --no-annotate pyproject.toml --extra embedded --group build
+	--generate-hashes --no-emit-index-url --no-strip-extras --no-annotate \
+	pyproject.toml --extra server --extra embedded --group build
 lock: ## rewrite both lock files: the newest versions that pyproject.toml allows
 	@$(PYTHON) -m venv .venv-lock
 	@.venv-lock/bin/python -m pip --quiet --disable-pip-version-check install '$(UV)'

@@ -9,16 +9,19 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
-from fastapi import FastAPI
+from ledger import extras
 
-from api_stub import errors, operators, pages, probes, wallets, workflows
-from api_stub.middleware import around_every_answer
-from api_stub.openapi import DescribedAPI
-from api_stub.services import Services
-from api_stub.turns import Turns
-from ledger import logs
-from ledger.settings import Settings, SettingsError
-from worker.client import BrokerUnavailableError, Client, UnsupportedBrokerError
+with extras.of_the_server():
+    from fastapi import FastAPI
+
+    from api_stub import errors, operators, pages, probes, wallets, workflows
+    from api_stub.middleware import around_every_answer
+    from api_stub.openapi import DescribedAPI
+    from api_stub.services import Services
+    from api_stub.turns import Turns
+    from ledger import logs
+    from ledger.settings import Settings, SettingsError
+    from worker.client import BrokerUnavailableError, Client, UnsupportedBrokerError
 
 
 def create_app(settings: Settings) -> FastAPI:

@@ -1,18 +1,21 @@
 """The Celery worker, its beat, the producer for engines and the command line.
 
 `celery -A worker worker` finds the app here. It is made only when it is asked for, so that an engine which imports
-`worker.client` needs none of the worker's settings.
+`worker.client` needs neither the worker's settings nor its packages.
 """
 
 import sys
 from typing import Any
 
+from ledger import extras
+
 
 def __getattr__(name: str) -> Any:
     if name != "celery":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ledger.settings import Settings, SettingsError
-    from worker.app import create_app
+    with extras.of_the_server():
+        from ledger.settings import Settings, SettingsError
+        from worker.app import create_app
 
     try:
         app = create_app(Settings.load("database_url", "broker_url"))

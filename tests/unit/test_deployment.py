@@ -5,7 +5,6 @@ run here without its container; the file as a whole is held against the schema o
 """
 
 import http.server
-import importlib.metadata
 import json
 import os
 import re
@@ -30,7 +29,6 @@ import typer
 import uvicorn
 from celery.app.utils import find_app
 from celery.bin.celery import celery as celery_command
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -40,6 +38,7 @@ from uvicorn.importer import import_from_string
 from api_stub.protocol import PromptProtocol
 from ledger import roles
 from ledger.settings import PREFIX, Settings
+from tests.packages import what_runs
 from tests.support import PATIENCE_S
 from worker import cli
 from worker.local.embedded import (
@@ -781,24 +780,10 @@ def test_only_what_runs_is_in_the_image() -> None:
     [uninstall] = [words for words in map(json.loads, instructions("RUN")) if "uninstall" in words]
     # What has a marker is for other systems or older Pythons, and is not installed there.
     locked = re.findall(r"^([\w.-]+)(?:\[.*\])?==[^ ]+ \\$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
-    unneeded = {canonicalize_name(name) for name in locked} - what_runs(PROJECT["project"]["dependencies"])
+    unneeded = {canonicalize_name(name) for name in locked} - what_runs(
+        [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["server"]]
+    )
     assert sorted(uninstall[uninstall.index("--yes") + 1 :]) == sorted(unneeded)
-
-
-def what_runs(requirements: list[str]) -> set[str]:
-    """The packages that these requirements lead to, as those that are installed here tell."""
-    missing = [Requirement(line) for line in requirements]
-    found: set[tuple[str, frozenset[str]]] = set()
-    while missing:
-        needed = missing.pop()
-        key = (canonicalize_name(needed.name), frozenset(needed.extras))
-        if key not in found:
-            found.add(key)
-            for further in map(Requirement, importlib.metadata.requires(needed.name) or []):
-                extras = ["", *needed.extras]
-                if further.marker is None or any(further.marker.evaluate({"extra": extra}) for extra in extras):
-                    missing.append(further)
-    return {name for name, _ in found}
 
 
 def test_the_final_stage_builds_nothing_and_runs_as_nobody_in_a_group_that_celery_finds() -> None:

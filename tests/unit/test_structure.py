@@ -1,9 +1,17 @@
 """What holds the structure of the code: which module may import which, and how long a function may be."""
 
 import ast
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.packages import what_runs
 
 ROOT = Path(__file__).parents[2]
 PURE = ("ledger.broker_urls", "ledger.messages", "ledger.periods", "ledger.rules", "ledger.state")
@@ -38,10 +46,11 @@ RULES: list[Rule] = [
 CLOCKS = ("now", "utcnow", "today")
 
 
-def imports(source: str, package: str) -> set[str]:
-    """The full name of everything that a module of `package` imports."""
+def imports(source: str, package: str, *, at_once: bool = False) -> set[str]:
+    """The full name of everything that a module of `package` imports. `at_once`: not what its functions import."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    for node in outside_functions(tree) if at_once else ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -49,6 +58,34 @@ def imports(source: str, package: str) -> set[str]:
             base = ".".join([*parents, *([node.module] if node.module else [])])
             names |= {f"{base}.{alias.name}" for alias in node.names}
     return names
+
+
+def outside_functions(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield child
+            yield from outside_functions(child)
+
+
+def brought_along(root: Path, module: str) -> set[str]:
+    """The first name of everything that is not ours and is imported with `module`, however indirectly."""
+    seen: set[str] = set()
+    foreign: set[str] = set()
+    names = [module]
+    while names:
+        name = names.pop()
+        if name.partition(".")[0] not in PACKAGES:
+            foreign.add(name.partition(".")[0])
+            continue
+        if name in seen:
+            continue
+        seen.add(name)
+        names += [name.rpartition(".")[0]] * ("." in name)  # its package; what is no module is a name within one
+        path = root / name.replace(".", "/")
+        for file, package in ((path.with_suffix(".py"), name.rpartition(".")[0]), (path / "__init__.py", name)):
+            if file.is_file():
+                names += imports(file.read_text(), package, at_once=True)
+    return foreign - sys.stdlib_module_names
 
 
 def within(name: str, packages: tuple[str, ...]) -> bool:
@@ -131,6 +168,29 @@ def test_an_allowed_import_is_not_found(tmp_path: Path, path: str, source: str) 
     planted.parent.mkdir(parents=True)
     planted.write_text(source)
     assert [violation for rule in RULES for violation in violations(tmp_path, rule)] == []
+
+
+def test_the_client_needs_what_is_installed_without_an_extra_and_no_less() -> None:
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    provided = packages_distributions()
+    needed = {canonicalize_name(provided[name][0]) for name in brought_along(ROOT, "worker.client")}
+    assert needed <= what_runs(dependencies)
+    assert needed >= {canonicalize_name(Requirement(line).name) for line in dependencies}
+
+
+def test_what_an_import_brings_along_is_found(tmp_path: Path) -> None:
+    for path, source in (
+        ("worker/__init__.py", "from ledger import extras\ndef f():\n    import sqlalchemy"),
+        ("worker/client.py", "import json\nfrom ledger.messages import parse\nif True:\n    import kombu.message"),
+        ("ledger/__init__.py", ""),
+        ("ledger/extras.py", "import rich"),
+        ("ledger/messages.py", "from . import state\nclass A:\n    import pydantic"),
+        ("ledger/state.py", "with a:\n    from alembic.op import x"),
+        ("ledger/store.py", "import psycopg"),
+    ):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(source)
+    assert brought_along(tmp_path, "worker.client") == {"kombu", "pydantic", "alembic", "rich"}
 
 
 def test_a_clock_that_is_read_is_found() -> None:

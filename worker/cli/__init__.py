@@ -4,16 +4,19 @@ Exit codes: 0 all is well; 1 the answer is no (an invariant is broken, an organi
 not be carried out (a wrong setting, a service that does not answer).
 """
 
-import typer
-from sqlalchemy.exc import DBAPIError
+from ledger import extras
 
-from ledger import migrations, roles
-from ledger.database import UnsuitableDatabaseError, describe
-from ledger.settings import SettingsError
-from worker.cli import database, failed, holds, running, token, wallet
-from worker.cli.terminal import fail
-from worker.client import ClientError
-from worker.local.process import ServiceError
+with extras.of_the_server():
+    import typer
+    from sqlalchemy.exc import DBAPIError
+
+    from ledger import migrations, roles
+    from ledger.database import UnsuitableDatabaseError, describe
+    from ledger.settings import SettingsError
+    from worker.cli import database, failed, holds, running, token, wallet
+    from worker.cli.terminal import fail
+    from worker.client import ClientError
+    from worker.local.process import ServiceError
 
 app = typer.Typer(
     help="A credit ledger: what workflows reserve and use, exactly once.",
