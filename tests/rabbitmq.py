@@ -17,7 +17,7 @@ from kombu.connection import Connection
 
 from tests.support import suspended
 from worker.broker import DEAD_QUEUES, ENGINE_QUEUE, QUEUE
-from worker.local.embedded import free_port
+from worker.local.machine import free_port
 from worker.local.process import Process
 
 # Debian's commands in the path insist on the account rabbitmq and on its folders; this is what they call.

@@ -28,7 +28,8 @@ from ledger.roles import READER, WORKER
 from tests.acceptance import forks
 from tests.support import PATIENCE_S, as_role, eventually, sql
 from worker.broker import ENGINE_QUEUE, QUEUE
-from worker.local.embedded import Embedded, free_port
+from worker.local.embedded import Embedded
+from worker.local.machine import free_port
 from worker.local.process import Process
 from worker.transport import UNACKED
 

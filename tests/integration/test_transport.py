@@ -40,7 +40,9 @@ from ledger.messages import DELIVERY_LIMIT, MAX_BODY_BYTES, SUSPECT, too_large_e
 from tests.acceptance.installation import environment, open_folder
 from tests.support import PATIENCE_S, eventually, raw
 from worker.broker import create_celery
-from worker.local.embedded import Broker, Embedded, free_port
+from worker.local.broker import Broker
+from worker.local.embedded import Embedded
+from worker.local.machine import free_port
 from worker.transport import (
     DELIVERED_TOO_OFTEN,
     MOST_BYTES,

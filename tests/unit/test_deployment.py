@@ -41,15 +41,10 @@ from ledger.settings import PREFIX, Settings
 from tests.packages import what_runs
 from tests.support import PATIENCE_S
 from worker import cli
-from worker.local.embedded import (
-    BROKER_USERS,
-    INITDB_OPTIONS,
-    POSTGRES_MAJOR,
-    Embedded,
-    Postgres,
-    _valkey_binary,
-    free_port,
-)
+from worker.local.broker import BROKER_USERS, _valkey_binary
+from worker.local.embedded import Embedded
+from worker.local.machine import free_port
+from worker.local.postgres import INITDB_OPTIONS, POSTGRES_MAJOR, Postgres
 from worker.local.process import Process
 from worker.local.system import API_OPTIONS
 

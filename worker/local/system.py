@@ -19,7 +19,8 @@ from ledger import migrations
 from ledger.database import connect
 from ledger.settings import PREFIX
 from worker.broker import create_celery
-from worker.local.embedded import Embedded, free_port
+from worker.local.embedded import Embedded
+from worker.local.machine import free_port
 from worker.local.process import Process, ServiceError
 
 HOST = "127.0.0.1"

