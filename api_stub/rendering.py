@@ -199,6 +199,6 @@ _templates = Environment(
 )
 _templates.filters |= {
     function.__name__: function
-    for function in (amount, change, day, clock, iso, span, label, pairs, readable_json, beginning, escaped)
+    for function in (amount, change, day, clock, iso, span, label, pairs, readable_json, beginning)
 }
 _templates.globals |= {"asset": {name: f"/static/{name}?v={_version(name)}" for name in ("holdfast.css", "icon.svg")}}
