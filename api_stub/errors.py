@@ -18,7 +18,7 @@ from starlette.routing import Match, Mount
 
 from api_stub.problems import BUSY, RETRY, Problem
 from api_stub.rendering import FOR_ALL, NotSignedInError, error_page, to_sign_in
-from ledger.database import describe, is_transient, took_too_long
+from ledger.faults import describe, is_transient, took_too_long
 from ledger.messages import named
 
 MEDIA_TYPE = "application/problem+json"

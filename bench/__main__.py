@@ -21,7 +21,7 @@ from bench.measures import FULL, QUICK, repetitions
 from bench.report import Report, describe_machine
 from bench.stand import Stand
 from bench.workload import NotAccountedError
-from ledger.database import describe
+from ledger.faults import describe
 from worker.batching import collect_garbage_seldom
 from worker.cli.terminal import fail
 from worker.client import NotSentError

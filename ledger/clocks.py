@@ -9,7 +9,7 @@ import logging
 import time
 from datetime import UTC, datetime
 
-from ledger.database import WrongClockError
+from ledger.faults import WrongClockError
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ import psycopg
 from psycopg.errors import QueryCanceled
 from sqlalchemy import Engine
 
-from ledger.database import is_abandoned, is_lost_connection, is_transient, may_be_local, raw_connection
+from ledger.database import is_abandoned, raw_connection
+from ledger.faults import is_lost_connection, is_transient, may_be_local
 from ledger.statements import Connection
 from ledger.working_set import SHORT_PATIENCE_S, SHORTEST_PATIENCE_S
 

@@ -6,12 +6,12 @@ same transaction. When a batch fails for a reason of its own making, it is split
 neighbours are applied all the same.
 
 Nobody waits for somebody else's trouble. What one organization or one message may be the cause of (a locked wallet, a
-statement that takes too long, see `database.may_be_local`) is isolated like any other error, within
+statement that takes too long, see `faults.may_be_local`) is isolated like any other error, within
 `database.LOCK_TIMEOUT_S` and `PATIENCE_S`. The culprit's messages are kept in `waiting_messages`, and `apply_waiting`
 applies them, in order, once that is possible. So are those of an organization in which more is due than one transaction
 does.
 
-A fault of the whole database (see `database.is_transient`) is raised as it is: some of the batch, all of it or nothing
+A fault of the whole database (see `faults.is_transient`) is raised as it is: some of the batch, all of it or nothing
 has happened, and applying it again is safe.
 """
 
@@ -29,12 +29,9 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
 from ledger import bodies, dead_letters, waiting
-from ledger.database import (
-    describe,
-    is_transient,
-    raw_connection,
-)
+from ledger.database import raw_connection
 from ledger.dead_letters import MAX_ERROR_LENGTH, DeadLetter
+from ledger.faults import describe, is_transient
 from ledger.isolation import Work, apply_all
 from ledger.messages import (
     DELIVERY_LIMIT,

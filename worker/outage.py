@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock, Thread
 
-from ledger.database import WrongClockError, describe, is_transient
+from ledger.faults import WrongClockError, describe, is_transient
 from worker import metrics
 
 logger = logging.getLogger(__name__)

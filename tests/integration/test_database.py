@@ -16,15 +16,8 @@ from sqlalchemy.exc import DBAPIError
 
 from ledger import arrays
 from ledger.arrays import Array
-from ledger.database import (
-    DatabaseURLError,
-    UnsuitableDatabaseError,
-    connect,
-    describe,
-    is_transient,
-    may_be_local,
-    refuse_unsuitable,
-)
+from ledger.database import DatabaseURLError, UnsuitableDatabaseError, connect, refuse_unsuitable
+from ledger.faults import describe, is_transient, may_be_local
 from ledger.state import Result
 from ledger.store import apply_batch
 from tests.support import PATIENCE_S, database_encoded_in, delivery, eventually, sql

@@ -13,7 +13,8 @@ import pytest
 from sqlalchemy import Connection, Engine, text
 
 from ledger import audit, rules, store
-from ledger.database import connect, is_transient, raw_connection
+from ledger.database import connect, raw_connection
+from ledger.faults import is_transient
 from ledger.messages import AnyMessage
 from ledger.state import Decision, Result
 from ledger.store import Applied, DeadLettered, Delivery, apply_batch, apply_waiting

@@ -9,7 +9,8 @@ import pytest
 from sqlalchemy import Engine, text
 
 from ledger import audit, rules, scheduler, waiting, working_set
-from ledger.database import connect, is_transient
+from ledger.database import connect
+from ledger.faults import is_transient
 from ledger.messages import DELIVERY_LIMIT, InvalidMessage
 from ledger.state import Result
 from ledger.store import Applied, Delivery, apply_batch, apply_waiting

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from ledger import clocks
-from ledger.database import WrongClockError, is_transient, may_be_local
+from ledger.faults import WrongClockError, is_transient, may_be_local
 
 DAY = 86_400.0
 

@@ -11,7 +11,8 @@ with extras.of_the_server():
     from sqlalchemy.exc import DBAPIError
 
     from ledger import migrations, roles
-    from ledger.database import UnsuitableDatabaseError, describe
+    from ledger.database import UnsuitableDatabaseError
+    from ledger.faults import describe
     from ledger.settings import SettingsError
     from worker.cli import database, failed, holds, running, token, wallet
     from worker.cli.terminal import fail

@@ -8,7 +8,7 @@ from rich.text import Text
 from sqlalchemy.exc import DBAPIError
 
 from ledger import audit, migrations, roles
-from ledger.database import describe
+from ledger.faults import describe
 from ledger.readable import escaped
 from worker.cli.terminal import AsJson, console, fail, open_ledger, print_json, say, warn
 
