@@ -178,7 +178,6 @@ def nothing() -> Response:
 
 def add(app: FastAPI) -> None:
     """Add the customers' pages, signing in and out, and what pages look like."""
-    sessions.keep_tokens_out_of_logs()
     app.include_router(sessions.router)
     app.include_router(router)
     add_assets(app)

@@ -3,7 +3,6 @@
 What a worker counts, it serves itself (see `worker.metrics`). Nothing here tells anything about one organization.
 """
 
-import logging
 import time
 from collections.abc import Iterator
 from http import HTTPStatus
@@ -32,7 +31,6 @@ def add(app: FastAPI) -> None:
     registry = CollectorRegistry()
     registry.register(SystemCollector(using))
     threads = CapacityLimiter(PROBES)
-    logging.getLogger("uvicorn.access").addFilter(_is_worth_a_line)
 
     @app.get("/healthz", tags=["system"])
     async def healthz() -> answers.Health:
@@ -51,15 +49,6 @@ def add(app: FastAPI) -> None:
         """Figures for Prometheus."""
         text = await to_thread.run_sync(generate_latest, registry, limiter=threads)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
-
-
-def _is_worth_a_line(record: logging.LogRecord) -> bool:
-    """Not so a health check that went well: there is one every few seconds, all day."""
-    match record.args:
-        case (_, _, str(path), _, int(status)):
-            return path.partition("?")[0] not in ("/healthz", "/readyz") or status >= HTTPStatus.BAD_REQUEST
-        case _:
-            return True
 
 
 def _checks(using: Services) -> dict[str, bool]:

@@ -9,7 +9,6 @@ Nothing is stored on the server: signing out removes the cookie, the token itsel
 import base64
 import hashlib
 import hmac
-import logging
 import re
 import secrets
 from dataclasses import dataclass
@@ -107,7 +106,7 @@ def local_path(text: str) -> str:
 def ask(request: Request, using: Using, next: str = "", token: str = "") -> Response:
     """The form. With `token`, as in the link that `holdfast up` prints, signs in right away.
 
-    The answer to that link is a redirection, so that the token is in no history of the browser; and `_KeepTokensOut`
+    The answer to that link is a redirection, so that the token is in no history of the browser; and `access_log`
     keeps it out of the log. Anybody may send such a link, to have a visitor work in a session that is not their own:
     on another site it does nothing, and it asks, by a page with a button, before it replaces somebody's session.
     """
@@ -218,37 +217,3 @@ def _is_encrypted(request: Request) -> bool:
     """
     said = request.headers.get("x-forwarded-proto", "").split(",")[0]  # the first proxy's word: the browser's end
     return "https" in (request.scope["scheme"], said.strip().lower())
-
-
-def _as_written(text: str) -> str:
-    """A pattern for `text` in an address, each character percent-encoded as often as it may be."""
-    return "".join(f"(?:{re.escape(character)}|%(?:25)*{ord(character):x})" for character in text)
-
-
-_TOKEN = re.compile(
-    rf"((?:{_as_written('?')}|{_as_written('&')}){_as_written('token=')})(?:(?!{_as_written('&')})\S)+", re.IGNORECASE
-)
-
-
-_ANY_TOKEN = re.compile(r"eyJ[\w-]+(?:\.|%(?:25)*2e)[\w-]+(?:\.|%(?:25)*2e)[\w-]+", re.IGNORECASE)
-"""Any token, wherever somebody has put it by mistake: three parts, of which the first is a JSON object in base64."""
-
-
-class _KeepTokensOut(logging.Filter):
-    """Takes tokens out of the server's access log, also those in an address within an address, such as `next`."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if isinstance(record.args, tuple):
-            record.args = tuple(_without_tokens(value) if isinstance(value, str) else value for value in record.args)
-        return True
-
-
-def _without_tokens(text: str) -> str:
-    return _ANY_TOKEN.sub("…", _TOKEN.sub(r"\1…", text))
-
-
-def keep_tokens_out_of_logs() -> None:
-    """Install the filter; doing so again changes nothing."""
-    log = logging.getLogger("uvicorn.access")
-    if not any(isinstance(installed, _KeepTokensOut) for installed in log.filters):
-        log.addFilter(_KeepTokensOut())
