@@ -22,7 +22,8 @@ from ledger.messages import MAX_BODY_BYTES
 from ledger.settings import Settings, SettingsError
 from worker import metrics
 from worker.batching import MOST_MESSAGES, collect_garbage_seldom
-from worker.broker import create_celery, inflate_within, masked, queues, reason
+from worker.broker import create_celery, masked, queues, reason
+from worker.compression import inflate_within
 from worker.publishing import BROKER_ERRORS
 from worker.tasks import SCHEDULER_TASKS, register
 from worker.transport import Channel, UnsupportedServerError

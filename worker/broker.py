@@ -12,17 +12,13 @@ exchange for remote control, through which one application would stop another's 
 as monitors listen there.
 """
 
-import bz2
 import logging
-import lzma
-import zlib
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from amqp.exceptions import PreconditionFailed
 from celery import Celery
-from kombu import compression
 from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
 from kombu.message import Message
@@ -47,8 +43,6 @@ ENGINE_QUEUES, DEAD_QUEUES = {ENGINE_QUEUE, ENGINE_DEAD_QUEUE}, {DEAD_QUEUE, ENG
 VISIBILITY_TIMEOUT_S = 60
 """After this, Redis delivers again what a worker took and never acknowledged."""
 
-UNKNOWN_COMPRESSION = "it is compressed in a way that is not supported: use gzip, bzip2 or lzma"
-
 _NO_LIMIT = 2**31 - 1
 _TAKEN_FROM = "taken_from"
 
@@ -69,34 +63,6 @@ _RABBITMQ_ARGUMENTS: dict[str, dict[str, Any]] = {
     ENGINE_DEAD_QUEUE: _UNLIMITED,
 }
 """Whatever stands here stays as it is: RabbitMQ does not change a queue that exists."""
-
-
-def inflate_within(limit: int) -> None:
-    """Have kombu inflate a compressed body in this process only if it is at most `limit` bytes then; else it fails.
-
-    Only what can be inflated with a limit is, which zstd and brotli cannot.
-    """
-
-    def bounded(new: Callable[[], Any]) -> Callable[[bytes], bytes]:
-        def inflate(compressed: bytes) -> bytes:
-            inflated: bytes = new().decompress(compressed, limit + 1)
-            if len(inflated) > limit:
-                raise ValueError(f"inflated, it has more than {limit:,} bytes")
-            return inflated
-
-        return inflate
-
-    def refuse(_: bytes) -> bytes:
-        raise ValueError(UNKNOWN_COMPRESSION)
-
-    decoders = {
-        "application/x-gzip": bounded(zlib.decompressobj),
-        "application/x-bz2": bounded(bz2.BZ2Decompressor),
-        "application/x-lzma": bounded(lzma.LZMADecompressor),
-    }
-    for content_type in {*compression.encoders(), *decoders}:
-        encode, _ = compression.get_encoder(content_type)
-        compression.register(encode, decoders.get(content_type, refuse), content_type)
 
 
 def create_celery(name: str, broker_url: str, result_url: str | None) -> Celery:

@@ -30,17 +30,8 @@ from ledger.messages import MAX_BODY_BYTES, WORKFLOW_TASKS, InvalidMessage, too_
 from ledger.store import Delivery
 from worker import metrics
 from worker.batching import Arrival, Inbox
-from worker.broker import (
-    DEAD_QUEUES,
-    ENGINE_QUEUE,
-    ENGINE_QUEUES,
-    QUEUE,
-    UNKNOWN_COMPRESSION,
-    declare_queues,
-    masked,
-    reason,
-    taken_from,
-)
+from worker.broker import DEAD_QUEUES, ENGINE_QUEUE, ENGINE_QUEUES, QUEUE, declare_queues, masked, reason, taken_from
+from worker.compression import UNKNOWN_COMPRESSION
 from worker.control import answer_questions_only
 from worker.envelope import answer_to, named_task, raw_body, task_and_arguments
 from worker.monitoring import Monitored

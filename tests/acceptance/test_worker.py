@@ -33,7 +33,7 @@ from tests.acceptance.installation import (
 from tests.acceptance.story import STATES, STORY
 from tests.support import PATIENCE_S, eventually, sql
 from worker.app import create_app
-from worker.broker import UNKNOWN_COMPRESSION
+from worker.compression import UNKNOWN_COMPRESSION
 from worker.local.process import Process
 
 # The beat as it is, except that its minute lasts half a second.
