@@ -1,13 +1,11 @@
-"""How pages are answered: templates, the words and figures in them, and every error as a page in the same design.
+"""How pages are answered: templates, and every error as a page in the same design.
 
 Pages need no script, and load nothing from elsewhere; the Content-Security-Policy of every answer says so. Templates
 escape all that is put into them.
 """
 
 import hashlib
-import re
 from collections.abc import Callable, Coroutine, Mapping
-from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,9 @@ from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from api_stub.formats import amount, change, clock, day, iso, label, pairs
 from api_stub.problems import Problem
-from ledger.readable import JOINERS, as_json, beginning, escaped, readable_json, span
+from ledger.readable import JOINERS, beginning, escaped, readable_json, span
 
 _HERE = Path(__file__).parent
 _STATIC = _HERE / "static"
@@ -39,14 +38,6 @@ HEADERS = FOR_ALL | {
     "Referrer-Policy": "no-referrer",
 }
 """What every page, download and redirection is sent with."""
-
-SHORT_METADATA = 60
-"""The longest metadata, in characters, that is shown without having to be opened."""
-
-_MOMENT = re.compile(r"20\d\d-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-5]\d(\.\d{1,6})?\+00:00", re.ASCII)
-"""A moment as the ledger itself writes it in metadata."""
-
-MINUS = "\N{MINUS SIGN}"
 
 
 class NotSignedInError(Exception):
@@ -124,60 +115,6 @@ def _refuse_large_form(request: Request) -> None:
         raise Problem(HTTPStatus.LENGTH_REQUIRED, "The form came without its length.")
     if int(length) > MAX_FORM_BYTES:
         raise Problem(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The form is larger than {MAX_FORM_BYTES:,} bytes.")
-
-
-# What templates write numbers, times and metadata with.
-
-
-def amount(credits: int) -> str:
-    """12,345 or −12,345."""
-    return f"{credits:,}".replace("-", MINUS)
-
-
-def change(credits: int) -> str:
-    """+12,345, −12,345 or 0."""
-    return f"+{credits:,}" if credits > 0 else amount(credits)
-
-
-def day(moment: datetime) -> str:
-    """2 Nov 2026, in UTC."""
-    utc = moment.astimezone(UTC)
-    return f"{utc.day} {utc:%b} {utc.year}"
-
-
-def clock(moment: datetime) -> str:
-    """14:05:33, in UTC."""
-    return f"{moment.astimezone(UTC):%H:%M:%S}"
-
-
-def iso(moment: datetime) -> str:
-    """2026-11-02T14:05:33Z: for machines."""
-    return f"{moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec='seconds')}Z"
-
-
-def label(name: str) -> str:
-    """A name of ours in a person's words: `prepaid_purchase` is Prepaid purchase."""
-    return name.replace("_", " ").capitalize()
-
-
-def pairs(metadata: Mapping[str, Any]) -> list[tuple[str, str]] | None:
-    """The names and values of `metadata` if they are short enough to be read in passing; otherwise None."""
-    if any(isinstance(value, dict | list) for value in metadata.values()) or len(metadata) > 4:
-        return None
-    shown = [(name, _readable(value)) for name, value in metadata.items()]
-    return shown if sum(len(name) + len(value) for name, value in shown) <= SHORT_METADATA else None
-
-
-def _readable(value: object) -> str:
-    if not isinstance(value, str):
-        return as_json(value)
-    if not _MOMENT.fullmatch(value):
-        return value
-    try:
-        moment = datetime.fromisoformat(value)
-    except ValueError:  # the 31st of February
-        return value
-    return f"{day(moment)} {clock(moment)}"
 
 
 def _version(name: str) -> str:

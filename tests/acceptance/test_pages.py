@@ -26,8 +26,8 @@ from sqlalchemy import Engine
 
 from api_stub import exports, operators
 from api_stub.auth import LEEWAY_S
+from api_stub.formats import pairs
 from api_stub.pages import PLACES
-from api_stub.rendering import pairs
 from ledger import history
 from ledger.readable import escaped, readable_json, span
 from ledger.store import apply_batch
