@@ -17,7 +17,8 @@ from api_stub import exports, sessions
 from api_stub.chart import step_chart
 from api_stub.problems import Problem
 from api_stub.rendering import PageRoute, add_assets, page, see_other
-from api_stub.services import OrgId, Using, require
+from api_stub.rights import OrgId, require
+from api_stub.services import Using
 from api_stub.sessions import SignedIn, signed_in
 from ledger import filters, history, views
 from ledger.filters import EVERY_EVENT, EventFilter

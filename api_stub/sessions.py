@@ -23,7 +23,8 @@ from fastapi import APIRouter, Depends, Form, Request, Response
 from api_stub.auth import LEEWAY_S, InvalidTokenError, Principal
 from api_stub.problems import Problem
 from api_stub.rendering import NotSignedInError, PageRoute, page, see_other
-from api_stub.services import Services, Using, bearer
+from api_stub.rights import bearer
+from api_stub.services import Services, Using
 
 COOKIE = "holdfast_session"
 FORM_COOKIE = "holdfast_signin"

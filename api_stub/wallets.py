@@ -11,7 +11,8 @@ from pydantic import AfterValidator, PlainValidator
 from api_stub import answers, errors
 from api_stub.openapi import IS_A_TIME
 from api_stub.problems import Problem
-from api_stub.services import IS_AN_ID, ReadableOrg, Using
+from api_stub.rights import IS_AN_ID, ReadableOrg
+from api_stub.services import Using
 from ledger import filters, history, views
 from ledger.filters import EventFilter
 from ledger.messages import MAX_CREDITS

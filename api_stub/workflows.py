@@ -13,7 +13,8 @@ from fastapi.concurrency import run_in_threadpool
 from api_stub import answers, errors
 from api_stub.openapi import ANY_OBJECT
 from api_stub.problems import Problem
-from api_stub.services import IS_AN_ID, ReadableOrg, Using, WritableOrg
+from api_stub.rights import IS_AN_ID, ReadableOrg, WritableOrg
+from api_stub.services import Using
 from ledger import history, views
 from ledger.messages import ID_PATTERN, MESSAGES, InvalidMessage, parse
 from worker.client import NotSentError

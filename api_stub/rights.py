@@ -1,0 +1,64 @@
+"""Who asks, and whether they may: by the token of a program's request, for one organization and one scope."""
+
+import re
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Annotated
+
+from fastapi import Depends, Path, Request, Security
+from fastapi.security import HTTPBearer
+
+from api_stub.auth import InvalidTokenError, Principal, Scope
+from api_stub.problems import Problem
+from api_stub.services import Using
+from ledger.messages import ID_PATTERN
+
+
+def bearer(request: Request, using: Using) -> Principal:
+    """Who asks, by the Authorization header. Otherwise the answer is 401."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not token:
+        raise Problem(HTTPStatus.UNAUTHORIZED, "Send a token: Authorization: Bearer …", {"WWW-Authenticate": "Bearer"})
+    try:
+        return using.authenticator.read(token.strip())
+    except InvalidTokenError as error:
+        challenge = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
+        raise Problem(HTTPStatus.UNAUTHORIZED, f"{str(error).capitalize()}.", challenge) from None
+
+
+def require(principal: Principal, org_id: str, scope: Scope) -> None:
+    """Answer 404 for an organization that is not the principal's, 403 where the scope is missing."""
+    if not re.fullmatch(ID_PATTERN, org_id) or not principal.may_see(org_id):
+        raise Problem(HTTPStatus.NOT_FOUND, "There is no such organization.")
+    if scope not in principal.scopes:
+        raise Problem(HTTPStatus.FORBIDDEN, f"The token lacks the scope {scope}.")
+
+
+IS_AN_ID = {"pattern": f"^{ID_PATTERN}$"}
+"""For the API's description alone: what cannot be an id is answered like one that does not exist."""
+
+OrgId = Annotated[str, Path(alias="orgId", description="The organization's id.", json_schema_extra=IS_AN_ID)]
+
+
+_SCHEME = HTTPBearer(
+    scheme_name="token",
+    bearerFormat="JWT",
+    description="A JSON Web Token: `orgs`, `scope`, `exp`.",
+    auto_error=False,  # it only describes what `bearer` does
+)
+
+
+def organization(scope: Scope) -> Callable[..., str]:
+    """A dependency: the organization in the path, for a token that may do `scope` there."""
+
+    def checked(
+        org_id: OrgId, principal: Annotated[Principal, Depends(bearer)], _: Annotated[object, Security(_SCHEME)]
+    ) -> str:
+        require(principal, org_id, scope)
+        return org_id
+
+    return checked
+
+
+ReadableOrg = Annotated[str, Depends(organization("credits:read"))]
+WritableOrg = Annotated[str, Depends(organization("workflows:write"))]
