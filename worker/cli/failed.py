@@ -25,10 +25,10 @@ from ledger.dead_letters import (
     UnknownLetterError,
 )
 from ledger.readable import beginning, escaped, shortened
+from worker.cli.tables import Column, properties, table
 from worker.cli.terminal import (
     AsJson,
     By,
-    Column,
     WaitS,
     Why,
     console,
@@ -38,9 +38,7 @@ from worker.cli.terminal import (
     open_client,
     open_ledger,
     print_json,
-    properties,
     say,
-    table,
     this_person,
     warn,
 )

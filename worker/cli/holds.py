@@ -13,9 +13,9 @@ from ledger import waiting as ledger_waiting
 from ledger.dead_letters import described
 from ledger.messages import Cancel
 from ledger.readable import escaped, span
+from worker.cli.tables import Column, table
 from worker.cli.terminal import (
     AsJson,
-    Column,
     Organization,
     WaitS,
     Why,
@@ -26,7 +26,6 @@ from worker.cli.terminal import (
     open_ledger,
     print_json,
     say,
-    table,
 )
 
 MAX_LISTED = 1_000

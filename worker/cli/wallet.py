@@ -12,18 +12,8 @@ from ledger.history import Page
 from ledger.readable import escaped
 from ledger.state import EventType
 from ledger.views import WalletView
-from worker.cli.terminal import (
-    AsJson,
-    Column,
-    Organization,
-    console,
-    fail,
-    open_ledger,
-    print_json,
-    properties,
-    table,
-    when,
-)
+from worker.cli.tables import Column, properties, table
+from worker.cli.terminal import AsJson, Organization, console, fail, open_ledger, print_json, when
 
 app = typer.Typer()
 
