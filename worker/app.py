@@ -25,8 +25,9 @@ from worker.batching import MOST_MESSAGES, collect_garbage_seldom
 from worker.broker import create_celery, masked, queues, reason
 from worker.compression import inflate_within
 from worker.publishing import BROKER_ERRORS
+from worker.redis_server import UnsupportedServerError
 from worker.tasks import SCHEDULER_TASKS, register
-from worker.transport import Channel, UnsupportedServerError
+from worker.transport import Channel
 
 logger = logging.getLogger(__name__)
 

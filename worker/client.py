@@ -57,7 +57,7 @@ from ledger.messages import (
 from ledger.state import Result
 from worker.broker import ENGINE_QUEUE, QUEUE, create_celery
 from worker.publishing import BROKER_ERRORS, TIMEOUT_S, Encoded, Publisher, connect, leave
-from worker.transport import UnsupportedServerError
+from worker.redis_server import UnsupportedServerError
 
 # Kombu keeps a queue as a list and takes from its right end. What is there may be large, so it is not fetched. At the
 # end of an entry is the tag by which kombu tells equal messages apart.

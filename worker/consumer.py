@@ -35,9 +35,10 @@ from worker.compression import UNKNOWN_COMPRESSION
 from worker.control import answer_questions_only
 from worker.envelope import answer_to, named_task, raw_body, task_and_arguments
 from worker.monitoring import Monitored
+from worker.redis_server import UnsupportedServerError
 from worker.runs import Run
 from worker.tasks import SCHEDULER_TASKS, TASKS
-from worker.transport import DELIVERED_TOO_OFTEN, Channel, SetAside, UnsupportedServerError, read_json
+from worker.transport import DELIVERED_TOO_OFTEN, Channel, SetAside, read_json
 
 logger = logging.getLogger(__name__)
 

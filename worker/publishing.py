@@ -26,7 +26,7 @@ from kombu.utils.json import dumps as to_json
 from redis.exceptions import RedisError
 
 from worker.broker import QUEUE, declare_queues, masked
-from worker.transport import UnsupportedServerError
+from worker.redis_server import UnsupportedServerError
 
 TIMEOUT_S = 5.0
 """How long the broker, or one of its nodes, may be silent."""

@@ -24,7 +24,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import count
@@ -41,6 +41,7 @@ from redis.exceptions import NoPermissionError, OutOfMemoryError, ResponseError
 
 from ledger.messages import DELIVERY_LIMIT, MAX_BODY_BYTES, SUSPECT, InvalidMessage, too_large_entry
 from worker.broker import QUEUE
+from worker.redis_server import UnsupportedServerError, server_problem, server_risk
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,6 @@ in lists of their own."""
 OVERDUE_S = 30
 """A wait that is not answered for so long has lost its server."""
 
-OLDEST_REDIS = (6, 2)
 _PRIORITIES = (3, 6, 9)
 
 _TAKE = """
@@ -181,33 +181,6 @@ _TASK = re.compile(rb'"task": "([\w.]{1,256})"')
 _BODY = re.compile(rb'"body": "([A-Za-z0-9+/]*=*)')
 
 Receiver = Callable[[virtual.Message], object]
-
-
-class UnsupportedServerError(Exception):
-    """The server cannot be the broker; the text says why."""
-
-
-def server_problem(info: Mapping[str, Any]) -> str | None:
-    """Why the server that tells this of itself cannot be the broker, in words."""
-    version = str(info["redis_version"])
-    if tuple(map(int, version.split(".")[:2])) < OLDEST_REDIS:
-        return f"the broker is Redis {version}; Holdfast needs 6.2 or newer, or Valkey"
-    if info.get("cluster_enabled"):
-        return "the broker is a Redis cluster; Holdfast needs a single server"
-    if "sentinel" in (info.get("redis_mode"), info.get("server_mode")):  # the latter is Valkey's
-        return "the broker is a Redis Sentinel; Holdfast needs the server itself"
-    return None
-
-
-def server_risk(info: Mapping[str, Any]) -> str | None:
-    """How the server that tells this of itself may lose what it has taken, in words, and what to do."""
-    risks = []
-    if not info.get("aof_enabled"):
-        risks.append("it keeps no append-only file, so whatever ends it costs what it has taken: set appendonly yes")
-    policy = str(info.get("maxmemory_policy", "noeviction"))
-    if info.get("maxmemory") and policy.startswith("allkeys"):
-        risks.append(f"when its memory is full it removes messages: set maxmemory-policy noeviction, not {policy}")
-    return "; ".join(risks) or None
 
 
 def read_json(text: bytes) -> Any:

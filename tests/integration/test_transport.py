@@ -43,6 +43,7 @@ from worker.broker import create_celery
 from worker.local.broker import Broker
 from worker.local.embedded import Embedded
 from worker.local.machine import free_port
+from worker.redis_server import UnsupportedServerError, server_problem
 from worker.transport import (
     DELIVERED_TOO_OFTEN,
     MOST_BYTES,
@@ -56,8 +57,6 @@ from worker.transport import (
     UNACKED_INDEX,
     Channel,
     SetAside,
-    UnsupportedServerError,
-    server_problem,
 )
 
 pytestmark = pytest.mark.timeout(300)  # seconds, on a slow machine

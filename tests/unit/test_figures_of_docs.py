@@ -22,7 +22,8 @@ from worker.broker import VISIBILITY_TIMEOUT_S
 from worker.local.system import API_OPTIONS
 from worker.outage import SILENT_S
 from worker.publishing import TIMEOUT_S
-from worker.transport import MOST_BYTES, MOST_ENTRY_BYTES, MOST_HELD_BYTES, MOST_TAKEN, OLDEST_REDIS
+from worker.redis_server import OLDEST_REDIS
+from worker.transport import MOST_BYTES, MOST_ENTRY_BYTES, MOST_HELD_BYTES, MOST_TAKEN
 
 ROOT = Path(__file__).parents[2]
 WORDS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 10: "ten", 20: "twenty", 30: "thirty", 60: "sixty"}
