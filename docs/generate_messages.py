@@ -104,7 +104,7 @@ OUTCOMES = {
     ),
     ("posted", None): ("every wallet message", "It is applied."),
     ("ignored", "stale_version"): (
-        "wallet.subscribe, wallet.unsubscribe, wallet.configure",
+        ", ".join(task for task, model in MESSAGES.items() if issubclass(model, VersionedMessage)),
         "The same or a higher version came before.",
     ),
     ("ignored", "not_subscribed"): (

@@ -1,6 +1,7 @@
 """The ledger's invariants as SQL, checked on a live database in one snapshot. Reports offenders, repairs nothing.
 
-Each check states the rule anew, from the rows alone, without the code that wrote them. No writer waits for it.
+Each check states the rule anew, from the rows alone, without the code that wrote them. No writer waits for it. The last
+two look at what the database itself refuses, as whoever may change the tables can switch that off.
 """
 
 from dataclasses import dataclass
@@ -8,13 +9,18 @@ from typing import Any
 
 from sqlalchemy import Engine, text
 
+from ledger.tables import metadata
+
 MAX_OFFENDERS = 20
 """The most offenders that one check names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """An invariant: what always holds, and a query for the rows that break it, as (org_id, offender)."""
+    """An invariant: what always holds, and a query for what breaks it, as (org_id, offender).
+
+    Where the offender belongs to no organization, `org_id` is the name of its table.
+    """
 
     name: str
     rule: str
@@ -82,6 +88,10 @@ _STEPS = """
     ) AS changes
     WINDOW wallet AS (PARTITION BY org_id ORDER BY seq)
 """
+
+_CONSTRAINTS = ", ".join(
+    f"('{table.name}', '{constraint.name}')" for table in metadata.sorted_tables for constraint in table.constraints
+)
 
 CHECKS = (
     Check(
@@ -242,6 +252,38 @@ CHECKS = (
          AND begun.idempotency_key = concat('subscription:', wallet.subscription_id, ':', current.period)
         WHERE wallet.subscription_id IS NOT NULL
           AND (current.org_id IS NULL OR (current.period IS NOT NULL AND begun.org_id IS NULL))
+        """,
+    ),
+    Check(
+        "append-only",
+        "The database refuses to change or delete an event.",
+        """
+        SELECT 'credit_events' AS org_id, 'the trigger credit_events_append_only is ' || state AS offender
+        FROM (
+            SELECT CASE
+                     WHEN tgname IS NULL THEN 'missing'
+                     WHEN tgenabled NOT IN ('O', 'A') THEN 'disabled'
+                     -- before UPDATE, DELETE and TRUNCATE, for each statement
+                     WHEN tgtype <> 2 + 8 + 16 + 32 OR tgattr <> '' OR tgqual IS NOT NULL
+                       OR strpos(prosrc, 'RAISE EXCEPTION') = 0
+                       THEN 'not the one that holdfast migrate creates'
+                   END AS state
+            FROM (VALUES ('credit_events_append_only')) AS expected (name)
+            LEFT JOIN pg_trigger ON tgname = name AND tgrelid = to_regclass('credit_events')
+            LEFT JOIN pg_proc ON pg_proc.oid = tgfoid
+        ) AS trigger
+        WHERE state IS NOT NULL
+        """,
+    ),
+    Check(
+        "constraints",
+        "The database refuses a row that the rules cannot make: every constraint is there, and holds for every row.",
+        f"""
+        SELECT relation AS org_id,
+               name || CASE WHEN conname IS NULL THEN ' is missing' ELSE ' is not validated' END AS offender
+        FROM (VALUES {_CONSTRAINTS}) AS expected (relation, name)
+        LEFT JOIN pg_constraint ON conname = name AND conrelid = to_regclass(relation)
+        WHERE convalidated IS NOT TRUE
         """,
     ),
 )

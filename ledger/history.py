@@ -27,6 +27,7 @@ from sqlalchemy import (
 )
 
 from ledger.filters import EVERY_EVENT, EventFilter
+from ledger.state import Event
 from ledger.tables import credit_events
 
 MAX_PAGE = 100
@@ -38,17 +39,10 @@ EXPORT_STEP = 1_000
 MAX_COMPARED = 200_000
 """The most events among which the lowest and the highest balance are looked for: every one of them is read."""
 
-CUSTOMER_COLUMNS = (
-    "created_at",
-    "event_type",
-    "source",
-    "project_id",
-    "activity_name",
-    "credits",
-    "prepaid_balance_after",
-    "period_usage_after",
-    "metadata",
+_NOT_FOR_CUSTOMERS = frozenset(
+    {"org_id", "seq", "workflow_id", "subscription_balance_after", "reserved_after", "idempotency_key"}
 )
+CUSTOMER_COLUMNS = tuple(name for name in Event._fields if name not in _NOT_FOR_CUSTOMERS)
 """What a customer sees of an event, in this order."""
 
 _available = (

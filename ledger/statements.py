@@ -69,6 +69,9 @@ def write(table: Table, record: type[Any], statement: str) -> Write:
 
 def insert(table: Table, record: type[Any], on_conflict: str = "") -> Write:
     """Insert records into `table`."""
+    assert record._fields == tuple(table.c.keys()), (
+        f"{record.__name__} in ledger.state and {table.name} in ledger.tables must have the same fields"
+    )
     names = column_names(record)
     return write(table, record, f"INSERT INTO {table.name} ({names}) SELECT {names} FROM {{rows}} {on_conflict}")
 

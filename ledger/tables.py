@@ -5,7 +5,7 @@ Every key begins with `org_id`, so that the tables can be distributed by it; onl
 organization, have a number of their own.
 """
 
-from typing import Any, get_args
+from typing import Any, assert_never, get_args
 
 from sqlalchemy import (
     BigInteger,
@@ -171,6 +171,24 @@ posted_messages = Table(
     _check("posted_messages_outcome", _one_of("outcome", OutcomeName)),
 )
 
+
+def _sign(event_type: EventType) -> str:
+    match event_type:
+        case "reservation" | "usage":
+            return "credits <= 0"
+        case "reservation_released" | "subscription_credit":
+            return "credits >= 0"
+        case "prepaid_purchase" | "grant" | "refund":
+            return "credits > 0"
+        case "adjustment":
+            return "credits <> 0"
+        case "billing":
+            return "true"
+        case _:
+            assert_never(event_type)
+
+
+_SIGNS = " ".join(f"WHEN '{event_type}' THEN {_sign(event_type)}" for event_type in get_args(EventType))
 _WORKFLOW_EVENTS = "('reservation', 'reservation_released', 'usage')"
 
 credit_events = Table(
@@ -196,16 +214,9 @@ credit_events = Table(
     UniqueConstraint("org_id", "idempotency_key", name="credit_events_idempotency_key"),
     *(_check(f"credit_events_{name}", rule.format("_after")) for name, rule in _BALANCE_RULES.items()),
     _check("credit_events_seq", "seq >= 1"),
-    _check("credit_events_event_type", _one_of("event_type", EventType)),
     _check("credit_events_source", "length(source) BETWEEN 1 AND 64"),
     _check("credit_events_credits", f"credits BETWEEN -{MAX_CREDITS} AND {MAX_CREDITS}"),
-    _check(
-        "credit_events_sign",
-        "CASE event_type"
-        " WHEN 'reservation' THEN credits <= 0 WHEN 'usage' THEN credits <= 0"
-        " WHEN 'reservation_released' THEN credits >= 0 WHEN 'subscription_credit' THEN credits >= 0"
-        " WHEN 'adjustment' THEN credits <> 0 WHEN 'billing' THEN true ELSE credits > 0 END",
-    ),
+    _check("credit_events_sign", f"CASE event_type {_SIGNS} ELSE false END"),
     _check("credit_events_workflow_id", f"(workflow_id IS NOT NULL) = (event_type IN {_WORKFLOW_EVENTS})"),
     _check("credit_events_overdraft", "event_type <> 'billing' OR credits >= 0 OR prepaid_balance_after >= 0"),
     _check("credit_events_usage", "event_type <> 'usage' OR period_usage_after >= -credits"),

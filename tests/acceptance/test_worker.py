@@ -17,6 +17,7 @@ import pytest
 from celery.schedules import schedule
 
 from ledger import audit
+from ledger.messages import MESSAGES
 from ledger.settings import Settings
 from tests.acceptance import commands
 from tests.acceptance.installation import (
@@ -79,6 +80,7 @@ POST_DUE, RELEASE_EXPIRED = "subscriptions.post_due", "reservations.release_expi
 
 
 def test_every_message_answers_as_the_contract_says(workflow_engine: Producer) -> None:
+    assert {task for task, _, _ in STORY} == set(MESSAGES)
     for task, fields, expected in STORY:
         answer = workflow_engine.answer(task, {"org_id": "acme", **fields})
         assert (task, answer) == (task, {"org_id": "acme", **expected})

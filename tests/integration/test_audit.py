@@ -1,11 +1,14 @@
 """The checker is checked: it finds nothing in a ledger that is well, and every harm that is planted into one."""
 
 from dataclasses import dataclass, field
+from typing import get_args
 
 import pytest
 from sqlalchemy import Engine, text
 
 from ledger import audit
+from ledger.messages import MESSAGES
+from ledger.state import EventType
 from ledger.store import Delivery, apply_batch
 from tests.support import delivery, sql
 
@@ -18,7 +21,7 @@ def globex(task: str, **fields: object) -> Delivery:
     return delivery(task, org_id="globex", **fields)
 
 
-# Acme's events, by their numbers; all nine types.
+# Every message and every type of event; with the numbers of Acme's events.
 LEDGER = [
     acme(
         "wallet.subscribe", subscription_id="s1", version=1, plan="team", monthly_credits=200
@@ -38,6 +41,7 @@ LEDGER = [
     acme("workflow.start", workflow_id="rejected", credits=5_000),
     acme("workflow.fail", workflow_id="never-started"),
     acme("wallet.configure", version=1, credit_limit=10, period_cap=10_000),
+    acme("wallet.unsubscribe", subscription_id="never-subscribed", version=1),
     # Globex has overrun its credits, lost a hold to time and the rest of its subscription to the next period.
     globex(
         "wallet.subscribe",
@@ -56,15 +60,23 @@ LEDGER = [
 
 @pytest.fixture
 def ledger(engine: Engine) -> Engine:
-    """A realistic ledger, which anybody may change without being refused by a trigger."""
+    """A realistic ledger."""
     apply_batch(engine, LEDGER)
     sql(engine, "UPDATE subscriptions SET anchor = now() - interval '40 days' WHERE org_id = 'globex'")
     sql(engine, "UPDATE wallets SET next_period_at = now() - interval '40 days' WHERE org_id = 'globex'")
     sql(engine, "UPDATE workflows SET expires_at = expires_at - interval '9 days' WHERE org_id = 'globex'")
     sql(engine, "UPDATE wallets SET next_hold_expiry = now() - interval '8 days' WHERE org_id = 'globex'")
     apply_batch(engine, [globex("workflow.finish", workflow_id="w1", credits=70)])
-    sql(engine, "ALTER TABLE credit_events DISABLE TRIGGER credit_events_append_only")
     return engine
+
+
+def change(engine: Engine, statements: str) -> None:
+    """Do what the database refuses, and leave everything as it was that refuses it."""
+    trigger = "TRIGGER credit_events_append_only"
+    sql(
+        engine,
+        f"ALTER TABLE credit_events DISABLE {trigger}; {statements}; ALTER TABLE credit_events ENABLE {trigger}",
+    )
 
 
 def found(engine: Engine) -> dict[str, list[tuple[str, str]]]:
@@ -78,17 +90,8 @@ def test_a_ledger_that_is_well_is_clean(ledger: Engine) -> None:
     assert verdict.is_clean
     assert (verdict.wallets, verdict.events, verdict.open_dead_letters) == (3, 21, 0)
     assert [finding.check for finding in verdict.findings] == list(audit.CHECKS)
-    assert sql(ledger, "SELECT DISTINCT event_type FROM credit_events ORDER BY 1") == [
-        ("adjustment",),
-        ("billing",),
-        ("grant",),
-        ("prepaid_purchase",),
-        ("refund",),
-        ("reservation",),
-        ("reservation_released",),
-        ("subscription_credit",),
-        ("usage",),
-    ]
+    types = {event_type for (event_type,) in sql(ledger, "SELECT DISTINCT event_type FROM credit_events")}
+    assert (types, {sent.task for sent in LEDGER}) == (set(get_args(EventType)), set(MESSAGES))
     # The numbers that the harms below count on.
     assert sql(ledger, "SELECT seq, event_type FROM credit_events WHERE org_id = 'acme' ORDER BY seq") == [
         (1, "subscription_credit"),
@@ -349,7 +352,7 @@ HARMS = {
     ),
     "the period that a subscription is in never began": Harm(
         "periods",
-        "UPDATE subscriptions SET period = 1 WHERE org_id = 'acme'",
+        "UPDATE subscriptions SET period = 1 WHERE org_id = 'acme' AND subscription_id = 's1'",
         [("acme", "subscription s1")],
     ),
 }
@@ -359,13 +362,15 @@ def plant(engine: Engine, harm: Harm) -> None:
     for constraint in harm.drop:
         table, name = constraint.split()
         sql(engine, f"ALTER TABLE {table} DROP CONSTRAINT {name}")
-    sql(engine, harm.plant)
+    change(engine, harm.plant)
 
 
 @pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS.keys())
 def test_a_planted_harm_is_found_by_its_check(ledger: Engine, harm: Harm) -> None:
     plant(ledger, harm)
-    assert found(ledger) == {harm.check: harm.offenders, **harm.also}
+    dropped = [(table, f"{name} is missing") for table, name in map(str.split, harm.drop)]
+    also = {**harm.also, **({"constraints": dropped} if dropped else {})}
+    assert found(ledger) == {harm.check: harm.offenders, **also}
     assert not audit.verify(ledger).is_clean
 
 
@@ -380,17 +385,17 @@ ARITHMETIC_HARMS = {
 def test_an_event_of_any_type_that_changes_a_balance_by_one_too_many_is_found(
     ledger: Engine, changes: dict[str, int]
 ) -> None:
-    def change(seq: int, sign: int) -> None:
+    def change_balances(seq: int, sign: int) -> None:
         """From the event on, and in the wallet too: so only this one event is wrong."""
         after = ", ".join(f"{name}_after = {name}_after + {sign * by}" for name, by in changes.items())
         now = ", ".join(f"{name} = {name} + {sign * by}" for name, by in changes.items())
-        sql(ledger, f"UPDATE credit_events SET {after} WHERE org_id = 'acme' AND seq >= {seq}; {wallet(now)}")
+        change(ledger, f"UPDATE credit_events SET {after} WHERE org_id = 'acme' AND seq >= {seq}; {wallet(now)}")
 
     offenders = []
     for seq in range(1, 11):
-        change(seq, 1)
+        change_balances(seq, 1)
         offenders += found(ledger)["arithmetic"]
-        change(seq, -1)
+        change_balances(seq, -1)
     assert offenders == [
         ("acme", "event 1, subscription_credit"),
         ("acme", "event 2, subscription_credit"),
@@ -406,8 +411,59 @@ def test_an_event_of_any_type_that_changes_a_balance_by_one_too_many_is_found(
     assert found(ledger) == {}
 
 
-def test_every_check_has_a_harm_that_it_finds() -> None:
-    assert {harm.check for harm in HARMS.values()} == {check.name for check in audit.CHECKS}
+ANOTHER_TRIGGER = """
+    DROP TRIGGER credit_events_append_only ON credit_events;
+    CREATE TRIGGER credit_events_append_only BEFORE {} ON credit_events
+        FOR EACH STATEMENT {} EXECUTE FUNCTION credit_events_refuse_change()
+"""
+REPLACED = (
+    ANOTHER_TRIGGER.format("UPDATE OR TRUNCATE", ""),
+    ANOTHER_TRIGGER.format("UPDATE OF credits OR DELETE OR TRUNCATE", ""),
+    ANOTHER_TRIGGER.format("UPDATE OR DELETE OR TRUNCATE", "WHEN (current_user <> 'holdfast')"),
+    "CREATE OR REPLACE FUNCTION credit_events_refuse_change() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN END'",
+)
+UNGUARDED = {
+    "ALTER TABLE credit_events DISABLE TRIGGER credit_events_append_only": "disabled",
+    "ALTER TABLE credit_events DISABLE TRIGGER USER": "disabled",
+    "ALTER TABLE credit_events ENABLE REPLICA TRIGGER credit_events_append_only": "disabled",
+    "DROP TRIGGER credit_events_append_only ON credit_events": "missing",
+    "DROP FUNCTION credit_events_refuse_change CASCADE": "missing",
+    "ALTER TRIGGER credit_events_append_only ON credit_events RENAME TO other": "missing",
+    **dict.fromkeys(REPLACED, "not the one that holdfast migrate creates"),
+}
+"""What a tables' owner can do so that events can be changed, and what is said of the trigger then."""
+
+
+@pytest.mark.parametrize("statement", UNGUARDED)
+def test_a_history_that_can_be_changed_is_found(ledger: Engine, statement: str) -> None:
+    sql(ledger, statement)
+    assert found(ledger) == {
+        "append-only": [("credit_events", f"the trigger credit_events_append_only is {UNGUARDED[statement]}")]
+    }
+
+
+def test_a_trigger_that_refuses_replicas_too_is_as_good(ledger: Engine) -> None:
+    sql(ledger, "ALTER TABLE credit_events ENABLE ALWAYS TRIGGER credit_events_append_only")
+    assert found(ledger) == {}
+
+
+def test_a_constraint_that_is_missing_or_was_not_validated_is_found(ledger: Engine) -> None:
+    sql(ledger, "ALTER TABLE credit_events DROP CONSTRAINT credit_events_idempotency_key")
+    sql(ledger, "ALTER TABLE credit_events DROP CONSTRAINT credit_events_sign")
+    sql(ledger, "ALTER TABLE credit_events ADD CONSTRAINT credit_events_sign CHECK (credits <> 0) NOT VALID")
+    sql(ledger, "ALTER TABLE dead_letters DROP CONSTRAINT dead_letters_status")
+    assert found(ledger) == {
+        "constraints": [
+            ("credit_events", "credit_events_idempotency_key is missing"),
+            ("credit_events", "credit_events_sign is not validated"),
+            ("dead_letters", "dead_letters_status is missing"),
+        ]
+    }
+
+
+def test_every_check_of_the_rows_has_a_harm_that_it_finds() -> None:
+    of_the_database = {"append-only", "constraints"}  # which have tests of their own
+    assert {harm.check for harm in HARMS.values()} | of_the_database == {check.name for check in audit.CHECKS}
 
 
 def test_a_harm_in_one_wallet_accuses_no_other(ledger: Engine) -> None:

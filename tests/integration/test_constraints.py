@@ -201,7 +201,6 @@ BAD: dict[str, dict[str, list[Row]]] = {
         "credit_events_idempotency_key": [{"seq": 2}],
         **{f"credit_events_{name}": changes for name, changes in balance_changes("_after").items()},
         "credit_events_seq": [{"seq": 0}, {"seq": -1}],
-        "credit_events_event_type": [{"event_type": "gift"}, {"event_type": ""}],
         "credit_events_source": [{"source": ""}, {"source": "x" * 65}],
         "credit_events_credits": [{"credits": OVER}, {"event_type": "billing", "credits": -OVER}],
         "credit_events_sign": [
@@ -215,6 +214,8 @@ BAD: dict[str, dict[str, list[Row]]] = {
             {**USAGE, "credits": 1},
             {**RESERVATION, "credits": 1},
             {**RELEASED, "credits": -1},
+            {"event_type": "gift"},
+            {"event_type": ""},
         ],
         "credit_events_workflow_id": [
             {"workflow_id": "w1"},

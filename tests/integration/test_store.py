@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Engine, text
 from ledger import audit, rules, store
 from ledger.database import connect, raw_connection
 from ledger.faults import is_transient
-from ledger.messages import AnyMessage
+from ledger.messages import MESSAGES, AnyMessage
 from ledger.state import Decision, Result
 from ledger.store import Applied, DeadLettered, Delivery, apply_batch, apply_waiting
 from ledger.waiting import LOCKED, Waits
@@ -123,6 +123,10 @@ CONVERSATION_EVENTS = [
     (12, "reservation", -60, 540, 120, 60, 80),
     (13, "reservation_released", 60, 540, 120, 0, 80),
 ]
+
+
+def test_every_message_is_in_the_conversation() -> None:
+    assert {sent.task for sent, _ in CONVERSATION} == set(MESSAGES)
 
 
 @pytest.mark.parametrize("size", [1, 4, 100])

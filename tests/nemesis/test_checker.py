@@ -16,7 +16,7 @@ from sqlalchemy import Engine
 
 from ledger import audit
 from ledger.database import connect
-from ledger.messages import InvalidMessage
+from ledger.messages import MESSAGES, InvalidMessage
 from ledger.scheduler import release_expired
 from ledger.state import Result
 from ledger.store import Delivery, apply_batch
@@ -112,6 +112,13 @@ def sound(ledger: Ledger) -> Ledger:
 
 def found(findings: list[Finding], kind: str, message: Message) -> bool:
     return any(finding.kind == kind and message.number in finding.numbers for finding in findings)
+
+
+def test_the_workload_has_every_message_whose_effect_depends_on_no_order() -> None:
+    workload = Workload(SEED, datetime.now(UTC))
+    sent = [*workload.opening(), *(message for _ in range(10) for message in workload.chunk(datetime.now(UTC)))]
+    depends_on_the_order = {"wallet.unsubscribe"}
+    assert {message.task for message in sent if message.fate == "applied"} | depends_on_the_order == set(MESSAGES)
 
 
 # No harm

@@ -6,7 +6,7 @@ It knows no bounds: whoever uses it stays below 2^53-1 credits.
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, assert_never
 
 from ledger.state import Event
 
@@ -148,8 +148,10 @@ class Model:
                 answer = self._subscribe(fields, now)
             case "wallet.unsubscribe":
                 answer = self._unsubscribe(fields)
-            case _:
+            case "wallet.purchase" | "wallet.grant" | "wallet.adjust" | "wallet.refund" | "wallet.bill":
                 answer = self._post(task, fields)
+            case _:
+                raise NotImplementedError(f"the model does not know what {task} does")
         if answer[0] != "refused":
             self.said[key], self.answers[key] = terms, answer
         return answer
@@ -319,7 +321,8 @@ def check_history(events: Sequence[Event]) -> None:
             case "prepaid_purchase" | "grant" | "refund":
                 assert changes == (effect, 0, 0, 0)
                 assert effect > 0
-            case _:
-                assert event.event_type in ("adjustment", "billing")
+            case "adjustment" | "billing":
                 assert changes == (effect, 0, 0, 0)
+            case _:
+                assert_never(event.event_type)
     assert len({event.idempotency_key for event in events}) == len(events)

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import Engine, select, text
 
-from ledger import audit, clocks, scheduler, store, tables
+from ledger import audit, clocks, messages, scheduler, store, tables
 from ledger.state import Event, Result
 from tests.property.model import Answer, Model, check_history
 from tests.support import delivery
@@ -138,7 +138,12 @@ OWN_REASONS = ("subscription_expired", "plan_change", "settled")
 # Few ids and few amounts: repetitions and contradictions come by themselves.
 
 
+SENT = set[str]()
+"""The tasks of all messages that `_sent` makes."""
+
+
 def _sent(task: str, **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Sent]:
+    SENT.add(task)
     metadata = st.sampled_from([{}, *({"reason": reason, "period_start": "x"} for reason in OWN_REASONS)])
     return st.tuples(st.just(task), st.fixed_dictionaries({**fields, "metadata": metadata}))
 
@@ -190,6 +195,10 @@ MESSAGES = st.one_of(
         period_cap=st.sampled_from([None, 0, 90, 300]),
     ),
 )
+
+
+def test_every_message_is_sent_to_the_ledger_and_to_the_model() -> None:
+    assert set(messages.MESSAGES) == SENT
 
 
 class LedgerMachine(RuleBasedStateMachine):

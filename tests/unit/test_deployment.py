@@ -260,6 +260,12 @@ def test_a_service_is_given_the_settings_it_needs_and_no_secret_more(
     assert given == set(names)
 
 
+def test_every_setting_is_given_to_a_service_or_is_for_none() -> None:
+    given = {name for service in SERVICES for name in environment(service) if name.startswith(PREFIX)}
+    for_none = {"HOLDFAST_ENGINE_BROKER_URL", "HOLDFAST_RESULT_URL", "HOLDFAST_DATA_DIR"}
+    assert given | for_none == {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+
+
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_the_api_is_given_what_is_optional_where_it_is_set(
     name: str, service_settings: Callable[[str], Settings]

@@ -1,16 +1,23 @@
 """A filter of the credit history can be given everywhere where events are asked for, and is a condition."""
 
+import re
 from dataclasses import fields
+from datetime import UTC, datetime
 from inspect import signature
 from typing import Any
 
 import pytest
 import typer
+from sqlalchemy import Column
+from sqlalchemy.sql import visitors
 from starlette.requests import Request
 
-from api_stub.pages import history_query
+from api_stub.pages import EVENT_TYPES, Reservations, history_query
+from api_stub.rendering import page
 from api_stub.wallets import event_filter
 from ledger.filters import EVERY_EVENT, TIME_RANGE, EventFilter
+from ledger.tables import credit_events
+from ledger.views import WalletView
 from worker import cli
 
 PLACES = {
@@ -33,21 +40,65 @@ def test_every_field_of_the_filter_is_listed_here() -> None:
 def test_a_field_can_be_given_wherever_events_are_asked_for(name: str) -> None:
     parameter, option, value = PLACES[name]
     assert parameter in signature(event_filter).parameters
-    page = history_query(Request({"type": "http", "query_string": f"{parameter}={value}".encode()}))
-    assert not page.errors
-    assert f"{parameter}={value}" in page.query()
-    assert getattr(page.matching, name) != getattr(EVERY_EVENT, name)
     assert option in options_of("history")
+    asked = history_query(request(f"{parameter}={value}"))
+    assert not asked.errors
+    assert f"{parameter}={value}" in asked.query()
+    assert getattr(asked.matching, name) != getattr(EVERY_EVENT, name)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_the_form_of_the_page_has_a_field_for_it_and_keeps_what_was_typed(name: str) -> None:
+    parameter, _, value = PLACES[name]
+    inputs = re.findall(rf'<input [^>]*name="{parameter}"[^>]*>', form(f"{parameter}={value}"))
+    [kept] = [each for each in inputs if f'value="{value}"' in each]
+    assert kept not in form("")
 
 
 @pytest.mark.parametrize("name", [name for name in FIELDS if name not in TIME_RANGE])
 def test_a_field_that_is_given_is_a_condition(name: str) -> None:
+    assert len(only(name).conditions()) == 1
+    assert only(name).looks_at_each
+    assert EVERY_EVENT.conditions() == ()
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if name not in TIME_RANGE])
+def test_a_condition_looks_at_nothing_but_the_key_so_that_no_event_is_read_that_it_leaves_out(name: str) -> None:
+    key = credit_events.primary_key
+    of_the_key = {*key.columns.keys(), *key.dialect_options["postgresql"]["include"]}
+    [condition] = only(name).conditions()
+    looked_at = {part.name for part in visitors.iterate(condition) if isinstance(part, Column)}
+    assert looked_at
+    assert looked_at <= of_the_key
+
+
+def only(name: str) -> EventFilter:
+    """The filter in which this field alone is given."""
     value: Any = PLACES[name][2]
     given: dict[str, Any] = {name: (value,) if isinstance(getattr(EVERY_EVENT, name), tuple) else value}
-    matching = EventFilter(**given)
-    assert len(matching.conditions()) == 1
-    assert matching.looks_at_each
-    assert EVERY_EVENT.conditions() == ()
+    return EventFilter(**given)
+
+
+def request(query: str) -> Request:
+    return Request({"type": "http", "path": "/", "headers": [], "query_string": query.encode()})
+
+
+def form(query: str) -> str:
+    """The page's form for this filter."""
+    asked_by = request(query)
+    answer = page(
+        asked_by,
+        "credit_history.html",
+        org_id="acme",
+        event_types=EVENT_TYPES,
+        asked=history_query(asked_by),
+        now=datetime.now(UTC),
+        wallet=WalletView("acme"),
+        reservations=Reservations([], 0, 0, 0, "", None),
+        events=None,
+        chart=None,
+    )
+    return bytes(answer.body).decode().split('<form class="filter"')[1].split("</form>")[0]
 
 
 def options_of(command: str) -> set[str]:

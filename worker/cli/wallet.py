@@ -103,7 +103,8 @@ def wallet_table(view: WalletView) -> Table:
     )
 
 
-_HISTORY_COLUMNS = (
+# What is not named here is text, for a wide terminal.
+_COLUMNS = (
     Column("created_at", keeps_line=True),
     Column("event_type", keeps_line=True),
     Column("source", needs_width=130),
@@ -112,8 +113,9 @@ _HISTORY_COLUMNS = (
     Column("credits", is_amount=True),
     Column("prepaid_balance_after", needs_width=40, is_amount=True),
     Column("period_usage_after", needs_width=50, is_amount=True),
-    Column("metadata", needs_width=160),
 )
+_BY_NAME = {column.name: column for column in _COLUMNS}
+_HISTORY_COLUMNS = [_BY_NAME.get(name, Column(name, needs_width=160)) for name in history.CUSTOMER_COLUMNS]
 
 
 def history_table(page: Page, org_id: str) -> Table:
