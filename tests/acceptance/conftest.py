@@ -5,7 +5,7 @@ from contextlib import closing
 
 import pytest
 
-from tests.acceptance.installation import Installation, Producer, installed, wait_for_workers
+from tests.installation import Installation, Producer, installed, wait_for_workers
 from worker.local.embedded import Embedded
 
 

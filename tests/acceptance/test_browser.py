@@ -25,8 +25,8 @@ from sqlalchemy import Engine
 
 from api_stub import operators
 from ledger.store import apply_batch
-from tests.acceptance.installation import Installation
 from tests.acceptance.website import HISTORY, LETTERS, operator_token, served, token
+from tests.installation import Installation
 from tests.support import PATIENCE_S, delivery, eventually, sql
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

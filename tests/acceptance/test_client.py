@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 import pytest
 
 from ledger.state import Result, WorkflowState
-from tests.acceptance.installation import SENT_BY_FORKS, Installation, Producer, send_from_forks
 from tests.acceptance.story import STORY
 from tests.cut import cut_way_to
+from tests.installation import SENT_BY_FORKS, Installation, Producer, send_from_forks
 from tests.support import PATIENCE_S, eventually, raw, sql
 from worker.client import Client, DeadLetteredError, InvalidMessageError, NoAnswerError, NotSentError
 from worker.publishing import TIMEOUT_S

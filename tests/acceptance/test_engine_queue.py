@@ -14,7 +14,7 @@ from kombu.connection import Connection
 from ledger import audit
 from ledger.messages import DELIVERY_LIMIT, SUSPECT
 from tests.acceptance import commands
-from tests.acceptance.installation import (
+from tests.installation import (
     IMPATIENT_WORKER,
     Installation,
     Producer,

@@ -31,7 +31,8 @@ from ledger.roles import WORKER
 from ledger.store import apply_batch
 from ledger.waiting import LOCKED
 from tests.acceptance import commands, website
-from tests.acceptance.installation import (
+from tests.acceptance.website import HISTORY, LETTERS, Visitor
+from tests.installation import (
     EMPTY,
     IMPATIENT_WORKER,
     Fork,
@@ -47,7 +48,6 @@ from tests.acceptance.installation import (
     wait_for_workers,
     warnings_in,
 )
-from tests.acceptance.website import HISTORY, LETTERS, Visitor
 from tests.support import database_encoded_in, delivery, eventually, sql, suspended
 from worker.answers import PAUSE_S
 from worker.local.embedded import Broker, Embedded

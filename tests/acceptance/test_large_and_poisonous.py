@@ -23,7 +23,8 @@ import pytest
 from ledger import audit
 from ledger.messages import DELIVERY_LIMIT, MAX_BODY_BYTES
 from tests.acceptance import commands
-from tests.acceptance.installation import (
+from tests.acceptance.website import LETTERS, Visitor, form_token, operator_token, served
+from tests.installation import (
     IMPATIENT_WORKER,
     Installation,
     Producer,
@@ -31,7 +32,6 @@ from tests.acceptance.installation import (
     log_of,
     warnings_in,
 )
-from tests.acceptance.website import LETTERS, Visitor, form_token, operator_token, served
 from tests.support import EMBED, eventually, raw, sql
 from worker.client import Client
 from worker.local.process import Process

@@ -16,7 +16,7 @@ from kombu.entity import Queue
 
 from ledger import audit
 from tests.acceptance import commands
-from tests.acceptance.installation import (
+from tests.installation import (
     IMPATIENT_WORKER,
     Installation,
     Producer,

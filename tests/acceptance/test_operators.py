@@ -18,7 +18,7 @@ from ledger import audit
 from ledger.store import Delivery, apply_batch
 from tests.acceptance import commands
 from tests.acceptance.commands import Ended, drawn
-from tests.acceptance.installation import Installation, Producer, environment, installed
+from tests.installation import Installation, Producer, environment, installed
 from tests.support import delivery, eventually, sql
 from worker.cli import app
 from worker.local.embedded import Embedded

@@ -31,7 +31,6 @@ from api_stub.rendering import pairs
 from ledger import history
 from ledger.readable import escaped, readable_json, span
 from ledger.store import apply_batch
-from tests.acceptance.installation import Installation, installed
 from tests.acceptance.website import (
     FUTURE,
     HISTORY,
@@ -44,6 +43,7 @@ from tests.acceptance.website import (
     serving,
     token,
 )
+from tests.installation import Installation, installed
 from tests.support import delivery, eventually, sql
 from worker.local.embedded import Embedded
 

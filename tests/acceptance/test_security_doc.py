@@ -13,7 +13,7 @@ import pytest
 from amqp.exceptions import AccessRefused
 from kombu.connection import Connection
 
-from tests.acceptance.installation import Installation, installed
+from tests.installation import Installation, installed
 from tests.rabbitmq import RabbitMQ
 from tests.support import PATIENCE_S, eventually, sql
 from worker.broker import ENGINE_QUEUE, QUEUE

@@ -15,7 +15,7 @@ from ledger.database import connect
 from ledger.messages import DELIVERY_LIMIT
 from ledger.waiting import LOCKED
 from tests.acceptance import commands
-from tests.acceptance.installation import (
+from tests.installation import (
     Installation,
     Producer,
     installed,

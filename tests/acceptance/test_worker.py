@@ -19,7 +19,8 @@ from celery.schedules import schedule
 from ledger import audit
 from ledger.settings import Settings
 from tests.acceptance import commands
-from tests.acceptance.installation import (
+from tests.acceptance.story import STATES, STORY
+from tests.installation import (
     Installation,
     Producer,
     celery,
@@ -30,7 +31,6 @@ from tests.acceptance.installation import (
     terminate,
     wait_for_workers,
 )
-from tests.acceptance.story import STATES, STORY
 from tests.support import PATIENCE_S, eventually, sql
 from worker.app import create_app
 from worker.broker import UNKNOWN_COMPRESSION

@@ -16,7 +16,8 @@ from kombu.connection import Connection
 from ledger import audit
 from ledger.messages import DELIVERY_LIMIT, MAX_BODY_BYTES
 from tests import rabbitmq
-from tests.acceptance.installation import (
+from tests.cut import cut_way_to
+from tests.installation import (
     Installation,
     celery,
     exit_code,
@@ -25,7 +26,6 @@ from tests.acceptance.installation import (
     terminate,
     warnings_in,
 )
-from tests.cut import cut_way_to
 from tests.rabbitmq import RabbitMQ
 from tests.support import PATIENCE_S, eventually, sql
 from worker.broker import DEAD_QUEUE, QUEUE, declare_queues

@@ -37,7 +37,7 @@ from kombu.message import Message
 from kombu.messaging import Consumer
 
 from ledger.messages import DELIVERY_LIMIT, MAX_BODY_BYTES, SUSPECT, too_large_entry
-from tests.acceptance.installation import environment, open_folder
+from tests.installation import environment, open_folder
 from tests.support import PATIENCE_S, eventually, raw
 from worker.broker import create_celery
 from worker.local.embedded import Broker, Embedded, free_port

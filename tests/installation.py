@@ -25,7 +25,7 @@ from sqlalchemy import Engine, text
 
 from ledger.database import connect
 from ledger.roles import READER, WORKER
-from tests.acceptance import forks
+from tests import forks
 from tests.support import PATIENCE_S, as_role, eventually, sql
 from worker.broker import ENGINE_QUEUE, QUEUE
 from worker.local.embedded import Embedded, free_port
