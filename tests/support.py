@@ -9,10 +9,9 @@ from typing import Any, TypeVar
 
 import psutil
 import pytest
-from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy import Engine, make_url, text
 
 from ledger.store import Delivery
-from worker.local.embedded import Embedded
 
 Value = TypeVar("Value")
 
@@ -87,16 +86,3 @@ def no_more_acting(engine: Engine, table: str) -> None:
 def as_role(role: str, database_url: str) -> str:
     """The same database for another role than its owner."""
     return make_url(database_url).set(username=role).render_as_string(hide_password=False)
-
-
-@contextmanager
-def database_encoded_in(encoding: str, services: Embedded) -> Iterator[str]:
-    """The URL of a database `encoded`, which cannot hold every text, or does not know what it holds."""
-    admin = create_engine(services.admin_url, isolation_level="AUTOCOMMIT")
-    options = f"ENCODING '{encoding}' LOCALE_PROVIDER libc LOCALE 'C' TEMPLATE template0"
-    sql(admin, f"CREATE DATABASE encoded OWNER holdfast {options}")
-    try:
-        yield services.postgres.url("holdfast", "encoded")
-    finally:
-        sql(admin, "DROP DATABASE encoded WITH (FORCE)")
-        admin.dispose()

@@ -22,7 +22,7 @@ import psutil
 import psycopg
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import Connection, Engine, event, text
+from sqlalchemy import Connection, Engine, event, make_url, text
 from sqlalchemy.exc import OperationalError
 
 from ledger import audit, migrations
@@ -32,8 +32,8 @@ from ledger.store import apply_batch
 from ledger.waiting import LOCKED
 from tests.acceptance import commands, website
 from tests.acceptance.website import HISTORY, LETTERS, Visitor
+from tests.databases import EMPTY, new_database
 from tests.installation import (
-    EMPTY,
     IMPATIENT_WORKER,
     Fork,
     Installation,
@@ -48,7 +48,7 @@ from tests.installation import (
     wait_for_workers,
     warnings_in,
 )
-from tests.support import database_encoded_in, delivery, eventually, sql, suspended
+from tests.support import delivery, eventually, sql, suspended
 from worker.answers import PAUSE_S
 from worker.local.embedded import Broker, Embedded
 from worker.local.process import Process
@@ -154,11 +154,11 @@ def test_what_was_answered_survives_a_crash_of_a_database_that_writes_late_by_de
 def test_a_database_that_cannot_hold_every_text_is_refused_at_the_start(
     services: Embedded, installation: Installation
 ) -> None:
-    refused = (
-        "holdfast: the database encoded has the encoding SQL_ASCII; Holdfast needs one that was created"
-        " with ENCODING 'UTF8' TEMPLATE template0"
-    )
-    with database_encoded_in("SQL_ASCII", services) as url:
+    with new_database(services, "template0", "ENCODING 'SQL_ASCII' LOCALE_PROVIDER libc LOCALE 'C'") as url:
+        refused = (
+            f"holdfast: the database {make_url(url).database} has the encoding SQL_ASCII; Holdfast needs one that was"
+            " created with ENCODING 'UTF8' TEMPLATE template0"
+        )
         worker = installation.start("encoded", *celery("worker"), HOLDFAST_DATABASE_URL=url)
         migrated = commands.run("migrate", env={**installation.environment, "HOLDFAST_DATABASE_URL": url})
         assert (migrated.returncode, migrated.stdout, migrated.stderr) == (2, "", f"{refused}\n")
