@@ -1,6 +1,5 @@
-"""What tests share: waiting for what is about to be true, and a message as the broker would deliver it."""
+"""What tests of every kind need: waiting for what is about to be true, and a database behind the ledger's back."""
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -11,15 +10,10 @@ import psutil
 import pytest
 from sqlalchemy import Engine, make_url, text
 
-from ledger.store import Delivery
-
 Value = TypeVar("Value")
 
 PATIENCE_S = 60.0
 """How long a test waits for what is about to be true: many times what a slow and busy machine needs."""
-
-EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
-"""The third part of a body, as Celery sends it."""
 
 
 def eventually(predicate: Callable[[], Value], *, timeout_s: float = PATIENCE_S) -> Value:
@@ -54,11 +48,6 @@ def raw(value: object) -> bytes:
     """A value from Redis as it is there: its client makes no text of it, but has types for both."""
     assert isinstance(value, bytes)
     return value
-
-
-def delivery(task: str, **fields: Any) -> Delivery:
-    """The message with these fields, as it arrives from the broker."""
-    return Delivery(task, fields, json.dumps([[fields], {}, EMBED]).encode())
 
 
 def sql(engine: Engine, statement: str, **parameters: Any) -> list[tuple[Any, ...]]:

@@ -28,7 +28,8 @@ from ledger.store import apply_batch
 from tests.acceptance import website
 from tests.acceptance.website import FUTURE, HISTORY, SECRET, Patient, served, serving, token
 from tests.installation import Installation, installed, log_of
-from tests.support import PATIENCE_S, delivery, eventually, sql, suspended
+from tests.messages import delivery
+from tests.support import PATIENCE_S, eventually, sql, suspended
 from worker.broker import ENGINE_QUEUE
 from worker.cli.holds import SOURCE as OPERATOR
 from worker.client import Client

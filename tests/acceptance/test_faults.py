@@ -48,7 +48,8 @@ from tests.installation import (
     wait_for_workers,
     warnings_in,
 )
-from tests.support import delivery, eventually, sql, suspended
+from tests.messages import delivery
+from tests.support import eventually, sql, suspended
 from worker.answers import PAUSE_S
 from worker.local.embedded import Broker, Embedded
 from worker.local.process import Process

@@ -32,7 +32,8 @@ from tests.installation import (
     log_of,
     warnings_in,
 )
-from tests.support import EMBED, eventually, raw, sql
+from tests.messages import EMBED
+from tests.support import eventually, raw, sql
 from worker.client import Client
 from worker.local.process import Process
 from worker.transport import TAKES_MANY, TAKES_ONE

@@ -19,7 +19,8 @@ from sqlalchemy import Engine
 from ledger import migrations, roles
 from ledger.database import connect
 from ledger.store import apply_batch
-from tests.support import PATIENCE_S, delivery, sql
+from tests.messages import delivery
+from tests.support import PATIENCE_S, sql
 from worker.local.embedded import Embedded
 
 ROOT = Path(__file__).parents[2]

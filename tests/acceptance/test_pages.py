@@ -44,7 +44,8 @@ from tests.acceptance.website import (
     token,
 )
 from tests.installation import Installation, installed
-from tests.support import delivery, eventually, sql
+from tests.messages import delivery
+from tests.support import eventually, sql
 from worker.local.embedded import Embedded
 
 SESSION = "holdfast_session"

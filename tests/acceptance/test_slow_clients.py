@@ -11,7 +11,8 @@ from sqlalchemy import Engine
 from api_stub import protocol
 from ledger.store import apply_batch
 from tests.acceptance.website import HISTORY, Patient, app, serving, token
-from tests.support import PATIENCE_S, delivery
+from tests.messages import delivery
+from tests.support import PATIENCE_S
 from worker.local.embedded import Embedded
 from worker.local.system import API_OPTIONS
 

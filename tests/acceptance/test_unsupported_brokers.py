@@ -23,7 +23,8 @@ from tests.installation import (
     log_of,
     open_folder,
 )
-from tests.support import PATIENCE_S, delivery, eventually
+from tests.messages import delivery
+from tests.support import PATIENCE_S, eventually
 from worker.client import Client, NotSentError, UnsupportedBrokerError
 from worker.local.embedded import _valkey_binary, free_port
 from worker.local.process import Process

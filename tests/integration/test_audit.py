@@ -7,7 +7,8 @@ from sqlalchemy import Engine, text
 
 from ledger import audit
 from ledger.store import Delivery, apply_batch
-from tests.support import delivery, sql
+from tests.messages import delivery
+from tests.support import sql
 
 
 def acme(task: str, **fields: object) -> Delivery:

@@ -28,7 +28,8 @@ from ledger.database import (
 from ledger.state import Result
 from ledger.store import apply_batch
 from tests.databases import new_database
-from tests.support import PATIENCE_S, delivery, eventually, sql
+from tests.messages import delivery
+from tests.support import PATIENCE_S, eventually, sql
 from worker.local.embedded import Embedded
 
 PURCHASE = "INSERT INTO posted_messages VALUES ('acme', 'purchase', 'p1', '{}', 'posted', NULL)"

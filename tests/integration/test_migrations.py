@@ -20,7 +20,8 @@ from ledger.database import connect
 from ledger.state import Result
 from ledger.store import apply_batch
 from ledger.tables import metadata
-from tests.support import PATIENCE_S, delivery, eventually, sql
+from tests.messages import delivery
+from tests.support import PATIENCE_S, eventually, sql
 from worker import cli
 from worker.local.embedded import Embedded
 

@@ -14,7 +14,8 @@ from ledger import audit, dead_letters, history, migrations, roles, scheduler, w
 from ledger.database import connect
 from ledger.store import apply_batch, apply_waiting
 from ledger.waiting import LOCKED, Waits
-from tests.support import as_role, delivery, sql
+from tests.messages import delivery
+from tests.support import as_role, sql
 from worker import cli
 from worker.local.embedded import Embedded
 

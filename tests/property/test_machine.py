@@ -24,8 +24,8 @@ from sqlalchemy import Engine, select, text
 from ledger import audit, clocks, scheduler, store, tables
 from ledger.state import Event, Result
 from tests.memory import MemoryLedger
+from tests.messages import delivery
 from tests.property.model import Answer, Model, check_history
-from tests.support import delivery
 
 NOW = datetime(2026, 1, 30, 9, tzinfo=UTC)
 
