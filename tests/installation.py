@@ -22,6 +22,7 @@ from celery import Celery
 from celery.result import AsyncResult
 from sqlalchemy import Engine, text
 
+from ledger import audit
 from ledger.database import connect
 from ledger.roles import READER, WORKER
 from tests import forks
@@ -165,6 +166,12 @@ class Installation:
         in_broker = [*self.waiting().values(), self.broker.llen(ENGINE_QUEUE)]
         return not any(in_broker) and self.count("waiting_messages") == 0
 
+    def is_sound(self, *, events: int) -> bool:
+        """Every message was applied once, and nothing else was."""
+        assert self.count("credit_events") == events
+        assert self.count("dead_letters") == 0
+        return audit.verify(self.engine).is_clean
+
     @contextmanager
     def locked(self, org_id: str) -> Iterator[None]:
         """Somebody holds the lock of this organization's wallet."""
@@ -187,6 +194,11 @@ class Producer:
 
     def send(self, task: str, *args: object, **kwargs: object) -> None:
         self.celery.send_task(task, args=args, kwargs=kwargs, queue=QUEUE, ignore_result=True)
+
+    def send_grants(self, first: int, count: int) -> None:
+        """Send so many grants of one credit, to twenty organizations in turn."""
+        for number in range(first, first + count):
+            self.send("wallet.grant", {"org_id": f"org-{number % 20}", "grant_id": f"gift-{number}", "credits": 1})
 
     def ask(self, task: str, *args: object, **kwargs: object) -> AsyncResult:
         return self.celery.send_task(task, args=args, kwargs=kwargs, queue=QUEUE, ignore_result=False)

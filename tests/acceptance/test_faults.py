@@ -48,7 +48,7 @@ from tests.installation import (
     wait_for_workers,
     warnings_in,
 )
-from tests.messages import delivery
+from tests.messages import delivery, grant
 from tests.support import eventually, sql, suspended
 from worker.answers import PAUSE_S
 from worker.local.embedded import Broker, Embedded
@@ -67,22 +67,6 @@ SOON_S = 20.0
 
 GRACE_S = 30.0
 """How long docker-compose.yml lets a worker stop, which takes less than ten seconds of a machine that has time."""
-
-
-def grants(producer: Producer, first: int, count: int) -> None:
-    for number in range(first, first + count):
-        producer.send("wallet.grant", {"org_id": f"org-{number % 20}", "grant_id": f"gift-{number}", "credits": 1})
-
-
-def grant(org_id: str, grant_id: str = "gift") -> dict[str, Any]:
-    return {"org_id": org_id, "grant_id": grant_id, "credits": 1}
-
-
-def is_sound(installation: Installation, *, events: int) -> bool:
-    """Every message was applied once, and nothing else was."""
-    assert installation.count("credit_events") == events
-    assert installation.count("dead_letters") == 0
-    return audit.verify(installation.engine).is_clean
 
 
 @pytest.fixture
@@ -119,7 +103,7 @@ def test_a_database_that_goes_away_costs_no_message(machine: Embedded, fragile: 
         machine.postgres.kill()
         fragile.engine.dispose()
         down_since = time.monotonic()
-        grants(producer, 0, 100)
+        producer.send_grants(0, 100)
         eventually(lambda: warnings_in(worker))
         eventually(lambda: time.monotonic() > down_since + 2)  # long enough for half a dozen tries
         assert len(warnings_in(worker)) == 1
@@ -147,7 +131,7 @@ def test_what_was_answered_survives_a_crash_of_a_database_that_writes_late_by_de
         machine.postgres.kill()
         fragile.engine.dispose()
         machine.postgres.start()
-        assert is_sound(fragile, events=10)
+        assert fragile.is_sound(events=10)
     with as_admin(machine) as admin:
         admin.execute(text("ALTER ROLE holdfast RESET synchronous_commit"))
 
@@ -188,7 +172,7 @@ def test_a_database_whose_clock_is_a_month_ahead_is_waited_for(
     set_clock_ahead(services, installation, None)
     assert asked.get(timeout=SOON_S)["available"] == 91
     assert run.get(timeout=SOON_S) == 0
-    assert is_sound(installation, events=3)
+    assert installation.is_sound(events=3)
 
 
 def set_clock_ahead(services: Embedded, installation: Installation, by: str | None) -> None:
@@ -214,7 +198,7 @@ def test_a_worker_told_to_stop_while_the_database_is_away_gives_its_messages_bac
         producer.answer("wallet.grant", {"org_id": "before", "grant_id": "gift", "credits": 1})
         machine.postgres.kill()
         fragile.engine.dispose()
-        grants(producer, 0, 10)
+        producer.send_grants(0, 10)
         eventually(lambda: warnings_in(worker))
         terminate(worker)
         assert exit_code(worker) == 0, worker.last_words()
@@ -263,7 +247,7 @@ def test_a_database_that_dies_in_the_middle_of_a_batch_costs_and_repeats_nothing
         producer.answer("wallet.grant", grant("before"))
         with suppress(OperationalError), fragile.locked("before"):
             producer.send("wallet.grant", grant("before", "second"))
-            grants(producer, 0, 100)
+            producer.send_grants(0, 100)
             eventually(lambda: is_waiting_for_a_lock(machine, fragile) or fragile.count("waiting_messages"))
             machine.postgres.stop("immediate")
         fragile.engine.dispose()
@@ -271,7 +255,7 @@ def test_a_database_that_dies_in_the_middle_of_a_batch_costs_and_repeats_nothing
         machine.postgres.start()
         eventually(lambda: fragile.count("credit_events") == 102, timeout_s=SOON_S)
         assert eventually(fragile.is_drained)
-    assert is_sound(fragile, events=102)
+    assert fragile.is_sound(events=102)
     assert "Traceback" not in log_of(worker)
 
 
@@ -283,14 +267,14 @@ def test_while_the_database_is_away_a_worker_holds_no_more_than_its_prefetch_and
         wait_for_workers(producer)
         machine.postgres.kill()
         fragile.engine.dispose()
-        grants(producer, 0, HELD_AT_MOST + 500)
+        producer.send_grants(0, HELD_AT_MOST + 500)
         eventually(lambda: fragile.waiting()["unacked"] == HELD_AT_MOST)
         assert producer.celery.control.ping(timeout=SOON_S, limit=1), "it does not answer while it waits"
         assert fragile.waiting() == {"credits": 500, "unacked": HELD_AT_MOST}
         machine.postgres.start()
         eventually(lambda: fragile.count("credit_events") == HELD_AT_MOST + 500, timeout_s=SOON_S)
     assert eventually(fragile.is_drained)
-    assert is_sound(fragile, events=HELD_AT_MOST + 500)
+    assert fragile.is_sound(events=HELD_AT_MOST + 500)
 
 
 def test_a_database_that_only_reads_is_waited_for(
@@ -305,7 +289,7 @@ def test_a_database_that_only_reads_is_waited_for(
     fail_over(services, installation, read_only=False)
     eventually(lambda: installation.count("credit_events") == 1, timeout_s=SOON_S)
     assert eventually(installation.is_drained)
-    assert is_sound(installation, events=1)
+    assert installation.is_sound(events=1)
     eventually(lambda: re.fullmatch(GOES_ON, warnings_in(worker)[-1]))
 
 
@@ -336,7 +320,7 @@ def test_a_lock_that_somebody_holds_too_long_is_waited_for(fed: Any) -> None:
         assert installation.count("waiting_messages") == 1
     eventually(lambda: installation.count("credit_events") == 2, timeout_s=SOON_S)
     assert eventually(installation.is_drained)
-    assert is_sound(installation, events=2)
+    assert installation.is_sound(events=2)
 
 
 def test_a_deadlock_is_waited_out(services: Embedded, installation: Installation, producer: Producer) -> None:
@@ -363,7 +347,7 @@ def test_a_deadlock_is_waited_out(services: Embedded, installation: Installation
         rival.rollback()
     eventually(lambda: installation.count("credit_events") == 4, timeout_s=SOON_S)
     assert eventually(installation.is_drained)
-    assert is_sound(installation, events=4)
+    assert installation.is_sound(events=4)
     assert worker.is_running
 
 
@@ -503,7 +487,7 @@ def test_a_worker_told_to_stop_while_the_database_is_stuck_gives_its_messages_ba
         assert installation.waiting() == {"credits": 1, "unacked": 0}
     installation.start_worker("worker-2")
     eventually(lambda: installation.count("credit_events") == 2)
-    assert is_sound(installation, events=2)
+    assert installation.is_sound(events=2)
 
 
 def test_a_place_for_answers_that_is_silent_does_not_hold_the_ledger_up(
@@ -587,7 +571,7 @@ def test_what_a_worker_held_when_its_broker_restarted_does_not_wait_for_a_timeou
                 producer.answer("wallet.grant", grant("before"))
                 machine.postgres.kill()
                 installation.engine.dispose()
-                grants(producer, 0, 50)
+                producer.send_grants(0, 50)
                 eventually(lambda: installation.waiting()["unacked"] == 50)
             eventually(lambda: has_written_all(installation))
             broker.kill()
@@ -596,7 +580,7 @@ def test_what_a_worker_held_when_its_broker_restarted_does_not_wait_for_a_timeou
             machine.postgres.start()
             eventually(lambda: installation.count("credit_events") == 51, timeout_s=SOON_S)
             assert eventually(installation.is_drained)
-            assert is_sound(installation, events=51)
+            assert installation.is_sound(events=51)
             assert "Traceback" not in log_of(worker)
 
 
