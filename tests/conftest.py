@@ -68,6 +68,14 @@ def empty_database_url(services: Embedded) -> Iterator[str]:
 
 
 @pytest.fixture
+def empty_engine(empty_database_url: str) -> Iterator[Engine]:
+    """A database that has never been migrated, as its owner connects."""
+    engine = connect(empty_database_url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
 def database_url(services: Embedded) -> Iterator[str]:
     """The URL of a migrated, empty database that is this test's own."""
     with new_database(services) as url:

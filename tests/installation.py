@@ -29,7 +29,7 @@ from tests import forks
 from tests.databases import MIGRATED, new_broker_database, new_database
 from tests.support import PATIENCE_S, as_role, eventually, sql
 from worker.broker import ENGINE_QUEUE, QUEUE
-from worker.local.embedded import Embedded, free_port
+from worker.local.embedded import Broker, Embedded, free_port
 from worker.local.process import Process
 from worker.transport import UNACKED
 
@@ -307,6 +307,25 @@ def open_folder() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder)
+
+
+class _ConfiguredBroker(Broker):
+    def __init__(self, folder: Path, settings: dict[str, str]) -> None:
+        super().__init__(folder)
+        self._settings = settings
+
+    def _config(self) -> str:
+        return super()._config() + "".join(f"{name} {value}\n" for name, value in self._settings.items())
+
+
+@contextmanager
+def closing_broker(folder: Path, **settings: str) -> Iterator[Broker]:
+    """A broker with more settings, that has its address but does not run yet; stopped at the end."""
+    broker = _ConfiguredBroker(folder, settings)
+    try:
+        yield broker
+    finally:
+        broker.stop()
 
 
 def wait_for_workers(producer: Producer, number: int = 1) -> None:

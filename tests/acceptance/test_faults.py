@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -39,6 +38,7 @@ from tests.installation import (
     Installation,
     Producer,
     celery,
+    closing_broker,
     exit_code,
     installed,
     installed_on,
@@ -656,13 +656,3 @@ def test_a_broker_that_is_not_durable_is_told_of_at_the_start_and_whenever_that_
         eventually(lambda: is_told_of(1))
         removes = "when its memory is full it removes messages: set maxmemory-policy noeviction, not allkeys-lru"
         assert warnings_in(worker)[2:] == [f"{not_durable}: {removes}"]
-
-
-@contextmanager
-def closing_broker(folder: Path) -> Iterator[Broker]:
-    """A broker that has its address but does not run yet; stopped at the end."""
-    broker = Broker(folder)
-    try:
-        yield broker
-    finally:
-        broker.stop()

@@ -60,14 +60,6 @@ CATALOG = {
 }
 
 
-@pytest.fixture
-def empty_engine(empty_database_url: str) -> Iterator[Engine]:
-    """A database that has never been migrated."""
-    engine = connect(empty_database_url)
-    yield engine
-    engine.dispose()
-
-
 def catalog(engine: Engine) -> dict[str, list[tuple[Any, ...]]]:
     """Everything in the schema but Alembic's own table."""
     return {

@@ -42,12 +42,6 @@ def worker(database_url: str) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def empty_engine(empty_database_url: str) -> Iterator[Engine]:
-    """A database that has never been migrated, as its owner connects."""
-    yield from connected(empty_database_url)
-
-
-@pytest.fixture
 def reader(database_url: str) -> Iterator[Engine]:
     """The test's own database, as the API connects."""
     yield from connected(as_role(roles.READER, database_url))

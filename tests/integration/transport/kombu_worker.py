@@ -7,8 +7,7 @@ A worker that is killed is a connection that is forgotten: nothing of it is clos
 import json
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any, cast
 
 import pytest
@@ -20,9 +19,8 @@ from kombu.entity import Exchange, Queue
 from kombu.message import Message
 from kombu.messaging import Consumer
 
-from tests.installation import open_folder
+from tests.installation import closing_broker, open_folder
 from tests.support import PATIENCE_S, raw
-from worker.local.embedded import Broker
 from worker.transport import UNACKED, UNACKED_INDEX, Channel
 
 OURS = "worker.transport:Transport"
@@ -113,26 +111,6 @@ def held(broker: redis.Redis) -> int:
 def time_out(broker: redis.Redis) -> None:
     """Have everything that is held look as if it was taken long ago."""
     broker.zadd(UNACKED_INDEX, dict.fromkeys(map(raw, broker.zrange(UNACKED_INDEX, 0, -1)), 0))
-
-
-@contextmanager
-def closing_broker(folder: Path, **settings: str) -> Iterator[Broker]:
-    with closing(ConfiguredBroker(folder, settings)) as broker:
-        yield broker
-
-
-class ConfiguredBroker(Broker):
-    """The broker of the wheels, with settings of the test's own."""
-
-    def __init__(self, folder: Path, settings: dict[str, str]) -> None:
-        super().__init__(folder)
-        self._settings = settings
-
-    def _config(self) -> str:
-        return super()._config() + "".join(f"{name} {value}\n" for name, value in self._settings.items())
-
-    def close(self) -> None:
-        self.stop()
 
 
 @contextmanager

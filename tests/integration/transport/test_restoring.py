@@ -8,7 +8,7 @@ import redis
 from celery import Celery
 from kombu.entity import Exchange, Queue
 
-from tests.installation import open_folder
+from tests.installation import closing_broker, open_folder
 from tests.integration.transport.kombu_worker import (
     OURS,
     QUEUE,
@@ -16,7 +16,6 @@ from tests.integration.transport.kombu_worker import (
     Worker,
     a_broker_of_its_own,
     changed,
-    closing_broker,
     held,
     lay_down,
     numbers,

@@ -25,17 +25,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from kombu.connection import Connection
 
-from tests.installation import environment, open_folder
-from tests.integration.transport.kombu_worker import (
-    OURS,
-    QUEUE,
-    channel_of,
-    closing_broker,
-    held,
-    numbers,
-    send,
-    working,
-)
+from tests.installation import closing_broker, environment, open_folder
+from tests.integration.transport.kombu_worker import OURS, QUEUE, channel_of, held, numbers, send, working
 from tests.support import PATIENCE_S
 from worker.broker import create_celery
 from worker.local.embedded import free_port
