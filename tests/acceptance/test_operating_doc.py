@@ -13,19 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from ruamel.yaml import YAML
 from sqlalchemy import Engine
 
 from ledger import migrations, roles
 from ledger.database import connect
 from ledger.store import apply_batch
+from tests.compose import SERVICES
 from tests.messages import delivery
 from tests.support import PATIENCE_S, sql
 from worker.local.embedded import Embedded
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs" / "operating.md").read_text()
-SERVICES = YAML(typ="safe").load((ROOT / "docker-compose.yml").read_text())["services"]
 
 DOCKER = """#!/bin/sh
 case "$*" in
