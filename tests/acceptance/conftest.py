@@ -1,4 +1,4 @@
-"""One worker a module for the tests that can share it, an installation of its own for a test that cannot, and visitors."""
+"""One worker a module for the tests that can share it, an installation of its own for one that cannot, and visitors."""
 
 from collections.abc import Iterator
 from contextlib import closing
