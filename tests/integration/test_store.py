@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Engine, text
 
 from ledger import audit, rules, store
 from ledger.database import connect, is_transient, raw_connection
-from ledger.messages import AnyMessage
+from ledger.messages import MESSAGES, AnyMessage
 from ledger.state import Decision, Result
 from ledger.store import Applied, DeadLettered, Delivery, apply_batch, apply_waiting
 from ledger.waiting import LOCKED, Waits
@@ -111,6 +111,10 @@ CONVERSATION_EVENTS = [
     (12, "reservation", -60, 540, 120, 60, 80),
     (13, "reservation_released", 60, 540, 120, 0, 80),
 ]
+
+
+def test_the_conversation_has_every_message() -> None:
+    assert {message.task for message, _ in CONVERSATION} == set(MESSAGES)
 
 
 @pytest.mark.parametrize("size", [1, 4, 100])

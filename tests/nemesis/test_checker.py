@@ -16,7 +16,7 @@ from sqlalchemy import Engine
 
 from ledger import audit
 from ledger.database import connect
-from ledger.messages import InvalidMessage
+from ledger.messages import MESSAGES, InvalidMessage
 from ledger.scheduler import release_expired
 from ledger.state import Result
 from ledger.store import Delivery, apply_batch
@@ -109,6 +109,10 @@ def sound(ledger: Ledger) -> Ledger:
 
 def found(findings: list[Finding], kind: str, message: Message) -> bool:
     return any(finding.kind == kind and message.number in finding.numbers for finding in findings)
+
+
+def test_the_workload_has_every_message_but_the_one_whose_effect_depends_on_when_it_comes(ledger: Ledger) -> None:
+    assert {message.task for message in ledger.messages} >= set(MESSAGES) - {"wallet.unsubscribe"}
 
 
 # No harm

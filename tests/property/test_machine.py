@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
 import pytest
-from hypothesis import settings
+from hypothesis import find, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import Engine, select, text
 
-from ledger import audit, clocks, scheduler, store, tables
+from ledger import audit, clocks, messages, scheduler, store, tables
 from ledger.state import Event, Result
 from tests.memory import MemoryLedger
 from tests.messages import delivery
@@ -190,6 +190,11 @@ MESSAGES = st.one_of(
         period_cap=st.sampled_from([None, 0, 90, 300]),
     ),
 )
+
+
+@pytest.mark.parametrize("task", messages.MESSAGES)
+def test_the_machine_sends_every_message(task: str) -> None:
+    find(MESSAGES, lambda sent: sent[0] == task, settings=settings(database=None))
 
 
 class LedgerMachine(RuleBasedStateMachine):
