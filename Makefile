@@ -22,6 +22,8 @@ demo: $(VENV)/runtime.stamp ## a tour: start everything, run sample workflows, s
 up: $(VENV)/runtime.stamp ## start everything in one data folder, until Ctrl-C
 	@$(BIN)/holdfast up
 
+# Hundreds of processes import the same modules: they are compiled once, also where the environment forbids that.
+test: export PYTHONDONTWRITEBYTECODE =
 test: lint ## every check: lint, types, all tests, every branch of the core
 	$(BIN)/pytest tests/unit --cov --cov-report=
 	$(BIN)/coverage report --include=$(CORE) --fail-under=100

@@ -22,7 +22,7 @@ def new_database(services: Embedded, template: str = MIGRATED, options: str = ""
     name = f"test_{next(_numbers)}"
     # No connection is kept: at the end the server may be another one.
     admin = create_engine(services.admin_url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
-    sql(admin, f"CREATE DATABASE {name} OWNER holdfast TEMPLATE {template} {options}")
+    sql(admin, f"CREATE DATABASE {name} OWNER holdfast TEMPLATE {template} STRATEGY FILE_COPY {options}")
     try:
         yield services.postgres.url("holdfast", name)
     finally:
