@@ -1,6 +1,7 @@
 """What holds the structure of the code: which module may import which, and how long a function may be."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,8 @@ RULES: list[Rule] = [
 CLOCKS = ("now", "utcnow", "today")
 
 
-def imports(source: str, package: str) -> set[str]:
+@cache
+def imports(source: str, package: str) -> frozenset[str]:
     """The full name of everything that a module of `package` imports."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
@@ -52,7 +54,7 @@ def imports(source: str, package: str) -> set[str]:
             parents = package.split(".")[: -(node.level - 1) or None] if node.level else []
             base = ".".join([*parents, *([node.module] if node.module else [])])
             names |= {f"{base}.{alias.name}" for alias in node.names}
-    return names
+    return frozenset(names)
 
 
 def within(name: str, packages: tuple[str, ...]) -> bool:
