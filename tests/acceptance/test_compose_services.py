@@ -6,7 +6,6 @@ The broker stays within its memory, and the database is made, whatever was there
 import os
 import socket
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from redis.retry import Retry
 
 from ledger import roles
 from tests.compose import SERVICES, environment, interpolated, with_program
+from tests.installation import open_folder
 from tests.support import PATIENCE_S
 from worker.local.embedded import Embedded, Postgres, _valkey_binary, free_port
 from worker.local.process import Process
@@ -99,16 +99,14 @@ def answers(broker: redis.Redis) -> bool:
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[Postgres]:
     """A PostgreSQL in which Holdfast has nothing yet, that wants a password of its role."""
-    with tempfile.TemporaryDirectory(prefix="holdfast-tests-") as folder:
-        Path(folder).chmod(0o711)  # as root, PostgreSQL runs as an account that has to pass through
-        with Embedded(Path(folder), durable=False) as running:
-            rules = f"local all {','.join(ROLES)} scram-sha-256\nlocal all postgres trust\n"
-            (running.postgres.data / "pg_hba.conf").write_text(rules)
-            with administrator(running.postgres) as connection:
-                connection.execute("SELECT pg_reload_conf()")
-                connection.execute("DROP DATABASE holdfast")
-                connection.execute(f"DROP ROLE {', '.join(ROLES)}")
-            yield running.postgres
+    with open_folder() as folder, Embedded(folder, durable=False) as running:
+        rules = f"local all {','.join(ROLES)} scram-sha-256\nlocal all postgres trust\n"
+        (running.postgres.data / "pg_hba.conf").write_text(rules)
+        with administrator(running.postgres) as connection:
+            connection.execute("SELECT pg_reload_conf()")
+            connection.execute("DROP DATABASE holdfast")
+            connection.execute(f"DROP ROLE {', '.join(ROLES)}")
+        yield running.postgres
 
 
 ROLES = {

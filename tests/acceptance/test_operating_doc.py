@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from ledger import migrations, roles
 from ledger.database import connect
 from ledger.store import apply_batch
 from tests.compose import SERVICES
+from tests.installation import open_folder
 from tests.messages import delivery
 from tests.support import PATIENCE_S, sql
 from worker.local.embedded import Embedded
@@ -67,10 +67,8 @@ class Machine:
 
 @pytest.fixture(scope="module")
 def own_services() -> Iterator[Embedded]:
-    with tempfile.TemporaryDirectory(prefix="holdfast-tests-") as folder:
-        Path(folder).chmod(0o711)  # as root, PostgreSQL runs as an account that has to pass through
-        with Embedded(Path(folder), durable=False) as running:
-            yield running
+    with open_folder() as folder, Embedded(folder, durable=False) as running:
+        yield running
 
 
 @pytest.fixture
