@@ -11,7 +11,7 @@ SBOM := dist/holdfast.cdx.json
 CORE := ledger/messages.py,ledger/periods.py,ledger/rules.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test soak bench lint format docs lock sbom clean
+.PHONY: help demo up test unit soak bench lint format docs lock sbom clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' Makefile
@@ -22,10 +22,15 @@ demo: $(VENV)/runtime.stamp ## a tour: start everything, run sample workflows, s
 up: $(VENV)/runtime.stamp ## start everything in one data folder, until Ctrl-C
 	@$(BIN)/holdfast up
 
-test: lint ## every check: lint, types, all tests, every branch of the core
+# Hundreds of processes import the same modules: they are compiled once, also where the environment forbids that.
+test: export PYTHONDONTWRITEBYTECODE =
+test: $(VENV)/dev.stamp ## every check: lint, types, all tests, every branch of the core
+	@$(MAKE) --no-print-directory --jobs=2 lint unit
+	$(BIN)/pytest --ignore=tests/unit --numprocesses=4 --dist=loadfile --no-loadscope-reorder
+
+unit: $(VENV)/dev.stamp ## the tests without servers, and every branch of the core
 	$(BIN)/pytest tests/unit --cov --cov-report=
 	$(BIN)/coverage report --include=$(CORE) --fail-under=100
-	$(BIN)/pytest --ignore=tests/unit --numprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 soak: $(VENV)/dev.stamp ## half an hour of faults: nothing lost, nothing applied twice
 	$(BIN)/pytest -m soak

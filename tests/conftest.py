@@ -6,17 +6,18 @@ And how hard Hypothesis tries: `default` on every push, `soak` (HYPOTHESIS_PROFI
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 
 from ledger import migrations
 from ledger.database import connect
 from tests import rabbitmq
+from tests.databases import EMPTY, new_broker_database, new_database
 from tests.rabbitmq import RabbitMQ
 from worker.local.embedded import Embedded
 
@@ -35,11 +36,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest begin first, so that no process works on one while the others have ended."""
     long = {item.path for item in items if item.get_closest_marker("timeout") is not None}
-    items.sort(key=lambda item: item.path not in long)
-
-
-TEMPLATE = "holdfast"
-_numbers = count(1)
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in long, -tests[item.path]))
 
 
 class Services(Embedded):
@@ -67,13 +65,23 @@ def services() -> Iterator[Embedded]:
 @pytest.fixture
 def empty_database_url(services: Embedded) -> Iterator[str]:
     """The URL of a database that has never been migrated."""
-    yield from _new_database(services, "template1")
+    with new_database(services, EMPTY) as url:
+        yield url
+
+
+@pytest.fixture
+def empty_engine(empty_database_url: str) -> Iterator[Engine]:
+    """A database that has never been migrated, as its owner connects."""
+    engine = connect(empty_database_url)
+    yield engine
+    engine.dispose()
 
 
 @pytest.fixture
 def database_url(services: Embedded) -> Iterator[str]:
     """The URL of a migrated, empty database that is this test's own."""
-    yield from _new_database(services, TEMPLATE)
+    with new_database(services) as url:
+        yield url
 
 
 @pytest.fixture
@@ -82,6 +90,13 @@ def engine(database_url: str) -> Iterator[Engine]:
     engine = connect(database_url)
     yield engine
     engine.dispose()
+
+
+@pytest.fixture
+def broker_url(services: Embedded) -> Iterator[str]:
+    """The URL of an empty database of the broker that is this test's own."""
+    with new_broker_database(services) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")
@@ -104,14 +119,3 @@ def _fast_folder() -> str | None:
     """Memory, where there is enough of it: a database for every test is some 300 files each time."""
     memory = Path("/dev/shm")
     return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > 2**30 else None
-
-
-def _new_database(services: Embedded, template: str) -> Iterator[str]:
-    name = f"test_{next(_numbers)}"
-    admin = connect(services.admin_url).execution_options(isolation_level="AUTOCOMMIT")
-    with admin.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template} OWNER holdfast"))
-    yield services.database_url.replace("/holdfast?", f"/{name}?")
-    with admin.connect() as connection:
-        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-    admin.dispose()

@@ -28,8 +28,9 @@ _PORT_MAPPER = shutil.which("epmd")
 
 START_TIMEOUT_S = 300.0
 
-# One scheduler, which sleeps when it has nothing to do: a node is cheap then.
-ERLANG_ARGUMENTS = "-kernel inet_dist_use_interface {127,0,0,1} +S 1:1 +sbwt none +sbwtdcpu none +sbwtdio none"
+# One scheduler, which sleeps when it has nothing to do: a node and a command are cheap then.
+SCHEDULERS = "+S 1:1 +sbwt none +sbwtdcpu none +sbwtdio none"
+ERLANG_ARGUMENTS = f"-kernel inet_dist_use_interface {{127,0,0,1}} {SCHEDULERS}"
 
 CONFIGURATION = """\
 listeners.tcp.1 = 127.0.0.1:{port}
@@ -137,6 +138,7 @@ def cluster(
             "RABBITMQ_MNESIA_BASE": str(folder / "data"),
             "RABBITMQ_LOG_BASE": str(folder / "logs"),
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": ERLANG_ARGUMENTS,
+            "RABBITMQ_CTL_ERL_ARGS": SCHEDULERS,
             "RUNNING_UNDER_SYSTEMD": "true",  # no shell between us and the server
         }
         mapper = Process("epmd", [_PORT_MAPPER], folder, env=environment)

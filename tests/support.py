@@ -1,6 +1,5 @@
-"""What tests share: waiting for what is about to be true, and a message as the broker would deliver it."""
+"""What tests of every kind need: waiting for what is about to be true, and a database behind the ledger's back."""
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -9,18 +8,12 @@ from typing import Any, TypeVar
 
 import psutil
 import pytest
-from sqlalchemy import Engine, create_engine, make_url, text
-
-from ledger.store import Delivery
-from worker.local.embedded import Embedded
+from sqlalchemy import Engine, make_url, text
 
 Value = TypeVar("Value")
 
 PATIENCE_S = 60.0
 """How long a test waits for what is about to be true: many times what a slow and busy machine needs."""
-
-EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
-"""The third part of a body, as Celery sends it."""
 
 
 def eventually(predicate: Callable[[], Value], *, timeout_s: float = PATIENCE_S) -> Value:
@@ -57,11 +50,6 @@ def raw(value: object) -> bytes:
     return value
 
 
-def delivery(task: str, **fields: Any) -> Delivery:
-    """The message with these fields, as it arrives from the broker."""
-    return Delivery(task, fields, json.dumps([[fields], {}, EMBED]).encode())
-
-
 def sql(engine: Engine, statement: str, **parameters: Any) -> list[tuple[Any, ...]]:
     """Run `statement` in a transaction of its own, behind the ledger's back; answers with its rows, if it has any."""
     with engine.begin() as connection:
@@ -87,16 +75,3 @@ def no_more_acting(engine: Engine, table: str) -> None:
 def as_role(role: str, database_url: str) -> str:
     """The same database for another role than its owner."""
     return make_url(database_url).set(username=role).render_as_string(hide_password=False)
-
-
-@contextmanager
-def database_encoded_in(encoding: str, services: Embedded) -> Iterator[str]:
-    """The URL of a database `encoded`, which cannot hold every text, or does not know what it holds."""
-    admin = create_engine(services.admin_url, isolation_level="AUTOCOMMIT")
-    options = f"ENCODING '{encoding}' LOCALE_PROVIDER libc LOCALE 'C' TEMPLATE template0"
-    sql(admin, f"CREATE DATABASE encoded OWNER holdfast {options}")
-    try:
-        yield services.postgres.url("holdfast", "encoded")
-    finally:
-        sql(admin, "DROP DATABASE encoded WITH (FORCE)")
-        admin.dispose()

@@ -16,7 +16,7 @@ is taken alone, so that only one that ends its workers is counted further, and a
 delivered as `SetAside`, and read by nobody.
 
 It does not change how messages are published, and it leans on the internals of kombu 5.7 and on redis-py's parser:
-tests/integration/test_transport.py holds what it leans on.
+tests/integration/transport holds what it leans on.
 """
 
 import base64

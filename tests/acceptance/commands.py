@@ -9,8 +9,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from tests.acceptance import forks
-from tests.acceptance.installation import HOLDFAST
+from tests import forks
+from tests.installation import HOLDFAST
 
 TIMEOUT_S = 60
 

@@ -1,12 +1,17 @@
-"""One worker a module, for the tests that can share it; an installation of its own for a test that cannot."""
+"""One worker a module for the tests that can share it, an installation of its own for one that cannot, and visitors."""
 
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import count
 
 import pytest
 
-from tests.acceptance.installation import Installation, Producer, installed, wait_for_workers
+from tests.acceptance.website import LETTERS, Visitor, operator_token, served, token, write
+from tests.installation import Installation, Producer, installed, wait_for_workers
+from tests.support import sql
 from worker.local.embedded import Embedded
+
+_numbers = count(1)
 
 
 @pytest.fixture
@@ -38,3 +43,53 @@ def workflow_engine(running: Installation) -> Iterator[Producer]:
     """Sends to the module's running worker."""
     with closing(Producer(running.broker_url)) as plain:
         yield plain
+
+
+# The web pages, on a ledger without a worker
+
+
+@pytest.fixture(scope="module")
+def ledger(services: Embedded) -> Iterator[Installation]:
+    """A ledger of this module's own, without a worker; every test has organizations of its own."""
+    with installed(services) as own:
+        yield own
+
+
+@pytest.fixture(scope="module")
+def address(ledger: Installation) -> Iterator[str]:
+    with served(ledger.database_url, ledger.broker_url) as address:
+        yield address
+
+
+@pytest.fixture
+def visitor(address: str) -> Iterator[Visitor]:
+    """Somebody who is not signed in."""
+    with Visitor(base_url=address) as visitor:
+        yield visitor
+
+
+@pytest.fixture
+def org_id() -> str:
+    """An organization that is this test's own."""
+    return f"org-{next(_numbers)}"
+
+
+@pytest.fixture
+def customer(visitor: Visitor, org_id: str) -> Visitor:
+    """Somebody who may read the credits of `org_id`."""
+    assert visitor.sign_in(token(orgs=[org_id])).status_code == 303
+    return visitor
+
+
+@pytest.fixture
+def operator(visitor: Visitor) -> Visitor:
+    assert visitor.sign_in(operator_token()).status_code == 303
+    return visitor
+
+
+@pytest.fixture
+def letter(ledger: Installation, org_id: str) -> str:
+    """The address of a dead letter that is this test's own."""
+    write(ledger.engine, org_id, ("wallet.purchase", {"purchase_id": "p1", "credits": 0}))
+    [(number,)] = sql(ledger.engine, "SELECT id FROM dead_letters WHERE org_id = :org_id", org_id=org_id)
+    return f"{LETTERS}/{number}"

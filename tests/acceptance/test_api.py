@@ -26,9 +26,10 @@ from ledger.roles import READER
 from ledger.rules import SCHEDULER
 from ledger.store import apply_batch
 from tests.acceptance import website
-from tests.acceptance.installation import Installation, installed, log_of
 from tests.acceptance.website import FUTURE, HISTORY, SECRET, Patient, served, serving, token
-from tests.support import PATIENCE_S, delivery, eventually, sql, suspended
+from tests.installation import Installation, installed, log_of
+from tests.messages import delivery
+from tests.support import PATIENCE_S, eventually, sql, suspended
 from worker.broker import ENGINE_QUEUE
 from worker.cli.holds import SOURCE as OPERATOR
 from worker.client import Client
@@ -57,6 +58,16 @@ IS_NO_ID = "must have 1 to 128 characters, and only letters, digits and _ . : - 
 MOMENT = r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{6})?\+00:00"
 
 
+HISTORY_OF_ACME = [
+    delivery("wallet.subscribe", org_id="acme", subscription_id="s1", version=1, plan="pro", monthly_credits=100),
+    delivery("wallet.purchase", org_id="acme", purchase_id="p1", credits=500),
+    delivery("workflow.start", org_id="acme", workflow_id="w1", credits=75, project_id="web"),
+    delivery("workflow.finish", org_id="acme", workflow_id="w1", credits=80),
+    delivery("workflow.start", org_id="acme", workflow_id="w2", credits=20, activity_name="Crawl"),
+    delivery("wallet.purchase", org_id="other", purchase_id="p1", credits=1),
+]
+
+
 class Api(Patient):
     """The API at its address, asked by somebody who may read the credits of acme."""
 
@@ -69,35 +80,44 @@ class Api(Patient):
         return response.status_code, body["detail"]
 
 
-@pytest.fixture
-def app(database_url: str, services: Embedded) -> FastAPI:
-    return website.app(database_url, services.broker_url)
+@pytest.fixture(scope="module")
+def shared(services: Embedded) -> Iterator[Installation]:
+    """A ledger with some history, which no test changes."""
+    with installed(services) as own:
+        apply_batch(own.engine, HISTORY_OF_ACME)
+        yield own
+
+
+@pytest.fixture(scope="module")
+def address(shared: Installation) -> Iterator[str]:
+    with served(shared.database_url, shared.broker_url) as address:
+        yield address
 
 
 @pytest.fixture
-def api(app: FastAPI) -> Iterator[Api]:
+def api(address: str) -> Iterator[Api]:
+    with Api(base_url=address, headers={"Authorization": f"Bearer {token()}"}) as client:
+        yield client
+
+
+@pytest.fixture
+def app(database_url: str, broker_url: str) -> FastAPI:
+    return website.app(database_url, broker_url)
+
+
+@pytest.fixture
+def own_api(app: FastAPI) -> Iterator[Api]:
+    """One on the test's own database, where there is nothing yet."""
     with serving(app) as address, Api(base_url=address, headers={"Authorization": f"Bearer {token()}"}) as client:
         yield client
 
 
 @pytest.fixture
 def history(engine: Engine) -> None:
-    apply_batch(
-        engine,
-        [
-            delivery(
-                "wallet.subscribe", org_id="acme", subscription_id="s1", version=1, plan="pro", monthly_credits=100
-            ),
-            delivery("wallet.purchase", org_id="acme", purchase_id="p1", credits=500),
-            delivery("workflow.start", org_id="acme", workflow_id="w1", credits=75, project_id="web"),
-            delivery("workflow.finish", org_id="acme", workflow_id="w1", credits=80),
-            delivery("workflow.start", org_id="acme", workflow_id="w2", credits=20, activity_name="Crawl"),
-            delivery("wallet.purchase", org_id="other", purchase_id="p1", credits=1),
-        ],
-    )
+    apply_batch(engine, HISTORY_OF_ACME)
 
 
-def test_the_history_has_the_columns_of_the_contract_newest_first(api: Api, history: None) -> None:
+def test_the_history_has_the_columns_of_the_contract_newest_first(api: Api) -> None:
     body = api.get(EVENTS).json()
     assert (body["total"], body["limit"], body["offset"], body["next_cursor"]) == (6, 100, 0, None)
     assert list(body["items"][0]) == [
@@ -149,15 +169,15 @@ def test_the_history_has_the_columns_of_the_contract_newest_first(api: Api, hist
         ("cursor=3", [2, 1]),
     ],
 )
-def test_the_history_is_filtered_and_paged(api: Api, history: None, query: str, ids: list[int]) -> None:
+def test_the_history_is_filtered_and_paged(api: Api, query: str, ids: list[int]) -> None:
     assert [item["id"] for item in api.get(f"{EVENTS}?{query}").json()["items"]] == ids
 
 
-def test_a_cursor_neither_skips_nor_repeats_while_events_are_added(api: Api, history: None, engine: Engine) -> None:
+def test_a_cursor_neither_skips_nor_repeats_while_events_are_added(own_api: Api, history: None, engine: Engine) -> None:
     seen: list[int] = []
     cursor = None
     for number in range(3):
-        page = api.get(EVENTS, params={"limit": 2} | ({} if cursor is None else {"cursor": cursor})).json()
+        page = own_api.get(EVENTS, params={"limit": 2} | ({} if cursor is None else {"cursor": cursor})).json()
         seen += [item["id"] for item in page["items"]]
         cursor = page["next_cursor"]
         apply_batch(engine, [delivery("wallet.grant", org_id="acme", grant_id=f"g{number}", credits=1)])
@@ -198,7 +218,7 @@ def test_of_many_bad_parameters_the_first_ten_are_told(api: Api) -> None:
     assert (status, many) == (422, f"{'; '.join([one] * 10)}; … and 990 more")
 
 
-def test_the_wallet_says_what_there_is(api: Api, history: None) -> None:
+def test_the_wallet_says_what_there_is(api: Api) -> None:
     body = api.get(CREDITS).json()
     period = body.pop("current_period")
     assert period["start"][:4].isdigit()
@@ -218,24 +238,24 @@ def test_the_wallet_says_what_there_is(api: Api, history: None) -> None:
     }
 
 
-def test_the_wallet_of_an_organization_without_credits_is_empty(api: Api) -> None:
-    body = api.get(CREDITS).json()
+def test_the_wallet_of_an_organization_without_credits_is_empty(own_api: Api) -> None:
+    body = own_api.get(CREDITS).json()
     assert (body["balance"], body["plan"], body["current_period"]) == (0, None, None)
 
 
-def test_the_wallet_as_of_a_time(api: Api, history: None, engine: Engine) -> None:
+def test_the_wallet_as_of_a_time(own_api: Api, history: None, engine: Engine) -> None:
     [(bought_at,)] = sql(engine, "SELECT created_at FROM credit_events WHERE org_id = 'acme' AND seq = 6")
-    now = api.get(CREDITS, params={"at": bought_at.isoformat()}).json()
+    now = own_api.get(CREDITS, params={"at": bought_at.isoformat()}).json()
     assert (now["available"], now["reserved_credits"], now["used_this_period"]) == (500, 20, 80)
-    before = api.get(CREDITS, params={"at": "2000-01-01"}).json()
+    before = own_api.get(CREDITS, params={"at": "2000-01-01"}).json()
     assert (before["available"], before["prepaid_balance"]) == (0, 0)
-    assert api.problem(f"{CREDITS}?at=noon")[0] == 422
+    assert own_api.problem(f"{CREDITS}?at=noon")[0] == 422
 
 
-def test_a_workflow_is_told_with_its_refunds(api: Api, history: None, engine: Engine) -> None:
+def test_a_workflow_is_told_with_its_refunds(own_api: Api, history: None, engine: Engine) -> None:
     fields = {"org_id": "acme", "refund_id": "r1", "credits": 30, "workflow_id": "w1"}
     apply_batch(engine, [delivery("wallet.refund", **fields)])
-    body = api.get("/api/organizations/acme/workflows/w1").json()
+    body = own_api.get("/api/organizations/acme/workflows/w1").json()
     assert (body["refunded_credits"], body["events"][-1]["event_type"], body["events"][-1]["credits"]) == (
         30,
         "refund",
@@ -243,7 +263,7 @@ def test_a_workflow_is_told_with_its_refunds(api: Api, history: None, engine: En
     )
 
 
-def test_every_time_is_written_in_one_form(api: Api, history: None) -> None:
+def test_every_time_is_written_in_one_form(api: Api) -> None:
     wallet = api.get(CREDITS).json()
     workflow = api.get("/api/organizations/acme/workflows/w2").json()
     events = api.get(EVENTS).json()["items"]
@@ -253,7 +273,7 @@ def test_every_time_is_written_in_one_form(api: Api, history: None) -> None:
     assert [time for time in times if not re.fullmatch(MOMENT, time)] == []
 
 
-def test_a_workflow_and_its_events(api: Api, history: None) -> None:
+def test_a_workflow_and_its_events(api: Api) -> None:
     body = api.get("/api/organizations/acme/workflows/w1").json()
     assert [event["event_type"] for event in body.pop("events")] == ["reservation", "reservation_released", "usage"]
     assert body.pop("expires_at")
@@ -389,10 +409,10 @@ def test_an_engine_reports_through_the_broker(api: Api) -> None:
     assert _waiting(api) == before + 1
 
 
-def test_the_metrics_count_what_waits_in_the_queue_of_engines_too(api: Api, services: Embedded) -> None:
+def test_the_metrics_count_what_waits_in_the_queue_of_engines_too(api: Api, shared: Installation) -> None:
     of_engines = 'holdfast_queue_messages{queue="credits.engine"}'
     before = _metric(api, of_engines)
-    with Client(services.broker_url, queue=ENGINE_QUEUE) as engine:
+    with Client(shared.broker_url, queue=ENGINE_QUEUE) as engine:
         engine.cancel(org_id="acme", workflow_id="w1")
     assert _metric(api, of_engines) == before + 1
 
@@ -519,7 +539,7 @@ def test_reading_does_not_allow_reporting(api: Api) -> None:
     assert (response.status_code, response.json()["detail"]) == (403, "The token lacks the scope workflows:write.")
 
 
-def test_health_and_metrics_need_no_token(api: Api, history: None) -> None:
+def test_health_and_metrics_need_no_token(api: Api) -> None:
     nobody = {"Authorization": ""}
     assert api.get("/healthz", headers=nobody).json() == {"status": "ok"}
     for path in ("/healthz", "/readyz"):
@@ -553,7 +573,7 @@ def test_the_log_of_the_server_has_no_health_check_that_went_well(installation: 
     ]
 
 
-def test_without_its_database_the_api_says_so(api: Api, engine: Engine, services: Embedded) -> None:
+def test_without_its_database_the_api_says_so(own_api: Api, engine: Engine, services: Embedded) -> None:
     [(name,)] = sql(engine, "SELECT current_database()")
     engine.dispose()
     admin = connect(services.admin_url).execution_options(isolation_level="AUTOCOMMIT")
@@ -561,9 +581,9 @@ def test_without_its_database_the_api_says_so(api: Api, engine: Engine, services
         connection.exec_driver_sql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
         connection.exec_driver_sql(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
         try:
-            assert api.problem(EVENTS) == (503, "The ledger does not answer at the moment; try again.")
-            assert api.get("/readyz").json() == {"database": "unavailable", "broker": "ok"}
-            assert "holdfast_database_up 0.0" in api.get("/metrics").text
+            assert own_api.problem(EVENTS) == (503, "The ledger does not answer at the moment; try again.")
+            assert own_api.get("/readyz").json() == {"database": "unavailable", "broker": "ok"}
+            assert "holdfast_database_up 0.0" in own_api.get("/metrics").text
         finally:
             connection.exec_driver_sql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
     admin.dispose()
@@ -581,15 +601,15 @@ def exhausted(app: FastAPI) -> Iterator[None]:
         yield
 
 
-def test_while_all_connections_are_in_use_the_answer_is_to_try_again(api: Api, exhausted: None) -> None:
-    assert api.problem(EVENTS) == (503, "The ledger is busy at the moment; try again.")
-    assert api.get(EVENTS).headers["retry-after"] == "5"
+def test_while_all_connections_are_in_use_the_answer_is_to_try_again(own_api: Api, exhausted: None) -> None:
+    assert own_api.problem(EVENTS) == (503, "The ledger is busy at the moment; try again.")
+    assert own_api.get(EVENTS).headers["retry-after"] == "5"
     # The database itself is well, and figures are wanted most when there is much to do.
-    ready = api.get("/readyz")
+    ready = own_api.get("/readyz")
     assert (ready.status_code, ready.json()) == (200, {"database": "ok", "broker": "ok"})
-    assert "holdfast_database_up 1.0" in api.get("/metrics").text
+    assert "holdfast_database_up 1.0" in own_api.get("/metrics").text
     for path in (HISTORY, f"{HISTORY}.csv"):
-        page = api.get(path)
+        page = own_api.get(path)
         assert (page.status_code, page.headers["retry-after"]) == (503, "5")
         assert page.headers["content-type"] == "text/html; charset=utf-8"
         assert "<p>The ledger is busy at the moment; try again.</p>" in page.text
@@ -613,12 +633,12 @@ def frozen(app: FastAPI, engine: Engine, services: Embedded) -> Iterator[None]:
         yield
 
 
-def test_a_database_that_hangs_is_down(api: Api, frozen: None) -> None:
+def test_a_database_that_hangs_is_down(own_api: Api, frozen: None) -> None:
     with ThreadPoolExecutor(82) as many:
-        _assert_is_down(api, many)
+        _assert_is_down(own_api, many)
         # More requests than there are threads, all of which wait for the database.
-        waiting = [many.submit(_give_up, api, somebody) for somebody in range(80)]
-        _assert_is_down(api, many)
+        waiting = [many.submit(_give_up, own_api, somebody) for somebody in range(80)]
+        _assert_is_down(own_api, many)
     assert {answer.result() for answer in waiting} <= {503, None}
 
 
@@ -638,12 +658,14 @@ def _give_up(api: Api, somebody: int) -> int | None:
         return None
 
 
-def test_many_requests_at_once_do_not_wait_for_one_another(app: FastAPI, api: Api, history: None) -> None:
+def test_many_requests_at_once_do_not_wait_for_one_another(app: FastAPI, own_api: Api, history: None) -> None:
     # More than there are threads and connections together: a request that held one while it waits for the other
     # would stop them all until the pool's timeout.
     app.state.services.engine.pool._timeout = 2 * PATIENCE_S
     with ThreadPoolExecutor(80) as many:
-        answers = list(many.map(lambda n: api.get(CREDITS, timeout=PATIENCE_S, headers=_somebody(n % 80)), range(400)))
+        answers = list(
+            many.map(lambda n: own_api.get(CREDITS, timeout=PATIENCE_S, headers=_somebody(n % 80)), range(400))
+        )
     assert {answer.status_code for answer in answers} == {200}
 
 
@@ -656,7 +678,7 @@ def _wrong_statement(ledger: Connection, *_: object, **__: object) -> None:
 
 
 @pytest.fixture
-def log(api: Api) -> Iterator[io.StringIO]:
+def log(own_api: Api) -> Iterator[io.StringIO]:
     """What the server logs, from now on."""
     server, written = logging.getLogger("uvicorn.error"), io.StringIO()
     handler = logging.StreamHandler(written)
@@ -678,7 +700,7 @@ def log(api: Api) -> Iterator[io.StringIO]:
     ],
 )
 def test_what_nobody_expected_is_a_sentence_and_the_log_has_the_rest(
-    api: Api,
+    own_api: Api,
     log: io.StringIO,
     monkeypatch: pytest.MonkeyPatch,
     path: str,
@@ -686,7 +708,7 @@ def test_what_nobody_expected_is_a_sentence_and_the_log_has_the_rest(
     fault: Callable[..., None],
 ) -> None:
     monkeypatch.setattr(f"ledger.{function}", fault)
-    failed = api.get(path)
+    failed = own_api.get(path)
     assert (failed.status_code, failed.headers["connection"]) == (500, "close")
     assert (failed.headers["cache-control"], failed.headers["x-content-type-options"]) == ("no-store", "nosniff")
     assert "private detail" not in failed.text
@@ -707,7 +729,7 @@ def test_what_nobody_expected_is_a_sentence_and_the_log_has_the_rest(
     assert "Traceback (most recent call last):" in logged
     assert "private detail" in logged
     monkeypatch.undo()
-    assert api.get(path).status_code == 200
+    assert own_api.get(path).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -808,7 +830,7 @@ def test_the_openapi_document_describes_it(api: Api) -> None:
             assert "422" not in described["responses"]
 
 
-def test_every_answer_is_as_the_openapi_document_says(api: Api, history: None) -> None:
+def test_every_answer_is_as_the_openapi_document_says(api: Api) -> None:
     document = api.get("/openapi.json").json()
     write = {"Authorization": f"Bearer {token(scope='workflows:write')}"}
     one = "/api/organizations/{orgId}/workflows/{workflowId}"

@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.acceptance.installation import Installation, environment
+from tests.installation import Installation, environment
 from tests.packages import what_runs
 
 ROOT = Path(__file__).parents[2]

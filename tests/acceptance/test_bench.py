@@ -13,7 +13,8 @@ from bench.report import BARS, Report, describe_machine
 from bench.stand import Stand, check_ledger
 from bench.workload import NotAccountedError, Workload
 from ledger.store import apply_batch
-from tests.support import delivery, sql
+from tests.messages import delivery
+from tests.support import sql
 from worker.local.embedded import Embedded
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine

@@ -7,7 +7,7 @@ import pytest
 import redis
 from celery import Celery
 
-from tests.acceptance.installation import Installation, Producer, installed_on, open_folder, wait_for_workers
+from tests.installation import Installation, Producer, installed_on, open_folder, wait_for_workers
 from tests.support import PATIENCE_S, eventually
 from worker.broker import ENGINE_QUEUE
 from worker.client import Client

@@ -25,9 +25,10 @@ from sqlalchemy import Engine
 
 from api_stub import operators
 from ledger.store import apply_batch
-from tests.acceptance.installation import Installation
 from tests.acceptance.website import HISTORY, LETTERS, operator_token, served, token
-from tests.support import PATIENCE_S, delivery, eventually, sql
+from tests.installation import Installation
+from tests.messages import delivery
+from tests.support import PATIENCE_S, eventually, sql
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SCREENSHOT = os.environ.get("HOLDFAST_TEST_SCREENSHOT")

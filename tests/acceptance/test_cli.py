@@ -22,8 +22,9 @@ from ledger import audit, migrations, roles
 from ledger.store import DeadLettered, apply_batch
 from tests.acceptance import commands
 from tests.acceptance.commands import Ended, drawn
-from tests.acceptance.installation import HOLDFAST, Installation, environment, installed, open_folder
-from tests.support import PATIENCE_S, delivery, eventually, sql
+from tests.installation import HOLDFAST, Installation, environment, installed, open_folder
+from tests.messages import delivery
+from tests.support import PATIENCE_S, eventually, sql
 from worker.broker import ENGINE_QUEUE
 from worker.client import Client
 from worker.local.embedded import Embedded

@@ -14,10 +14,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from ledger.messages import MESSAGES
 from ledger.state import Result, WorkflowState
-from tests.acceptance.installation import SENT_BY_FORKS, Installation, Producer, send_from_forks
 from tests.acceptance.story import STORY
 from tests.cut import cut_way_to
+from tests.installation import SENT_BY_FORKS, Installation, Producer, send_from_forks
 from tests.support import PATIENCE_S, eventually, raw, sql
 from worker.client import Client, DeadLetteredError, InvalidMessageError, NoAnswerError, NotSentError
 from worker.publishing import TIMEOUT_S
@@ -34,6 +35,10 @@ def client(running: Installation) -> Iterator[Client]:
 def events(installation: Installation, org_id: str) -> int:
     [(rows,)] = sql(installation.engine, "SELECT count(*) FROM credit_events WHERE org_id = :org_id", org_id=org_id)
     return int(rows)
+
+
+def test_the_story_has_every_message() -> None:
+    assert {task for task, _, _ in STORY} == set(MESSAGES)
 
 
 def test_every_method_sends_its_message_and_returns_the_answer(client: Client) -> None:

@@ -14,7 +14,7 @@ from kombu.connection import Connection
 from ledger import audit
 from ledger.messages import DELIVERY_LIMIT, SUSPECT
 from tests.acceptance import commands
-from tests.acceptance.installation import (
+from tests.installation import (
     IMPATIENT_WORKER,
     Installation,
     Producer,
@@ -22,7 +22,8 @@ from tests.acceptance.installation import (
     installed,
     warnings_in,
 )
-from tests.support import EMBED, PATIENCE_S, eventually, sql
+from tests.messages import EMBED
+from tests.support import PATIENCE_S, eventually, sql
 from worker.broker import ENGINE_DEAD_QUEUE, ENGINE_QUEUE, QUEUE
 from worker.client import Client
 from worker.local.embedded import Embedded

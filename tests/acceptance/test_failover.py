@@ -15,7 +15,7 @@ import redis
 
 from ledger import audit, migrations
 from ledger.database import connect
-from tests.acceptance.installation import Installation, Producer, celery, installed_on, open_folder, wait_for_workers
+from tests.installation import Installation, Producer, celery, installed_on, open_folder, wait_for_workers
 from tests.support import PATIENCE_S, eventually, sql
 from worker.broker import QUEUE
 from worker.client import Client

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,7 +21,7 @@ import psutil
 import psycopg
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import Connection, Engine, event, text
+from sqlalchemy import Connection, Engine, event, make_url, text
 from sqlalchemy.exc import OperationalError
 
 from ledger import audit, migrations
@@ -31,13 +30,15 @@ from ledger.roles import WORKER
 from ledger.store import apply_batch
 from ledger.waiting import LOCKED
 from tests.acceptance import commands, website
-from tests.acceptance.installation import (
-    EMPTY,
+from tests.acceptance.website import HISTORY, LETTERS, Visitor
+from tests.databases import EMPTY, new_database
+from tests.installation import (
     IMPATIENT_WORKER,
     Fork,
     Installation,
     Producer,
     celery,
+    closing_broker,
     exit_code,
     installed,
     installed_on,
@@ -47,8 +48,8 @@ from tests.acceptance.installation import (
     wait_for_workers,
     warnings_in,
 )
-from tests.acceptance.website import HISTORY, LETTERS, Visitor
-from tests.support import database_encoded_in, delivery, eventually, sql, suspended
+from tests.messages import delivery, grant
+from tests.support import eventually, sql, suspended
 from worker.answers import PAUSE_S
 from worker.local.broker import Broker
 from worker.local.embedded import Embedded
@@ -67,22 +68,6 @@ SOON_S = 20.0
 
 GRACE_S = 30.0
 """How long docker-compose.yml lets a worker stop, which takes less than ten seconds of a machine that has time."""
-
-
-def grants(producer: Producer, first: int, count: int) -> None:
-    for number in range(first, first + count):
-        producer.send("wallet.grant", {"org_id": f"org-{number % 20}", "grant_id": f"gift-{number}", "credits": 1})
-
-
-def grant(org_id: str, grant_id: str = "gift") -> dict[str, Any]:
-    return {"org_id": org_id, "grant_id": grant_id, "credits": 1}
-
-
-def is_sound(installation: Installation, *, events: int) -> bool:
-    """Every message was applied once, and nothing else was."""
-    assert installation.count("credit_events") == events
-    assert installation.count("dead_letters") == 0
-    return audit.verify(installation.engine).is_clean
 
 
 @pytest.fixture
@@ -119,7 +104,7 @@ def test_a_database_that_goes_away_costs_no_message(machine: Embedded, fragile: 
         machine.postgres.kill()
         fragile.engine.dispose()
         down_since = time.monotonic()
-        grants(producer, 0, 100)
+        producer.send_grants(0, 100)
         eventually(lambda: warnings_in(worker))
         eventually(lambda: time.monotonic() > down_since + 2)  # long enough for half a dozen tries
         assert len(warnings_in(worker)) == 1
@@ -147,7 +132,7 @@ def test_what_was_answered_survives_a_crash_of_a_database_that_writes_late_by_de
         machine.postgres.kill()
         fragile.engine.dispose()
         machine.postgres.start()
-        assert is_sound(fragile, events=10)
+        assert fragile.is_sound(events=10)
     with as_admin(machine) as admin:
         admin.execute(text("ALTER ROLE holdfast RESET synchronous_commit"))
 
@@ -155,11 +140,11 @@ def test_what_was_answered_survives_a_crash_of_a_database_that_writes_late_by_de
 def test_a_database_that_cannot_hold_every_text_is_refused_at_the_start(
     services: Embedded, installation: Installation
 ) -> None:
-    refused = (
-        "holdfast: the database encoded has the encoding SQL_ASCII; Holdfast needs one that was created"
-        " with ENCODING 'UTF8' TEMPLATE template0"
-    )
-    with database_encoded_in("SQL_ASCII", services) as url:
+    with new_database(services, "template0", "ENCODING 'SQL_ASCII' LOCALE_PROVIDER libc LOCALE 'C'") as url:
+        refused = (
+            f"holdfast: the database {make_url(url).database} has the encoding SQL_ASCII; Holdfast needs one that was"
+            " created with ENCODING 'UTF8' TEMPLATE template0"
+        )
         worker = installation.start("encoded", *celery("worker"), HOLDFAST_DATABASE_URL=url)
         migrated = commands.run("migrate", env={**installation.environment, "HOLDFAST_DATABASE_URL": url})
         assert (migrated.returncode, migrated.stdout, migrated.stderr) == (2, "", f"{refused}\n")
@@ -188,7 +173,7 @@ def test_a_database_whose_clock_is_a_month_ahead_is_waited_for(
     set_clock_ahead(services, installation, None)
     assert asked.get(timeout=SOON_S)["available"] == 91
     assert run.get(timeout=SOON_S) == 0
-    assert is_sound(installation, events=3)
+    assert installation.is_sound(events=3)
 
 
 def set_clock_ahead(services: Embedded, installation: Installation, by: str | None) -> None:
@@ -214,7 +199,7 @@ def test_a_worker_told_to_stop_while_the_database_is_away_gives_its_messages_bac
         producer.answer("wallet.grant", {"org_id": "before", "grant_id": "gift", "credits": 1})
         machine.postgres.kill()
         fragile.engine.dispose()
-        grants(producer, 0, 10)
+        producer.send_grants(0, 10)
         eventually(lambda: warnings_in(worker))
         terminate(worker)
         assert exit_code(worker) == 0, worker.last_words()
@@ -263,7 +248,7 @@ def test_a_database_that_dies_in_the_middle_of_a_batch_costs_and_repeats_nothing
         producer.answer("wallet.grant", grant("before"))
         with suppress(OperationalError), fragile.locked("before"):
             producer.send("wallet.grant", grant("before", "second"))
-            grants(producer, 0, 100)
+            producer.send_grants(0, 100)
             eventually(lambda: is_waiting_for_a_lock(machine, fragile) or fragile.count("waiting_messages"))
             machine.postgres.stop("immediate")
         fragile.engine.dispose()
@@ -271,7 +256,7 @@ def test_a_database_that_dies_in_the_middle_of_a_batch_costs_and_repeats_nothing
         machine.postgres.start()
         eventually(lambda: fragile.count("credit_events") == 102, timeout_s=SOON_S)
         assert eventually(fragile.is_drained)
-    assert is_sound(fragile, events=102)
+    assert fragile.is_sound(events=102)
     assert "Traceback" not in log_of(worker)
 
 
@@ -283,14 +268,14 @@ def test_while_the_database_is_away_a_worker_holds_no_more_than_its_prefetch_and
         wait_for_workers(producer)
         machine.postgres.kill()
         fragile.engine.dispose()
-        grants(producer, 0, HELD_AT_MOST + 500)
+        producer.send_grants(0, HELD_AT_MOST + 500)
         eventually(lambda: fragile.waiting()["unacked"] == HELD_AT_MOST)
         assert producer.celery.control.ping(timeout=SOON_S, limit=1), "it does not answer while it waits"
         assert fragile.waiting() == {"credits": 500, "unacked": HELD_AT_MOST}
         machine.postgres.start()
         eventually(lambda: fragile.count("credit_events") == HELD_AT_MOST + 500, timeout_s=SOON_S)
     assert eventually(fragile.is_drained)
-    assert is_sound(fragile, events=HELD_AT_MOST + 500)
+    assert fragile.is_sound(events=HELD_AT_MOST + 500)
 
 
 def test_a_database_that_only_reads_is_waited_for(
@@ -305,7 +290,7 @@ def test_a_database_that_only_reads_is_waited_for(
     fail_over(services, installation, read_only=False)
     eventually(lambda: installation.count("credit_events") == 1, timeout_s=SOON_S)
     assert eventually(installation.is_drained)
-    assert is_sound(installation, events=1)
+    assert installation.is_sound(events=1)
     eventually(lambda: re.fullmatch(GOES_ON, warnings_in(worker)[-1]))
 
 
@@ -336,7 +321,7 @@ def test_a_lock_that_somebody_holds_too_long_is_waited_for(fed: Any) -> None:
         assert installation.count("waiting_messages") == 1
     eventually(lambda: installation.count("credit_events") == 2, timeout_s=SOON_S)
     assert eventually(installation.is_drained)
-    assert is_sound(installation, events=2)
+    assert installation.is_sound(events=2)
 
 
 def test_a_deadlock_is_waited_out(services: Embedded, installation: Installation, producer: Producer) -> None:
@@ -363,7 +348,7 @@ def test_a_deadlock_is_waited_out(services: Embedded, installation: Installation
         rival.rollback()
     eventually(lambda: installation.count("credit_events") == 4, timeout_s=SOON_S)
     assert eventually(installation.is_drained)
-    assert is_sound(installation, events=4)
+    assert installation.is_sound(events=4)
     assert worker.is_running
 
 
@@ -503,7 +488,7 @@ def test_a_worker_told_to_stop_while_the_database_is_stuck_gives_its_messages_ba
         assert installation.waiting() == {"credits": 1, "unacked": 0}
     installation.start_worker("worker-2")
     eventually(lambda: installation.count("credit_events") == 2)
-    assert is_sound(installation, events=2)
+    assert installation.is_sound(events=2)
 
 
 def test_a_place_for_answers_that_is_silent_does_not_hold_the_ledger_up(
@@ -587,7 +572,7 @@ def test_what_a_worker_held_when_its_broker_restarted_does_not_wait_for_a_timeou
                 producer.answer("wallet.grant", grant("before"))
                 machine.postgres.kill()
                 installation.engine.dispose()
-                grants(producer, 0, 50)
+                producer.send_grants(0, 50)
                 eventually(lambda: installation.waiting()["unacked"] == 50)
             eventually(lambda: has_written_all(installation))
             broker.kill()
@@ -596,7 +581,7 @@ def test_what_a_worker_held_when_its_broker_restarted_does_not_wait_for_a_timeou
             machine.postgres.start()
             eventually(lambda: installation.count("credit_events") == 51, timeout_s=SOON_S)
             assert eventually(installation.is_drained)
-            assert is_sound(installation, events=51)
+            assert installation.is_sound(events=51)
             assert "Traceback" not in log_of(worker)
 
 
@@ -672,13 +657,3 @@ def test_a_broker_that_is_not_durable_is_told_of_at_the_start_and_whenever_that_
         eventually(lambda: is_told_of(1))
         removes = "when its memory is full it removes messages: set maxmemory-policy noeviction, not allkeys-lru"
         assert warnings_in(worker)[2:] == [f"{not_durable}: {removes}"]
-
-
-@contextmanager
-def closing_broker(folder: Path) -> Iterator[Broker]:
-    """A broker that has its address but does not run yet; stopped at the end."""
-    broker = Broker(folder)
-    try:
-        yield broker
-    finally:
-        broker.stop()

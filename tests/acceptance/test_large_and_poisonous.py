@@ -23,7 +23,8 @@ import pytest
 from ledger import audit
 from ledger.messages import DELIVERY_LIMIT, MAX_BODY_BYTES
 from tests.acceptance import commands
-from tests.acceptance.installation import (
+from tests.acceptance.website import LETTERS, Visitor, form_token, operator_token, served
+from tests.installation import (
     IMPATIENT_WORKER,
     Installation,
     Producer,
@@ -31,20 +32,22 @@ from tests.acceptance.installation import (
     log_of,
     warnings_in,
 )
-from tests.acceptance.website import LETTERS, Visitor, form_token, operator_token, served
-from tests.support import EMBED, eventually, raw, sql
+from tests.messages import EMBED
+from tests.support import eventually, raw, sql
 from worker.client import Client
 from worker.local.process import Process
 from worker.transport import TAKES_MANY, TAKES_ONE
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
 
-# Each has less than 64 KiB. More than a thousand times its size is more than gzip can say.
-BOMBS = {
-    "application/x-gzip": zlib.compress(b" " * 60_000_000),
-    "application/x-bz2": bz2.compress(b" " * 300_000_000),
-    "application/x-lzma": lzma.compress(b" " * 300_000_000, preset=0),
-}
+
+def make_bombs() -> dict[str, bytes]:
+    """Each has less than 64 KiB. More than a thousand times its size is more than gzip can say."""
+    return {
+        "application/x-gzip": zlib.compress(b" " * 60_000_000),
+        "application/x-bz2": bz2.compress(b" " * 300_000_000),
+        "application/x-lzma": lzma.compress(b" " * 300_000_000, preset=0),
+    }
 
 
 def purchase(purchase_id: str) -> dict[str, Any]:
@@ -59,6 +62,7 @@ def entry(body: bytes, **headers: str) -> str:
 def test_large_messages_pile_up_while_the_database_is_down_and_the_good_one_among_them_is_applied(
     installation: Installation, producer: Producer
 ) -> None:
+    bombs = make_bombs()
     worker = installation.start_worker()
     producer.answer("wallet.purchase", purchase("first"))
     rename_table(installation, "wallets", "away")
@@ -68,7 +72,7 @@ def test_large_messages_pile_up_while_the_database_is_down_and_the_good_one_amon
         if number == 20:
             asked = producer.ask("wallet.purchase", purchase("good"))
     for _ in range(3):
-        for compression, bomb in BOMBS.items():
+        for compression, bomb in bombs.items():
             installation.broker.lpush("credits", entry(bomb, compression=compression))
     small = json.dumps([[purchase("compressed")], {}, EMBED]).encode()
     installation.broker.lpush("credits", entry(zlib.compress(small), compression="application/x-gzip"))
@@ -83,7 +87,7 @@ def test_large_messages_pile_up_while_the_database_is_down_and_the_good_one_amon
         ("too_large", "workflow.finish"),
         ("undecodable_message", "wallet.purchase"),
     ]
-    assert len(letters) == len(large) + len(BOMBS)
+    assert len(letters) == len(large) + len(bombs)
     for code, _, error, length, attempts in letters:
         if code == "too_large":
             assert re.fullmatch(

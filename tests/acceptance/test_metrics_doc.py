@@ -11,8 +11,8 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
 from ledger.state import OutcomeName
-from tests.acceptance.installation import Installation, Producer, wait_for_workers
 from tests.acceptance.website import app, serving
+from tests.installation import Installation, Producer, wait_for_workers
 from worker import metrics
 from worker.local.embedded import Embedded
 

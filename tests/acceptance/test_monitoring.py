@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tests.acceptance.installation import (
+from tests.installation import (
     Installation,
     Producer,
     celery,

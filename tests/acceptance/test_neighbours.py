@@ -14,9 +14,8 @@ import redis
 from celery import Celery
 from kombu.entity import Queue
 
-from ledger import audit
 from tests.acceptance import commands
-from tests.acceptance.installation import (
+from tests.installation import (
     IMPATIENT_WORKER,
     Installation,
     Producer,
@@ -101,13 +100,6 @@ def leave_behind(installation: Installation, taken_at: float) -> None:
     broker.zadd(UNACKED_INDEX, {"late": taken_at})
 
 
-def is_sound(installation: Installation, *, events: int) -> bool:
-    """Every message was charged once, and nothing else was taken."""
-    assert installation.count("credit_events") == events
-    assert installation.count("dead_letters") == 0
-    return audit.verify(installation.engine).is_clean
-
-
 # Messages
 
 
@@ -133,7 +125,7 @@ def test_on_redis_each_takes_and_restores_its_own(installation: Installation) ->
         assert eventually(installation.is_drained)
         assert worker.is_running
         assert broker.llen("celery") == 0
-    assert is_sound(installation, events=MESSAGES + 1)
+    assert installation.is_sound(events=MESSAGES + 1)
 
 
 def test_on_rabbitmq_each_takes_its_own(installation: Installation, rabbitmq_url: str) -> None:
@@ -150,7 +142,7 @@ def test_on_rabbitmq_each_takes_its_own(installation: Installation, rabbitmq_url
         eventually(lambda: len(list(ran(installation.broker).elements())) == 1 + TASKS)
         assert ran(installation.broker) == ONCE
         assert worker.is_running
-    assert is_sound(installation, events=MESSAGES + 1)
+    assert installation.is_sound(events=MESSAGES + 1)
 
 
 @pytest.fixture(params=["redis", "rabbitmq"])
@@ -191,4 +183,4 @@ def test_what_the_neighbour_tells_its_workers_ours_do_not_hear(installation: Ins
         assert commands.run("consuming", "--wait-s", "10", env=env).stdout == f"{name} takes messages.\n"
         assert client.grant(org_id="acme", grant_id="second", credits=1, wait_s=PATIENCE_S).available == 2
         assert worker.is_running
-    assert is_sound(installation, events=2)
+    assert installation.is_sound(events=2)

@@ -7,24 +7,24 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from ruamel.yaml import YAML
 from sqlalchemy import Engine
 
 from ledger import migrations, roles
 from ledger.database import connect
 from ledger.store import apply_batch
-from tests.support import PATIENCE_S, delivery, sql
+from tests.compose import SERVICES
+from tests.installation import open_folder
+from tests.messages import delivery
+from tests.support import PATIENCE_S, sql
 from worker.local.embedded import Embedded
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs" / "operating.md").read_text()
-SERVICES = YAML(typ="safe").load((ROOT / "docker-compose.yml").read_text())["services"]
 
 DOCKER = """#!/bin/sh
 case "$*" in
@@ -67,10 +67,8 @@ class Machine:
 
 @pytest.fixture(scope="module")
 def own_services() -> Iterator[Embedded]:
-    with tempfile.TemporaryDirectory(prefix="holdfast-tests-") as folder:
-        Path(folder).chmod(0o711)  # as root, PostgreSQL runs as an account that has to pass through
-        with Embedded(Path(folder), durable=False) as running:
-            yield running
+    with open_folder() as folder, Embedded(folder, durable=False) as running:
+        yield running
 
 
 @pytest.fixture

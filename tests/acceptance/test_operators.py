@@ -18,8 +18,9 @@ from ledger import audit
 from ledger.store import Delivery, apply_batch
 from tests.acceptance import commands
 from tests.acceptance.commands import Ended, drawn
-from tests.acceptance.installation import Installation, Producer, environment, installed
-from tests.support import delivery, eventually, sql
+from tests.installation import Installation, Producer, environment, installed
+from tests.messages import delivery
+from tests.support import eventually, sql
 from worker.cli import app
 from worker.local.embedded import Embedded
 

@@ -18,8 +18,8 @@ from sqlalchemy import Engine
 
 from ledger.messages import DELIVERY_LIMIT
 from tests import rabbitmq
-from tests.acceptance.installation import SENT_BY_FORKS, send_from_forks
 from tests.cut import cut_way_to
+from tests.installation import SENT_BY_FORKS, send_from_forks
 from tests.rabbitmq import RabbitMQ
 from tests.support import PATIENCE_S, eventually
 from worker.broker import DEAD_QUEUE, ENGINE_DEAD_QUEUE, ENGINE_QUEUE, QUEUE, declare_queues, queues, taken_from

@@ -14,7 +14,7 @@ from kombu.entity import Queue
 
 from ledger import audit
 from tests import rabbitmq
-from tests.acceptance.installation import Installation, log_of
+from tests.installation import Installation, log_of
 from tests.rabbitmq import RabbitMQ
 from tests.support import PATIENCE_S, eventually
 from worker.app import _confirm_publishing

@@ -3,7 +3,7 @@
 from celery.worker.control import Panel
 
 from tests.acceptance import commands
-from tests.acceptance.installation import Installation, Producer, celery, wait_for_workers
+from tests.installation import Installation, Producer, celery, wait_for_workers
 from tests.support import PATIENCE_S
 from worker.control import QUESTIONS
 

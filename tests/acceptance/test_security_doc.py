@@ -13,7 +13,7 @@ import pytest
 from amqp.exceptions import AccessRefused
 from kombu.connection import Connection
 
-from tests.acceptance.installation import Installation, installed
+from tests.installation import Installation, installed
 from tests.rabbitmq import RabbitMQ
 from tests.support import PATIENCE_S, eventually, sql
 from worker.broker import ENGINE_QUEUE, QUEUE
@@ -26,8 +26,8 @@ DOCUMENT = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
 RABBITMQ = DOCUMENT.split("\n## RabbitMQ\n")[1].split("\n## ")[0]
 
 
-@pytest.fixture
-def rights(rabbitmq_server: RabbitMQ, rabbitmq_url: str) -> Iterator[Callable[[str], str]]:
+@pytest.fixture(scope="module")
+def rights(rabbitmq_server: RabbitMQ) -> Iterator[Callable[[str], str]]:
     """Two users with the rights of the document; returns the URL of each."""
     [commands] = re.findall(r"^```shell\n(.*?)^```$", RABBITMQ, re.MULTILINE | re.DOTALL)
     for user in ("holdfast", "engine"):
@@ -37,14 +37,14 @@ def rights(rabbitmq_server: RabbitMQ, rabbitmq_url: str) -> Iterator[Callable[[s
             program, *command = shlex.split(line)
             assert program == "rabbitmqctl"
             rabbitmq_server.control(*command)
-        yield lambda user: rabbitmq_url.replace("guest:guest", f"{user}:sekrit")
+        yield lambda user: rabbitmq_server.url.replace("guest:guest", f"{user}:sekrit")
     finally:
         for user in ("holdfast", "engine"):
             rabbitmq_server.control("delete_user", user)
 
 
 @pytest.fixture
-def ledger(services: Embedded, rights: Callable[[str], str]) -> Iterator[Installation]:
+def ledger(services: Embedded, rabbitmq_url: str, rights: Callable[[str], str]) -> Iterator[Installation]:
     """A ledger whose worker is the user `holdfast`, and takes messages."""
     with installed(services) as own:
         own.start_worker_on(rights("holdfast"))
@@ -90,7 +90,9 @@ def test_an_engine_sends_and_does_nothing_else(ledger: Installation, rights: Cal
         client.grant(org_id="acme", grant_id="forged", credits=10**9)
 
 
-def test_before_a_worker_has_made_its_exchange_an_engine_is_told(rights: Callable[[str], str]) -> None:
+def test_before_a_worker_has_made_its_exchange_an_engine_is_told(
+    rabbitmq_url: str, rights: Callable[[str], str]
+) -> None:
     with (
         Client(rights("engine"), queue=ENGINE_QUEUE) as engine,
         pytest.raises(NotSentError, match=r"no exchange 'credits\.engine'"),

@@ -15,7 +15,7 @@ from ledger import history
 from ledger.store import apply_batch
 from tests.acceptance import website
 from tests.acceptance.website import HISTORY, Patient, serving, token
-from tests.support import delivery
+from tests.messages import delivery
 from worker.local.embedded import Embedded
 
 EVENTS = "/api/organizations/acme/credit-events"

@@ -12,7 +12,8 @@ import redis
 
 from ledger.store import apply_batch
 from tests.acceptance import commands
-from tests.acceptance.installation import (
+from tests.acceptance.website import SECRET, token
+from tests.installation import (
     HOLDFAST,
     Fork,
     Installation,
@@ -22,8 +23,8 @@ from tests.acceptance.installation import (
     log_of,
     open_folder,
 )
-from tests.acceptance.website import SECRET, token
-from tests.support import PATIENCE_S, delivery, eventually
+from tests.messages import delivery
+from tests.support import PATIENCE_S, eventually
 from worker.client import Client, NotSentError, UnsupportedBrokerError
 from worker.local.broker import _valkey_binary
 from worker.local.machine import free_port

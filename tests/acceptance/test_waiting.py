@@ -3,7 +3,6 @@
 import re
 from contextlib import closing
 from functools import partial
-from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -15,7 +14,7 @@ from ledger.database import connect
 from ledger.messages import DELIVERY_LIMIT
 from ledger.waiting import LOCKED
 from tests.acceptance import commands
-from tests.acceptance.installation import (
+from tests.installation import (
     Installation,
     Producer,
     installed,
@@ -24,16 +23,13 @@ from tests.acceptance.installation import (
     wait_for_workers,
     warnings_in,
 )
+from tests.messages import grant
 from tests.support import PATIENCE_S, eventually, no_more_acting, on_insert_into, sql
 from worker.client import Client
 from worker.local.embedded import Embedded
 from worker.outage import SILENT_S
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
-
-
-def grant(org_id: str, grant_id: str) -> dict[str, Any]:
-    return {"org_id": org_id, "grant_id": grant_id, "credits": 1}
 
 
 def send_grants(client: Client, org_ids: list[str], numbers: range) -> None:

@@ -20,7 +20,8 @@ from ledger import audit
 from ledger.messages import MESSAGES
 from ledger.settings import Settings
 from tests.acceptance import commands
-from tests.acceptance.installation import (
+from tests.acceptance.story import STATES, STORY
+from tests.installation import (
     Installation,
     Producer,
     celery,
@@ -31,7 +32,6 @@ from tests.acceptance.installation import (
     terminate,
     wait_for_workers,
 )
-from tests.acceptance.story import STATES, STORY
 from tests.support import PATIENCE_S, eventually, sql
 from worker.app import create_app
 from worker.compression import UNKNOWN_COMPRESSION
@@ -597,17 +597,12 @@ def test_the_beat_starts_as_it_is_leaves_no_file_and_stops_when_told(installatio
 # Ends and outages
 
 
-def grants(producer: Producer, first: int, count: int) -> None:
-    for number in range(first, first + count):
-        producer.send("wallet.grant", {"org_id": f"org-{number % 20}", "grant_id": f"gift-{number}", "credits": 1})
-
-
 def test_sigterm_in_the_middle_loses_and_repeats_nothing(installation: Installation, producer: Producer) -> None:
     worker = installation.start_worker()
-    grants(producer, 0, 400)
+    producer.send_grants(0, 400)
     eventually(lambda: installation.count("credit_events") > 0)
     terminate(worker)
-    grants(producer, 400, 100)
+    producer.send_grants(400, 100)
     assert exit_code(worker) == 0, worker.last_words()
     assert installation.waiting()["unacked"] == 0  # else they would wait for the visibility timeout
     assert installation.count("credit_events") + sum(installation.waiting().values()) == 500

@@ -6,7 +6,7 @@ from contextlib import closing
 
 from ledger.roles import WORKER
 from tests.acceptance import commands
-from tests.acceptance.installation import Installation, Producer, celery, log_of
+from tests.installation import Installation, Producer, celery, log_of
 from tests.support import PATIENCE_S, eventually
 
 

@@ -16,7 +16,8 @@ from kombu.connection import Connection
 from ledger import audit
 from ledger.messages import DELIVERY_LIMIT, MAX_BODY_BYTES
 from tests import rabbitmq
-from tests.acceptance.installation import (
+from tests.cut import cut_way_to
+from tests.installation import (
     Installation,
     celery,
     exit_code,
@@ -25,7 +26,6 @@ from tests.acceptance.installation import (
     terminate,
     warnings_in,
 )
-from tests.cut import cut_way_to
 from tests.rabbitmq import RabbitMQ
 from tests.support import PATIENCE_S, eventually, sql
 from worker.broker import DEAD_QUEUE, QUEUE, declare_queues
@@ -64,12 +64,6 @@ def is_drained(rabbitmq_url: str) -> bool:
     return not any(waiting(rabbitmq_url).values())
 
 
-def is_sound(ledger: Installation, *, events: int) -> bool:
-    assert ledger.count("credit_events") == events
-    assert ledger.count("dead_letters") == 0
-    return audit.verify(ledger.engine).is_clean
-
-
 def test_messages_are_applied_in_batches_and_answered(ledger: Installation, rabbitmq_url: str, client: Client) -> None:
     grant_many(client, 0, 5_000)
     ledger.start_worker_on(rabbitmq_url)
@@ -79,7 +73,7 @@ def test_messages_are_applied_in_batches_and_answered(ledger: Installation, rabb
     answer = client.start(org_id="org-1", workflow_id="run", credits=5, wait_s=PATIENCE_S)
     assert (answer.outcome, answer.available) == ("reserved", 245)
     eventually(lambda: is_drained(rabbitmq_url))
-    assert is_sound(ledger, events=5_001)
+    assert ledger.is_sound(events=5_001)
 
 
 def has_more_events(ledger: Installation, before: int) -> bool:
@@ -103,7 +97,7 @@ def test_what_killed_and_stopped_workers_held_is_applied_once(
     ledger.start_worker_on(rabbitmq_url)
     eventually(lambda: ledger.count("credit_events") == 8_000)
     eventually(lambda: is_drained(rabbitmq_url))
-    assert is_sound(ledger, events=8_000)
+    assert ledger.is_sound(events=8_000)
 
 
 def test_what_is_no_message_is_a_dead_letter_with_its_bytes(ledger: Installation, rabbitmq_url: str) -> None:
@@ -190,7 +184,7 @@ def test_neither_the_end_of_the_broker_nor_that_of_the_database_costs_a_message(
         assert any("Connection to broker lost" in line for line in warnings_in(worker))
         terminate(worker)
         assert exit_code(worker) == 0
-    assert is_sound(ledger, events=103)
+    assert ledger.is_sound(events=103)
 
 
 def test_a_connection_that_is_reset_while_a_batch_is_applied_is_one_line_in_the_log(
@@ -210,7 +204,7 @@ def test_a_connection_that_is_reset_while_a_batch_is_applied_is_one_line_in_the_
         assert client.grant(org_id="acme", grant_id="last", credits=5, wait_s=PATIENCE_S).available == 25
         assert any("Connection to broker lost" in line for line in warnings_in(worker))
         assert "Traceback" not in log_of(worker)
-    assert is_sound(ledger, events=5)
+    assert ledger.is_sound(events=5)
 
 
 def test_a_broker_without_room_is_drained(
@@ -226,7 +220,7 @@ def test_a_broker_without_room_is_drained(
         rabbitmq_server.control("set_vm_memory_high_watermark", "0.6")
     terminate(worker)
     assert exit_code(worker) == 0, worker.last_words()
-    assert is_sound(ledger, events=1_000)
+    assert ledger.is_sound(events=1_000)
 
 
 def test_a_beat_whose_login_is_refused_says_so_in_one_line(ledger: Installation, rabbitmq_server: RabbitMQ) -> None:

@@ -4,23 +4,28 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html import unescape
 from typing import Any
 
 import httpx
 import jwt
 import uvicorn
 from fastapi import FastAPI
+from sqlalchemy import Engine
 
 from api_stub.app import create_app
 from api_stub.protocol import PromptProtocol
 from ledger.roles import READER
 from ledger.settings import Settings
+from ledger.store import apply_batch
+from tests.messages import delivery
 from tests.support import PATIENCE_S, as_role, eventually
 
 SECRET = "a secret for tests, of at least 32 characters"
 FUTURE = 4_102_444_800
 HISTORY = "/organizations/acme/credit-history"
 LETTERS = "/operators/dead-letters"
+SESSION = "holdfast_session"
 
 
 def token(**claims: Any) -> str:
@@ -95,3 +100,36 @@ def form_token(page: httpx.Response) -> str:
     found = re.search(r'name="form" value="([^"]+)"', page.text)
     assert found is not None, page.text
     return found[1]
+
+
+def write(engine: Engine, org_id: str, *messages: tuple[str, dict[str, Any]]) -> None:
+    apply_batch(engine, [delivery(task, org_id=org_id, **fields) for task, fields in messages])
+
+
+def history_of(org_id: str) -> str:
+    return f"/organizations/{org_id}/credit-history"
+
+
+def figures(page: httpx.Response) -> dict[str, str]:
+    return dict(re.findall(r'data-figure="(\w+)">.*?<strong>([^<]*)</strong>', page.text, re.DOTALL))
+
+
+def text_of(fragment: str) -> str:
+    return " ".join(unescape(re.sub(r"<[^>]+>", " ", fragment)).split())
+
+
+def rows(page: httpx.Response) -> list[list[str]]:
+    """The cells of the events that the page shows."""
+    found = re.findall(r'<tr role="row" data-event="\d+">(.*?)</tr>', page.text, re.DOTALL)
+    return [[text_of(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL)] for row in found]
+
+
+def shown(page: httpx.Response) -> list[int]:
+    """The numbers of the events that the page shows."""
+    return [int(number) for number in re.findall(r'data-event="(\d+)"', page.text)]
+
+
+def link(page: httpx.Response, text: str) -> str | None:
+    """Where the link with this text leads."""
+    found = re.search(rf'<a href="([^"]*)"[^>]*>{text}</a>', page.text)
+    return None if found is None else unescape(found[1])

@@ -10,7 +10,8 @@ from ledger import audit
 from ledger.messages import MESSAGES
 from ledger.state import EventType
 from ledger.store import Delivery, apply_batch
-from tests.support import delivery, sql
+from tests.messages import delivery
+from tests.support import sql
 
 
 def acme(task: str, **fields: object) -> Delivery:

@@ -14,7 +14,8 @@ from ledger.database import connect
 from ledger.state import Result
 from ledger.store import DeadLettered, Delivery, apply_batch
 from ledger.waiting import Waits
-from tests.support import PATIENCE_S, delivery, sql
+from tests.messages import delivery, purchase
+from tests.support import PATIENCE_S, sql
 
 Answer = TypeVar("Answer")
 
@@ -40,10 +41,6 @@ def at_once(engines: Sequence[Engine], work: Callable[[int, Engine], Answer]) ->
 
     with ThreadPoolExecutor(len(engines)) as threads:
         return list(threads.map(run, range(len(engines)), timeout=PATIENCE_S))
-
-
-def purchase(org_id: str, purchase_id: str, credits: int = 10) -> Delivery:
-    return delivery("wallet.purchase", org_id=org_id, purchase_id=purchase_id, credits=credits)
 
 
 def test_twenty_reservations_at_once_hold_no_more_than_there_is(engine: Engine, database_url: str) -> None:

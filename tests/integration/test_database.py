@@ -20,7 +20,9 @@ from ledger.database import DatabaseURLError, UnsuitableDatabaseError, connect, 
 from ledger.faults import describe, is_transient, may_be_local
 from ledger.state import Result
 from ledger.store import apply_batch
-from tests.support import PATIENCE_S, database_encoded_in, delivery, eventually, sql
+from tests.databases import new_database
+from tests.messages import delivery
+from tests.support import PATIENCE_S, eventually, sql
 from worker.local.embedded import Embedded
 
 PURCHASE = "INSERT INTO posted_messages VALUES ('acme', 'purchase', 'p1', '{}', 'posted', NULL)"
@@ -121,13 +123,14 @@ def test_what_is_committed_is_on_disk_whatever_the_default_is(
 
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
 def test_a_database_that_cannot_hold_every_text_is_refused(services: Embedded, encoding: str) -> None:
-    with database_encoded_in(encoding, services) as url:
+    options = f"ENCODING '{encoding}' LOCALE_PROVIDER libc LOCALE 'C'"
+    with new_database(services, "template0", options) as url:
         own = connect(url)
         with pytest.raises(UnsuitableDatabaseError) as refused:
             refuse_unsuitable(own)
         own.dispose()
     assert str(refused.value) == (
-        f"the database encoded has the encoding {encoding}; Holdfast needs one that was created"
+        f"the database {make_url(url).database} has the encoding {encoding}; Holdfast needs one that was created"
         " with ENCODING 'UTF8' TEMPLATE template0"
     )
 

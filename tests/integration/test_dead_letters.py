@@ -15,7 +15,8 @@ from ledger.messages import InvalidMessage
 from ledger.state import Decision, Result
 from ledger.store import DeadLettered, Delivery, apply_batch
 from ledger.waiting import Waits
-from tests.support import delivery, sql
+from tests.messages import delivery
+from tests.support import sql
 
 BAD = delivery("wallet.purchase", org_id="acme", purchase_id="p1", credits=0)
 DISCARD = """

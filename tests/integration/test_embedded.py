@@ -2,12 +2,10 @@
 
 import os
 import pwd
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import psycopg
 import pytest
 import redis
 
+from tests.installation import open_folder
 from tests.support import eventually
 from worker.local import broker, machine, postgres
 from worker.local.embedded import Embedded, default_data_dir
@@ -41,15 +40,20 @@ with Embedded(Path(sys.argv[1]), durable=False) as services:
 
 @pytest.fixture
 def data_dir() -> Iterator[Path]:
-    """A folder that every account can enter, which pytest's own are not."""
-    folder = Path(tempfile.mkdtemp(prefix="data-"))
-    folder.chmod(0o711)
-    yield folder
-    shutil.rmtree(folder)
+    """The test's own."""
+    with open_folder() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def services() -> Iterator[Embedded]:
+    """Of the whole module, for tests that only look."""
+    with open_folder() as folder, Embedded(folder, durable=False) as running:
+        yield running
 
 
 @pytest.fixture
-def services(data_dir: Path) -> Iterator[Embedded]:
+def own_services(data_dir: Path) -> Iterator[Embedded]:
     with Embedded(data_dir, durable=False) as running:
         yield running
 
@@ -153,37 +157,32 @@ def test_a_restart_keeps_what_both_hold(data_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["kill", "stop"])
-def test_each_service_restarts_under_its_url_with_its_data(services: Embedded, end: str) -> None:
-    urls = services.database_url, services.broker_url
-    query(services, "CREATE TABLE kept AS SELECT 1 AS n")
-    ask_broker(services, "RPUSH", "kept", "1")
-    for service in (services.postgres, services.broker):
+def test_each_service_restarts_under_its_url_with_its_data(own_services: Embedded, end: str) -> None:
+    urls = own_services.database_url, own_services.broker_url
+    query(own_services, "CREATE TABLE kept AS SELECT 1 AS n")
+    ask_broker(own_services, "RPUSH", "kept", "1")
+    for service in (own_services.postgres, own_services.broker):
         getattr(service, end)()
         assert not service.is_running
         service.start()
-    assert (services.database_url, services.broker_url) == urls
-    assert query(services, "SELECT n FROM kept") == [(1,)]
-    assert ask_broker(services, "LLEN", "kept") == 1
+    assert (own_services.database_url, own_services.broker_url) == urls
+    assert query(own_services, "SELECT n FROM kept") == [(1,)]
+    assert ask_broker(own_services, "LLEN", "kept") == 1
 
 
-def test_an_immediate_stop_is_a_crash_that_the_next_start_recovers(services: Embedded) -> None:
-    query(services, "CREATE TABLE kept AS SELECT 1 AS n")
-    services.postgres.stop(mode="immediate")
-    services.postgres.start()
-    assert query(services, "SELECT n FROM kept") == [(1,)]
-    assert "was interrupted" in services.postgres.log_file.read_text()
+def test_an_immediate_stop_is_a_crash_that_the_next_start_recovers(own_services: Embedded) -> None:
+    query(own_services, "CREATE TABLE kept AS SELECT 1 AS n")
+    own_services.postgres.stop(mode="immediate")
+    own_services.postgres.start()
+    assert query(own_services, "SELECT n FROM kept") == [(1,)]
+    assert "was interrupted" in own_services.postgres.log_file.read_text()
 
 
-def test_two_folders_run_side_by_side(services: Embedded) -> None:
-    other_dir = Path(tempfile.mkdtemp(prefix="data-"))
-    other_dir.chmod(0o711)
-    try:
-        with Embedded(other_dir, durable=False) as other:
-            query(services, "CREATE TABLE mine (n int)")
-            assert query(other, "SELECT to_regclass('mine')") == [(None,)]
-            assert other.broker_url != services.broker_url
-    finally:
-        shutil.rmtree(other_dir)
+def test_two_folders_run_side_by_side(services: Embedded, data_dir: Path) -> None:
+    with Embedded(data_dir, durable=False) as other:
+        query(services, "CREATE TABLE mine (n int)")
+        assert query(other, "SELECT to_regclass('mine')") == [(None,)]
+        assert other.broker_url != services.broker_url
 
 
 def test_a_second_start_on_a_folder_is_refused(services: Embedded) -> None:

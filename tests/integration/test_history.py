@@ -15,16 +15,12 @@ from ledger.history import Page
 from ledger.state import EventType
 from ledger.store import Delivery, apply_batch
 from ledger.views import WalletView
-from tests.support import delivery, sql
+from tests.messages import delivery, subscribe
+from tests.support import sql
 
 
 def acme(task: str, **fields: Any) -> Delivery:
     return delivery(task, org_id="acme", **fields)
-
-
-def subscribe(**fields: Any) -> Delivery:
-    terms = {"subscription_id": "s1", "version": 1, "plan": "team", "monthly_credits": 200}
-    return acme("wallet.subscribe", **(terms | fields))
 
 
 RED = EventFilter(project_id="red")
@@ -89,7 +85,7 @@ def test_a_wallet_in_a_period_of_its_subscription(engine: Engine) -> None:
         engine,
         [
             acme("wallet.purchase", purchase_id="p1", credits=500),
-            subscribe(anchor=anchor.isoformat()),
+            subscribe("acme", anchor=anchor.isoformat()),
             acme("workflow.finish", workflow_id="w1", credits=230),
         ],
     )
@@ -116,7 +112,7 @@ def test_a_wallet_in_a_period_of_its_subscription(engine: Engine) -> None:
 
 def test_the_period_of_an_old_subscription_is_the_one_that_contains_now(engine: Engine) -> None:
     anchor = datetime(2024, 1, 31, 9, 30, tzinfo=UTC)
-    apply_batch(engine, [subscribe(anchor=anchor.isoformat())])
+    apply_batch(engine, [subscribe("acme", anchor=anchor.isoformat())])
     seen = wallet(engine)
     assert seen is not None
     assert seen.current_period_start is not None
@@ -127,9 +123,9 @@ def test_the_period_of_an_old_subscription_is_the_one_that_contains_now(engine: 
 
 
 def test_a_better_plan_within_the_period_includes_more_and_keeps_the_period(engine: Engine) -> None:
-    apply_batch(engine, [subscribe()])
+    apply_batch(engine, [subscribe("acme")])
     before = wallet(engine)
-    apply_batch(engine, [subscribe(version=2, plan="big", monthly_credits=300)])
+    apply_batch(engine, [subscribe("acme", version=2, plan="big", monthly_credits=300)])
     after = wallet(engine)
     assert before is not None
     assert after is not None
@@ -141,7 +137,7 @@ def test_a_better_plan_within_the_period_includes_more_and_keeps_the_period(engi
 
 
 def test_a_subscription_that_has_not_begun_includes_nothing_yet(engine: Engine) -> None:
-    apply_batch(engine, [subscribe(anchor="2999-01-01T00:00:00Z")])
+    apply_batch(engine, [subscribe("acme", anchor="2999-01-01T00:00:00Z")])
     seen = wallet(engine)
     assert seen is not None
     assert (seen.plan, seen.balance, seen.included_this_period) == ("team", 0, 0)
@@ -149,7 +145,7 @@ def test_a_subscription_that_has_not_begun_includes_nothing_yet(engine: Engine) 
 
 
 def test_an_ended_subscription_is_shown_until_its_period_ends(engine: Engine) -> None:
-    apply_batch(engine, [subscribe(), acme("wallet.unsubscribe", subscription_id="s1", version=2)])
+    apply_batch(engine, [subscribe("acme"), acme("wallet.unsubscribe", subscription_id="s1", version=2)])
     seen = wallet(engine)
     assert seen is not None
     assert (seen.plan, seen.balance, seen.included_this_period) == ("team", 200, 200)
@@ -163,7 +159,7 @@ def test_an_ended_subscription_is_shown_until_its_period_ends(engine: Engine) ->
 
 
 def test_the_wallet_shows_the_subscription_that_allocates_now(engine: Engine) -> None:
-    apply_batch(engine, [subscribe(), subscribe(subscription_id="s2", plan="other", monthly_credits=70)])
+    apply_batch(engine, [subscribe("acme"), subscribe("acme", subscription_id="s2", plan="other", monthly_credits=70)])
     seen = wallet(engine)
     assert seen is not None
     assert (seen.plan, seen.included_this_period) == ("other", 70)
@@ -190,7 +186,7 @@ def ledger(engine: Engine) -> Engine:
     apply_batch(
         engine,
         [
-            subscribe(),  # 1
+            subscribe("acme"),  # 1
             acme("wallet.purchase", purchase_id="p1", credits=500),  # 2
             acme("workflow.start", workflow_id="w1", credits=75, project_id="red", activity_name="Import"),  # 3
             acme("workflow.finish", workflow_id="w1", credits=80, metadata={"pages": 3}),  # 4 and 5

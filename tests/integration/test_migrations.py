@@ -20,7 +20,8 @@ from ledger.database import connect
 from ledger.state import Result
 from ledger.store import apply_batch
 from ledger.tables import metadata
-from tests.support import PATIENCE_S, delivery, eventually, sql
+from tests.messages import delivery
+from tests.support import PATIENCE_S, eventually, sql
 from worker import cli
 from worker.local.embedded import Embedded
 
@@ -57,14 +58,6 @@ CATALOG = {
         WHERE NOT tgisinternal
     """,
 }
-
-
-@pytest.fixture
-def empty_engine(empty_database_url: str) -> Iterator[Engine]:
-    """A database that has never been migrated."""
-    engine = connect(empty_database_url)
-    yield engine
-    engine.dispose()
 
 
 def catalog(engine: Engine) -> dict[str, list[tuple[Any, ...]]]:

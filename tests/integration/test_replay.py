@@ -23,7 +23,8 @@ from ledger.dead_letters import (
 from ledger.messages import InvalidMessage
 from ledger.state import Result
 from ledger.store import DeadLettered, Delivery, apply_batch
-from tests.support import EMBED, delivery, sql
+from tests.messages import EMBED, delivery
+from tests.support import sql
 from worker.cli.terminal import open_ledger
 from worker.client import Client
 from worker.replaying import Replayer

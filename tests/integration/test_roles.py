@@ -14,7 +14,8 @@ from ledger import audit, dead_letters, history, migrations, roles, scheduler, w
 from ledger.database import connect
 from ledger.store import apply_batch, apply_waiting
 from ledger.waiting import LOCKED, Waits
-from tests.support import as_role, delivery, sql
+from tests.messages import delivery
+from tests.support import as_role, sql
 from worker import cli
 from worker.local.embedded import Embedded
 
@@ -38,12 +39,6 @@ LETTER = {"org_id": "acme", "refund_id": "r1", "credits": 5, "workflow_id": "non
 def worker(database_url: str) -> Iterator[Engine]:
     """The test's own database, as a worker connects."""
     yield from connected(as_role(roles.WORKER, database_url))
-
-
-@pytest.fixture
-def empty_engine(empty_database_url: str) -> Iterator[Engine]:
-    """A database that has never been migrated, as its owner connects."""
-    yield from connected(empty_database_url)
 
 
 @pytest.fixture

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine
 
 from ledger import audit, scheduler
 from ledger.store import Delivery, apply_batch
-from tests.support import delivery, sql
+from tests.messages import delivery, purchase, start, subscribe
+from tests.support import sql
 
 EVENTS = """
     SELECT event_type, credits, subscription_balance_after, idempotency_key
@@ -16,30 +18,13 @@ EVENTS = """
 """
 
 
-def subscribe(org_id: str, *, version: int = 1, rollover_limit: int = 0) -> Delivery:
+def subscribe_later(org_id: str, **terms: Any) -> Delivery:
     """A subscription that has not begun: `move_anchor` decides when it did."""
-    return delivery(
-        "wallet.subscribe",
-        org_id=org_id,
-        subscription_id="s1",
-        version=version,
-        plan="team",
-        monthly_credits=100,
-        rollover_limit=rollover_limit,
-        anchor="2999-01-01T00:00:00Z",
-    )
+    return subscribe(org_id, monthly_credits=100, anchor="2999-01-01T00:00:00Z", **terms)
 
 
 def unsubscribe(org_id: str) -> Delivery:
     return delivery("wallet.unsubscribe", org_id=org_id, subscription_id="s1", version=2)
-
-
-def start(org_id: str, workflow_id: str, *, expires_in_s: int = 60) -> Delivery:
-    return delivery("workflow.start", org_id=org_id, workflow_id=workflow_id, credits=10, expires_in_s=expires_in_s)
-
-
-def purchase(org_id: str) -> Delivery:
-    return delivery("wallet.purchase", org_id=org_id, purchase_id="p1", credits=100)
 
 
 def move_anchor(engine: Engine, anchor: datetime) -> None:
@@ -57,7 +42,7 @@ def shift_holds(engine: Engine, shift: str) -> None:
 
 
 def test_missed_periods_begin_one_by_one_as_if_on_time(engine: Engine) -> None:
-    apply_batch(engine, [subscribe("acme", rollover_limit=40)])
+    apply_batch(engine, [subscribe_later("acme", rollover_limit=40)])
     move_anchor(engine, days_ago(70))  # two whole months and a part of the third, whichever months they are
     assert scheduler.post_due(engine) == 5
     assert sql(engine, EVENTS, org_id="acme") == [
@@ -74,7 +59,7 @@ def test_missed_periods_begin_one_by_one_as_if_on_time(engine: Engine) -> None:
 
 
 def test_periods_of_an_anchor_at_a_month_end_are_clamped_and_counted_from_the_anchor(engine: Engine) -> None:
-    apply_batch(engine, [subscribe("acme")])
+    apply_batch(engine, [subscribe_later("acme")])
     move_anchor(engine, datetime(2024, 1, 31, 9, 30, tzinfo=UTC))
     scheduler.post_due(engine)
     periods = sql(
@@ -108,7 +93,7 @@ def test_periods_of_an_anchor_at_a_month_end_are_clamped_and_counted_from_the_an
 def test_more_wallets_than_one_chunk_are_all_caught_up(engine: Engine) -> None:
     assert scheduler.CHUNK == 500
     organizations = [f"org-{n:04}" for n in range(1_100)]
-    apply_batch(engine, [subscribe(org_id) for org_id in organizations])
+    apply_batch(engine, [subscribe_later(org_id) for org_id in organizations])
     move_anchor(engine, days_ago(40))
     assert scheduler.post_due(engine) == 3_300
     assert sql(engine, "SELECT last_seq, subscription_balance, count(*) FROM wallets GROUP BY 1, 2") == [
@@ -120,7 +105,7 @@ def test_more_wallets_than_one_chunk_are_all_caught_up(engine: Engine) -> None:
 
 def test_chunks_of_wallets_due_at_different_times_leave_nobody_out(engine: Engine) -> None:
     organizations = [f"org-{n:04}" for n in range(1_100)]
-    apply_batch(engine, [subscribe(org_id) for org_id in organizations])
+    apply_batch(engine, [subscribe_later(org_id) for org_id in organizations])
     # Groups of seven share a moment, and the moments run against the order of the names.
     due = "now() - interval '40 days' - (right({}.org_id, 4)::int / 7) * interval '1 second'"
     sql(engine, f"UPDATE subscriptions SET anchor = {due.format('subscriptions')}")
@@ -129,7 +114,9 @@ def test_chunks_of_wallets_due_at_different_times_leave_nobody_out(engine: Engin
 
 
 def test_a_second_run_finds_nothing_to_do(engine: Engine) -> None:
-    apply_batch(engine, [subscribe("acme"), purchase("globex"), start("globex", "w1")])
+    apply_batch(
+        engine, [subscribe_later("acme"), purchase("globex", credits=100), start("globex", "w1", expires_in_s=60)]
+    )
     move_anchor(engine, days_ago(40))
     shift_holds(engine, "-1 day")
     assert (scheduler.post_due(engine), scheduler.release_expired(engine)) == (3, 1)
@@ -139,13 +126,13 @@ def test_a_second_run_finds_nothing_to_do(engine: Engine) -> None:
 
 
 def test_nothing_is_due_before_its_time(engine: Engine) -> None:
-    apply_batch(engine, [subscribe("acme"), purchase("acme"), start("acme", "w1")])
+    apply_batch(engine, [subscribe_later("acme"), purchase("acme", credits=100), start("acme", "w1", expires_in_s=60)])
     assert (scheduler.post_due(engine), scheduler.release_expired(engine)) == (0, 0)
     assert sql(engine, "SELECT last_seq FROM wallets") == [(2,)]
 
 
 def test_what_is_left_of_an_ended_subscription_expires_with_its_period(engine: Engine) -> None:
-    apply_batch(engine, [subscribe("acme", rollover_limit=1_000)])
+    apply_batch(engine, [subscribe_later("acme", rollover_limit=1_000)])
     move_anchor(engine, days_ago(10))
     assert scheduler.post_due(engine) == 1
     apply_batch(engine, [unsubscribe("acme")])
@@ -164,7 +151,7 @@ def test_what_is_left_of_an_ended_subscription_expires_with_its_period(engine: E
 
 def test_a_wallet_that_cannot_be_caught_up_becomes_a_dead_letter_and_stops_nobody(engine: Engine) -> None:
     organizations = ["acme", "broken", "globex", "initech"]
-    apply_batch(engine, [subscribe(org_id) for org_id in organizations])
+    apply_batch(engine, [subscribe_later(org_id) for org_id in organizations])
     move_anchor(engine, days_ago(40))
     sql(engine, "DELETE FROM subscriptions WHERE org_id = 'broken'")
     assert scheduler.post_due(engine) == 9
@@ -188,8 +175,8 @@ def test_expired_holds_are_released_and_the_next_expiry_is_the_next_open_one(eng
     apply_batch(
         engine,
         [
-            purchase("acme"),
-            start("acme", "first"),
+            purchase("acme", credits=100),
+            start("acme", "first", expires_in_s=60),
             start("acme", "second", expires_in_s=120),
             start("acme", "third", expires_in_s=86_400),
             start("acme", "fourth", expires_in_s=90_000),
@@ -223,7 +210,7 @@ def test_expired_holds_are_released_and_the_next_expiry_is_the_next_open_one(eng
 
 def test_an_expiry_that_was_settled_meanwhile_is_forgotten_without_an_event(engine: Engine) -> None:
     finish = delivery("workflow.finish", org_id="acme", workflow_id="w1", credits=5)
-    apply_batch(engine, [purchase("acme"), start("acme", "w1"), finish])
+    apply_batch(engine, [purchase("acme", credits=100), start("acme", "w1", expires_in_s=60), finish])
     shift_holds(engine, "-10 minutes")
     assert scheduler.release_expired(engine) == 0
     assert sql(engine, "SELECT reserved, next_hold_expiry, last_seq FROM wallets") == [(0, None, 4)]
@@ -233,7 +220,7 @@ def test_an_expiry_that_was_settled_meanwhile_is_forgotten_without_an_event(engi
 def test_a_wallet_with_a_period_and_a_hold_due_gets_both_from_either_run(
     engine: Engine, run: Callable[[Engine], int]
 ) -> None:
-    apply_batch(engine, [purchase("acme"), start("acme", "w1"), subscribe("acme")])
+    apply_batch(engine, [purchase("acme", credits=100), start("acme", "w1", expires_in_s=60), subscribe_later("acme")])
     move_anchor(engine, days_ago(10))
     shift_holds(engine, "-1 day")
     assert run(engine) == 2

@@ -19,7 +19,8 @@ from ledger.messages import MESSAGES, AnyMessage
 from ledger.state import Decision, Result
 from ledger.store import Applied, DeadLettered, Delivery, apply_batch, apply_waiting
 from ledger.waiting import LOCKED, Waits
-from tests.support import PATIENCE_S, delivery, eventually, sql
+from tests.messages import delivery, finish, purchase, start
+from tests.support import PATIENCE_S, eventually, sql
 from worker.local.embedded import Embedded
 
 EVENTS = """
@@ -42,21 +43,9 @@ def event_types(engine: Engine, org_id: str = "acme") -> list[str]:
     return [row[1] for row in sql(engine, EVENTS, org_id=org_id)]
 
 
-def purchase(org_id: str, credits: int, purchase_id: str = "p1") -> Delivery:
-    return delivery("wallet.purchase", org_id=org_id, purchase_id=purchase_id, credits=credits)
-
-
-def start(org_id: str, workflow_id: str, credits: int, **fields: Any) -> Delivery:
-    return delivery("workflow.start", org_id=org_id, workflow_id=workflow_id, credits=credits, **fields)
-
-
-def finish(org_id: str, workflow_id: str, credits: int) -> Delivery:
-    return delivery("workflow.finish", org_id=org_id, workflow_id=workflow_id, credits=credits)
-
-
 # Every message kind, in an order in which each finds what it needs, and its answer.
 CONVERSATION = [
-    (purchase("acme", 500), posted(1, available=500)),
+    (purchase("acme", credits=500), posted(1, available=500)),
     (delivery("wallet.grant", org_id="acme", grant_id="g1", credits=100, reason="welcome"), posted(2, available=600)),
     (
         delivery("wallet.adjust", org_id="acme", adjustment_id="a1", credits=-50, reason="typo"),
@@ -125,8 +114,8 @@ CONVERSATION_EVENTS = [
 ]
 
 
-def test_every_message_is_in_the_conversation() -> None:
-    assert {sent.task for sent, _ in CONVERSATION} == set(MESSAGES)
+def test_the_conversation_has_every_message() -> None:
+    assert {message.task for message, _ in CONVERSATION} == set(MESSAGES)
 
 
 @pytest.mark.parametrize("size", [1, 4, 100])
@@ -151,7 +140,9 @@ def test_a_repeated_batch_gets_the_first_answers_and_writes_nothing(engine: Engi
 
 
 def test_a_message_twice_in_one_batch_is_applied_once(engine: Engine) -> None:
-    answers = apply_batch(engine, [purchase("acme", 500), purchase("acme", 500), start("acme", "w1", 75)] * 2)
+    answers = apply_batch(
+        engine, [purchase("acme", credits=500), purchase("acme", credits=500), start("acme", "w1", 75)] * 2
+    )
     reserved = Result("reserved", None, False, "acme", "w1", "reserved", (2,), 425)
     assert answers == [
         posted(1, available=500),
@@ -165,7 +156,7 @@ def test_a_message_twice_in_one_batch_is_applied_once(engine: Engine) -> None:
 
 
 def test_a_start_that_was_rejected_stays_rejected_after_a_purchase(engine: Engine) -> None:
-    apply_batch(engine, [start("acme", "w1", 75), purchase("acme", 500)])
+    apply_batch(engine, [start("acme", "w1", 75), purchase("acme", credits=500)])
     assert apply_batch(engine, [start("acme", "w1", 75)]) == [
         Result("rejected", "insufficient_credits", True, "acme", "w1", "rejected", (), 500)
     ]
@@ -187,7 +178,7 @@ def test_a_start_that_comes_again_tells_what_has_become_of_the_workflow(
     engine: Engine, ends: list[Delivery], state: str, *, together: bool
 ) -> None:
     first = start("acme", "w1", 75)
-    messages = [purchase("acme", 500), first, *ends, first]
+    messages = [purchase("acme", credits=500), first, *ends, first]
     batches = [messages] if together else [[message] for message in messages]
     *_, again = [answer for batch in batches for answer in apply_batch(engine, batch)]
     assert isinstance(again, Result)
@@ -196,7 +187,7 @@ def test_a_start_that_comes_again_tells_what_has_become_of_the_workflow(
 
 
 def test_a_start_that_comes_again_after_its_hold_expired_says_so(engine: Engine) -> None:
-    apply_batch(engine, [purchase("acme", 500), start("acme", "w1", 75)])
+    apply_batch(engine, [purchase("acme", credits=500), start("acme", "w1", 75)])
     expire_holds(engine)
     [again] = apply_batch(engine, [start("acme", "w1", 75)])
     assert again == Result("reserved", None, True, "acme", "w1", "expired", (), 500)
@@ -207,7 +198,7 @@ def test_a_start_that_comes_again_after_its_hold_expired_says_so(engine: Engine)
 def test_a_message_counts_on_those_before_it_in_its_batch_and_on_no_other(engine: Engine) -> None:
     messages = [
         start("acme", "w1", 75),
-        purchase("acme", 100),
+        purchase("acme", credits=100),
         start("acme", "w2", 75),
         start("acme", "w3", 75),
         finish("acme", "w2", 5),
@@ -225,11 +216,11 @@ def test_a_message_counts_on_those_before_it_in_its_batch_and_on_no_other(engine
 
 def test_one_batch_serves_several_organizations_each_with_its_own_numbers(engine: Engine) -> None:
     messages = [
-        purchase("globex", 10),
-        purchase("acme", 500),
+        purchase("globex", credits=10),
+        purchase("acme", credits=500),
         start("globex", "w1", 10),
         start("acme", "w1", 75),
-        purchase("globex", 1, "p2"),
+        purchase("globex", "p2", 1),
     ]
     assert apply_batch(engine, messages) == [
         posted(1, available=10, org_id="globex"),
@@ -244,13 +235,13 @@ def test_one_batch_serves_several_organizations_each_with_its_own_numbers(engine
 
 def test_conflicts_become_dead_letters_and_their_neighbours_are_applied(engine: Engine) -> None:
     messages = [
-        purchase("acme", 500),
-        purchase("acme", 501),
+        purchase("acme", credits=500),
+        purchase("acme", credits=501),
         start("acme", "w1", 75),
         start("acme", "w1", 76),
         finish("acme", "w1", 70),
         finish("acme", "w1", 71),
-        purchase("acme", 1, "p2"),
+        purchase("acme", "p2", 1),
     ]
     bought, other_purchase, started, other_start, finished, other_finish, last = apply_batch(engine, messages)
     assert [bought, started, finished, last] == [
@@ -276,7 +267,7 @@ def test_conflicts_become_dead_letters_and_their_neighbours_are_applied(engine: 
 
 
 def test_what_the_rules_refuse_changes_nothing(engine: Engine) -> None:
-    apply_batch(engine, [purchase("acme", 100), finish("acme", "w1", 40)])
+    apply_batch(engine, [purchase("acme", credits=100), finish("acme", "w1", 40)])
     before = sql(engine, EVENTS, org_id="acme")
     refused = apply_batch(
         engine,
@@ -285,7 +276,7 @@ def test_what_the_rules_refuse_changes_nothing(engine: Engine) -> None:
             delivery("wallet.bill", org_id="acme", billing_id="b1", credits=-61),
             delivery("wallet.refund", org_id="acme", refund_id="r1", credits=41, workflow_id="w1"),
             delivery("wallet.refund", org_id="acme", refund_id="r2", credits=1, workflow_id="unknown"),
-            purchase("acme", 2**53 - 1, "p2"),
+            purchase("acme", "p2", 2**53 - 1),
             delivery("wallet.no_such", org_id="acme"),
             delivery("wallet.purchase", org_id="acme", purchase_id="p3", credits=1.5),
         ],
@@ -304,7 +295,7 @@ def test_what_the_rules_refuse_changes_nothing(engine: Engine) -> None:
 
 
 def test_a_batch_larger_than_a_transaction_is_applied_completely_and_in_order(engine: Engine) -> None:
-    messages = [purchase(f"org-{number % 50:02}", 1 + number % 50, f"p{number}") for number in range(2_500)]
+    messages = [purchase(f"org-{number % 50:02}", f"p{number}", 1 + number % 50) for number in range(2_500)]
     answers = apply_batch(engine, messages)
     assert answers == [
         posted(number // 50 + 1, available=(number // 50 + 1) * (1 + number % 50), org_id=f"org-{number % 50:02}")
@@ -322,7 +313,7 @@ def test_an_empty_batch_is_no_work(engine: Engine) -> None:
 @pytest.mark.parametrize(
     "first",
     [
-        purchase("acme", 5),
+        purchase("acme", credits=5),
         start("acme", "w1", 5),
         delivery("workflow.cancel", org_id="acme", workflow_id="w1"),
         delivery("wallet.configure", org_id="acme", version=1),
@@ -352,7 +343,7 @@ def test_an_event_keeps_everything_its_message_said(engine: Engine) -> None:
         metadata={"attempt": 2, "nested": {"list": [1.5, None, True, "žluťoučký"]}, "reason": "mine"},
         expires_in_s=60,
     )
-    apply_batch(engine, [purchase("acme", 100), message])
+    apply_batch(engine, [purchase("acme", credits=100), message])
     columns = "workflow_id, project_id, activity_name, source, idempotency_key, metadata - 'expires_at'"
     assert sql(engine, f"SELECT {columns} FROM credit_events WHERE seq = 2") == [
         (
@@ -378,7 +369,7 @@ def test_an_event_keeps_everything_its_message_said(engine: Engine) -> None:
 
 
 def test_the_largest_amounts_pass_through_exactly(engine: Engine) -> None:
-    assert apply_batch(engine, [purchase("acme", 2**53 - 1), start("acme", "w1", 2**53 - 1)]) == [
+    assert apply_batch(engine, [purchase("acme", credits=2**53 - 1), start("acme", "w1", 2**53 - 1)]) == [
         posted(1, available=9_007_199_254_740_991),
         Result("reserved", None, False, "acme", "w1", "reserved", (2,), 0),
     ]
@@ -389,10 +380,10 @@ def test_the_largest_amounts_pass_through_exactly(engine: Engine) -> None:
 
 def test_ids_of_every_legal_character_and_length_do_not_meet(engine: Engine) -> None:
     ids = ["a", "a:", ":a", "a:1", "a:1:2", "-", ".", "_", "A", "Z09_.:-", "x" * 128, "x" * 127]
-    messages = [message for name in ids for message in (purchase("o", 10, name), start("o", name, 5))]
+    messages = [message for name in ids for message in (purchase("o", name, 10), start("o", name, 5))]
     answers = apply_batch(engine, messages)
     assert [answer.outcome for answer in answers if isinstance(answer, Result)] == ["posted", "reserved"] * 12
-    organizations = apply_batch(engine, [purchase(name, 1) for name in ids])
+    organizations = apply_batch(engine, [purchase(name, credits=1) for name in ids])
     assert organizations == [posted(1, available=1, org_id=name) for name in ids]
     assert audit.verify(engine).is_clean
 
@@ -445,7 +436,7 @@ def mixed(count: int) -> list[Delivery]:
     """`count` messages for ten organizations, of the kinds that a workflow engine and billing send."""
     kinds = [
         lambda org_id, n: finish(org_id, f"w{n}", 1),
-        lambda org_id, n: purchase(org_id, 10, f"p{n}"),
+        lambda org_id, n: purchase(org_id, f"p{n}", 10),
         lambda org_id, n: start(org_id, f"v{n}", 1),
         lambda org_id, n: delivery("workflow.cancel", org_id=org_id, workflow_id=f"c{n}"),
         lambda org_id, n: delivery("wallet.refund", org_id=org_id, refund_id=f"r{n}", credits=1),
@@ -461,7 +452,7 @@ def mixed(count: int) -> list[Delivery]:
         (10, [finish(f"org-{n % 10}", f"w{n}", 1) for n in range(10)], 8),
         (1_000, [finish(f"org-{n % 10}", f"w{n}", 1) for n in range(1_000)], 8),
         # BEGIN, wallets, clock, posted messages; wallets, posted messages, events, COMMIT
-        (10, [purchase(f"org-{n % 10}", 1, f"p{n}") for n in range(10)], 8),
+        (10, [purchase(f"org-{n % 10}", f"p{n}", 1) for n in range(10)], 8),
         # both
         (10, mixed(10), 10),
         (1_000, mixed(1_000), 10),
@@ -471,7 +462,7 @@ def mixed(count: int) -> list[Delivery]:
 def test_a_batch_of_any_size_is_the_same_statements_in_two_round_trips(
     engine: Engine, count: int, messages: list[Delivery], statements: int
 ) -> None:
-    apply_batch(engine, [purchase(f"org-{n}", 10_000, "first") for n in range(10)])
+    apply_batch(engine, [purchase(f"org-{n}", "first", 10_000) for n in range(10)])
     with counting_statements(engine) as sent:
         answers = apply_batch(engine, messages)
     assert [type(answer) for answer in answers] == [Result] * count
@@ -517,7 +508,7 @@ def test_a_batch_reads_the_rows_that_it_names_however_large_the_tables_are(engin
     messages = [
         message
         for n in range(1, 101)
-        for message in (finish(f"org-{n}", "w1", 5), start(f"org-{n}", "w3", 5), purchase(f"org-{n}", 5))
+        for message in (finish(f"org-{n}", "w1", 5), start(f"org-{n}", "w3", 5), purchase(f"org-{n}", credits=5))
     ]
     before = rows_read(engine)
     answers = apply_batch(engine, messages)
@@ -558,7 +549,7 @@ def assert_only_the_42nd_became_a_dead_letter(engine: Engine, answers: Sequence[
 
 
 def test_a_message_that_the_database_refuses_stands_alone(engine: Engine) -> None:
-    apply_batch(engine, [purchase(f"org-{n}", 100) for n in range(10)])
+    apply_batch(engine, [purchase(f"org-{n}", credits=100) for n in range(10)])
     sql(
         engine,
         """
@@ -580,7 +571,7 @@ def test_a_message_that_the_database_refuses_stands_alone(engine: Engine) -> Non
 
 
 def test_a_message_that_the_rules_trip_over_stands_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    apply_batch(engine, [purchase(f"org-{n}", 100) for n in range(10)])
+    apply_batch(engine, [purchase(f"org-{n}", credits=100) for n in range(10)])
     decide = rules.decide
 
     def trip(wallet: Any, message: AnyMessage, *rest: Any, **known: Any) -> Decision:
@@ -628,7 +619,7 @@ def test_a_whole_batch_of_failing_messages_becomes_as_many_dead_letters(
 
 # A fault of the database is raised, and nothing has happened.
 
-TWO_WALLETS = [purchase("acme", 1, "p2"), purchase("globex", 1, "p2")]
+TWO_WALLETS = [purchase("acme", "p2", 1), purchase("globex", "p2", 1)]
 WAITING = """
     SELECT pid FROM pg_stat_activity
     WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE '%FOR UPDATE%'
@@ -638,7 +629,7 @@ WAITING = """
 @contextmanager
 def applying_while_locked(engine: Engine, database_url: str) -> Iterator[tuple[Future[Any], Engine, Connection]]:
     """`TWO_WALLETS` being applied and waiting, while a transaction of another engine holds the wallet of globex."""
-    apply_batch(engine, [purchase("acme", 500), purchase("globex", 500)])
+    apply_batch(engine, [purchase("acme", credits=500), purchase("globex", credits=500)])
     other = connect(database_url)
     try:
         with ThreadPoolExecutor(1) as threads, other.connect() as holder:
@@ -696,7 +687,7 @@ def test_a_deadlock_is_isolated(engine: Engine, database_url: str, services: Emb
 
 
 def test_a_pooled_connection_that_died_costs_nothing(engine: Engine, database_url: str) -> None:
-    apply_batch(engine, [purchase("acme", 500), purchase("globex", 500)])
+    apply_batch(engine, [purchase("acme", credits=500), purchase("globex", credits=500)])
     other = connect(database_url)
     sql(
         other,
@@ -708,7 +699,7 @@ def test_a_pooled_connection_that_died_costs_nothing(engine: Engine, database_ur
 
 
 def test_a_commit_that_fails_leaves_nothing_of_its_transaction(engine: Engine) -> None:
-    apply_batch(engine, [purchase("acme", 500), purchase("globex", 500)])
+    apply_batch(engine, [purchase("acme", credits=500), purchase("globex", credits=500)])
     # A constraint that is only looked at by COMMIT, as the last statement of all.
     sql(
         engine,
@@ -727,7 +718,7 @@ def test_a_commit_that_fails_leaves_nothing_of_its_transaction(engine: Engine) -
 def test_messages_of_a_database_without_tables_are_kept_for_later(empty_database_url: str) -> None:
     engine = connect(empty_database_url)
     with pytest.raises(psycopg.errors.UndefinedTable) as raised:
-        apply_batch(engine, [purchase("acme", 500)])
+        apply_batch(engine, [purchase("acme", credits=500)])
     assert is_transient(raised.value)
     engine.dispose()
 
@@ -741,7 +732,7 @@ def expire_holds(engine: Engine) -> None:
 
 
 def test_a_hold_that_expired_does_not_count_at_decision_time(engine: Engine) -> None:
-    apply_batch(engine, [purchase("acme", 100), start("acme", "w1", 60), start("acme", "w2", 40)])
+    apply_batch(engine, [purchase("acme", credits=100), start("acme", "w1", 60), start("acme", "w2", 40)])
     expire_holds(engine)
     assert apply_batch(engine, [start("acme", "w3", 100)]) == [
         Result("reserved", None, False, "acme", "w3", "reserved", (6,), 0)
@@ -769,7 +760,7 @@ def test_a_hold_that_expired_does_not_count_at_decision_time(engine: Engine) -> 
 
 
 def test_a_hold_that_has_not_expired_stays_when_its_neighbour_expires(engine: Engine) -> None:
-    apply_batch(engine, [purchase("acme", 100), start("acme", "short", 60, expires_in_s=60)])
+    apply_batch(engine, [purchase("acme", credits=100), start("acme", "short", 60, expires_in_s=60)])
     expire_holds(engine)
     apply_batch(engine, [start("acme", "long", 1)])
     assert sql(engine, "SELECT workflow_id, state FROM workflows ORDER BY 1") == [
@@ -779,7 +770,7 @@ def test_a_hold_that_has_not_expired_stays_when_its_neighbour_expires(engine: En
 
 
 def test_a_workflow_that_finishes_after_its_hold_expired_is_charged(engine: Engine) -> None:
-    apply_batch(engine, [purchase("acme", 100), start("acme", "w1", 60)])
+    apply_batch(engine, [purchase("acme", credits=100), start("acme", "w1", 60)])
     expire_holds(engine)
     assert apply_batch(engine, [finish("acme", "w1", 25)]) == [
         Result("settled", None, False, "acme", "w1", "settled", (4,), 75)
@@ -818,9 +809,9 @@ def test_periods_that_are_due_begin_before_the_message(engine: Engine) -> None:
 
 
 def test_time_never_runs_backwards_within_a_wallet(engine: Engine) -> None:
-    apply_batch(engine, [purchase("acme", 100)])
+    apply_batch(engine, [purchase("acme", credits=100)])
     sql(engine, "UPDATE wallets SET last_event_at = '2400-01-01T00:00:00Z'")
-    apply_batch(engine, [purchase("acme", 100, "p2"), purchase("globex", 100)])
+    apply_batch(engine, [purchase("acme", "p2", 100), purchase("globex", credits=100)])
     assert sql(engine, "SELECT created_at FROM credit_events WHERE org_id = 'acme' AND seq = 2") == [
         (datetime(2400, 1, 1, tzinfo=UTC),)
     ]
@@ -829,7 +820,7 @@ def test_time_never_runs_backwards_within_a_wallet(engine: Engine) -> None:
 
 def test_created_at_is_the_clock_of_the_database(engine: Engine) -> None:
     [(before,)] = sql(engine, "SELECT clock_timestamp()")
-    apply_batch(engine, [purchase("acme", 100)])
+    apply_batch(engine, [purchase("acme", credits=100)])
     [(created_at, after)] = sql(engine, "SELECT created_at, clock_timestamp() FROM credit_events")
     assert before < created_at < after
 
@@ -843,7 +834,7 @@ def test_a_thousand_messages_of_the_largest_size_are_one_batch(engine: Engine) -
     }
     organizations = [f"{n % 50:0128}" for n in range(1_000)]
     workflows = [f"{n:0128}" for n in range(1_000)]
-    apply_batch(engine, [purchase(org_id, 1_000) for org_id in organizations[:50]])
+    apply_batch(engine, [purchase(org_id, credits=1_000) for org_id in organizations[:50]])
     for task, outcome in (("workflow.start", "reserved"), ("workflow.finish", "settled")):
         messages = [
             delivery(task, org_id=org_id, workflow_id=workflow_id, **largest)
@@ -892,7 +883,7 @@ def test_a_transaction_that_failed_has_given_up_its_locks_before_the_next_one_be
     engine: Engine, database_url: str
 ) -> None:
     """Otherwise the next one, which skips what is locked, would leave out the wallets of this one."""
-    apply_batch(engine, [purchase(f"org-{n}", 1) for n in range(50)])
+    apply_batch(engine, [purchase(f"org-{n}", credits=1) for n in range(50)])
     other = connect(database_url)
     with other.connect() as watching:
         for _ in range(100):

@@ -16,17 +16,10 @@ from ledger.state import Result
 from ledger.store import Applied, Delivery, apply_batch, apply_waiting
 from ledger.waiting import BEHIND, BLOCKED, LOCKED, MUCH_DUE, RECORD_LOCKED, SLOW, Waits
 from ledger.working_set import LONG_PATIENCE_S, PATIENCE_S
-from tests.support import delivery, no_more_acting, on_insert_into, sql
+from tests.messages import delivery, purchase, start
+from tests.support import no_more_acting, on_insert_into, sql
 
 pytestmark = pytest.mark.timeout(300)  # seconds, on a slow machine
-
-
-def purchase(org_id: str, purchase_id: str, credits: int = 10) -> Delivery:
-    return delivery("wallet.purchase", org_id=org_id, purchase_id=purchase_id, credits=credits)
-
-
-def start(org_id: str, workflow_id: str, credits: int) -> Delivery:
-    return delivery("workflow.start", org_id=org_id, workflow_id=workflow_id, credits=credits, expires_in_s=60)
 
 
 @pytest.fixture

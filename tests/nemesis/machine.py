@@ -23,7 +23,7 @@ from sqlalchemy.exc import DBAPIError
 
 from ledger import migrations
 from ledger.database import connect
-from tests.acceptance.installation import Fork, environment
+from tests.installation import Fork, environment
 from tests.nemesis import neighbour
 from tests.nemesis.producer import Producer
 from tests.nemesis.workload import FLOOD_ORG_ID, Message

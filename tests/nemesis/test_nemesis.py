@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.acceptance.installation import open_folder
+from tests.installation import open_folder
 from tests.nemesis.__main__ import new_folder
 from tests.nemesis.run import Goal, run
 from tests.support import PATIENCE_S, eventually

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ledger.state import Wallet
+from tests.memory import MemoryLedger
 from tests.property.model import check_history
-from tests.unit.memory import MemoryLedger
 
 NOW = datetime(2026, 1, 31, 9, tzinfo=UTC)
 

@@ -17,7 +17,7 @@ from ledger.messages import MAX_CREDITS, MESSAGES, Message, parse
 from ledger.settings import Settings
 from ledger.state import OUTCOMES as WORKFLOW_OUTCOMES
 from ledger.state import ErrorCode, OutcomeName, Reason, WorkflowState
-from tests.unit.memory import MemoryLedger
+from tests.memory import MemoryLedger
 
 ROOT = Path(__file__).parents[2]
 TEXT = PAGE.read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ import pytest
 
 from ledger import rules
 from ledger.state import Decision, Event, Refusal, Subscription, Wallet
-from tests.unit.memory import MemoryLedger, Row, row, rows
+from tests.memory import MemoryLedger, Row, row, rows
 
 NOW = datetime(2026, 1, 31, 9, tzinfo=UTC)
 MAX = 9_007_199_254_740_991

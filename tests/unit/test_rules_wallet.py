@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from ledger.state import Event, Refusal
-from tests.unit.memory import MemoryLedger, rows
+from tests.memory import MemoryLedger, rows
 
 NOW = datetime(2026, 1, 31, 9, tzinfo=UTC)
 MAX = 9_007_199_254_740_991

@@ -8,7 +8,7 @@ import pytest
 from ledger import rules
 from ledger.messages import Cancel, Message, WalletMessage, WorkflowMessage
 from ledger.state import Event, Refusal, Wallet, Workflow
-from tests.unit.memory import MemoryLedger, Row, row, rows
+from tests.memory import MemoryLedger, Row, row, rows
 
 NOW = datetime(2026, 1, 31, 9, tzinfo=UTC)
 MAX = 9_007_199_254_740_991

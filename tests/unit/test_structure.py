@@ -4,6 +4,7 @@ import ast
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from tests.packages import what_runs
 ROOT = Path(__file__).parents[2]
 PURE = ("ledger.broker_urls", "ledger.messages", "ledger.periods", "ledger.rules", "ledger.state")
 PACKAGES = ("ledger", "worker", "api_stub")
+TIERS = ("acceptance", "integration", "nemesis", "property", "unit")
+"""The folders of tests. What two of them share is in `tests` itself."""
 
 # In the sources of …, nothing but … may be imported of …
 Rule = tuple[str, tuple[str, ...], tuple[str, ...]]
@@ -42,11 +45,14 @@ RULES: list[Rule] = [
     ("worker/local/**/*.py", (), ("api_stub", "worker.cli", "typer", "rich")),
     ("api_stub/**/*.py", ("worker.client", "worker.replaying"), ("worker",)),
     *((f"{package}/**/*.py", (), ("tests", "bench", "hypothesis", "pytest")) for package in PACKAGES),
+    *((f"tests/{tier}/**/*.py", (), tuple(f"tests.{other}" for other in TIERS if other != tier)) for tier in TIERS),
+    ("tests/*.py", (), tuple(f"tests.{tier}" for tier in TIERS)),
 ]
 CLOCKS = ("now", "utcnow", "today")
 
 
-def imports(source: str, package: str, *, at_once: bool = False) -> set[str]:
+@cache
+def imports(source: str, package: str, *, at_once: bool = False) -> frozenset[str]:
     """The full name of everything that a module of `package` imports. `at_once`: not what its functions import."""
     names: set[str] = set()
     tree = ast.parse(source)
@@ -57,7 +63,7 @@ def imports(source: str, package: str, *, at_once: bool = False) -> set[str]:
             parents = package.split(".")[: -(node.level - 1) or None] if node.level else []
             base = ".".join([*parents, *([node.module] if node.module else [])])
             names |= {f"{base}.{alias.name}" for alias in node.names}
-    return names
+    return frozenset(names)
 
 
 def outside_functions(node: ast.AST) -> Iterator[ast.AST]:
@@ -122,8 +128,9 @@ def test_the_pure_core_reads_no_clock(module: str) -> None:
 
 
 def test_the_rules_are_about_sources_that_exist() -> None:
-    for sources in ("ledger/**/*.py", *(f"{module.replace('.', '/')}.py" for module in PURE)):
+    for sources, _, _ in RULES:
         assert list(ROOT.glob(sources)), sources
+    assert sorted(each.name for each in (ROOT / "tests").iterdir() if (each / "__init__.py").exists()) == list(TIERS)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +150,9 @@ def test_the_rules_are_about_sources_that_exist() -> None:
         ("worker/local/x.py", "from worker.cli.terminal import say", "worker.cli.terminal.say"),
         ("api_stub/x.py", "import worker", "worker"),
         ("api_stub/deep/x.py", "from worker.clients import y", "worker.clients.y"),
+        ("tests/unit/x.py", "from tests.property.model import Model", "tests.property.model.Model"),
+        ("tests/integration/deep/x.py", "from tests import acceptance", "tests.acceptance"),
+        ("tests/x.py", "from tests.unit.x import y", "tests.unit.x.y"),
     ],
 )
 def test_a_forbidden_import_is_found(tmp_path: Path, path: str, source: str, found: str) -> None:
@@ -161,6 +171,7 @@ def test_a_forbidden_import_is_found(tmp_path: Path, path: str, source: str, fou
         ("ledger/rules.py", "from datetime import datetime\nfrom .state import Wallet\nimport timeit"),
         ("ledger/deep/x.py", "from ..state import Wallet\nfrom . import sibling"),
         ("worker/cli/x.py", "from api_stub.auth import sign\nfrom worker.local.system import System"),
+        ("tests/unit/x.py", "from tests.support import eventually\nfrom tests.unit.y import z"),
     ],
 )
 def test_an_allowed_import_is_not_found(tmp_path: Path, path: str, source: str) -> None:

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = """
-    alembic.command celery.app.amqp celery.app.control celery.app.log celery.apps.beat celery.apps.worker
+    alembic.command alembic.config celery.app.amqp celery.app.control celery.app.log celery.apps.beat celery.apps.worker
     celery.backends.redis celery.bin.celery celery.concurrency.solo celery.events.receiver celery.fixups.django
-    celery.worker.components celery.worker.consumer celery.worker.strategy fastapi jwt.algorithms kombu.transport.pyamqp
-    kombu.transport.redis prometheus_client psutil psycopg pydantic_settings pythonjsonlogger.json redis.asyncio
-    rich.table sqlalchemy.dialects.postgresql.psycopg typer uvicorn
+    celery.worker.components celery.worker.consumer celery.worker.strategy fastapi.staticfiles jinja2 jwt.algorithms
+    kombu.transport.pyamqp kombu.transport.redis prometheus_client psutil psycopg pydantic_settings
+    pythonjsonlogger.json redis.asyncio rich.console rich.table sqlalchemy.dialects.postgresql.psycopg typer uvicorn
 """
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h

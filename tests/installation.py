@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from itertools import count
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import IO, Any
@@ -23,17 +22,19 @@ from celery import Celery
 from celery.result import AsyncResult
 from sqlalchemy import Engine, text
 
+from ledger import audit
 from ledger.database import connect
 from ledger.roles import READER, WORKER
-from tests.acceptance import forks
+from tests import forks
+from tests.databases import MIGRATED, new_broker_database, new_database
 from tests.support import PATIENCE_S, as_role, eventually, sql
 from worker.broker import ENGINE_QUEUE, QUEUE
+from worker.local.broker import Broker
 from worker.local.embedded import Embedded
 from worker.local.machine import free_port
 from worker.local.process import Process
 from worker.transport import UNACKED
 
-MIGRATED, EMPTY = "holdfast", "template1"
 HOLDFAST = str(Path(sys.executable).with_name("holdfast"))
 
 # A worker as it is, except that its minute lasts a second.
@@ -103,10 +104,6 @@ class _Forked:
         self._process.join(timeout_s)
 
 
-_numbers = count(1)
-_broker_databases_in_use: set[int] = set()
-
-
 @dataclass(frozen=True, slots=True)
 class Installation:
     """One ledger: its database, its broker, and a folder for the logs of its processes."""
@@ -171,6 +168,12 @@ class Installation:
         in_broker = [*self.waiting().values(), self.broker.llen(ENGINE_QUEUE)]
         return not any(in_broker) and self.count("waiting_messages") == 0
 
+    def is_sound(self, *, events: int) -> bool:
+        """Every message was applied once, and nothing else was."""
+        assert self.count("credit_events") == events
+        assert self.count("dead_letters") == 0
+        return audit.verify(self.engine).is_clean
+
     @contextmanager
     def locked(self, org_id: str) -> Iterator[None]:
         """Somebody holds the lock of this organization's wallet."""
@@ -193,6 +196,11 @@ class Producer:
 
     def send(self, task: str, *args: object, **kwargs: object) -> None:
         self.celery.send_task(task, args=args, kwargs=kwargs, queue=QUEUE, ignore_result=True)
+
+    def send_grants(self, first: int, count: int) -> None:
+        """Send so many grants of one credit, to twenty organizations in turn."""
+        for number in range(first, first + count):
+            self.send("wallet.grant", {"org_id": f"org-{number % 20}", "grant_id": f"gift-{number}", "credits": 1})
 
     def ask(self, task: str, *args: object, **kwargs: object) -> AsyncResult:
         return self.celery.send_task(task, args=args, kwargs=kwargs, queue=QUEUE, ignore_result=False)
@@ -273,40 +281,18 @@ def exit_code(process: Process, *, within_s: float = PATIENCE_S) -> int:
 @contextmanager
 def installed(services: Embedded, *, template: str = MIGRATED) -> Iterator[Installation]:
     """A database and a broker that are nobody else's, on the session's servers."""
-    number = next(number for number in _numbers if 1 + number % 15 not in _broker_databases_in_use)
-    name, broker_database = f"acceptance_{number}", 1 + number % 15
-    with ExitStack() as cleanup:
-        _broker_databases_in_use.add(broker_database)
-        cleanup.callback(_broker_databases_in_use.remove, broker_database)
-        folder = cleanup.enter_context(open_folder())
-        admin = connect(services.admin_url).execution_options(isolation_level="AUTOCOMMIT")
-        cleanup.callback(admin.dispose)
-        with admin.connect() as connection:
-            connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template} OWNER holdfast"))
-        admin.dispose()  # the server may be another one, by the time this connection is used again
-
-        def drop() -> None:
-            with admin.connect() as connection:
-                connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-
-        cleanup.callback(drop)
-        database_url = services.database_url.replace("/holdfast?", f"/{name}?")
-        broker_url = services.broker.url.removesuffix("0") + str(broker_database)
-        installation = cleanup.enter_context(_installation(database_url, broker_url, folder))
-        installation.broker.flushdb()
+    with (
+        new_database(services, template) as database_url,
+        new_broker_database(services) as broker_url,
+        installed_on(database_url, broker_url) as installation,
+    ):
         yield installation
 
 
 @contextmanager
 def installed_on(database_url: str, broker_url: str) -> Iterator[Installation]:
     """A database and a broker that the test has started itself."""
-    with open_folder() as folder, _installation(database_url, broker_url, folder) as installation:
-        yield installation
-
-
-@contextmanager
-def _installation(database_url: str, broker_url: str, folder: Path) -> Iterator[Installation]:
-    with ExitStack() as cleanup:
+    with open_folder() as folder, ExitStack() as cleanup:
         engine = connect(database_url)
         cleanup.callback(engine.dispose)
         broker = cleanup.enter_context(closing(redis.Redis.from_url(broker_url)))
@@ -323,6 +309,25 @@ def open_folder() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder)
+
+
+class _ConfiguredBroker(Broker):
+    def __init__(self, folder: Path, settings: dict[str, str]) -> None:
+        super().__init__(folder)
+        self._settings = settings
+
+    def _config(self) -> str:
+        return super()._config() + "".join(f"{name} {value}\n" for name, value in self._settings.items())
+
+
+@contextmanager
+def closing_broker(folder: Path, **settings: str) -> Iterator[Broker]:
+    """A broker with more settings, that has its address but does not run yet; stopped at the end."""
+    broker = _ConfiguredBroker(folder, settings)
+    try:
+        yield broker
+    finally:
+        broker.stop()
 
 
 def wait_for_workers(producer: Producer, number: int = 1) -> None:

@@ -1,0 +1,43 @@
+"""A database of PostgreSQL and one of the broker for one test, on the session's servers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+
+import redis
+from sqlalchemy import NullPool, create_engine
+
+from tests.support import sql
+from worker.local.embedded import Embedded
+
+MIGRATED, EMPTY = "holdfast", "template1"
+
+_numbers = count(1)
+_in_use: set[int] = set()
+
+
+@contextmanager
+def new_database(services: Embedded, template: str = MIGRATED, options: str = "") -> Iterator[str]:
+    """The URL of a database, as its owner. It is dropped at the end, whoever still uses it."""
+    name = f"test_{next(_numbers)}"
+    # No connection is kept: at the end the server may be another one.
+    admin = create_engine(services.admin_url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    sql(admin, f"CREATE DATABASE {name} OWNER holdfast TEMPLATE {template} STRATEGY FILE_COPY {options}")
+    try:
+        yield services.postgres.url("holdfast", name)
+    finally:
+        sql(admin, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@contextmanager
+def new_broker_database(services: Embedded) -> Iterator[str]:
+    """The URL of an empty database of the broker, as its administrator."""
+    number = next(number for number in (1 + each % 15 for each in _numbers) if number not in _in_use)
+    url = services.broker.url.removesuffix("0") + str(number)
+    with redis.Redis.from_url(url) as client:
+        client.flushdb()
+    _in_use.add(number)
+    try:
+        yield url
+    finally:
+        _in_use.remove(number)
