@@ -173,5 +173,6 @@ def test_the_parts_start_as_written_and_stop(command: str, environment: dict[str
 
 
 def test_the_table_of_settings_is_complete() -> None:
-    rows = dict(re.findall(r"^\| `(HOLDFAST_\w+)` \| (.*) \|$", README, re.MULTILINE))
+    page = (ROOT / "docs" / "operating.md").read_text()
+    rows = dict(re.findall(r"^\| `(HOLDFAST_\w+)` \| (.*) \|$", page, re.MULTILINE))
     assert rows == {f"{PREFIX}{name.upper()}": field.description for name, field in Settings.model_fields.items()}
