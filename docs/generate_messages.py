@@ -73,7 +73,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 
 ANSWER = {
     "outcome": "What the message did: the table below.",
-    "reason": "Why, where there is more than one; else null.",
+    "reason": "Why, where an outcome has more than one reason; otherwise null.",
     "duplicate": "True if the message was answered before: `outcome` and `reason` are as then, and nothing changes.",
     "org_id": "As in the message.",
     "workflow_id": "As in the message; null if it has none.",
@@ -81,22 +81,22 @@ ANSWER = {
         "What the workflow is now: `reserved` (the credits are held), `rejected`, `settled`, `cancelled`, `failed` or "
         "`expired`; null if the message names none."
     ),
-    "event_seqs": "The numbers of the events that this delivery wrote: none for a duplicate.",
+    "event_seqs": "The numbers of the events that this delivery wrote; none for a duplicate.",
     "available": "The credits that a workflow may reserve, after this delivery.",
 }
 
 OUTCOMES = {
     ("reserved", None): (
         "workflow.start",
-        "The credits were reserved. Run it if `state` is `reserved` too: it may have ended since.",
+        "The credits were reserved. Run it only if `state` is `reserved` too; the workflow may have ended since.",
     ),
     ("rejected", "insufficient_credits"): ("workflow.start", "Too few credits are available: do not run it."),
-    ("rejected", "period_cap"): ("workflow.start", "It would pass the wallet's cap for the period: do not run it."),
+    ("rejected", "period_cap"): ("workflow.start", "It would exceed the wallet's cap for the period: do not run it."),
     ("settled", None): ("workflow.finish", "What it used is charged, and what it held is released."),
     ("released", None): ("workflow.cancel, workflow.fail", "What it held is released."),
     ("ignored", "not_started"): (
         "workflow.cancel, workflow.fail",
-        "It came before the start, which will hold nothing.",
+        "It came before the start. The start will hold nothing.",
     ),
     ("ignored", "already_ended"): (
         "workflow.start, workflow.cancel, workflow.fail",
@@ -105,11 +105,11 @@ OUTCOMES = {
     ("posted", None): ("every wallet message", "It is applied."),
     ("ignored", "stale_version"): (
         ", ".join(task for task, model in MESSAGES.items() if issubclass(model, VersionedMessage)),
-        "The same or a higher version came before.",
+        "The same version or a higher one came before.",
     ),
     ("ignored", "not_subscribed"): (
         "wallet.unsubscribe",
-        "There is no such subscription; one that comes later with a lower version is stale.",
+        "There is no such subscription. One that comes later with a lower version is stale.",
     ),
 }
 
@@ -117,14 +117,14 @@ EVENTS = {
     "reservation": ("−n", "Holds n credits for a workflow. No balance changes.", ("expires_at",)),
     "reservation_released": (
         "+n",
-        "The workflow holds nothing any more: `reason` is `settled`, `cancelled`, `failed` or `expired`.",
+        "The workflow no longer holds credits. `reason` is `settled`, `cancelled`, `failed` or `expired`.",
         ("reason", "given_reason"),
     ),
     "usage": (
         "−u",
         (
-            "Charges u credits to the subscription's balance first, the rest to the prepaid balance, and adds u to the "
-            "period's usage. `overrun`: what the prepaid balance did not have. `unreserved`: true if nothing was ever "
+            "Charges u credits: to the subscription's balance first, the rest to the prepaid balance. Adds u to the "
+            "period's usage. `overrun`: what the prepaid balance lacked. `unreserved`: true if nothing was ever "
             "reserved."
         ),
         ("overrun", "unreserved"),
@@ -132,76 +132,79 @@ EVENTS = {
     "subscription_credit": (
         "+n",
         (
-            "A period begins: n to the subscription's balance, and the period's usage starts at 0. With `reason` "
+            "A period begins: adds n to the subscription's balance, and the period's usage starts at 0. With `reason` "
             "`plan_change`: what a larger plan adds within the period. `not_granted`: what a full wallet cannot hold."
         ),
         ("subscription_id", "plan", "period_start", "period_end", "reason", "not_granted"),
     ),
-    "prepaid_purchase": ("+n", "n to the prepaid balance.", ("purchase_id",)),
-    "grant": ("+n", "n to the prepaid balance.", ("grant_id", "reason")),
-    "refund": ("+n", "n to the prepaid balance.", ("refund_id", "workflow_id")),
+    "prepaid_purchase": ("+n", "Adds n to the prepaid balance.", ("purchase_id",)),
+    "grant": ("+n", "Adds n to the prepaid balance.", ("grant_id", "reason")),
+    "refund": ("+n", "Adds n to the prepaid balance.", ("refund_id", "workflow_id")),
     "adjustment": (
         "±n",
         (
-            "±n to the prepaid balance; or, with `reason` `subscription_expired`, −n to the subscription's: what a "
-            "period left beyond the rollover limit."
+            "Adds ±n to the prepaid balance. With `reason` `subscription_expired`: takes n from the subscription's "
+            "balance, which is what a period left beyond the rollover limit."
         ),
         ("adjustment_id", "reason", "subscription_id"),
     ),
-    "billing": ("0, ±n", "The same to the prepaid balance.", ("billing_id", "invoice_id")),
+    "billing": ("0, ±n", "Adds the same to the prepaid balance.", ("billing_id", "invoice_id")),
 }
 
 DEAD_LETTERS = {
     "invalid_message": (
-        "A field is missing, unknown or not what it should be, or the task was not sent with one JSON object.",
+        "A field is missing, unknown or invalid, or the task was not sent with one JSON object.",
         "Correct the sender and send a new message; discard this one.",
     ),
     "too_large": (
         (
             f"Its body is larger than {MAX_BODY_BYTES:,} bytes, or its entry in Redis than {MOST_ENTRY_BYTES:,}. "
-            "Only the first part is kept; the error says which of the two it is, its size, and the SHA-256 of the "
+            "Only the first part is kept. The error says which of the two it is, its size, and the SHA-256 of the "
             "whole body or the SHA-1 of the whole entry."
         ),
-        "Correct the sender and send a new message; discard this one, which cannot be replayed.",
+        "Correct the sender and send a new message. Discard this one; it cannot be replayed.",
     ),
     "not_allowed": (
-        f"It came by the queue `{ENGINE_QUEUE}` and is no message about a workflow, or none that can be read.",
-        f"If it is meant, whoever may sends it anew, to `{QUEUE}`; discard this one, which cannot be replayed.",
+        f"It came from the queue `{ENGINE_QUEUE}` and is not about a workflow, or cannot be read.",
+        f"If it is intended, a sender with that right sends it to `{QUEUE}`. Discard this one; it cannot be replayed.",
     ),
     "delivery_limit": (
-        f"{DELIVERY_LIMIT} workers have died while they held it, or while they applied it after it had waited.",
-        "Replay it. If workers die of it, report it.",
+        f"{DELIVERY_LIMIT} workers died while they held it, or while they applied it after it had waited.",
+        "Replay it. If workers die of it again, report it.",
     ),
     "undecodable_message": (
-        "It is not as Celery sends it: it names no task, or its headers or its body (which is JSON) cannot be read.",
+        "It is not what Celery sends: it names no task, or its headers or its body (JSON) cannot be read.",
         "Correct the sender, which must use JSON, and send a new message; discard this one.",
     ),
     "unknown_task": (
         "No message has this name.",
-        "Correct the name and send it again; or update Holdfast, if a newer version has it, and replay.",
+        "Correct the name and send it again. Or, if a newer version of Holdfast has it, update and replay.",
     ),
     "conflict": (
         (
-            "The same id came before and said something else, or a subscription was to change its anchor. What came "
-            "first stands."
+            "A message with the same id came before and said something else, or a subscription was to change its "
+            "anchor. What came first stands."
         ),
-        "If the difference is meant, send it under an id of its own (for usage: `wallet.adjust`); discard this one.",
+        (
+            "If the difference is intended, send it with an id of its own (for usage: `wallet.adjust`; for another "
+            "anchor: a new `subscription_id`, which replaces the old subscription). Discard this one."
+        ),
     ),
     "insufficient_credits": (
         "An adjustment or a billing entry would take the prepaid balance below zero.",
-        "Replay it once there are credits; or send the adjustment with `allow_negative` under a new id.",
+        "Replay it once there are credits; or send the adjustment with `allow_negative` and a new id.",
     ),
     "refund_exceeds_usage": (
-        "With the refunds before it, more would be refunded than the workflow used; or it has not finished yet.",
-        "Replay it after the finish; or refund less under a new id.",
+        "Together with earlier refunds, it is more than the workflow used; or the workflow has not finished yet.",
+        "Replay it after the finish; or refund less, with a new id.",
     ),
     "balance_out_of_range": (
-        "A balance, or what is reserved or used, would pass ±(2^53−1).",
+        "A balance, or what is reserved or used, would exceed ±(2^53−1).",
         "The amount is wrong: send the right one, and discard this one.",
     ),
     "unexpected_error": (
-        "A defect of Holdfast. The traceback is kept, nothing of the message was applied, and others are not held up.",
-        "Report it; replay it with the version that mends it.",
+        "A defect of Holdfast. The traceback is kept. Nothing of the message was applied; no other message waits.",
+        "Report it; replay it with the version that fixes it.",
     ),
 }
 
@@ -251,13 +254,13 @@ _INTRODUCTION = f"""# Messages
 <!-- Written by `make docs` from ledger/messages.py and docs/generate_messages.py: change those. -->
 
 Everything that changes a wallet is a message: a Celery task, sent by its name, with one JSON object as its only
-positional argument. Any Celery client will do, in any language. It sends to the queue `{QUEUE}`; a workflow engine that
-may do no more, to `{ENGINE_QUEUE}`, from which only `workflow.*` is taken, without the `source` that it names: see
-[security.md](security.md). With RabbitMQ it sends as the [README](../README.md#running-the-parts-yourself) tells.
+positional argument. Any Celery client in any language can send it, to the queue `{QUEUE}`. A workflow engine with fewer
+rights sends to `{ENGINE_QUEUE}`. From there only `workflow.*` is taken, and the message's `source` is ignored:
+[security.md](security.md). With RabbitMQ a producer needs [two more settings](operating.md#rabbitmq).
 
-An engine without a client may send the workflow messages over HTTP, the other fields as the body:
-`POST {HTTP_PATH}`, where `step` is `start`, `finish`, `cancel` or `fail`; there `source` must not be
-`admin`, `billing`, `operator` or `scheduler`.
+An engine without a Celery client can send workflow messages over HTTP, with the other fields as the body:
+`POST {HTTP_PATH}`, where `step` is `start`, `finish`, `cancel` or `fail`; there `source` is printable ASCII, and
+neither `admin`, `billing`, `operator` or `scheduler`, nor anything that looks like one of them.
 
 ```python
 from celery import Celery
@@ -269,18 +272,20 @@ if sent.get(timeout=10)["state"] == "reserved":
     ...  # the credits are held: run it, then send workflow.finish with what it used
 ```
 
-- **Send again whenever in doubt.** A repetition is known by the ids that are named with each message; it is applied
-  once and answered as the first time, but for the workflow's `state`, which is told as it is now. The same ids with
-  other `credits`, or with anything else changed in a wallet message's own fields, are a [conflict](#dead-letters).
-- **No order is needed.** What a workflow does to the balances depends on the set of its messages alone: a finish always
-  charges, once; without one, a cancel or a fail leaves nothing behind, even if it comes before the start. None is kept
-  either: two messages that are on their way at once may be applied in either order, as several workers take them. Where
-  one has to come first, as a purchase before the start that needs it, wait for its answer.
-- **Nothing is dropped.** What cannot be applied is kept as a [dead letter](#dead-letters).
-- **A message is small.** Its body, as Celery sends it, has at most {MAX_BODY_BYTES:,} bytes (64 KiB), and on Redis its
-  entry in the queue, with Celery's headers and the body in base64, at most {MOST_ENTRY_BYTES:,} (256 KiB). Valid fields
-  need less than half of that; a message that is larger becomes a dead letter, `too_large`.
-- A wallet comes into being with the first message that names its organization.
+- **Send again when in doubt.** A repeated message is known by the ids that are named with each message. It is applied
+  once, and answered as the first time; only the workflow's `state` is the current one. A message with the same ids and
+  other `credits`, or with any other difference in a wallet message's own fields, is a [conflict](#dead-letters).
+- **The order does not matter within a workflow.** What a workflow does to the balances depends only on the set of its
+  messages: a finish always charges, once; without a finish, a cancel or a fail leaves nothing behind, even if it comes
+  before the start. Holdfast keeps no order, either: several workers may apply two messages that are under way at once
+  in either order. If one has to come first, such as a purchase before the start that needs it, or a finish before its
+  refund, wait for its answer.
+- **Nothing is delayed or dropped.** An ETA, a countdown, an expiry and a revocation of Celery are ignored. What cannot
+  be applied is kept as a [dead letter](#dead-letters).
+- **A message is small.** Its body, as Celery sends it, has at most {MAX_BODY_BYTES:,} bytes (64 KiB). On Redis its
+  entry in the queue, with Celery's headers and the body in base64, has at most {MOST_ENTRY_BYTES:,} (256 KiB). Valid
+  fields need less than half of that. A larger message becomes a dead letter, `too_large`.
+- A wallet begins to exist with the first message that names its organization.
 
 | type | what it is |
 |---|---|
@@ -290,24 +295,24 @@ if sent.get(timeout=10)["state"] == "reserved":
 | text | without the NUL character |
 | object | at most {MAX_METADATA_BYTES // 1024} KiB as JSON, nested at most {MAX_METADATA_DEPTH} deep |
 
-Credits are integers. A field that a message does not have is refused, so a typing error never goes unnoticed."""
+Credits are integers. An unknown field is refused, so a typing error never goes unnoticed."""
 
 _ANSWERS = """## Answers
 
-A sender that asks (`ignore_result=False`, and a `backend` to keep answers in) gets the task's result, an object that is
+A sender that asks for it (`ignore_result=False`, and a `backend` to keep answers in) gets the task's result: an object,
 kept for an hour. If the message became a dead letter, the task fails, and its error says why."""
 
 _EVENTS = """## Events
 
-What a message did is in the credit history: one immutable row an event, numbered without a gap within its wallet, all
-events of one message at once. `credits` is the effect on what is available, so the column always adds up to it. The
-message's metadata is kept on the event; of equal keys the ledger's own, and `occurred_at`, win."""
+The credit history shows what a message did: one immutable row for each event, numbered without a gap within its wallet.
+All events of a message are written at once. `credits` is the effect on what is available, so the column always adds up
+to it. The event keeps the message's metadata; keys that the ledger adds, and `occurred_at`, replace the sender's."""
 
 _DEAD_LETTERS = """## Dead letters
 
-A message that cannot be applied changes nothing and is kept as it arrived, with a code and a sentence that says what is
-wrong, until an operator replays it (the same message once more: it can never apply twice) or discards it. A database or
-broker that is down makes no dead letters: messages wait."""
+A message that cannot be applied changes nothing. It is kept as it arrived, with a code and a sentence that says what is
+wrong, until an operator replays or discards it. A replay is the same message once more, so it can never apply twice. A
+database or broker that is down makes no dead letters: messages wait."""
 
 
 def _message(model: type[Message]) -> str:

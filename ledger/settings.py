@@ -42,24 +42,24 @@ class Settings(BaseSettings):
     database_url: str | None = Field(None, description="PostgreSQL: `postgresql+psycopg://user:password@host/database`")
     broker_url: str | None = Field(
         None,
-        description="The broker: `redis://`, `rediss://`, `amqp://` or `amqps://`; of a RabbitMQ cluster "
-        "all nodes, with semicolons: `amqp://user:password@a//;amqp://user:password@b//`",
+        description="The broker: `redis://`, `rediss://`, `amqp://` or `amqps://`; for a RabbitMQ cluster, "
+        "all nodes, separated by semicolons: `amqp://user:password@a//;amqp://user:password@b//`",
     )
     engine_broker_url: str | None = Field(
         None,
-        description="The broker as a workflow engine connects to it, with fewer rights, to send to `credits.engine`; "
-        "no part of Holdfast reads it",
+        description="The broker for a workflow engine, which has fewer rights and sends to `credits.engine`; "
+        "no part of Holdfast reads this setting",
     )
     result_url: str | None = Field(
         None,
-        description="Where results are kept for who waits for them: `redis://`; default: the broker, if it is Redis",
+        description="Where answers are kept for senders that wait: `redis://`; default: the broker, if it is Redis",
     )
     data_dir: Path | None = Field(
         None, description="The data folder of `holdfast up`; default: `.holdfast` in the current folder"
     )
 
     metrics_address: str | None = Field(
-        None, description="Where a worker serves its own figures for Prometheus: `127.0.0.1:9464`; default: nowhere"
+        None, description="Where a worker serves its own metrics for Prometheus: `127.0.0.1:9464`; default: nowhere"
     )
     jwt_secret: SecretStr | None = Field(
         None,
@@ -72,11 +72,9 @@ class Settings(BaseSettings):
         "(RS256 with at least 2,048 bits, ES256, EdDSA)",
     )
     jwt_audience: str | None = Field(
-        None, description="Whom tokens must be for: what their `aud` is or contains; default: not looked at"
+        None, description="What the `aud` of a token must be or contain; default: not checked"
     )
-    jwt_issuer: str | None = Field(
-        None, description="Who must have issued tokens: what their `iss` is; default: not looked at"
-    )
+    jwt_issuer: str | None = Field(None, description="What the `iss` of a token must be; default: not checked")
 
     @field_validator("metrics_address")
     @classmethod

@@ -28,8 +28,15 @@ from worker.client import Client
 from worker.local.process import Process
 from worker.transport import UNACKED, UNACKED_INDEX
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-_, PRODUCER, RABBITMQ_PRODUCER = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+ROOT = Path(__file__).parents[2]
+
+
+def programs(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+_, PRODUCER = programs("README.md")
+[RABBITMQ_PRODUCER] = programs("docs/operating.md")
 
 MESSAGES, TASKS = 200, 50
 ONCE = Counter(["archive-0", *(f"render-{number}" for number in range(TASKS))])
@@ -73,7 +80,7 @@ def start_ours(installation: Installation, broker_url: str, *argv: str) -> Proce
 
 
 def run_producer(program: str, broker_url: str) -> None:
-    """Run what the README shows: as it stands, and its last line again for other workflows."""
+    """Run what a page shows: as it stands, and its last line again for other workflows."""
     *_, sending = program.splitlines()
     other = re.sub(r'"run-\d"', 'f"other-{number}"', sending)
     again = f"for number in range({MESSAGES - 1}):\n    {other}\n"

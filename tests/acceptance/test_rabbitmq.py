@@ -304,7 +304,7 @@ def test_what_is_delivered_too_often_moves_to_the_queue_of_the_dead(client: Clie
     assert channel.basic_get(QUEUE) is None
 
 
-# Other producers, as the README tells them
+# Other producers, as docs/operating.md shows them
 
 
 def test_a_stock_producer_may_name_the_replicated_queue(client: Client, channel: Any, rabbitmq_url: str) -> None:

@@ -109,7 +109,7 @@ def test_make_alone_lists_the_commands_of_the_readme() -> None:
 
 
 def test_the_programs_and_then_the_commands_of_the_readme_work(environment: dict[str, str]) -> None:
-    client_program, celery_program, _ = blocks("python")  # the last one is for RabbitMQ: see test_neighbours.py
+    client_program, celery_program = blocks("python")
     for program in (client_program, celery_program):
         subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=PATIENCE_S)
     wallet = run("holdfast wallet acme", environment)
@@ -173,5 +173,6 @@ def test_the_parts_start_as_written_and_stop(command: str, environment: dict[str
 
 
 def test_the_table_of_settings_is_complete() -> None:
-    rows = dict(re.findall(r"^\| `(HOLDFAST_\w+)` \| (.*) \|$", README, re.MULTILINE))
+    page = (ROOT / "docs" / "operating.md").read_text()
+    rows = dict(re.findall(r"^\| `(HOLDFAST_\w+)` \| (.*) \|$", page, re.MULTILINE))
     assert rows == {f"{PREFIX}{name.upper()}": field.description for name, field in Settings.model_fields.items()}

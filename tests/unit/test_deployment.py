@@ -53,6 +53,7 @@ LONG_RUNNING = ["postgres", "broker", "worker", "beat", "api"]
 OURS = ["migrate", "worker", "beat", "api"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DEPLOYING = (ROOT / "README.md").read_text().split("\n## Deploying\n")[1].split("\n## ")[0]
+VARIABLES = (ROOT / "docs/operating.md").read_text().split("\n## Variables of Compose\n")[1].split("\n## ")[0]
 
 # Every instruction of the Dockerfile: its name and the rest of its line.
 INSTRUCTIONS: list[tuple[str, str]] = [
@@ -156,11 +157,11 @@ def test_no_secret_is_written_in_the_file() -> None:
         assert "@" not in url or re.search(r":\$\{\w+$", url.split(":?")[0]), url
 
 
-def test_the_readme_tells_every_variable_and_how_to_make_them() -> None:
+def test_the_documents_tell_every_variable_and_how_to_make_them() -> None:
     for name in (*SECRETS, *OPTIONAL):
-        assert f"`{name}`" in DEPLOYING
+        assert f"`{name}`" in VARIABLES
     for name, default in DEFAULTS.items():
-        assert re.search(rf"^\| .*`{name}`.*default: {default}\b", DEPLOYING, re.MULTILINE)
+        assert re.search(rf"^\| .*`{name}`.*default: {default}\b", VARIABLES, re.MULTILINE)
     [names] = re.findall(r"^ *for name in ([^;]*); do$", DEPLOYING, re.MULTILINE)
     assert names.replace("\\\n", "").split() == list(SECRETS)
 

@@ -54,7 +54,7 @@ def test_an_empty_setting_is_not_set(environment: Environment) -> None:
     assert Settings.load().broker_url is None
     assert refusal("broker_url") == (
         "HOLDFAST_BROKER_URL is not set; The broker: `redis://`, `rediss://`, `amqp://` or `amqps://`; "
-        "of a RabbitMQ cluster all nodes, with semicolons: `amqp://user:password@a//;amqp://user:password@b//`"
+        "for a RabbitMQ cluster, all nodes, separated by semicolons: `amqp://user:password@a//;amqp://user:password@b//`"
     )
 
 
