@@ -225,12 +225,12 @@ CHECKS = (
     ),
     Check(
         "messages",
-        "Every purchase, grant, adjustment, refund and billing entry is one event with its credits.",
+        "Every message about the wallet that has credits, such as a purchase, is one event with these credits.",
         """
         SELECT COALESCE(message.org_id, event.org_id) AS org_id, COALESCE(key, idempotency_key) AS offender
         FROM (
             SELECT org_id, kind || ':' || message_id AS key, (terms ->> 'credits')::bigint AS credits
-            FROM posted_messages WHERE kind IN ('purchase', 'grant', 'adjustment', 'refund', 'billing')
+            FROM posted_messages WHERE terms ->> 'credits' IS NOT NULL
         ) AS message
         FULL JOIN (
             SELECT org_id, idempotency_key, credits FROM credit_events

@@ -16,18 +16,12 @@ import redis
 from sqlalchemy import Engine
 
 from ledger import audit
+from ledger.messages import MESSAGES, WalletMessage
 from tests.nemesis import neighbour
 from tests.nemesis.producer import Sent
 from tests.nemesis.workload import FLOOD_HOLD_S, SHORT_HOLD_S, Message, marks
 from tests.support import sql
 
-POSTING_ID = {
-    "wallet.purchase": ("purchase", "purchase_id"),
-    "wallet.grant": ("grant", "grant_id"),
-    "wallet.adjust": ("adjustment", "adjustment_id"),
-    "wallet.refund": ("refund", "refund_id"),
-    "wallet.bill": ("billing", "billing_id"),
-}
 ANSWERS = {
     "reserved": ("reserved", None),
     "insufficient_credits": ("rejected", "insufficient_credits"),
@@ -282,9 +276,10 @@ class _Organization:
             yield Finding("balance", what, (message.number,))
 
     def _check_posting(self, message: Message) -> Iterator[Finding]:
-        kind, id_field = POSTING_ID[message.task]
-        message_id, effect = message.fields[id_field], message.fields["credits"]
-        terms = self.seen.posted.get((self.org_id, kind, message_id))
+        model = MESSAGES[message.task]
+        assert issubclass(model, WalletMessage)
+        message_id, effect = message.fields[model.id_field], message.fields["credits"]
+        terms = self.seen.posted.get((self.org_id, model.kind, message_id))
         if message.fate == "either" and terms is None:
             if not self.seen.letters[message.number]:
                 yield Finding("lost", f"{message.task} {message_id} was neither applied nor refused", (message.number,))
@@ -293,7 +288,7 @@ class _Organization:
             what = f"{self.org_id}: {message.task} {message_id} with {effect} credits is known as {terms}"
             yield Finding("lost", what, (message.number,))
         self.balance += effect
-        yield from self._event(f"{kind}:{message_id}", effect, message)
+        yield from self._event(f"{model.kind}:{message_id}", effect, message)
 
     def _check_workflow(self, workflow_id: str, said: Mapping[str, Message]) -> Iterator[Finding]:
         row = self.seen.workflows.get((self.org_id, workflow_id), {})
