@@ -1,4 +1,4 @@
-"""How the ledger connects to PostgreSQL, and which of its errors are faults that pass."""
+"""Connections to PostgreSQL, and which of its errors are transient."""
 
 import os
 import socket
@@ -19,28 +19,28 @@ from ledger.arrays import Array, ArrayDumper
 
 CONNECT_TIMEOUT_S = 5
 LOCK_TIMEOUT_S = 0.5
-"""How long to wait for a lock. Nobody of ours holds one for so long: a batch looks then for who has to wait."""
+"""How long to wait for a lock. No worker holds one for so long; after it, a batch looks for the culprit."""
 
 STATEMENT_TIMEOUT_S = 60
 TRANSACTION_TIMEOUT_S = 60
-"""After this, PostgreSQL 17 or newer takes the locks from a worker that was frozen in its transaction."""
+"""After this, PostgreSQL 17 or newer ends the transaction of a frozen worker and releases its locks."""
 
 POOL_TIMEOUT_S = 5
 """How long to wait for a connection while all are in use."""
 
 _WAITS_FOR_REPLICA = "SyncRepWaitForLSN"
-"""The function of PostgreSQL in which a commit waits, whatever the language of its messages."""
+"""The function of PostgreSQL in which a commit waits. Unlike the text of a notice, it is never translated."""
 
 _CONNECTION = {
     "connect_timeout": CONNECT_TIMEOUT_S,
     "application_name": "holdfast",
-    # A peer that vanished without a word is noticed within half a minute.
+    # A peer that vanished silently is noticed within half a minute.
     "keepalives_idle": 10,
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
 }
-"""What the URL may set otherwise."""
+"""Defaults that the URL may override."""
 
 _SESSION_OPTIONS = " ".join(
     f"-c {option}"
@@ -48,12 +48,12 @@ _SESSION_OPTIONS = " ".join(
         f"lock_timeout={int(LOCK_TIMEOUT_S * 1_000)}ms",
         f"statement_timeout={STATEMENT_TIMEOUT_S}s",
         f"idle_in_transaction_session_timeout={STATEMENT_TIMEOUT_S}s",
-        # The server gives up a peer that vanished without a word, and its locks, within half a minute.
+        # Within half a minute, the server drops a peer that vanished silently and releases its locks.
         "tcp_keepalives_idle=10",
         "tcp_keepalives_interval=5",
         "tcp_keepalives_count=3",
         "tcp_user_timeout=30s",
-        # A plan made while the tables were empty must not outlive them.
+        # A plan that was made for empty tables must not be used when they are full.
         "plan_cache_mode=force_custom_plan",
         "timezone=UTC",
     )
@@ -61,14 +61,13 @@ _SESSION_OPTIONS = " ".join(
 
 _FOR_QUESTIONS = "-c max_parallel_workers_per_gather=0 -c random_page_cost=1.1"
 
-# Nothing in a message can cause these, and they end when the database is well again: connection (08), read-only (25),
-# prepared statements (26), rollback and deadlock (40), schema or rights not there yet (42), resources (53), lock not
-# available (55), operator intervention (57), system (58); and files that are damaged (XX001, XX002).
+# No message can cause these, and they end when the database recovers: connection (08), read-only (25), prepared
+# statements (26), rollback and deadlock (40), missing schema or privileges (42), resources (53), lock not available
+# (55), operator intervention (57), system (58); and damaged files (XX001, XX002).
 _TRANSIENT_CLASSES = frozenset({"08", "25", "26", "40", "42", "53", "55", "57", "58"})
 _TRANSIENT_STATES = frozenset({"XX001", "XX002"})
-# Of these, what may be the fault of one organization or one message, such as rows that somebody has locked, a statement
-# that takes too long, a deadlock, too little memory for what was asked, or a damaged page. Whether it is shows when
-# others get through.
+# Of these, the ones that may concern a single organization or message: locked rows, a slow statement, a deadlock, too
+# little memory for a statement, a damaged page. They do if others can be applied.
 _LOCAL_CLASSES = frozenset({"25", "40", "53", "55", "58"})
 _LOCAL_STATES = frozenset({"57014", "XX001", "XX002"})
 
@@ -86,10 +85,10 @@ class UnsuitableDatabaseError(psycopg.OperationalError):
 
 
 class LedgerConnection(psycopg.Connection[Any]):
-    """A connection on which a commit that no synchronous replica has confirmed is an error.
+    """A connection on which a commit that no synchronous replica has confirmed raises an error.
 
-    PostgreSQL only warns of it, when somebody cancels a session that waits for the replica. What was committed is
-    there, but would be gone if the replica took over now. Whoever asks again waits for the replica again.
+    PostgreSQL only warns when somebody cancels a session that waits for the replica. The commit is there, but would be
+    lost if the replica took over now. A repeated commit waits for the replica again.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -108,7 +107,7 @@ class LedgerConnection(psycopg.Connection[Any]):
         self.refuse_unconfirmed()
 
     def refuse_unconfirmed(self) -> None:
-        """Raise OperatorIntervention if the commit that was sent last is one that no replica has confirmed."""
+        """Raise OperatorIntervention if no replica has confirmed the last commit."""
         if self._unconfirmed:
             self._unconfirmed.clear()
             raise OperatorIntervention(
@@ -117,14 +116,14 @@ class LedgerConnection(psycopg.Connection[Any]):
 
 
 class WrongClockError(Exception):
-    """The database's clock says something else than the others do; the message says what. It is waited for."""
+    """The database's clock differs from the others; the message says how. Transient: it ends when the clock is set."""
 
 
 def parse_url(url: str) -> URL:
-    """The parts of a database URL that `connect` can use. Raises DatabaseURLError."""
+    """Parse a database URL that `connect` can use. Raises DatabaseURLError."""
     try:
         parsed = make_url(url)
-    except (ArgumentError, ValueError):  # the latter for a port that is no number
+    except (ArgumentError, ValueError):  # ValueError: a port that is not a number
         raise DatabaseURLError("is not a URL; it looks like postgresql+psycopg://user:password@host/database") from None
     if parsed.drivername != "postgresql+psycopg":
         raise DatabaseURLError(f"must begin with postgresql+psycopg://, not {parsed.drivername}://")
@@ -134,7 +133,7 @@ def parse_url(url: str) -> URL:
         options = conninfo.make_conninfo(**{name: str(value) for name, value in parsed.query.items()})
     except psycopg.ProgrammingError as error:
         raise DatabaseURLError(f"has an option that PostgreSQL does not know: {describe(error)}") from None
-    # There is nothing to connect to, and what is wrong with the options is found before that.
+    # libpq checks the options before it connects. This address leads nowhere.
     attempt = pq.PGconn.connect_start(conninfo.make_conninfo(options, host=os.devnull, hostaddr="", port="").encode())
     problem = attempt.error_message.decode(errors="replace").strip()
     attempt.finish()
@@ -151,20 +150,20 @@ def connect(
     transaction_timeout_s: int | None = None,
     answer_timeout_s: int | None = None,
 ) -> Engine:
-    """An engine for the PostgreSQL database at `url` (`postgresql+psycopg://…`). Does not connect yet.
+    """Return an engine for the PostgreSQL database at `url` (`postgresql+psycopg://…`). Does not connect yet.
 
-    One that keeps no connections opens one whenever it is asked to: whether the database is there shows within
-    `CONNECT_TIMEOUT_S`, also where it hangs and an open connection would wait for ever.
+    Without `keeps_connections`, each use opens a new connection. So an outage shows within `CONNECT_TIMEOUT_S`, also
+    when the database hangs, where an open connection would wait forever.
 
-    One that checks connections asks each, before it is used again, whether it is still there. If it broke meanwhile,
-    all that are as old are given up and a new one is opened, once: nobody notices that the database was restarted, and
-    nothing is ever sent twice.
+    With `checks_connections`, each connection is checked before it is used again. If it is broken, all that are as old
+    are dropped, and a new one is opened, once. So no caller notices a restart of the database, and no statement is sent
+    twice.
 
-    With `transaction_timeout_s`, PostgreSQL 17 or newer ends a transaction after so long, and the connection with it:
-    who was frozen in it has no locks any more.
+    With `transaction_timeout_s`, PostgreSQL 17 or newer ends a transaction after so long, with its connection. So a
+    frozen process holds no locks for longer.
 
-    With `answer_timeout_s`, statements are questions of somebody who is not alone: PostgreSQL ends one after so long,
-    takes one process for it, and rather reads an index than the whole table. Raises DatabaseURLError.
+    With `answer_timeout_s`, the engine is for queries that must not burden others. PostgreSQL ends one after so long,
+    uses one process for it, and prefers an index to a whole table. Raises DatabaseURLError.
     """
     questions = "" if answer_timeout_s is None else f"-c statement_timeout={answer_timeout_s}s {_FOR_QUESTIONS}"
     pool: dict[str, Any] = {"pool_timeout": POOL_TIMEOUT_S} if keeps_connections else {"poolclass": NullPool}
@@ -184,13 +183,13 @@ def connect(
     def open_session(*args: Any, **options: Any) -> LedgerConnection:
         connection = LedgerConnection.connect(*args, **options)
         _begin_session(connection, transaction_timeout_s)
-        # One parameter type per statement, whatever the size of the numbers in it: one prepared statement, not many.
+        # One parameter type for integers of any size, so one prepared statement instead of many.
         connection.adapters.register_dumper(int, Int8BinaryDumper)
         connection.adapters.register_dumper(Array, ArrayDumper)
         connections.add(connection)
         return connection
 
-    # Before SQLAlchemy asks anything, which some databases answer with what it does not understand.
+    # Checks the session before SQLAlchemy's first query, to which some unsuitable databases give an unreadable answer.
     engine.dialect.connect = open_session  # type: ignore[assignment, method-assign]
     _connections[engine] = connections
     return engine
@@ -207,11 +206,10 @@ _SESSION = """
 
 
 def _begin_session(connection: LedgerConnection, transaction_timeout_s: int | None) -> None:
-    """Make sure that what is committed on `connection` is on disk, whatever the server's default.
+    """Make every commit on `connection` wait until it is on disk, whatever the server's default.
 
-    Raises UnsuitableDatabaseError, or OperationalError if something between us and PostgreSQL shares its connections
-    among clients. Our prepared statements and settings belong to a session: on a shared one, a name may be another
-    client's statement.
+    Raises UnsuitableDatabaseError, or OperationalError if a pooler shares PostgreSQL's sessions among clients. Prepared
+    statements and settings belong to a session: in a shared one, a name may be another client's statement.
     """
     encoding = connection.info.parameter_status("server_encoding")
     [(server, _)] = connection.execute(_SESSION).fetchall()
@@ -233,7 +231,7 @@ def _begin_session(connection: LedgerConnection, transaction_timeout_s: int | No
 
 
 def refuse_unsuitable(engine: Engine) -> None:
-    """Raise UnsuitableDatabaseError for a database that can never be used. One that cannot be asked may be well."""
+    """Raise UnsuitableDatabaseError for a database that can never be used. Ignores one that cannot be reached."""
     try:
         engine.connect().close()
     except DBAPIError as error:
@@ -242,12 +240,12 @@ def refuse_unsuitable(engine: Engine) -> None:
 
 
 def is_abandoned(engine: Engine) -> bool:
-    """Whether `abandon` was called: nobody should try a new connection, which may take seconds."""
+    """Whether `abandon` was called. Then no new connection should be tried, as that may take seconds."""
     return engine in _abandoned
 
 
 def abandon(engine: Engine) -> None:
-    """Break the connections of `engine`: who waits for an answer on one, in another thread, fails as in an outage."""
+    """Break the connections of `engine`. A thread that waits for an answer on one fails as in an outage."""
     _abandoned.add(engine)
     for connection in list(_connections[engine]):
         with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as shared:
@@ -255,7 +253,7 @@ def abandon(engine: Engine) -> None:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether `error` is a fault of the database that passes, and not of what was asked of it."""
+    """Whether `error` is a passing fault of the database, not one of the statement."""
     if isinstance(error, WrongClockError):
         return True
     if isinstance(error, DBAPIError):
@@ -268,7 +266,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def may_be_local(error: BaseException) -> bool:
-    """Whether `error`, which is transient, may be the fault of one organization or message, and others can go on."""
+    """Whether `error`, which is transient, may concern a single organization or message, so that others can go on."""
     if is_lost_connection(error):
         return True
     state = error.sqlstate if isinstance(error, psycopg.Error) else None
@@ -281,14 +279,14 @@ def took_too_long(error: DBAPIError) -> bool:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether a connection that was there is lost: by what was sent on it, or because the database went away."""
+    """Whether an open connection was lost: because of a statement on it, or because the database went away."""
     if not isinstance(error, psycopg.OperationalError):
         return False
     return error.sqlstate is None or error.sqlstate[:2] == "08" or error.sqlstate in ("57P01", "57P02")
 
 
 def describe(error: BaseException) -> str:
-    """A database error in one line: what a person needs to know of it."""
+    """A database error in one line, for a person."""
     original = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
     if isinstance(original, psycopg.errors.UndefinedTable):
         return "the database is not migrated yet; run `holdfast migrate`"
@@ -303,17 +301,17 @@ def describe(error: BaseException) -> str:
 
 @contextmanager
 def raw_connection(engine: Engine) -> Iterator[LedgerConnection]:
-    """A psycopg connection that begins no transaction by itself. One that failed is closed, not used again."""
+    """A psycopg connection that begins no transaction by itself. After an error it is closed, not used again."""
     with engine.connect() as pooled:
         connection = pooled.connection.driver_connection
         assert isinstance(connection, LedgerConnection)
         try:
-            connection.autocommit = True  # the BEGIN that psycopg would send costs a round trip of its own
+            connection.autocommit = True  # psycopg's own BEGIN would cost a round trip
             yield connection
             connection.refuse_unconfirmed()
             connection.autocommit = False
         except BaseException:
-            # The server ends a connection that was closed a moment later; until then, it would hold the locks.
+            # The server notices a closed connection a moment later, and would hold the locks until then.
             if connection.info.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
                 with suppress(psycopg.Error):
                     connection.execute("ROLLBACK")

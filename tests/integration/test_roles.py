@@ -356,7 +356,7 @@ def test_a_single_role_still_does_everything(
 def warning(role: str, what: str) -> str:
     return (
         f"holdfast: warning: this connection's role, {role}, may do more than a worker or the API needs: {what}; "
-        'docs/operating.md, "Roles", tells how to connect with less\n'
+        'see docs/operating.md, "Roles", to connect with less\n'
     )
 
 
