@@ -49,7 +49,7 @@ def _tell(wrong: str | None) -> None:
     """Log once that another clock is wrong. The ledger does not depend on it."""
     global _told  # noqa: PLW0603
     if (wrong is None) != (_told is None):
-        logger.warning("%s", "All clocks agree again" if wrong is None else f"A clock is wrong, set it: {wrong}")
+        logger.warning("%s", "All clocks agree again" if wrong is None else f"A clock is wrong; set it: {wrong}")
         _told = wrong
 
 

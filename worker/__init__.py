@@ -1,7 +1,7 @@
 """The Celery worker, its beat, the producer for engines and the command line.
 
-`celery -A worker worker` finds the app here. It is made only when it is asked for, so that an engine which imports
-`worker.client` needs none of the worker's settings.
+`celery -A worker worker` finds the app here. It is created on first use, so an engine that imports `worker.client`
+needs none of the worker's settings.
 """
 
 import sys

@@ -87,8 +87,8 @@ def test_nothing_else_is_taken_from_it_whatever_it_says_and_no_replay_lets_it_in
     assert {code for code, _ in letters(installation)} == {"not_allowed"}
     errors = [error for (error,) in sql(installation.engine, "SELECT error FROM dead_letters ORDER BY id")]
     assert (
-        "from credits.engine only messages about workflows are taken: 'wallet.grant' has to be sent to credits, "
-        "by whoever may"
+        "only workflow messages are taken from credits.engine: 'wallet.grant' must be sent to credits, "
+        "by a system that may"
     ) in errors
     replayed = replay_all(installation)
     assert replayed.returncode == 1

@@ -94,7 +94,7 @@ def test_large_messages_pile_up_while_the_database_is_down_and_the_good_one_amon
             assert 40_000 < length <= MAX_BODY_BYTES
             assert attempts == 1
         else:
-            assert error == "the body cannot be decoded: inflated, it has more than 65,536 bytes"
+            assert error == "the body cannot be decoded: it has more than 65,536 bytes when it is decompressed"
             assert attempts == 3
     assert audit.verify(installation.engine).is_clean
 

@@ -214,7 +214,7 @@ def test_what_cannot_be_encoded_does_not_stop_the_others(engine: Engine) -> None
         nested = [nested]
     with (
         Client("redis://127.0.0.1:1/0") as client,
-        pytest.raises(NotReplayableError, match="dead letter 7 is nested too deep to be sent again"),
+        pytest.raises(NotReplayableError, match="dead letter 7 is nested too deeply to be sent again"),
     ):
         Replayer(engine, client, by="ann", wait_s=10).send(7, "wallet.grant", [nested], {})
 

@@ -1,6 +1,6 @@
-"""Between the commands and a person: what is typed, and what is printed, in tables that fit the terminal or as JSON.
+"""The input and output of commands: options, and tables that fit the terminal, or JSON.
 
-Text from messages is data: nothing in it is taken for markup, and no control character of it reaches the terminal.
+Text from messages is data: it is never read as markup, and none of its control characters reaches the terminal.
 """
 
 import getpass
@@ -31,27 +31,27 @@ from worker.client import Client
 
 
 class _Console(Console):
-    """Never cuts off the end of a line: one that is too long, the terminal itself continues below."""
+    """Never cuts off the end of a line: the terminal itself wraps one that is too long."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         super().print(*objects, **{"crop": False, **options})
 
 
-# A pipe has no width of its own: there, lines are as long as they need to be.
+# A pipe has no width of its own.
 console = _Console(width=None if sys.stdout.isatty() else 180, highlight=False)
 
 LONGEST_WAIT_S = 3600
 
 
 def one_line(value: str | None) -> str | None:
-    """What is typed has to be something that can be printed, stored and sent. Raises typer.BadParameter."""
+    """Return `value` if it is one line of printable text. Raises typer.BadParameter."""
     if value is not None and (not value.strip() or escaped(value) != value):
         raise typer.BadParameter("must be one line of printable text")
     return value
 
 
 def reason(value: str) -> str:
-    """One line that is no longer than a reason may be. Raises typer.BadParameter."""
+    """Return `value` if it is one line of at most MAX_REASON_LENGTH characters. Raises typer.BadParameter."""
     one_line(value)
     if len(value) > MAX_REASON_LENGTH:
         raise typer.BadParameter(f"must not be longer than {MAX_REASON_LENGTH} characters")
@@ -59,7 +59,7 @@ def reason(value: str) -> str:
 
 
 def this_person() -> str:
-    """Who gives the command, as the operating system knows them: user@host."""
+    """The user who gives the command, as the operating system knows them: user@host."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # an account without a name, as in some containers
@@ -69,7 +69,7 @@ def this_person() -> str:
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Organization = Annotated[str, typer.Argument(metavar="ORG", help="The organization's id.", callback=one_line)]
-By = Annotated[str, typer.Option("--by", metavar="NAME", help="Who you are.", callback=one_line)]
+By = Annotated[str, typer.Option("--by", metavar="NAME", help="Your name, for the record.", callback=one_line)]
 Why = Annotated[str, typer.Option("--why", metavar="TEXT", help="The reason, in a sentence.", callback=reason)]
 WaitS = Annotated[
     float, typer.Option("--wait-s", min=0.1, max=LONGEST_WAIT_S, help="How many seconds to wait for an answer.")
@@ -88,7 +88,7 @@ def when(text: str | None, option: str) -> filters.When | None:
 
 
 def moment(text: str | None, option: str) -> datetime | None:
-    """The moment, or the first one of the day, that was given as `option`. Raises typer.BadParameter."""
+    """The moment that was given as `option`, or the first one of the day. Raises typer.BadParameter."""
     given = when(text, option)
     return None if given is None else given.begin
 
@@ -98,7 +98,7 @@ def open_ledger() -> Iterator[Engine]:
     """The database that the settings name. Raises SettingsError."""
     url = Settings.load("database_url").database_url
     assert url is not None
-    engine = connect(url, checks_connections=True)  # a person may have been asked meanwhile, or a worker waited for
+    engine = connect(url, checks_connections=True)  # a connection may be idle while a person or a worker answers
     try:
         yield engine
     finally:
@@ -115,7 +115,7 @@ def open_client() -> Iterator[Client]:
 
 
 NARROWEST = 10
-"""To how many characters a column of text may shrink, if it has more."""
+"""The fewest characters to which a column of text may shrink."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +124,13 @@ class Column:
 
     name: str
     needs_width: int = 0
-    """How many columns of characters the terminal needs for this one to be shown too; 0: it is always shown."""
+    """The width of the terminal, in characters, from which on this column is shown; 0: always."""
     is_amount: bool = False
     keeps_line: bool = False
-    """Its values are broken into lines only where there is no room, and only between words."""
+    """Whether its values are wrapped only if there is no room, and only between words."""
 
     def widths(self, cells: Iterable[Text]) -> tuple[int, int]:
-        """How many characters it needs at least, and how many are enough. An amount is whole, or it is another one."""
+        """The least width, in characters, and the width that is enough. An amount is never cut."""
         shown = [Text(self.heading), *cells]
         enough = max(line.cell_len for cell in shown for line in cell.split())
         if self.is_amount or self.keeps_line:
@@ -139,21 +139,21 @@ class Column:
 
     @property
     def heading(self) -> str:
-        """The name; that of an amount takes several lines, as its values are short."""
+        """The name; for an amount on several lines, as its values are short."""
         return self.name.replace("_", "\n") if self.is_amount else self.name
 
 
 def table(title: str, columns: Sequence[Column], rows: Iterable[Mapping[Any, Any]]) -> Table:
-    """A table of `rows`, without the columns for which the terminal is too narrow; it says which those are.
+    """A table of `rows`. Leaves out, and names, the columns for which the terminal is too narrow.
 
-    Those that are always shown and need more than there is make it wider than the terminal: no amount is ever cut.
+    If the columns that are always shown need more room, the table is wider than the terminal: no amount is ever cut.
     """
     lines = [{column: _cell(row[column.name], is_amount=column.is_amount) for column in columns} for row in rows]
     widths = {column: column.widths(line[column] for line in lines) for column in columns}
     shown = [column for column in columns if console.width >= column.needs_width]
 
     def room() -> int:
-        """What is left if each has its least width, with 3 characters between two columns and 1 at both edges."""
+        """The width left if each column has its least width, with 3 characters between columns and 1 at both edges."""
         return console.width - sum(widths[column][0] + 3 for column in shown) + 1
 
     while room() < 0 and (optional := [column for column in shown if column.needs_width]):
@@ -179,8 +179,10 @@ def table(title: str, columns: Sequence[Column], rows: Iterable[Mapping[Any, Any
 
 
 def _shared(room: int, widths: Mapping[Column, tuple[int, int]]) -> dict[Column, int]:
-    """The width of each column: at least the least. Of the `room` that is left, those that keep their lines take what
-    is enough, if it is there, and the others an equal share.
+    """The width of each column: its least width, and a part of `room`.
+
+    Columns that keep their lines come first, and get the width that is enough if there is room. The others share the
+    rest equally.
     """
     given = {column: least for column, (least, _) in widths.items()}
     missing = {column: enough - least for column, (least, enough) in widths.items()}
@@ -197,7 +199,7 @@ def _shared(room: int, widths: Mapping[Column, tuple[int, int]]) -> dict[Column,
 
 
 def properties(title: str, rows: Iterable[tuple[str, Any]], *, amounts: bool) -> Table:
-    """A table of names and their values, which are `amounts` or texts. Neither a name nor an amount is ever cut."""
+    """A table of names and values; `amounts`: the values are amounts. Neither a name nor an amount is ever cut."""
     cells = [(name, _cell(value, is_amount=amounts), isinstance(value, int)) for name, value in rows]
     drawn = Table(title=Text(escaped(title)), title_justify="left", show_header=False)
     drawn.add_column(style="bold", min_width=max(len(name) for name, _, _ in cells), no_wrap=True)
@@ -230,25 +232,25 @@ def _json_value(value: object) -> str:
 
 
 def print_json(value: object) -> None:
-    """Print `value` as JSON for people and programs: indented, in which every control character is escaped."""
+    """Print `value` as JSON for people and programs: indented, with every control character escaped."""
     try:
         text = json.dumps(value, indent=2, ensure_ascii=False, default=_json_value)
-    except RecursionError:  # nested so deep that no one could read it indented either
+    except RecursionError:  # nested so deeply that nobody could read it indented either
         text = json.dumps(value, ensure_ascii=False, default=_json_value)
     print(escaped_json(text))
 
 
 def say(line: str) -> None:
-    """Print a sentence as it is, however long."""
+    """Print a sentence on one line, however long."""
     console.print(Text(escaped(line)), soft_wrap=True)
 
 
 def warn(line: str) -> None:
-    """Say on standard error what did not work."""
+    """Print an error or a warning to standard error."""
     print(f"holdfast: {escaped(line)}", file=sys.stderr)
 
 
 def fail(line: str, *, code: int = 2) -> NoReturn:
-    """Say why, and exit with `code`."""
+    """Print an error to standard error, and exit with `code`."""
     warn(line)
     raise SystemExit(code)

@@ -1,12 +1,12 @@
 """PostgreSQL and a broker without installing either: child processes in one data folder.
 
-Guarantees: what starts here ends with this process. `stop` ends it in order; if this process is killed
-instead, Linux ends it at once, and on any system the next start on the same folder ends what survived.
-Only one `Embedded` runs on a folder. PostgreSQL listens on a Unix socket in a private folder and on no
-port; the broker listens on 127.0.0.1 and wants a random password.
+Guarantee: the servers end with this process. `stop` ends them in order. If this process is killed instead, Linux ends
+them at once, and on any system the next start on the same folder ends survivors. Only one `Embedded` runs on a folder.
+PostgreSQL listens on a Unix socket in a private folder and on no port. The broker listens on 127.0.0.1 and requires a
+random password.
 
-Does not: supervise (a service that dies stays dead until `start`), upgrade the data of an older PostgreSQL,
-or serve more than this machine. The broker syncs its disk every second: a power cut can cost that second.
+Does not: supervise (a server that dies stays dead until `start`), upgrade the data of an older PostgreSQL, or serve
+more than this machine. The broker syncs its disk every second: a power cut can cost that second.
 """
 
 import fcntl
@@ -39,7 +39,7 @@ from worker.local.process import Account, Process, ServiceError, die_with_us, en
 
 POSTGRES_MAJOR = "18"
 OWNER = "holdfast"
-# Built in: the same order of text on every system, whatever locales it has. The encoding is else guessed from LANG.
+# The built-in locale sorts text the same on every system. Without an encoding, initdb would guess it from LANG.
 INITDB_OPTIONS = ("--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8")
 PORT_ATTEMPTS = 5
 _ADMINISTRATOR = "administrator"
@@ -62,15 +62,15 @@ class Postgres(Process):
             "log_timezone": "UTC",
         }
         if not durable:
-            # Not synchronous_commit: without it a killed server forgets what it had committed.
+            # Not synchronous_commit: without it a killed server loses commits.
             settings |= {"fsync": "off", "full_page_writes": "off"}
         super().__init__(
             "postgres",
             [str(self._bin / "postgres"), "-D", str(self.data), *(f"--{k}={v}" for k, v in settings.items())],
             folder,
-            # Nothing of the caller's: PGDATA, PGOPTIONS or a locale unknown here could break it.
+            # Nothing of the caller's: PGDATA, PGOPTIONS or an unknown locale could break it.
             env={"LC_ALL": "C", "PATH": os.defpath},
-            cwd=folder,  # ours may be closed to the account
+            cwd=folder,  # the account may not be able to enter ours
             account=account,
             stop_signal=signal.SIGINT,  # fast shutdown: roll back open transactions, write a checkpoint
             stop_timeout_s=30.0,
@@ -83,7 +83,7 @@ class Postgres(Process):
         version = _read(self.data / "PG_VERSION").strip()
         if version != POSTGRES_MAJOR:
             raise ServiceError(
-                f"{self.data} was made by PostgreSQL {version or '(unknown)'}, and this is {POSTGRES_MAJOR}: "
+                f"{self.data} was made by PostgreSQL {version or '(unknown)'}, but this is {POSTGRES_MAJOR}: "
                 "move the folder away, or dump it with the version that made it and restore it here."
             )
         super().start()
@@ -96,11 +96,11 @@ class Postgres(Process):
 
     def url(self, role: str, database: str) -> str:
         """The URL of `database` for `role`."""
-        # With its port, or PGPORT of the reader's environment would count.
+        # With its port, or the environment's PGPORT would count.
         return f"postgresql+psycopg://{role}@/{database}?host={quote(str(self.sockets))}&port=5432"
 
     def _create_data(self) -> None:
-        """Initialize under another name, then rename: an interrupted start leaves nothing half-made."""
+        """Initialize under another name, then rename, so that an interrupted start leaves nothing half-made."""
         new = self.data.with_suffix(".new")
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(mode=0o700)
@@ -122,7 +122,7 @@ class Postgres(Process):
         with process:
             try:
                 output, _ = process.communicate()
-            finally:  # also when a Ctrl-C ends the wait: what it has started must not go on writing
+            finally:  # also when a Ctrl-C ends the wait: its children must not go on writing
                 end_family(process.pid, signal.SIGKILL, 0)
         if process.returncode != 0:
             raise ServiceError(f"PostgreSQL could not create its data in {new}: {output.strip()}")
@@ -143,7 +143,7 @@ class Postgres(Process):
 
 
 _ANSWER = "celery-task-meta-????????-????-????-????-????????????"
-"""The key of an answer, and the channel that it is announced on: with an id as Celery makes it."""
+"""The pattern of an answer's key, and of the channel that announces it, with an id in Celery's form."""
 
 BROKER_USERS = {
     "default": "off",
@@ -158,8 +158,8 @@ BROKER_USERS = {
         "+hset +hget +hdel +hlen +zadd +zrem +zrange +zrangebyscore +zcard +sadd +srem +smembers "
         "+publish +subscribe +unsubscribe +psubscribe +punsubscribe"
     ),
-    # A workflow engine: it sends, and reads the answers whose ids it knows. Lists with a digit at their end are kombu's
-    # for messages with a priority.
+    # A workflow engine: it sends, and reads the answers whose ids it knows. Kombu keeps messages with a priority in
+    # lists with a digit at the end.
     "engine": (
         f"&{_ANSWER} +ping +client|setinfo +client|setname +multi +exec +discard "
         "+subscribe +unsubscribe "
@@ -169,13 +169,13 @@ BROKER_USERS = {
         f"(%R~{_ANSWER} +get +mget) (%W~{_ANSWER} +del)"
     ),
 }
-"""What each user of the broker may do, in the words of its configuration; docker-compose.yml has the same.
+"""The rights of each user of the broker, as in its configuration; docker-compose.yml has the same.
 
-No key but these, and none of the commands that configure, look into or stop a server."""
+No other keys, and none of the commands that configure, inspect or stop a server."""
 
 
 class Broker(Process):
-    """A Valkey server that keeps every message it was given, on a free port, behind random passwords."""
+    """A Valkey server that keeps every message, on a free port, with random passwords."""
 
     def __init__(self, folder: Path) -> None:
         self.data = folder / "broker"
@@ -186,15 +186,15 @@ class Broker(Process):
 
     @property
     def url(self) -> str:
-        """As its administrator, whom nobody but this process knows: for tests, which need more than Holdfast does."""
+        """The URL for its administrator, whose password only this process knows: for tests, which need more rights."""
         return self.url_of(_ADMINISTRATOR)
 
     def url_of(self, user: str) -> str:
-        """As one of BROKER_USERS."""
+        """The URL for one of BROKER_USERS."""
         return f"redis://{user}:{self._passwords[user]}@127.0.0.1:{self._port}/0"
 
     def start(self) -> None:
-        """Start it and return when it answers. The first start settles the port, later ones keep it."""
+        """Start it, and return when it answers. The first start chooses the port; later ones keep it."""
         self.data.mkdir(mode=0o700, exist_ok=True)
         for attempts_left in reversed(range(PORT_ATTEMPTS)):
             self.stdin = self._config()  # nobody else can read the password there
@@ -236,9 +236,9 @@ class Broker(Process):
 class Embedded:
     """Both services in one data folder, from `start` to `stop` (or as a context manager).
 
-    `durable=False` makes PostgreSQL faster and a power cut, though no kill, fatal to its data: for tests.
-    `progress` gets one line before each step that takes a moment. `start` raises ServiceError, with nothing
-    left running.
+    `durable=False` is for tests: PostgreSQL is faster, and survives a kill, but may lose its data in a power cut.
+    `progress` gets one line before each step that takes a moment. `start` raises ServiceError, and then leaves nothing
+    running.
     """
 
     postgres: Postgres
@@ -254,36 +254,36 @@ class Embedded:
 
     @property
     def database_url(self) -> str:
-        """The database `holdfast`, as its owner."""
+        """The URL of the database `holdfast` for its owner."""
         return self.postgres.url(OWNER, "holdfast")
 
     @property
     def worker_url(self) -> str:
-        """The same, as a worker or a beat connects."""
+        """The same for a worker or a beat."""
         return self.postgres.url(WORKER, "holdfast")
 
     @property
     def reader_url(self) -> str:
-        """The same, as the API and people connect."""
+        """The same for the API and people."""
         return self.postgres.url(READER, "holdfast")
 
     @property
     def admin_url(self) -> str:
-        """The database `postgres`, as superuser: for tests, which create databases."""
+        """The URL of the database `postgres` for the superuser: for tests, which create databases."""
         return self.postgres.url("postgres", "postgres")
 
     @property
     def broker_url(self) -> str:
-        """As worker, beat, API and people connect."""
+        """The URL of the broker for worker, beat, API and people."""
         return self.broker.url_of("holdfast")
 
     @property
     def engine_broker_url(self) -> str:
-        """As workflow engines connect."""
+        """The URL of the broker for workflow engines."""
         return self.broker.url_of("engine")
 
     def start(self) -> None:
-        """Start both; raises ServiceError."""
+        """Start both. Raises ServiceError."""
         with ExitStack() as cleanup:
             account = _postgres_account()
             cleanup.enter_context(_locked(self.data_dir, account))
@@ -300,7 +300,7 @@ class Embedded:
             self._cleanup = cleanup.pop_all()
 
     def stop(self) -> None:
-        """Stop what runs, the broker first; a second call does nothing."""
+        """Stop both, the broker first. A second call does nothing."""
         self._cleanup.close()
 
     def __enter__(self) -> Self:
@@ -312,7 +312,7 @@ class Embedded:
 
 
 def default_data_dir(checkout: Path) -> Path:
-    """`.holdfast` in the checkout, or, if we are root and PostgreSQL's account cannot enter, in /var/lib."""
+    """`.holdfast` in the checkout; in /var/lib if we are root and PostgreSQL's account cannot enter the checkout."""
     checkout = checkout.resolve()
     if _closed_folder(checkout, _postgres_account()) is None:
         return checkout / ".holdfast"
@@ -325,7 +325,7 @@ def default_data_dir(checkout: Path) -> Path:
 
 @contextmanager
 def _locked(data_dir: Path, account: Account | None) -> Iterator[None]:
-    """Create the folder if need be, see that it can be used, and hold it against a second start."""
+    """Create the folder if necessary, check that it can be used, and lock it against a second start."""
     try:
         if not data_dir.exists():
             data_dir.mkdir(parents=True)
@@ -336,7 +336,7 @@ def _locked(data_dir: Path, account: Account | None) -> Iterator[None]:
     try:
         if account and (closed := _closed_folder(data_dir, account)):
             raise ServiceError(
-                f"PostgreSQL refuses to run as root, and the account it runs as instead, {account.pw_name}, "
+                f"PostgreSQL refuses to run as root, and the account that it uses instead, {account.pw_name}, "
                 f"cannot enter {closed}: choose a data folder outside it, or run as another user."
             )
         try:
@@ -370,7 +370,7 @@ def _socket_folder(data_dir: Path, account: Account | None) -> Iterator[Path]:
 
 def _remove_socket_folder(link: Path) -> None:
     if link.is_symlink():
-        with suppress(OSError):  # gone, or not only ours: then it stays
+        with suppress(OSError):  # gone, or it has files of others: then it stays
             for name in (".s.PGSQL.5432", ".s.PGSQL.5432.lock"):
                 (link / name).unlink(missing_ok=True)
             link.readlink().rmdir()
@@ -381,7 +381,7 @@ def _remove_socket_folder(link: Path) -> None:
 
 
 def _postgres_account() -> Account | None:
-    """Whom PostgreSQL runs as: None means us; it refuses to run as root."""
+    """The account for PostgreSQL, which refuses to run as root. None: the user of this process."""
     if os.geteuid() != 0:
         return None
     with suppress(KeyError):
@@ -402,7 +402,7 @@ def _closed_folder(folder: Path, account: Account | None) -> Path | None:
 
 
 def _wheel(package: str) -> Path:
-    """Where a wheel's files are, without running its code."""
+    """The folder of a wheel's files, found without running its code."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ServiceError(f"The package {package} is missing: pip install 'holdfast[embedded]'.")
@@ -440,7 +440,7 @@ def _postgres_bin(folder: Path, account: Account | None) -> Path:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody uses now."""
+    """A port of the loopback interface that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -452,7 +452,7 @@ def _give(folder: Path, account: Account | None) -> None:
 
 
 def _read(path: Path) -> str:
-    """The file's text, or nothing while there is no such file."""
+    """The file's text, or nothing if there is no such file."""
     with suppress(FileNotFoundError):
         return path.read_text()
     return ""
