@@ -1,4 +1,4 @@
-"""What handlers work with: the database, the producer, and who asks."""
+"""The services of handlers: the database, the producer, and the principal of a request."""
 
 import re
 import threading
@@ -24,7 +24,7 @@ READ_TIMEOUT_S = 5
 """How long the database may take for one statement of a request."""
 
 MANY_EVENTS = 20_000
-"""To look through more events than that, an organization's readers take turns. Fewer take a few milliseconds."""
+"""Readers of more events than this take turns. Reading fewer takes a few milliseconds."""
 
 
 class Services:
@@ -35,10 +35,10 @@ class Services:
         assert settings.database_url is not None
         assert settings.broker_url is not None
         self.authenticator = Authenticator.from_settings(settings)
-        # Nobody would repeat a request for us, as the worker repeats a batch.
+        # A failed request is not repeated, unlike a worker's batch.
         self.engine = connect(settings.database_url, checks_connections=True, answer_timeout_s=READ_TIMEOUT_S)
         self._turn, self._rests_until = threading.Semaphore(), 0.0
-        # For probes: an open connection to a database that hangs would make them wait as well.
+        # For probes: on an open connection, they would hang with the database.
         self.probe = connect(settings.database_url, keeps_connections=False)
         self.client = Client(settings.broker_url, result_url=settings.result_url)
 
@@ -46,12 +46,12 @@ class Services:
     def reading(self, *, through: str | None = None) -> Iterator[Connection]:
         """A connection that only reads: one snapshot of the ledger.
 
-        Who looks `through` the events of an organization one by one waits for a turn, if they are many: such readers
-        have, all together, no more than half of one of the database's processors, and the workers have the others.
-        Raises Problem if no turn comes.
+        A reader that goes `through` the events of an organization one by one waits for a turn, if they are many. All
+        such readers together use at most half of one processor of the database; the workers have the rest. Raises
+        Problem if no turn comes.
 
-        For use within a handler, and not as a dependency of one: those run before it, each in a thread of the pool that
-        handlers share, so under load all threads would wait for connections of requests that wait for a thread.
+        For use within a handler, not as a dependency. Dependencies run before the handler, on the same pool of threads.
+        Under load, all threads would wait for connections of requests that wait for a thread.
         """
         takes_long = through is not None and self._has_many_events(through)
         with self._taking_turns() if takes_long else nullcontext(), self.engine.connect() as opened:
@@ -83,7 +83,7 @@ class Services:
 
 
 async def services(request: Request) -> Services:
-    """The services of the app that got `request`. Async, as it needs no thread of its own for that."""
+    """The services of the app that received `request`. Async, so it needs no thread."""
     found = request.app.state.services
     assert isinstance(found, Services)
     return found
@@ -93,7 +93,7 @@ Using = Annotated[Services, Depends(services)]
 
 
 def bearer(request: Request, using: Using) -> Principal:
-    """Who asks, by the Authorization header. Otherwise the answer is 401."""
+    """The principal of the token in the Authorization header. Otherwise the answer is 401."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not token:
         raise Problem(HTTPStatus.UNAUTHORIZED, "Send a token: Authorization: Bearer …", {"WWW-Authenticate": "Bearer"})
@@ -105,7 +105,7 @@ def bearer(request: Request, using: Using) -> Principal:
 
 
 def require(principal: Principal, org_id: str, scope: Scope) -> None:
-    """Answer 404 for an organization that is not the principal's, 403 where the scope is missing."""
+    """Answer 404 for an organization that is not the principal's, and 403 if the scope is missing."""
     if not re.fullmatch(ID_PATTERN, org_id) or not principal.may_see(org_id):
         raise Problem(HTTPStatus.NOT_FOUND, "There is no such organization.")
     if scope not in principal.scopes:
@@ -113,7 +113,7 @@ def require(principal: Principal, org_id: str, scope: Scope) -> None:
 
 
 IS_AN_ID = {"pattern": f"^{ID_PATTERN}$"}
-"""For the API's description alone: what cannot be an id is answered like one that does not exist."""
+"""For the API's description only: an invalid id is answered like one that does not exist."""
 
 OrgId = Annotated[str, Path(alias="orgId", description="The organization's id.", json_schema_extra=IS_AN_ID)]
 
@@ -127,7 +127,7 @@ _SCHEME = HTTPBearer(
 
 
 def organization(scope: Scope) -> Callable[..., str]:
-    """A dependency: the organization in the path, for a token that may do `scope` there."""
+    """A dependency: the organization in the path, for a token with `scope` there."""
 
     def checked(
         org_id: OrgId, principal: Annotated[Principal, Depends(bearer)], _: Annotated[object, Security(_SCHEME)]
