@@ -88,7 +88,7 @@ class Authenticator:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
-        """Use `jwt_public_key` or else `jwt_secret`. Raises SettingsError if neither is set or can be used."""
+        """Use `jwt_public_key`, else `jwt_secret`. Raises SettingsError if neither is set, or the key is unsuitable."""
         if settings.jwt_public_key is not None:
             key: str | PublicKey
             key, algorithm = _public_key(settings.jwt_public_key)

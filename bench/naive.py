@@ -134,13 +134,13 @@ def finish(message: dict[str, Any]) -> None:
 
 @app.task(name="workflow.cancel", autoretry_for=(DBAPIError,), retry_backoff=True)  # type: ignore[untyped-decorator]
 def cancel(message: dict[str, Any]) -> None:
-    """Release what the workflow held."""
+    """Release the workflow's reservation."""
     _end(message, "cancelled")
 
 
 @app.task(name="workflow.fail", autoretry_for=(DBAPIError,), retry_backoff=True)  # type: ignore[untyped-decorator]
 def fail(message: dict[str, Any]) -> None:
-    """Release what the workflow held."""
+    """Release the workflow's reservation."""
     _end(message, "failed")
 
 

@@ -22,7 +22,7 @@ from ledger.state import ErrorCode, Result
 from ledger.tables import dead_letters
 
 MAX_ERROR_LENGTH = 4_000
-"""The most characters of an error: lists read no more, and no longer one is written."""
+"""The most characters of an error, when it is written and in lists."""
 
 
 @dataclass(frozen=True, slots=True)

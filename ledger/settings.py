@@ -35,7 +35,7 @@ class SettingsError(Exception):
 
 
 class Settings(BaseSettings):
-    """The settings of Holdfast. No value appears in an error message or a log."""
+    """The settings of Holdfast. No password or key among them appears in an error message or a log."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, env_ignore_empty=True)
 

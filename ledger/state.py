@@ -161,7 +161,7 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a message can never be applied as things are: it becomes a dead letter."""
+    """Why a message cannot be applied, even if it is tried again. It becomes a dead letter."""
 
     code: ErrorCode
     error: str

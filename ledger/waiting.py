@@ -140,7 +140,7 @@ def take(connection: psycopg.Connection[Any], org_id: str, limit: int) -> Taken 
     """Take the first messages of `org_id`, at most `limit`: count an attempt, in the transaction of `connection`.
 
     A message that is suspected of ending its worker is taken alone. None: no message waits. The caller must hold the
-    lock of the wallet.
+    lock of the wallet, if there is one.
     """
     found = connection.execute(_FIRST, [org_id, limit]).fetchall()
     if not found:

@@ -36,7 +36,7 @@ SLICE_S = 0.25
 """How long to work for one organization, or on a run of the scheduler, before the others have their turn."""
 
 LOOK_S = 1.0
-"""How long one round over the organizations lasts at most. The next round begins with the locked wallets again."""
+"""After this long, a round over the organizations ends, and the next one begins with the locked wallets again."""
 
 MOST_MESSAGES = 500
 """The most waiting messages that one transaction applies."""

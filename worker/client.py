@@ -256,7 +256,7 @@ class Client(Messages):
 
     Every method takes `wait_s`: how many seconds to wait for the answer. Without it the method returns None as soon as
     the broker has the message; with it, the Result. Raises InvalidMessageError, NotSentError and, with `wait_s`,
-    NoAnswerError and DeadLetteredError. Retries a broker that is gone for some seconds before NotSentError.
+    NoAnswerError and DeadLetteredError. If the broker is gone, retries for some seconds before NotSentError.
     """
 
     def __init__(self, broker_url: str, *, queue: str = QUEUE, result_url: str | None = None) -> None:

@@ -70,7 +70,7 @@ class _Connection(PooledConnection):
 
 
 class _Connections(ConnectionPool):
-    """Connections that a fork leaves alone: if it closed its copies, as kombu does, AMQP's would end for the parent."""
+    """Connections that a fork leaves alone. Closing its copies, as kombu does, would end the parent's on AMQP, too."""
 
     close_after_fork = False
 
