@@ -271,7 +271,7 @@ def described(answer: Result) -> str:
     repeated = ", a duplicate: nothing changes" if answer.duplicate else ""
     # The first outcome of a start does not say whether it still holds credits.
     ended = answer.outcome == "reserved" and answer.state is not None and not answer.holds
-    since = f", and the workflow is {answer.state} by now" if ended else ""
+    since = f", and the workflow is now {answer.state}" if ended else ""
     return f"{answer.outcome}{reason}{repeated}{since}"
 
 

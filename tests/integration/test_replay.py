@@ -106,7 +106,7 @@ def test_a_start_that_is_replayed_after_its_workflow_ended_says_that_nothing_is_
     assert replay(engine, letter_id, worker(engine)) == "reserved"
     assert replay(engine, letter_id, worker(engine)) == "reserved, a duplicate: nothing changes"
     apply_batch(engine, [delivery("workflow.cancel", **run)])
-    told = "reserved, a duplicate: nothing changes, and the workflow is cancelled by now"
+    told = "reserved, a duplicate: nothing changes, and the workflow is now cancelled"
     assert replay(engine, letter_id, worker(engine)) == told
 
 
