@@ -788,7 +788,7 @@ def test_the_openapi_document_describes_it(api: Api) -> None:
     assert "A date alone is the beginning of that UTC day." in at["description"]
     reports = [paths[f"/api/organizations/{{orgId}}/workflows/{{workflowId}}/{step}"]["post"] for step in STEPS]
     for report in reports:
-        assert "`admin`, `billing`, `operator` or `scheduler`, is refused" in report["description"]
+        assert "`admin`, `billing`, `operator` or `scheduler` is refused" in report["description"]
         assert "`source` is printable ASCII" in report["description"]
         assert "429" not in report["responses"]
     assert len({report["operationId"] for report in reports}) == len(STEPS)

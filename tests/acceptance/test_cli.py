@@ -489,7 +489,7 @@ def test_two_demos_at_once_tell_their_story_and_leave_nothing_behind(folder: Pat
     assert eventually(lambda: processes_in(folder) == [])
 
 
-@pytest.mark.parametrize("moment", ["Starting PostgreSQL", "What is sent"])
+@pytest.mark.parametrize("moment", ["Starting PostgreSQL", "Messages sent"])
 def test_ctrl_c_ends_a_demo_at_any_moment(folder: Path, moment: str) -> None:
     with started(folder, "demo") as demo:
         eventually(lambda: len(processes_in(folder)) > 1)
