@@ -1,4 +1,4 @@
-"""What the server's access log leaves out: tokens, and health checks that went well."""
+"""Filters of the server's access log: they leave out tokens, and health checks that succeed."""
 
 import logging
 import re
@@ -6,7 +6,7 @@ from http import HTTPStatus
 
 
 def _as_written(text: str) -> str:
-    """A pattern for `text` in an address, each character percent-encoded as often as it may be."""
+    """A pattern for `text` in an address, with each character percent-encoded any number of times."""
     return "".join(f"(?:{re.escape(character)}|%(?:25)*{ord(character):x})" for character in text)
 
 
@@ -15,18 +15,18 @@ _TOKEN = re.compile(
 )
 
 _ANY_TOKEN = re.compile(r"eyJ[\w-]+(?:\.|%(?:25)*2e)[\w-]+(?:\.|%(?:25)*2e)[\w-]+", re.IGNORECASE)
-"""Any token, wherever somebody has put it by mistake: three parts, of which the first is a JSON object in base64."""
+"""A token anywhere in an address, as by mistake: three parts, of which the first is a JSON object in base64."""
 
 
 def install() -> None:
-    """Install the filters; doing so again changes nothing."""
+    """Install the filters. A second call changes nothing."""
     log = logging.getLogger("uvicorn.access")
     for keep in (_is_worth_a_line, _keep_tokens_out):
         log.addFilter(keep)
 
 
 def _is_worth_a_line(record: logging.LogRecord) -> bool:
-    """Not so a health check that went well: there is one every few seconds, all day."""
+    """Whether to log a request: not a health check that succeeds, as there is one every few seconds."""
     match record.args:
         case (_, _, str(path), _, int(status)):
             return path.partition("?")[0] not in ("/healthz", "/readyz") or status >= HTTPStatus.BAD_REQUEST
@@ -35,7 +35,7 @@ def _is_worth_a_line(record: logging.LogRecord) -> bool:
 
 
 def _keep_tokens_out(record: logging.LogRecord) -> bool:
-    """Take tokens out, also those in an address within an address, such as `next`."""
+    """Remove tokens, also those in an address within an address, such as `next`."""
     if isinstance(record.args, tuple):
         record.args = tuple(_without_tokens(value) if isinstance(value, str) else value for value in record.args)
     return True

@@ -1,4 +1,4 @@
-"""What the JSON API answers with: its description in the OpenAPI document, and what every answer is held to."""
+"""The answers of the JSON API: models that describe them in the OpenAPI document and validate them."""
 
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -22,10 +22,10 @@ Moment = Annotated[
 
 class _Answer(
     BaseModel,
-    extra="forbid",  # what is returned and not described here is a defect
-    json_schema_extra=lambda schema: schema.pop("additionalProperties"),  # clients should take what is added later
+    extra="forbid",  # a field that is not described here is a defect
+    json_schema_extra=lambda schema: schema.pop("additionalProperties"),  # clients should accept later fields
 ):
-    """An answer; every field is always there."""
+    """An answer. Every field is always present."""
 
 
 class Event(_Answer):
@@ -38,7 +38,7 @@ class Event(_Answer):
     source: str
     project_id: str | None
     activity_name: str | None
-    credits: Annotated[int, Field(description="Its effect on the available balance.")]
+    credits: Annotated[int, Field(description="The effect on the available balance.")]
     prepaid_balance_after: int
     period_usage_after: int
     metadata: dict[str, Any]
@@ -48,10 +48,10 @@ class EventPage(_Answer):
     """Events, newest first."""
 
     items: list[Event]
-    total: Annotated[int, Field(description="How many events match in all.")]
+    total: Annotated[int, Field(description="The number of all matching events.")]
     limit: int
     offset: int
-    next_cursor: Annotated[int | None, Field(description="The `cursor` that reads on; null: there is no more.")]
+    next_cursor: Annotated[int | None, Field(description="The `cursor` of the next page; null: there is none.")]
 
 
 class Period(_Answer):
@@ -66,12 +66,12 @@ class Wallet(_Answer):
 
     org_id: str
     balance: int
-    available: Annotated[int, Field(description="The balance without what is reserved.")]
+    available: Annotated[int, Field(description="The balance less the reserved credits.")]
     prepaid_balance: int
     subscription_balance: int
     reserved_credits: int
-    credit_limit: Annotated[int, Field(description="How far below zero reservations may go.")]
-    period_cap: Annotated[int | None, Field(description="The most usage of one period; null: no such limit.")]
+    credit_limit: Annotated[int, Field(description="How far below zero reservations may take `available`.")]
+    period_cap: Annotated[int | None, Field(description="The most usage of one period; null: no limit.")]
     used_this_period: int
     included_this_period: int
     plan: str | None
@@ -91,15 +91,15 @@ class WalletThen(_Answer):
 
 
 class Workflow(_Answer):
-    """What became of a workflow."""
+    """A workflow: its state, its credits and its events."""
 
     workflow_id: str
     state: WorkflowState
     project_id: str | None
     activity_name: str | None
-    reserved_credits: Annotated[int | None, Field(description="What was reserved for it; null: nothing.")]
-    expires_at: Annotated[Moment | None, Field(description="When its reservation expires or would have.")]
-    used_credits: Annotated[int | None, Field(description="What it was charged; null: it has not finished.")]
+    reserved_credits: Annotated[int | None, Field(description="The credits reserved for it; null: none.")]
+    expires_at: Annotated[Moment | None, Field(description="When its reservation expires, or would have expired.")]
+    used_credits: Annotated[int | None, Field(description="The credits charged; null: it has not finished.")]
     refunded_credits: int
     events: Annotated[list[Event], Field(description="Its events and those of its refunds, oldest first.")]
 
@@ -120,7 +120,7 @@ class Health(_Answer):
 
 
 class Readiness(_Answer):
-    """What requests need."""
+    """The services that requests need."""
 
     database: Literal["ok", "unavailable"]
     broker: Literal["ok", "unavailable"]

@@ -1,7 +1,7 @@
 """The HTTP API: credit history and wallets for customers, lifecycle messages for engines that are not in Python.
 
-`uvicorn api_stub.app:app --http api_stub.protocol:PromptProtocol` serves it. Reads come from the ledger, each request
-from one snapshot; what engines send goes through the broker, as it does from `worker.client`.
+`uvicorn api_stub.app:app --http api_stub.protocol:PromptProtocol` serves it. Each request reads one snapshot of the
+ledger. Messages of engines go through the broker, as from `worker.client`. This module only assembles the parts.
 """
 
 import sys
@@ -25,7 +25,7 @@ with extras.of_the_server():
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The API for these settings. Raises SettingsError."""
+    """Create the API for these settings. Raises SettingsError."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -37,10 +37,10 @@ def create_app(settings: Settings) -> FastAPI:
         summary="The credit ledger.",
         version=version("holdfast"),
         lifespan=lifespan,
-        # Their scripts would come from elsewhere; /openapi.json is what they show.
+        # These pages would load scripts from other sites; /openapi.json has the same content.
         docs_url=None,
         redoc_url=None,
-        # They would name the scheme and host that this process sees, not those that a proxy in front of it has.
+        # A redirection would name the scheme and host that this process sees, not those of a proxy in front of it.
         redirect_slashes=False,
         responses=errors.RESPONSES,
     )
@@ -55,7 +55,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 def __getattr__(name: str) -> FastAPI:
-    """`app`, made when a server asks for it; wrong settings, or a wrong broker, are one line and exit code 2."""
+    """`app`, created when a server asks for it. Wrong settings, or a wrong broker, are one line and exit code 2."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if not logs.are_for_a_person():
@@ -70,10 +70,10 @@ def __getattr__(name: str) -> FastAPI:
 
 
 def _refuse_unsupported(broker: Client) -> None:
-    """Raise UnsupportedBrokerError if the broker is there, and can never be used."""
+    """Raise UnsupportedBrokerError if the broker is there and can never be used."""
     try:
         broker.waiting()
     except UnsupportedBrokerError:
         raise
     except BrokerUnavailableError:
-        pass  # it may come; then it is checked before anything is sent to it
+        pass  # it is checked again before anything is sent to it

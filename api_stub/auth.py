@@ -1,8 +1,8 @@
-"""Who asks, and what they may see: a JSON Web Token in the Authorization header or, for pages, in a cookie.
+"""Authentication and authorization: a JSON Web Token in the Authorization header or, for pages, in a cookie.
 
-A token names organizations (`orgs`: a list, or "*") and scopes (`scope`: separated by spaces). An organization that is
-not the token's does not exist for it. Whom a token is for (`aud`) and who issued it (`iss`) counts where the settings
-say what they must be; an identity provider that signs for several services with one key needs that.
+A token names organizations (`orgs`: a list, or "*") and scopes (`scope`: separated by spaces). Any other organization
+does not exist for it. The audience (`aud`) and the issuer (`iss`) of a token are checked only if the settings name
+them. An identity provider that signs for several services with one key requires that.
 """
 
 import json
@@ -21,21 +21,21 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from ledger.settings import Settings, SettingsError
 
 Scope = Literal["credits:read", "workflows:write", "operator"]
-"""What a token lets its bearer do: read credits, report workflows, or see and mend what failed in all organizations."""
+"""The rights of a token: to read credits, to report workflows, or to handle dead letters of all organizations."""
 
 LEEWAY_S = 30
-"""How far the clock of whoever signs tokens may be from ours."""
+"""The largest difference between our clock and that of the signer of tokens."""
 
 MIN_RSA_BITS = 2_048
-"""The shortest RSA key that is safe, by RFC 7518, section 3.3."""
+"""The shortest RSA key that RFC 7518, section 3.3, allows."""
 
 _UNWRITABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Control characters and halves of characters, which neither a page nor the database can hold."""
+"""Control characters and halves of surrogate pairs, which neither a page nor the database can hold."""
 
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Whoever a valid token speaks for."""
+    """The user or system that a valid token is for, with its rights."""
 
     subject: str
     orgs: frozenset[str] | Literal["*"]
@@ -47,12 +47,12 @@ class Principal:
 
 
 class InvalidTokenError(Exception):
-    """The token is missing, malformed, expired, not for us or not signed for us; the text says which, without it."""
+    """The token is missing, malformed, expired, not for us or not signed for us. The text does not contain it."""
 
 
 class _PyJWT(jwt.PyJWT):
     def _decode_payload(self, decoded: dict[str, Any]) -> dict[str, Any]:
-        """As its base class, which means this to be overridden; a name that comes again in an object is refused."""
+        """As the base class, which intends this override, but refuses a name that occurs twice in an object."""
         try:
             payload = json.loads(decoded["payload"], object_pairs_hook=_claims)
         except (ValueError, RecursionError):
@@ -64,7 +64,7 @@ class _PyJWT(jwt.PyJWT):
 
 def _claims(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len(found) < len(pairs):  # whoever issued or passed on the token may have read another value than we would
+    if len(found) < len(pairs):  # the issuer may have meant another of the values than we would read
         raise InvalidTokenError("the token names a claim more than once")
     return found
 
@@ -80,26 +80,26 @@ class Authenticator:
 
     key: str | PublicKey
     algorithm: str
-    """The only one that fits the key: with the choice, anybody could sign with the public key as a secret."""
+    """The only one allowed: with a choice, anybody could sign with the public key as a secret."""
     audience: str | None = None
-    """What `aud` must be or contain; None: any token will do."""
+    """The value that `aud` must be or contain; None: not checked."""
     issuer: str | None = None
-    """What `iss` must be; None: any token will do."""
+    """The value that `iss` must be; None: not checked."""
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
-        """With `jwt_public_key` or else `jwt_secret`. Raises SettingsError if neither is set, or the key is no good."""
+        """Use `jwt_public_key`, else `jwt_secret`. Raises SettingsError if neither is set, or the key is unsuitable."""
         if settings.jwt_public_key is not None:
             key: str | PublicKey
             key, algorithm = _public_key(settings.jwt_public_key)
         elif settings.jwt_secret is not None:
             key, algorithm = settings.jwt_secret.get_secret_value(), "HS256"
         else:
-            raise SettingsError("HOLDFAST_JWT_SECRET is not set (nor HOLDFAST_JWT_PUBLIC_KEY): nobody could sign in")
+            raise SettingsError("HOLDFAST_JWT_SECRET is not set, nor HOLDFAST_JWT_PUBLIC_KEY: set one of them")
         return cls(key, algorithm, settings.jwt_audience, settings.jwt_issuer)
 
     def read(self, token: str) -> Principal:
-        """Who the token speaks for. Raises InvalidTokenError."""
+        """Return the principal of a token. Raises InvalidTokenError."""
         try:
             claims = _JWT.decode(
                 token,
@@ -108,7 +108,7 @@ class Authenticator:
                 leeway=LEEWAY_S,
                 audience=self.audience,
                 issuer=self.issuer,
-                # Unless told not to look, PyJWT refuses every audience where none is expected.
+                # By default, PyJWT refuses every audience if none is expected.
                 options={"require": ["exp"], "verify_aud": self.audience is not None},
             )
         except jwt.ExpiredSignatureError:
@@ -118,16 +118,14 @@ class Authenticator:
         except jwt.MissingRequiredClaimError as error:
             raise InvalidTokenError(f'the token has no "{error.claim}"') from None
         except jwt.InvalidAudienceError:
-            raise InvalidTokenError(
-                'the token is for another service: its "aud" is not what is expected here'
-            ) from None
+            raise InvalidTokenError('the token is for another service: its "aud" is not the expected one') from None
         except jwt.InvalidIssuerError:
-            raise InvalidTokenError('the token is from elsewhere: its "iss" is not what is expected here') from None
+            raise InvalidTokenError('the token is of another issuer: its "iss" is not the expected one') from None
         except jwt.InvalidTokenError:
             raise InvalidTokenError("the token is not valid") from None
         subject = str(claims.get("sub", "unknown"))
         if not subject.strip():
-            raise InvalidTokenError('the token\'s "sub" must say who signs in')
+            raise InvalidTokenError('the token\'s "sub" must not be empty')
         if _UNWRITABLE.search(subject):
             raise InvalidTokenError('the token\'s "sub" must not contain control characters')
         orgs = claims.get("orgs", [])
@@ -146,11 +144,11 @@ class Authenticator:
 
 
 def _public_key(pem: str) -> tuple[PublicKey, str]:
-    """The key, and the algorithm that its private half signs with. Raises SettingsError."""
+    """The key, and the algorithm of its signatures. Raises SettingsError."""
     try:
         key = load_pem_public_key(pem.encode())
     except (ValueError, UnsupportedAlgorithm):
-        raise SettingsError("HOLDFAST_JWT_PUBLIC_KEY cannot be read: it is no public key in PEM format") from None
+        raise SettingsError("HOLDFAST_JWT_PUBLIC_KEY cannot be read: it is not a public key in PEM format") from None
     match key:
         case RSAPublicKey() if key.key_size < MIN_RSA_BITS:
             bits = f"at least {MIN_RSA_BITS:,} bits as an RSA key; it has {key.key_size:,}"

@@ -1,6 +1,6 @@
-"""The course of a balance as the shapes of a step chart. Pure: figures in, coordinates out.
+"""The course of a balance as the shapes of a step chart. Pure: amounts in, coordinates out.
 
-The drawing is 1,000 wide and 100 high, and meant to be stretched: labels are text beside it, evenly spaced.
+The drawing is 1,000 wide and 100 high, to be stretched. Labels are evenly spaced text beside it.
 """
 
 import math
@@ -11,7 +11,7 @@ from ledger.history import Course
 
 WIDTH, HEIGHT = 1_000, 100
 INTERVALS = 4
-"""How many intervals between lines to aim for."""
+"""The approximate number of intervals between the grid lines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,15 +21,15 @@ class Chart:
     line: str
     """The path of the balance."""
     area: str
-    """The path of what is between the balance and zero."""
+    """The path of the area between the balance and zero."""
     grid: list[float]
-    """Where the horizontal lines are, from the top."""
+    """The positions of the horizontal lines, from the top."""
     zero: float
-    """Where zero is."""
+    """The position of zero."""
     values: list[str]
-    """What the lines mean, from the top."""
+    """The labels of the lines, from the top."""
     times: list[datetime]
-    """What evenly spaced places on the horizontal axis mean, from the left."""
+    """The times at evenly spaced places on the horizontal axis, from the left."""
     first: int
     last: int
     extremes: tuple[int, int] | None

@@ -1,6 +1,6 @@
-"""Every error as an answer: problem details (RFC 9457) for programs, a page for people, with one clear sentence.
+"""Turns every error into an answer with one clear sentence: problem details (RFC 9457) for programs, a page for people.
 
-What the database says, and every traceback, is for the log alone.
+The texts of the database, and tracebacks, go to the log only.
 """
 
 import logging
@@ -40,27 +40,27 @@ _PROBLEM: dict[str, Any] = {
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
     "default": {
-        "description": "Why the request is not answered as asked: problem details (RFC 9457).",
+        "description": "An error, as problem details (RFC 9457).",
         "content": _PROBLEM,
     }
 }
-"""How the API's description tells this."""
+"""Errors in the description of the API."""
 
 READ_RESPONSES: dict[int | str, dict[str, Any]] = {
     HTTPStatus.TOO_MANY_REQUESTS.value: {
-        "description": "As many requests of this token as may be are being answered already; send it again later.",
-        "headers": {"Retry-After": {"description": "After how many seconds.", "schema": {"type": "integer"}}},
+        "description": "Too many requests of this token are in progress; send it again later.",
+        "headers": {"Retry-After": {"description": "How many seconds to wait.", "schema": {"type": "integer"}}},
         "content": _PROBLEM,
     }
 }
-"""What else there is for those who read."""
+"""Further errors of requests that read."""
 
 FOR_PROGRAMS = re.compile(r"/(api|healthz|readyz|metrics|openapi\.json)(/.*)?", re.DOTALL)
-"""The paths that programs ask for. All others are for people, also those that lead nowhere."""
+"""The paths for programs. All others are for people, also those that lead nowhere."""
 
-TOO_LONG = "The question takes too long; ask for a shorter range of time (date_from, date_to), or try again."
+TOO_LONG = "The query takes too long; ask for a shorter range of time (date_from, date_to), or try again."
 
-log = logging.getLogger("uvicorn.error")  # the server has set up its form and its place
+log = logging.getLogger("uvicorn.error")  # the server has set up its format and its file
 
 
 def install(app: FastAPI) -> None:
@@ -71,7 +71,7 @@ def install(app: FastAPI) -> None:
 
 
 async def answer(request: Request, error: Exception) -> Response:
-    """The response that says what is wrong."""
+    """Return the response that says what is wrong."""
     if isinstance(error, DBAPIError | PoolTimeoutError):
         is_fault = isinstance(error, PoolTimeoutError) or is_transient(error)
         log.error("The ledger could not be read: %s", describe(error), exc_info=None if is_fault else error)
@@ -94,14 +94,14 @@ def _problem(request: Request, error: Exception) -> Problem:
         case PoolTimeoutError():
             return Problem(HTTPStatus.SERVICE_UNAVAILABLE, BUSY, RETRY)
         case DBAPIError() if took_too_long(error):
-            # Not the fault of the request alone: what takes too long now may be quick when the database is less busy.
+            # 503, not 4xx: the same query may be quick when the database is less busy.
             return Problem(HTTPStatus.SERVICE_UNAVAILABLE, TOO_LONG, RETRY)
         case DBAPIError() if is_transient(error):
             detail = "The ledger does not answer at the moment; try again."
             return Problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, RETRY)
         case _:
-            detail = "Something went wrong on the server; its log tells what."
-            # The server is about to close the connection: who is told does not send the next request into it.
+            detail = "Something went wrong on the server; its log says what."
+            # uvicorn closes the connection after a 500; say so, or the client's next request is lost.
             return Problem(HTTPStatus.INTERNAL_SERVER_ERROR, detail, {"Connection": "close"})
 
 
@@ -120,9 +120,9 @@ def _of_the_framework(request: Request, error: HTTPException) -> Problem:
 
 
 def _allowed(request: Request, by_one_route: str) -> list[str]:
-    """The methods of all routes to the address, where the framework names those `by_one_route`."""
+    """The methods of all routes to the address. The framework names only those `by_one_route`."""
     allowed = set(by_one_route.split(", "))
-    routes = [route for route in request.app.routes if not isinstance(route, Mount)]  # it matches whatever the method
+    routes = [route for route in request.app.routes if not isinstance(route, Mount)]  # a Mount matches any method
     for method in HTTPMethod:
         # Not the request's own scope, which routing has changed.
         scope = {"type": "http", "path": request.scope["path"], "method": method.value}

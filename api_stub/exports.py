@@ -1,8 +1,8 @@
 """The credit history as CSV (RFC 4180, UTF-8), piece by piece, so that its length costs no memory.
 
-It is for spreadsheets. No text of it is taken for a formula, whether they take a comma or a semicolon for what
-separates cells: an apostrophe stands before what would be one. Control characters, and others that nobody sees, are
-written as escapes. The API's JSON has every text as it is.
+It is for spreadsheets. An apostrophe precedes any text that they would read as a formula, whether a comma or a
+semicolon separates cells. Control characters and other invisible ones are written as escapes. The API's JSON has every
+text unchanged.
 """
 
 import csv
@@ -20,11 +20,11 @@ COLUMNS = (*CUSTOMER_COLUMNS, "id", "workflow_id")
 PIECE_CHARACTERS = 64 * 1024
 
 _FORMULA = re.compile(rf"""(^|;)(?=[\s"{JOINERS}]*[=+\-@＝＋－＠﹦﹢﹣﹫])""")
-"""Where a formula may begin: spreadsheets overlook space and quotes before one, and some take wide signs."""
+"""Where a formula may begin: spreadsheets skip spaces and quotes before one, and some accept full-width signs."""
 
 
 def pieces(events: Iterable[RowMapping]) -> Iterator[str]:
-    """The lines of the file, some at a time."""
+    """Yield the lines of the file, some at a time."""
     written = io.StringIO()
     writer = csv.writer(written)
     writer.writerow(COLUMNS)
@@ -38,7 +38,7 @@ def pieces(events: Iterable[RowMapping]) -> Iterator[str]:
 
 
 def cell(value: object) -> str | int:
-    """A value as it stands in the file; no text of it is taken for a formula."""
+    """A value as it is written to the file, so that no spreadsheet reads it as a formula."""
     match value:
         case None:
             return ""
@@ -47,7 +47,7 @@ def cell(value: object) -> str | int:
         case datetime():
             return value.isoformat()
         case dict():
-            # A semicolon is only within strings, and so is the same value as an escape.
+            # In JSON a semicolon is always within a string, where an escape means the same.
             return escaped_json(as_json(value)).replace(";", "\\u003b")
         case _:
             return _FORMULA.sub(r"\1'", escaped(str(value), keep=JOINERS))

@@ -1,4 +1,4 @@
-"""How pages write amounts, times, names of ours and metadata."""
+"""Filters of the templates, for amounts, times, names and metadata."""
 
 import re
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 from ledger.readable import as_json
 
 SHORT_METADATA = 60
-"""The longest metadata, in characters, that is shown without having to be opened."""
+"""The longest metadata, in characters, that a page shows without a click."""
 
 _MOMENT = re.compile(r"20\d\d-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-5]\d(\.\d{1,6})?\+00:00", re.ASCII)
 """A moment as the ledger itself writes it in metadata."""
@@ -43,12 +43,12 @@ def iso(moment: datetime) -> str:
 
 
 def label(name: str) -> str:
-    """A name of ours in a person's words: `prepaid_purchase` is Prepaid purchase."""
+    """A name in words: `prepaid_purchase` becomes Prepaid purchase."""
     return name.replace("_", " ").capitalize()
 
 
 def pairs(metadata: Mapping[str, Any]) -> list[tuple[str, str]] | None:
-    """The names and values of `metadata` if they are short enough to be read in passing; otherwise None."""
+    """The names and values of `metadata`, or None if they are too long to be shown without a click."""
     if any(isinstance(value, dict | list) for value in metadata.values()) or len(metadata) > 4:
         return None
     shown = [(name, _readable(value)) for name, value in metadata.items()]

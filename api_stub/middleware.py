@@ -1,4 +1,4 @@
-"""What is done around every answer."""
+"""The middleware around every answer: HEAD, common headers, and clients that hang up."""
 
 from contextlib import suppress
 from http import HTTPStatus
@@ -17,14 +17,14 @@ CLOSE = {"Connection": "close"}
 
 
 def around_every_answer(app: ASGIApp) -> ASGIApp:
-    """HEAD is answered as GET, every answer has the headers `FOR_ALL`, and who hangs up is no error."""
+    """Answer HEAD as GET, add the headers `FOR_ALL`, and ignore a client that hangs up."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await app(scope, receive, send)
             return
         if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
-            # A proxy in front of us may have taken the other one for the length, and what follows for a request.
+            # A proxy in front of us may have used the other header, and read the rest of the body as a request.
             refused = await errors.answer(Request(scope), Problem(HTTPStatus.BAD_REQUEST, TWO_LENGTHS, CLOSE))
             await refused(scope, receive, send)
             return
@@ -40,7 +40,7 @@ def around_every_answer(app: ASGIApp) -> ASGIApp:
             await send(message)
             if is_head:
                 await send({"type": "http.response.body"})
-                rest.cancel()  # so that nobody reads a whole history to throw it away
+                rest.cancel()  # so that no history is read only to be thrown away
 
         with suppress(ClientDisconnect), CancelScope() as rest:
             await app({**scope, "method": "GET"} if is_head else scope, receive, pass_on)

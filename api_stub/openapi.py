@@ -1,4 +1,4 @@
-"""The description of the API, /openapi.json, where FastAPI by itself would say too little or too much."""
+"""The description of the API, /openapi.json: corrects where FastAPI by itself says too little or too much."""
 
 from typing import Any
 
@@ -7,8 +7,7 @@ from pydantic import WithJsonSchema
 
 from ledger.messages import PLAIN_TEXT_PATTERN, TIME_PATTERN
 
-# What the API's description asks for; `filters.when` understands more. The years are those which no offset can take out
-# of the calendar.
+# The times that the description allows; `filters.when` accepts more. No offset takes these years out of the calendar.
 _A_DAY = {"type": "string", "format": "date", "pattern": "^[12][0-9]{3}-[0-9]{2}-[0-9]{2}$"}
 _A_TIME = {"type": "string", "format": "date-time", "pattern": f"^[12][0-9]{{3}}-{TIME_PATTERN}$"}
 IS_A_TIME = WithJsonSchema({"anyOf": [_A_DAY, _A_TIME]})
@@ -23,14 +22,14 @@ _VALUES: dict[str, Any] = {
         ANY_OBJECT,
     ]
 }
-"""Whatever may be in `metadata`."""
+"""Any value that may be in `metadata`."""
 
 
 class DescribedAPI(FastAPI):
-    """FastAPI, with a description that says more."""
+    """FastAPI with a corrected description."""
 
     def openapi(self) -> dict[str, Any]:
-        """The description, with what bodies refer to, and without null in parameters, where nobody can send it."""
+        """The description, with the schema `Value` for bodies, and without null in parameters, which cannot be sent."""
         if self.openapi_schema is None:
             document = super().openapi()
             document["components"]["schemas"]["Value"] = _VALUES

@@ -1,6 +1,6 @@
-"""The pages for operators: dead letters, what is wrong with them, and what to do about them.
+"""The pages for operators: list, show, replay and discard dead letters.
 
-What an operator does is done by `ledger.dead_letters`, under the name that the token gives (`sub`).
+`ledger.dead_letters` does the work, and records the name that the token gives (`sub`).
 """
 
 import re
@@ -40,7 +40,7 @@ MAX_SHOWN = 64 * 1024
 
 
 def operator(session: SignedIn) -> Session:
-    """A dependency: whoever is signed in, if they are an operator."""
+    """A dependency: the session, if it is an operator's. Otherwise 403."""
     if "operator" not in session.principal.scopes:
         raise Problem(HTTPStatus.FORBIDDEN, "This page is for operators: the token lacks the scope operator.")
     return session
@@ -55,7 +55,7 @@ router = APIRouter(
 
 @dataclass(frozen=True, slots=True)
 class LetterQuery:
-    """Which dead letters the list was asked for: as typed, and as understood."""
+    """The query of the list of dead letters: as typed, and as understood."""
 
     status: str
     code: str
@@ -65,7 +65,7 @@ class LetterQuery:
 
     @property
     def matching(self) -> LetterFilter:
-        """The same as a filter of dead letters."""
+        """The query as a filter of dead letters."""
         return LetterFilter(None if self.status == "all" else self.status, self.code or None, self.task or None)
 
     def query(self, **changes: object) -> str:
@@ -88,7 +88,7 @@ def letter_query(status: str = "open", code: str = "", task: str = "", before_id
 
 
 def found(letter_id: str, using: Using) -> KeptLetter:
-    """A dependency: the letter in the path."""
+    """A dependency: the dead letter in the path. Otherwise 404."""
     try:
         return _as_it_is_now(using, _letter_id(letter_id) or 0)
     except UnknownLetterError:
@@ -122,13 +122,13 @@ def dead_letter_list(request: Request, asked_for: Query, using: Using) -> Respon
 
 @router.get("/dead-letters/{letter_id}")
 def dead_letter(request: Request, letter: Found) -> Response:
-    """Everything about one dead letter, and what can be done about it."""
+    """Everything about one dead letter, with the forms to replay and discard it."""
     return _letter_page(request, letter)
 
 
 @router.post("/dead-letters/{letter_id}/replay", dependencies=[Depends(checked_form)])
 def replay(request: Request, letter: Found, session: Operator, using: Using) -> Response:
-    """Send the message again and wait for what it does, for ANSWER_TIMEOUT_S at most."""
+    """Send the message again, and wait for the result, for ANSWER_TIMEOUT_S at most."""
     try:
         Replayer(using.engine, using.client, by=session.principal.subject, wait_s=ANSWER_TIMEOUT_S).replay(letter.id)
     except StillFailsError as error:
@@ -137,7 +137,7 @@ def replay(request: Request, letter: Found, session: Operator, using: Using) -> 
     except NotReplayableError as error:
         return _letter_page(request, _as_it_is_now(using, letter.id), HTTPStatus.CONFLICT, _sentence(error))
     except NotSentError:
-        failure = "The message could not be handed to the broker. It is safe to replay it once more."
+        failure = "The message could not be handed to the broker. Replaying it again is safe."
         return _letter_page(request, letter, HTTPStatus.SERVICE_UNAVAILABLE, failure)
     return see_other(f"/operators/dead-letters/{letter.id}")
 
@@ -146,7 +146,7 @@ def replay(request: Request, letter: Found, session: Operator, using: Using) -> 
 def discard(
     request: Request, letter: Found, session: Operator, using: Using, reason: Annotated[str, Form()] = ""
 ) -> Response:
-    """Mark the letter as not to be applied, for a reason."""
+    """Discard the dead letter, with a reason."""
     why = " ".join(reason.split())
     if not why or len(why) > MAX_REASON_LENGTH or not why.isprintable():
         failure = f"reason must be a text of 1 to {MAX_REASON_LENGTH} characters."
@@ -160,7 +160,7 @@ def discard(
 
 @router.get("/{rest:path}")
 def nothing() -> Response:
-    """There is no other page."""
+    """Answer 404 for any other page."""
     raise Problem(HTTPStatus.NOT_FOUND, "There is no such page.")
 
 
@@ -195,7 +195,7 @@ def _as_it_is_now(using: Services, letter_id: int) -> KeptLetter:
 
 
 def _unreplayable(letter: KeptLetter) -> str:
-    """Why the letter's message cannot be sent again; empty if it can."""
+    """Why the message of a dead letter cannot be sent again; empty if it can."""
     try:
         dead_letters.sent_with(letter)
     except NotReplayableError as error:

@@ -1,4 +1,4 @@
-"""The pages for customers: an organization's credit history, as a page and as a CSV file. They only read."""
+"""The pages for customers: an organization's credit history, as a page and as a CSV file. Only reads."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ from ledger.views import Reservation, WalletView
 EVENT_TYPES: tuple[EventType, ...] = get_args(EventType)
 CHART_POINTS = 240
 PLACES = "before", "reservations_after"
-"""The parameters that say which page, and not what is on it."""
+"""The parameters that select the page, not its content."""
 ID = re.compile(ID_PATTERN)
 
 Value = TypeVar("Value")
@@ -39,7 +39,7 @@ router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
 @dataclass(frozen=True, slots=True)
 class HistoryQuery:
-    """What a page was asked to show: as typed, as understood, and what could not be understood."""
+    """The query of a page: as typed, as understood, and its errors."""
 
     typed: Mapping[str, str]
     event_types: tuple[str, ...]
@@ -48,7 +48,7 @@ class HistoryQuery:
     limit: int
     before_seq: int | None
     reservations_after: int
-    """How many of the oldest reservations to leave out."""
+    """How many of the oldest reservations to skip."""
     errors: Mapping[str, str] = field(default_factory=dict)
     """By parameter, a sentence about what is wrong with it."""
 
@@ -59,17 +59,17 @@ class HistoryQuery:
         return urlencode([*kept, *types, *changes.items()])
 
     def kind_of_field(self, name: str) -> str:
-        """`date` for a day; whatever else was typed is lost in such a field, but not in one for `text`."""
+        """`date` for a day, otherwise `text`: a field for a date would lose anything else that was typed."""
         return "date" if not self.typed[name] or _is_day(self.typed[name]) else "text"
 
     @property
     def is_filtered(self) -> bool:
-        """Whether any event is left out."""
+        """Whether there is any condition on the events."""
         return self.matching != EVERY_EVENT
 
 
 def history_query(request: Request) -> HistoryQuery:
-    """Read the query. Fields of the form that were left empty are as if they were not there."""
+    """Read the query. An empty field of the form counts as missing."""
     query = request.query_params
     typed = {name: query.get(name, "").strip() for name in ("date_from", "date_to", "project_id", "limit", *PLACES)}
     event_types = tuple(dict.fromkeys(name for name in query.getlist("event_type") if name))
@@ -104,7 +104,7 @@ Query = Annotated[HistoryQuery, Depends(history_query)]
 
 
 def readable(org_id: OrgId, session: SignedIn) -> str:
-    """A dependency: the organization in the path, if it exists for whoever is signed in and may be read by them."""
+    """A dependency: the organization in the path, if the session may read it. Otherwise 404 or 403."""
     require(session.principal, org_id, "credits:read")
     return org_id
 
@@ -114,7 +114,7 @@ VisibleOrg = Annotated[str, Depends(readable)]
 
 @router.get("/")
 def start(request: Request, session: SignedIn, organization: str = "") -> Response:
-    """Leads to the one page that there is for whoever is signed in, or lists what they may see."""
+    """Redirect to the session's only page, or list its organizations."""
     principal = session.principal
     is_operator, may_read = ("operator" in principal.scopes), ("credits:read" in principal.scopes)
     if is_operator and not (principal.orgs and may_read):
@@ -136,7 +136,7 @@ def credit_history(request: Request, org_id: VisibleOrg, asked_for: Query, using
     """The wallet, the course of its balance, its open reservations, and a page of its events."""
     now = datetime.now(UTC)
     found: dict[str, Any] = {"events": None, "chart": None}
-    with using.reading(through=org_id) as ledger:  # for the chart
+    with using.reading(through=org_id) as ledger:  # the chart reads many events
         if not asked_for.errors:
             matching = history.find(ledger, org_id, asked_for.matching)
             course = matching.course(ledger, points=CHART_POINTS, now=now)
@@ -158,11 +158,11 @@ def credit_history(request: Request, org_id: VisibleOrg, asked_for: Query, using
 
 @router.get("/organizations/{orgId}/credit-history.csv")
 def credit_history_as_csv(org_id: VisibleOrg, asked_for: Query, using: Using) -> Response:
-    """Every event that the filter lets through, newest first, as a file."""
+    """Every matching event, newest first, as a file."""
     if asked_for.errors:
         raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, " ".join(asked_for.errors.values()))
     pieces = exports.pieces(history.all_events(using.engine, org_id, asked_for.matching))
-    first = next(pieces)  # so that a fault of the database is still answered with a page
+    first = next(pieces)  # before the answer begins, so that a fault of the database still gets an error page
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"credit-history-{org_id}.csv")
     return StreamingResponse(
         chain((first,), pieces),
@@ -173,12 +173,12 @@ def credit_history_as_csv(org_id: VisibleOrg, asked_for: Query, using: Using) ->
 
 @router.get("/organizations/{rest:path}", dependencies=[Depends(signed_in)])
 def nothing() -> Response:
-    """There is no other page."""
+    """Answer 404 for any other page."""
     raise Problem(HTTPStatus.NOT_FOUND, "There is no such page.")
 
 
 def add(app: FastAPI) -> None:
-    """Add the customers' pages, signing in and out, and what pages look like."""
+    """Add the customers' pages, signing in and out, and the pages' assets."""
     app.include_router(sessions.router)
     app.include_router(router)
     add_assets(app)
@@ -194,7 +194,7 @@ class Events:
     newest: str | None
     newer: str | None
     older: str | None
-    """The queries of other pages, where there are any."""
+    """The queries of other pages; None: there is no such page."""
 
     @property
     def last(self) -> int:
@@ -225,12 +225,12 @@ class Reservations:
     shown: list[Reservation]
     total: int
     credits: int
-    """What all of them hold."""
+    """The credits that all of them hold."""
     passed: int
-    """How many older ones are not shown."""
+    """The number of older ones that are not shown."""
     oldest: str
     newer: str | None
-    """The queries of other pages."""
+    """The queries of other pages; None: there is no such page."""
 
     @property
     def last(self) -> int:
@@ -250,7 +250,7 @@ def _open_reservations(ledger: Connection, org_id: str, asked_for: HistoryQuery)
 
 
 def _org_ids(session: SignedIn) -> list[str] | None:
-    """The organizations of whoever is signed in, as far as their ids are possible ones; None: all."""
+    """The organizations of a session whose ids are valid; None: all organizations."""
     orgs = session.principal.orgs
     return None if orgs == "*" else sorted(filter(ID.fullmatch, orgs))
 
@@ -258,7 +258,7 @@ def _org_ids(session: SignedIn) -> list[str] | None:
 def _understood(
     typed: Mapping[str, str], name: str, read: Callable[[str], Value], errors: dict[str, str]
 ) -> Value | None:
-    """What `read` makes of a parameter; None if it was not given, or else it is among the `errors`."""
+    """The value that `read` returns for a parameter; None if it is missing or wrong, which adds to `errors`."""
     try:
         return read(typed[name]) if typed[name] else None
     except ValueError as error:
@@ -267,7 +267,7 @@ def _understood(
 
 
 def _is_day(text: str) -> bool:
-    """Whether a field for a date can hold it."""
+    """Whether a field for a date can hold `text`."""
     try:
         return date.fromisoformat(text).isoformat() == text
     except ValueError:

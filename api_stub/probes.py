@@ -1,6 +1,6 @@
-"""How the system is: liveness, readiness, and figures for Prometheus, read when they are asked for.
+"""Liveness, readiness, and metrics for Prometheus, read on request.
 
-What a worker counts, it serves itself (see `worker.metrics`). Nothing here tells anything about one organization.
+A worker serves its own metrics (see `worker.metrics`). Nothing here is about a single organization.
 """
 
 import time
@@ -22,11 +22,11 @@ from ledger import figures, migrations
 from worker.client import BrokerUnavailableError
 
 PROBES = 4
-"""How many of them are answered at once; others wait."""
+"""How many probes are answered at once; others wait."""
 
 
 def add(app: FastAPI) -> None:
-    """Add /healthz, /readyz and /metrics, which need no token, and no thread that requests may wait in."""
+    """Add /healthz, /readyz and /metrics. They need no token, and run on threads of their own, also on a busy API."""
     using: Services = app.state.services
     registry = CollectorRegistry()
     registry.register(SystemCollector(using))
@@ -39,14 +39,14 @@ def add(app: FastAPI) -> None:
 
     @app.get("/readyz", tags=["system"], response_model=answers.Readiness)
     async def readyz() -> JSONResponse:
-        """Requests can be served: the database is there and migrated, and the broker takes messages. Otherwise 503."""
+        """Whether requests can be served: the database is there and migrated, and the broker answers. Otherwise 503."""
         checks = await to_thread.run_sync(_checks, using, limiter=threads)
         status = HTTPStatus.OK if all(checks.values()) else HTTPStatus.SERVICE_UNAVAILABLE
         return JSONResponse({name: "ok" if ready else "unavailable" for name, ready in checks.items()}, status)
 
     @app.get("/metrics", tags=["system"], response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """Figures for Prometheus."""
+        """Metrics for Prometheus."""
         text = await to_thread.run_sync(generate_latest, registry, limiter=threads)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
@@ -71,7 +71,7 @@ def _broker_is_ready(using: Services) -> bool:
 
 
 class SystemCollector(Collector):
-    """Reads the database and the broker at every scrape. What does not answer is down, and its figures are left out."""
+    """Reads the database and the broker at every scrape. If one does not answer, it is down, without other metrics."""
 
     def __init__(self, using: Services) -> None:
         self._using = using
@@ -79,7 +79,7 @@ class SystemCollector(Collector):
         """The oldest message of each queue at the last scrape, and when it was first seen there."""
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """The figures, now."""
+        """Yield the metrics of this moment."""
         try:
             with self._using.probe.connect() as connection:
                 found = figures.system_figures(connection)
@@ -96,7 +96,7 @@ class SystemCollector(Collector):
         messages = GaugeMetricFamily("holdfast_queue_messages", "Messages that wait in the queue.", labels=["queue"])
         ages = GaugeMetricFamily(
             "holdfast_queue_oldest_message_age_seconds",
-            "How long the oldest waiting message has been seen to wait, from scrape to scrape; it may be older.",
+            "Time since a scrape first saw the oldest waiting message, which may be older.",
             labels=["queue"],
         )
         for queue, inside in waiting.items():

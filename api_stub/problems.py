@@ -1,4 +1,4 @@
-"""Why a request is not answered as asked: a status, and one clear sentence. `api_stub.errors` makes it an answer."""
+"""The errors of requests: a status, and one clear sentence. `api_stub.errors` turns them into answers."""
 
 from http import HTTPStatus
 
@@ -7,7 +7,7 @@ RETRY = {"Retry-After": "5"}
 
 
 class Problem(Exception):  # noqa: N818 - RFC 9457's own word
-    """Why a request is not answered as asked."""
+    """An error of a request, with its status and headers."""
 
     def __init__(self, status: HTTPStatus, detail: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(detail)

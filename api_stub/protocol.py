@@ -1,7 +1,7 @@
-"""How requests arrive: as uvicorn reads them, and whole within REQUEST_TIMEOUT_S.
+"""uvicorn's HTTP protocol with a time limit: a request must arrive whole within REQUEST_TIMEOUT_S.
 
-`uvicorn --http api_stub.protocol:PromptProtocol`. uvicorn itself bounds only the time between two requests: a request
-that has begun, or a connection on which nothing ever comes, it keeps for ever, and no application ever sees it.
+`uvicorn --http api_stub.protocol:PromptProtocol` uses it. uvicorn itself limits only the time between two requests. It
+keeps an unfinished request, or a connection without any, forever, and no application sees it.
 """
 
 import asyncio
@@ -11,31 +11,31 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 REQUEST_TIMEOUT_S = 10.0
-"""How long a request may take to arrive, its body of at most 64 KiB included. An answer takes as long as it takes."""
+"""How long a request may take to arrive, its body of at most 64 KiB included. An answer may take any time."""
 
 
 class PromptProtocol(H11Protocol):
-    """uvicorn's own protocol, which closes a connection when a request is not there in time, to its last byte."""
+    """uvicorn's own protocol, which also closes a connection if a request does not arrive completely in time."""
 
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """Nothing has come yet, and soon something must."""
+        """Begin the time for the first request."""
         super().connection_made(transport)
         self._begin()
 
     def data_received(self, data: bytes) -> None:
-        """The time of a request begins with its first byte, and ends with its last one."""
+        """Begin the time of a request with its first byte, and end it with its last one."""
         super().data_received(data)
         self._watch()
 
     def on_response_complete(self) -> None:
-        """The next request may have begun while the answer to this one was made."""
+        """Check for a next request, which may have begun before this answer was complete."""
         super().on_response_complete()
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing more will come."""
+        """End the time."""
         self._end()
         super().connection_lost(exc)
 

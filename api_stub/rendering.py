@@ -1,7 +1,7 @@
-"""How pages are answered: templates, and every error as a page in the same design.
+"""Renders pages: templates, and every error as a page in the same design.
 
-Pages need no script, and load nothing from elsewhere; the Content-Security-Policy of every answer says so. Templates
-escape all that is put into them.
+Pages need no script, and load nothing from other sites; the Content-Security-Policy of every answer says so. Templates
+escape every value.
 """
 
 import hashlib
@@ -27,21 +27,21 @@ MAX_FORM_BYTES = 64 * 1024
 """The largest form that is read."""
 
 FOR_ALL = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
-"""What every answer is sent with, unless it says otherwise."""
+"""The headers of every answer, which it may override."""
 
 HEADERS = FOR_ALL | {
-    # No script-src, font-src, connect-src …: what is not named is what default-src says, nothing.
+    # No script-src, font-src, connect-src …: default-src forbids whatever is not named.
     "Content-Security-Policy": (
         "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; "
         "frame-ancestors 'none'"
     ),
     "Referrer-Policy": "no-referrer",
 }
-"""What every page, download and redirection is sent with."""
+"""The headers of every page, download and redirection."""
 
 
 class NotSignedInError(Exception):
-    """The page is for who is signed in: the answer is a redirection to `location`, the form for that."""
+    """The page needs a session: the answer is a redirection to `location`, the form for signing in."""
 
     def __init__(self, location: str) -> None:
         super().__init__(location)
@@ -49,10 +49,10 @@ class NotSignedInError(Exception):
 
 
 class PageRoute(APIRoute):
-    """A route whose every answer is sent with `HEADERS`."""
+    """A route whose answers all have `HEADERS`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The handler, and what is done before and after it."""
+        """Return the handler, which refuses large forms and adds the headers."""
         handle = super().get_route_handler()
 
         async def answer(request: Request) -> Response:
@@ -74,12 +74,12 @@ class _Assets(StaticFiles):
 
 
 def add_assets(app: FastAPI) -> None:
-    """Serve what pages look like at /static."""
+    """Serve the stylesheet and the icon at /static."""
     app.mount("/static", _Assets(directory=_STATIC), name="static")
 
 
 def page(request: Request, template: str, status: HTTPStatus = HTTPStatus.OK, /, **values: Any) -> HTMLResponse:
-    """The page that `template` makes of `values`."""
+    """Render `template` with `values`."""
     session = getattr(request.state, "session", None)
     text = _templates.get_template(template).render(session=session, path=request.url.path, **values)
     return HTMLResponse(text, status)
@@ -88,14 +88,14 @@ def page(request: Request, template: str, status: HTTPStatus = HTTPStatus.OK, /,
 def error_page(
     request: Request, status: HTTPStatus, detail: str, headers: Mapping[str, str] | None = None
 ) -> HTMLResponse:
-    """A page that says why there is no other."""
+    """A page that shows an error."""
     response = page(request, "error.html", status, status=status, detail=detail)
     response.headers.update({**HEADERS, **(headers or {})})
     return response
 
 
 async def to_sign_in(_: Request, visitor: Exception) -> Response:
-    """The answer to who is not signed in."""
+    """Redirect a visitor who is not signed in."""
     assert isinstance(visitor, NotSignedInError)
     response = see_other(visitor.location)
     response.headers.update(HEADERS)
@@ -103,7 +103,7 @@ async def to_sign_in(_: Request, visitor: Exception) -> Response:
 
 
 def see_other(location: str) -> Response:
-    """Go on at `location`, with GET."""
+    """Redirect to `location`, with GET."""
     return Response(status_code=HTTPStatus.SEE_OTHER, headers={"Location": location})
 
 
@@ -112,7 +112,7 @@ def _refuse_large_form(request: Request) -> None:
         return
     length = request.headers.get("content-length", "")
     if not length.isdecimal():
-        raise Problem(HTTPStatus.LENGTH_REQUIRED, "The form came without its length.")
+        raise Problem(HTTPStatus.LENGTH_REQUIRED, "The form must have a Content-Length.")
     if int(length) > MAX_FORM_BYTES:
         raise Problem(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The form is larger than {MAX_FORM_BYTES:,} bytes.")
 
@@ -122,8 +122,8 @@ def _version(name: str) -> str:
 
 
 def _visible(value: object) -> object:
-    """What a page shows of `value`: no text on it can turn round, hide or overwrite what is beside it."""
-    return escaped(value, keep=f"\n{JOINERS}") if type(value) is str else value  # not markup, which is ours
+    """Escape control characters in `value`, so that no text can reverse, hide or overwrite its surroundings."""
+    return escaped(value, keep=f"\n{JOINERS}") if type(value) is str else value  # our own markup stays
 
 
 _templates = Environment(

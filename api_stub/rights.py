@@ -1,4 +1,4 @@
-"""Who asks, and whether they may: by the token of a program's request, for one organization and one scope."""
+"""The principal of a request, by its token, and whether it has a scope for an organization."""
 
 import re
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from ledger.messages import ID_PATTERN
 
 
 def bearer(request: Request, using: Using) -> Principal:
-    """Who asks, by the Authorization header. Otherwise the answer is 401."""
+    """The principal of the token in the Authorization header. Otherwise the answer is 401."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not token:
         raise Problem(HTTPStatus.UNAUTHORIZED, "Send a token: Authorization: Bearer …", {"WWW-Authenticate": "Bearer"})
@@ -27,7 +27,7 @@ def bearer(request: Request, using: Using) -> Principal:
 
 
 def require(principal: Principal, org_id: str, scope: Scope) -> None:
-    """Answer 404 for an organization that is not the principal's, 403 where the scope is missing."""
+    """Answer 404 for an organization that is not the principal's, and 403 if the scope is missing."""
     if not re.fullmatch(ID_PATTERN, org_id) or not principal.may_see(org_id):
         raise Problem(HTTPStatus.NOT_FOUND, "There is no such organization.")
     if scope not in principal.scopes:
@@ -35,7 +35,7 @@ def require(principal: Principal, org_id: str, scope: Scope) -> None:
 
 
 IS_AN_ID = {"pattern": f"^{ID_PATTERN}$"}
-"""For the API's description alone: what cannot be an id is answered like one that does not exist."""
+"""For the API's description only: an invalid id is answered like one that does not exist."""
 
 OrgId = Annotated[str, Path(alias="orgId", description="The organization's id.", json_schema_extra=IS_AN_ID)]
 
@@ -49,7 +49,7 @@ _SCHEME = HTTPBearer(
 
 
 def organization(scope: Scope) -> Callable[..., str]:
-    """A dependency: the organization in the path, for a token that may do `scope` there."""
+    """A dependency: the organization in the path, for a token with `scope` there."""
 
     def checked(
         org_id: OrgId, principal: Annotated[Principal, Depends(bearer)], _: Annotated[object, Security(_SCHEME)]

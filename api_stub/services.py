@@ -1,4 +1,4 @@
-"""What handlers work with: the database and the producer."""
+"""The services of handlers: the database and the producer."""
 
 import threading
 import time
@@ -21,7 +21,7 @@ READ_TIMEOUT_S = 5
 """How long the database may take for one statement of a request."""
 
 MANY_EVENTS = 20_000
-"""To look through more events than that, an organization's readers take turns. Fewer take a few milliseconds."""
+"""Readers of more events than this take turns. Reading fewer takes a few milliseconds."""
 
 
 class Services:
@@ -32,10 +32,10 @@ class Services:
         assert settings.database_url is not None
         assert settings.broker_url is not None
         self.authenticator = Authenticator.from_settings(settings)
-        # Nobody would repeat a request for us, as the worker repeats a batch.
+        # A failed request is not repeated, unlike a worker's batch.
         self.engine = connect(settings.database_url, checks_connections=True, answer_timeout_s=READ_TIMEOUT_S)
         self._turn, self._rests_until = threading.Semaphore(), 0.0
-        # For probes: an open connection to a database that hangs would make them wait as well.
+        # For probes: on an open connection, they would hang with the database.
         self.probe = connect(settings.database_url, keeps_connections=False)
         self.client = Client(settings.broker_url, result_url=settings.result_url)
 
@@ -43,12 +43,12 @@ class Services:
     def reading(self, *, through: str | None = None) -> Iterator[Connection]:
         """A connection that only reads: one snapshot of the ledger.
 
-        Who looks `through` the events of an organization one by one waits for a turn, if they are many: such readers
-        have, all together, no more than half of one of the database's processors, and the workers have the others.
-        Raises Problem if no turn comes.
+        A reader that goes `through` the events of an organization one by one waits for a turn, if they are many. All
+        such readers together use at most half of one processor of the database; the workers have the rest. Raises
+        Problem if no turn comes.
 
-        For use within a handler, and not as a dependency of one: those run before it, each in a thread of the pool that
-        handlers share, so under load all threads would wait for connections of requests that wait for a thread.
+        For use within a handler, not as a dependency. Dependencies run before the handler, on the same pool of threads.
+        Under load, all threads would wait for connections of requests that wait for a thread.
         """
         takes_long = through is not None and self._has_many_events(through)
         with self._taking_turns() if takes_long else nullcontext(), self.engine.connect() as opened:
@@ -80,7 +80,7 @@ class Services:
 
 
 async def services(request: Request) -> Services:
-    """The services of the app that got `request`. Async, as it needs no thread of its own for that."""
+    """The services of the app that received `request`. Async, so it needs no thread."""
     found = request.app.state.services
     assert isinstance(found, Services)
     return found

@@ -1,9 +1,9 @@
-"""Signing in and out of the pages: the token, kept by the browser in a cookie that only pages read.
+"""Signing in and out of the pages. The browser keeps the token in a cookie that only pages read.
 
 The cookie lives as long as the token. No script can read it, and no other site can make the browser send it with a
-form; every form carries, besides, a value that only a page of ours knows (see `form_token`). Over https its name,
-`__Host-…`, tells browsers to keep other hosts of the domain from setting it. The JSON API never reads the cookie.
-Nothing is stored on the server: signing out removes the cookie, the token itself ends when it expires.
+form. Every form also carries a value that only a page of ours knows (see `form_token`). Over https the cookie's name,
+`__Host-…`, keeps other hosts of the domain from setting it. The JSON API never reads the cookie. Nothing is stored on
+the server: signing out removes the cookie, but the token stays valid until it expires.
 """
 
 import base64
@@ -41,24 +41,24 @@ router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Somebody who is signed in, and the token that says so."""
+    """The principal who is signed in, and the token."""
 
     principal: Principal
     token: str
 
     @property
     def form_token(self) -> str:
-        """What a form of this session has to carry."""
+        """The value that every form of this session carries."""
         return form_token(self.token)
 
 
 def signed_in(request: Request, using: Using) -> Session:
-    """Who asks for a page, by the cookie or, for scripts, by a bearer token in the Authorization header.
+    """The session of a request for a page, from the cookie or, for scripts, from the Authorization header.
 
     Otherwise the answer is the form for signing in, which leads back here.
     """
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer":  # any other is of a proxy in front of us
+    if scheme.lower() == "bearer":  # any other scheme is for a proxy in front of us
         session = Session(bearer(request, using), token.strip())
     else:
         token = _kept(request, COOKIE)
@@ -66,7 +66,7 @@ def signed_in(request: Request, using: Using) -> Session:
             session = Session(using.authenticator.read(token), token)
         except InvalidTokenError:
             here = request.url.path + (f"?{request.url.query}" if request.url.query else "")
-            # A form cannot be posted again after signing in: go back to the page that it was on.
+            # A form cannot be posted again after signing in, so it does not lead back here.
             raise NotSignedInError(
                 f"/signin?next={quote(here, safe='')}" if request.method == "GET" else "/signin"
             ) from None
@@ -78,18 +78,18 @@ SignedIn = Annotated[Session, Depends(signed_in)]
 
 
 def form_token(secret: str) -> str:
-    """What proves that a form comes from a page of ours: only who can read the cookie `secret` can compute it."""
+    """The value that proves that a form is from our page: computing it takes the cookie `secret`."""
     digest = hmac.digest(secret.encode(), b"a form of Holdfast", hashlib.sha256)
     return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
 
 def is_form_of(secret: str, given: str) -> bool:
-    """Whether a form that carries `given` comes from a page that was made for `secret`."""
+    """Whether a form that carries `given` is from a page for `secret`."""
     return bool(secret) and hmac.compare_digest(form_token(secret).encode(), given.encode(errors="replace"))
 
 
 def checked_form(session: SignedIn, form: Annotated[str, Form()] = "") -> Session:
-    """A dependency of everything that changes something: the form is from a page of this session. Otherwise 403."""
+    """A dependency of every change: the form must be from a page of this session. Otherwise 403."""
     if not is_form_of(session.token, form):
         raise Problem(HTTPStatus.FORBIDDEN, "This form is not from a page of your session. Reload the page.")
     return session
@@ -99,22 +99,22 @@ OwnForm = Annotated[Session, Depends(checked_form)]
 
 
 def local_path(text: str) -> str:
-    """`text` if it is a path on this site; otherwise the start page. So no link of ours leads to another site."""
+    """`text` if it is a path on this site, otherwise the start page, so that no link leads to another site."""
     return text if _LOCAL_PATH.fullmatch(text) else "/"
 
 
 @router.get("/signin")
 def ask(request: Request, using: Using, next: str = "", token: str = "") -> Response:
-    """The form. With `token`, as in the link that `holdfast up` prints, signs in right away.
+    """Show the form. With `token`, as in the link that `holdfast up` prints, sign in at once.
 
-    The answer to that link is a redirection, so that the token is in no history of the browser; and `access_log`
-    keeps it out of the log. Anybody may send such a link, to have a visitor work in a session that is not their own:
-    on another site it does nothing, and it asks, by a page with a button, before it replaces somebody's session.
+    The answer to that link is a redirection, so the token is not in the browser's history. `access_log` keeps it out of
+    the log. An attacker may send such a link to make a visitor work in the attacker's session. So the link does nothing
+    on another site, and a page asks before it replaces a session.
     """
     if not token:
         return _form(request, HTTPStatus.OK, next=next)
     if _is_of_another_site(request):
-        error = "The link is on another site, so it signs nobody in. Open it by itself, or give the token here."
+        error = "The link is on another site, so it does not sign you in. Open it directly, or enter the token here."
         return _form(request, HTTPStatus.FORBIDDEN, next=next, error=error)
     present, other = _principal(using, _kept(request, COOKIE)), _principal(using, token)
     if present is not None and other is not None and present != other:
@@ -131,9 +131,9 @@ def sign_in(
     next: Annotated[str, Form()] = "",
     form: Annotated[str, Form()] = "",
 ) -> Response:
-    """Keep the token in the cookie, and go on to `next`."""
+    """Keep the token in the cookie, and redirect to `next`."""
     if not is_form_of(_kept(request, FORM_COOKIE), form):
-        return _form(request, HTTPStatus.FORBIDDEN, next=next, error="The form was out of date. Please try once more.")
+        return _form(request, HTTPStatus.FORBIDDEN, next=next, error="The form is out of date. Try again.")
     return _sign_in(request, using, token=token.strip(), next=next)
 
 
@@ -153,7 +153,7 @@ def _sign_in(request: Request, using: Services, *, token: str, next: str) -> Res
     if len(token) > MAX_COOKIE_BYTES:
         sentence = f"The token is longer than a browser can keep ({MAX_COOKIE_BYTES:,} bytes)."
         return _form(request, HTTPStatus.UNAUTHORIZED, next=next, error=sentence)
-    # It has just been verified, and a Principal does not say when it ends.
+    # The token was verified above. Decoded again, as a Principal has no expiry.
     expiry = int(jwt.decode(token, options={"verify_signature": False})["exp"])
     response = see_other(local_path(next))
     response.set_cookie(
@@ -162,7 +162,7 @@ def _sign_in(request: Request, using: Services, *, token: str, next: str) -> Res
         max_age=min(expiry + LEEWAY_S - int(datetime.now(UTC).timestamp()), MAX_COOKIE_AGE_S),
         httponly=True,
         secure=_is_encrypted(request),
-        samesite="lax",  # strict would ask whoever follows a link from a mail to sign in again
+        samesite="lax",  # with strict, a link in a mail would require to sign in again
     )
     return response
 
@@ -185,7 +185,7 @@ def _form(
 
 
 def _principal(using: Services, token: str) -> Principal | None:
-    """Whoever `token` speaks for, if it is valid."""
+    """The principal of `token`, or None if it is not valid."""
     try:
         return using.authenticator.read(token)
     except InvalidTokenError:
@@ -193,7 +193,7 @@ def _principal(using: Services, token: str) -> Principal | None:
 
 
 def _is_of_another_site(request: Request) -> bool:
-    """Whether a page that is not ours has led here, as far as the browser tells."""
+    """Whether a page of another site has led here, according to the browser."""
     led_by = request.headers.get("sec-fetch-site")
     if led_by is not None:
         return led_by not in ("none", "same-origin")
@@ -202,19 +202,19 @@ def _is_of_another_site(request: Request) -> bool:
 
 
 def _named(request: Request, name: str) -> str:
-    """What the cookie `name` is called: over https as browsers take it from this host alone."""
+    """The cookie's full name: over https with a prefix that lets only this host set it."""
     return f"__Host-{name}" if _is_encrypted(request) else name
 
 
 def _kept(request: Request, name: str) -> str:
-    """What the browser keeps in the cookie `name`; empty: nothing."""
+    """The value of the cookie `name`; empty if there is none."""
     return request.cookies.get(_named(request, name), "")
 
 
 def _is_encrypted(request: Request) -> bool:
-    """Whether the browser's connection is encrypted, as this server sees it or as a proxy in front of it says.
+    """Whether the browser's connection is encrypted, by this server's connection or a proxy's header.
 
-    Anybody's word is taken for that: a cookie that is sent over encrypted connections alone harms only who lied.
+    The header is trusted from anybody: a false one only restricts the sender's own cookie to encrypted connections.
     """
-    said = request.headers.get("x-forwarded-proto", "").split(",")[0]  # the first proxy's word: the browser's end
+    said = request.headers.get("x-forwarded-proto", "").split(",")[0]  # of the first proxy, next to the browser
     return "https" in (request.scope["scheme"], said.strip().lower())

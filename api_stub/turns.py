@@ -1,8 +1,8 @@
-"""How much one token may read at once, so that nobody's reading keeps others from theirs.
+"""Limits how much one token reads at once, so that no reader blocks the others.
 
-Who sends more waits for a moment, and is then told to come back. A download counts as long as it runs. What engines
-report is not counted: it reads nothing, and the broker takes it at once. Neither are health checks and figures. Each
-process counts for itself.
+Further requests wait for WAIT_S, and then get 429. A download counts for as long as it runs. Reports of engines do not
+count: they read nothing, and the broker takes them at once. Nor do health checks and metrics. Each process counts for
+itself.
 """
 
 import re
@@ -22,27 +22,27 @@ AT_ONCE = 4
 """How many requests of one token are answered at the same time."""
 
 WAIT_S = 1.0
-"""How long a further one waits for its turn. A page that asks for ten things at once does not notice."""
+"""How long a further request waits for its turn. Enough for a page that sends ten requests at once."""
 
 _READ = re.compile(r"/(api/organizations|organizations|operators)/.*", re.DOTALL)
 
 
 class Turns:
-    """Middleware: passes on AT_ONCE requests of each token at a time; who waits for longer than WAIT_S gets 429."""
+    """Middleware: passes on AT_ONCE requests of each token at a time. One that waits longer than WAIT_S gets 429."""
 
     def __init__(self, app: ASGIApp, authenticator: Authenticator) -> None:
         self._app = app
         self._authenticator = authenticator
         self._of = WeakValueDictionary[object, Semaphore]()
-        """The turns of everybody who has a request here."""
+        """The turns of every reader that has a request here."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The answer to one request."""
+        """Answer one request."""
         reader = self._reader(scope)
         if reader is None:
             await self._app(scope, receive, send)
             return
-        # By whom the token is for, not by its letters: a new one for the same gives no more turns.
+        # By subject and organizations, not by the token itself: a new token for the same reader gives no more turns.
         turns = self._of.setdefault((reader.subject, reader.orgs), Semaphore(AT_ONCE, fast_acquire=True))
         with move_on_after(WAIT_S) as waiting:
             await turns.acquire()
@@ -56,7 +56,7 @@ class Turns:
             turns.release()
 
     def _reader(self, scope: Scope) -> Principal | None:
-        """Who reads, if it is a request for something that a token is needed for, and has one that is good."""
+        """The principal of a request that reads and needs a token, if its token is valid."""
         if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD") or not _READ.fullmatch(scope["path"]):
             return None
         connection = HTTPConnection(scope)
@@ -66,9 +66,9 @@ class Turns:
         try:
             return self._authenticator.read(token.strip())
         except InvalidTokenError:
-            return None  # it is refused, for nothing
+            return None  # it will be refused, which costs nothing
 
 
 def _too_many() -> Problem:
-    detail = f"{AT_ONCE} requests of this token are being answered already; try again in a second."
+    detail = f"{AT_ONCE} requests of this token are in progress already; try again in a second."
     return Problem(HTTPStatus.TOO_MANY_REQUESTS, detail, {"Retry-After": "1"})

@@ -20,14 +20,14 @@ from ledger.state import EventType
 from ledger.views import WalletView
 
 Moment = Annotated[datetime, PlainValidator(filters.moment), IS_A_TIME]
-# To FastAPI, a dataclass such as filters.DayOrTime would be a body.
+# To FastAPI, a dataclass such as filters.When would be a body.
 DayOrTime = Annotated[Any, PlainValidator(filters.when), IS_A_TIME]
 
 
 def event_filter(
     date_from: Annotated[DayOrTime | None, Query(description="First day or moment (ISO 8601).")] = None,
     date_to: Annotated[
-        DayOrTime | None, Query(description="Last day, or the moment before which; not before `date_from`.")
+        DayOrTime | None, Query(description="Last day, or the moment before which to end; not before `date_from`.")
     ] = None,
     event_type: Annotated[list[EventType] | None, Query(description="Repeatable: any of these types.")] = None,
     project_id: Annotated[
@@ -36,7 +36,7 @@ def event_filter(
         AfterValidator(filters.project),
     ] = None,
 ) -> EventFilter:
-    """The events that a request asks for."""
+    """The filter of events in a query."""
     try:
         created_from, created_before = filters.time_range(date_from, date_to)
     except ValueError:
@@ -50,7 +50,7 @@ def event_filter(
 
 
 def add(app: FastAPI) -> None:
-    """Add what programs of customers read."""
+    """Add the routes for the credit history and the wallet."""
 
     @app.get(
         "/api/organizations/{orgId}/credit-events",

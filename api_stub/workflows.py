@@ -1,4 +1,4 @@
-"""Workflows, for programs: what engines that are not in Python report, and what became of a workflow."""
+"""Workflows, for programs: one workflow's state, and the reports of engines that are not in Python."""
 
 import json
 import re
@@ -23,17 +23,17 @@ MAX_BODY_BYTES = 64 * 1024
 """The largest request body; the largest message is well below it."""
 
 OTHERS_SOURCES = ("admin", "billing", "operator", "scheduler")
-"""Whom the credit history shows for what comes in other ways: an engine's message cannot pass for theirs."""
+"""Sources of messages that come in other ways. An engine's message must not look like theirs in the credit history."""
 
 SOURCE_PATTERN = "[ -~]+"
-"""Of what an engine's `source` consists over HTTP: in all of Unicode, too much looks like something else."""
+"""The characters of an engine's `source` over HTTP. In all of Unicode, too many look like others."""
 
 STEPS = ("start", "finish", "cancel", "fail")
 WorkflowId = Annotated[str, Path(alias="workflowId", description="The workflow's id.", json_schema_extra=IS_AN_ID)]
 
 
 def add(app: FastAPI) -> None:
-    """Add what programs of customers read of a workflow, and what engines report."""
+    """Add the routes for one workflow and for the reports of engines."""
 
     @app.get(
         "/api/organizations/{orgId}/workflows/{workflowId}",
@@ -42,7 +42,7 @@ def add(app: FastAPI) -> None:
         responses=errors.READ_RESPONSES,
     )
     def workflow(org_id: ReadableOrg, workflow_id: WorkflowId, using: Using) -> dict[str, Any]:
-        """What became of a workflow: its state, reservation and usage, and its events and refunds, oldest first."""
+        """A workflow: its state, reservation and usage, and its events and refunds, oldest first."""
         found = None
         if re.fullmatch(ID_PATTERN, workflow_id):
             with using.reading() as ledger:
@@ -70,14 +70,14 @@ def _add_report(app: FastAPI, step: str) -> None:
     async def report(org_id: WritableOrg, workflow_id: WorkflowId, request: Request, using: Using) -> dict[str, str]:
         """Hand a lifecycle message to the ledger. The body has the message's other fields, as JSON.
 
-        202 says that the broker has the message. Sending it again is always safe. `source` is printable ASCII; one that
-        looks like that of other messages, `admin`, `billing`, `operator` or `scheduler`, is refused.
+        202 means that the broker has the message. Sending it again is always safe. `source` is printable ASCII. A
+        source that looks like `admin`, `billing`, `operator` or `scheduler` is refused.
         """
         of_the_path = {"org_id": org_id, "workflow_id": workflow_id}
         body = await _json_object(request)
         for name in of_the_path:
             if name in body:
-                raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, f"{name} is in the path, not in the body.")
+                raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, f"{name} belongs in the path, not in the body.")
         payload = {**body, **of_the_path}
         message = parse(task, payload)
         if isinstance(message, InvalidMessage):
@@ -86,24 +86,24 @@ def _add_report(app: FastAPI, step: str) -> None:
             detail = f"{task}: source must be printable ASCII over HTTP, got {message.source!a}"
             raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, detail)
         if _as_it_looks(message.source) in map(_as_it_looks, OTHERS_SOURCES):
-            detail = f"{task}: source must not be {_one_of(OTHERS_SOURCES)}: their messages come in other ways"
+            detail = f"{task}: source must not be {_one_of(OTHERS_SOURCES)}: these are reserved"
             raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, detail)
         try:
             await run_in_threadpool(using.client.send_as_is, task, [payload], {})
         except NotSentError:
-            detail = "The message could not be handed over; send it again."
+            detail = "The message could not be handed to the broker; send it again."
             raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, {"Retry-After": "5"}) from None
         return {"status": "accepted", "task": task, **of_the_path}
 
 
 def _body(task: str) -> dict[str, Any]:
-    """The body of a report, for the API's description: the message without what the path says."""
+    """The body of a report, for the API's description: the message without the fields in the path."""
     schema = MESSAGES[task].model_json_schema()
     for name in ("org_id", "workflow_id"):
         del schema["properties"][name]
         schema["required"].remove(name)
     source = schema["properties"]["source"]
-    source["description"] += f" Printable ASCII; not {_one_of(OTHERS_SOURCES)}, whose messages come in other ways."
+    source["description"] += f" Printable ASCII; not {_one_of(OTHERS_SOURCES)}, which are reserved."
     source["not"] = {"enum": list(OTHERS_SOURCES)}
     source["pattern"] = f"^{SOURCE_PATTERN}$"
     schema["properties"]["metadata"] |= ANY_OBJECT
@@ -111,7 +111,7 @@ def _body(task: str) -> dict[str, Any]:
 
 
 def _as_it_looks(source: str) -> str:
-    """`source` without what a reader hardly sees: spaces, capitals, and which of two similar letters it is."""
+    """`source` without differences that a reader hardly sees: spaces, capitals, and similar letters."""
     return source.lower().replace(" ", "").replace("rn", "m").translate(str.maketrans("i1|0", "lllo"))
 
 
@@ -135,7 +135,7 @@ async def _json_object(request: Request) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a name that comes again is refused, as nobody can know which of its values was meant."""
+    """A JSON object. A repeated name is refused, as it is unknown which of its values was meant."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:

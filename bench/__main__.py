@@ -1,7 +1,7 @@
-"""`python -m bench`: measure everything on embedded services, print the table that docs/performance.md shows.
+"""`python -m bench`: measures everything on embedded services, and prints the table in docs/performance.md.
 
-Exit codes: 0 it was measured, and the report says which bars are met; 2 it could not be measured, or what was measured
-did not do its work.
+Exit codes: 0 the measurement is complete, and the report says which bars are met; 2 it could not run, or the measured
+system did not do its work.
 """
 
 import json
@@ -32,18 +32,16 @@ _BEGAN_AT = time.monotonic()
 
 
 def main(
-    quick: Annotated[
-        bool, typer.Option("--quick", help="At most two minutes: less of everything, rough figures.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Shorter runs, at most two minutes: rough figures.")] = False,
     json_file: Annotated[
         typer.FileTextWrite | None,
-        typer.Option("--json", metavar="FILE", lazy=False, help="Write everything to a file, too."),
+        typer.Option("--json", metavar="FILE", lazy=False, help="Also write everything to a JSON file."),
     ] = None,
 ) -> None:
-    """Measure Holdfast on this machine. The services and their data are in a temporary folder, on disk."""
+    """Measure Holdfast on this machine, with services and data in a temporary folder on disk."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)  # everything is stopped in order
-    collect_garbage_seldom()  # as a worker does: for the ledger alone, which is measured in this process
+    collect_garbage_seldom()  # as a worker does: one measurement runs the ledger in this process
     folder = Path(tempfile.mkdtemp(prefix="holdfast-bench-"))
     folder.chmod(0o711)  # as root, PostgreSQL runs as an account that has to pass through
     sizes = QUICK if quick else FULL

@@ -1,4 +1,4 @@
-"""Messages as they wait in the broker: what Celery's own `send_task` makes of them, byte for byte."""
+"""Messages as they wait in the broker, byte for byte as Celery's own `send_task` writes them."""
 
 import json
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ Message = tuple[str, dict[str, Any]]
 """A task's name and its one argument."""
 
 _DRAWN_ANEW = {"headers": ("id", "root_id", "origin"), "properties": ("correlation_id", "reply_to", "delivery_tag")}
-"""What is another for every message or program: the message's id, its sender, its name while it is unacknowledged."""
+"""The parts that differ for every message or program: the message's id, its sender, and its delivery tag."""
 
 
 def send_task(broker_url: str, messages: Sequence[Message]) -> None:
-    """Send as an engine does that knows nothing but Celery, the names of the tasks and the queue."""
+    """Send as an engine does that has only Celery, the names of the tasks and the queue."""
     app = _engine(broker_url)
     with app.connection_for_write() as connection:
         _send(app, connection, messages)
@@ -28,11 +28,11 @@ def send_task(broker_url: str, messages: Sequence[Message]) -> None:
 
 
 def envelopes(messages: Sequence[Message]) -> list[bytes]:
-    """What `send_task` would put into the queue: made by Celery and kombu, and kept before it goes anywhere."""
+    """The entries that `send_task` would put into the queue: Celery and kombu make them, but nothing is sent."""
     kept: list[bytes] = []
 
     class Channel(memory.Channel):
-        """Keeps what it would put into a queue, written as the Redis transport writes it."""
+        """Keeps the entries for a queue, written as the Redis transport writes them."""
 
         def _put(self, queue: str, message: dict[str, Any], **_: object) -> None:  # noqa: ARG002 - kombu names it
             kept.append(dumps(message).encode())
@@ -49,7 +49,7 @@ def envelopes(messages: Sequence[Message]) -> list[bytes]:
 
 
 def are_as_sent(broker: Redis, broker_url: str, message: Message) -> bool:
-    """Whether `envelopes` makes of `message`, byte for byte, what `send_task` puts into this broker."""
+    """Whether `envelopes` gives for `message`, byte for byte, what `send_task` puts into this broker."""
     send_task(broker_url, [message])
     sent: Any = broker.rpop(QUEUE)
     [made] = envelopes([message])

@@ -1,4 +1,4 @@
-"""How long a message takes from where it is sent to where everybody can read what it did."""
+"""Measures the time from sending a message until its effect can be read."""
 
 import time
 
@@ -9,14 +9,14 @@ from worker.client import Client
 
 POLL_S = 0.001
 LOST_S = 30.0
-"""What has had no effect for so long never will."""
+"""A message without an effect after so long is lost."""
 
 
 def latencies_ms(engine: Engine, client: Client, starts: Workload, *, per_s: int) -> list[float]:
-    """Each start's milliseconds, from when it was due to be sent until another connection reads what it did.
+    """The milliseconds of each start, from when it was due to be sent until another connection reads its effect.
 
-    `per_s` are sent evenly, whether or not those before them are done: one that is slow cannot hide those behind it.
-    To send and to look take turns, which counts: up to some 2 ms. Raises NotAccountedError.
+    Sends `per_s` evenly, whether or not earlier ones are done, so a slow one cannot hide those behind it. Sending and
+    reading take turns, which adds up to about 2 ms. Raises NotAccountedError.
     """
     payloads = iter([payload for _, payload in starts.messages])
     unseen: dict[str, tuple[str, float]] = {}

@@ -1,4 +1,4 @@
-"""What PostgreSQL allows: rows of the shape of events, written with nothing to decide, to check or to look up first."""
+"""PostgreSQL's own limit: rows like those of events, written without any decision, check or look-up."""
 
 import time
 from datetime import UTC, datetime
@@ -32,7 +32,7 @@ _INSERT = (
 
 
 def bare_inserts_s(engine: Engine, *, rows: int, batch: int) -> float:
-    """How many seconds `rows` take, `batch` of them for each INSERT and commit, on one connection."""
+    """The seconds that `rows` take, `batch` of them for each INSERT and commit, on one connection."""
     events = [_event(number) for number in range(rows)]
     parameters = [
         [list(column) for column in zip(*events[first : first + batch], strict=True)] for first in range(0, rows, batch)
@@ -40,7 +40,7 @@ def bare_inserts_s(engine: Engine, *, rows: int, batch: int) -> float:
     with engine.connect() as pooled:
         connection = pooled.connection.driver_connection
         assert isinstance(connection, psycopg.Connection)
-        # The two indexes of the ledger's events, and none of their checks.
+        # With the two indexes of the ledger's events, but without their checks.
         connection.execute("CREATE TABLE bare_events (LIKE credit_events INCLUDING INDEXES)")
         connection.commit()
         connection.autocommit = True  # one round trip: the statement is the transaction

@@ -1,6 +1,6 @@
-"""What is measured: each function is one measurement and yields its figures. `docs/performance.md` explains them.
+"""The measurements: each method is one of them and yields its figures. `docs/performance.md` explains them.
 
-Whatever writes is held to account afterwards: every message had its effect, and the ledger's invariants hold.
+After each that writes, a check confirms that every message had its effect and that the ledger's invariants hold.
 """
 
 import statistics
@@ -25,12 +25,12 @@ from worker.client import Client
 MESSAGES = "messages/s"
 MILLISECONDS = "ms"
 PAGES_READ = 11
-"""A page is read so often; its figure is the median."""
+"""How often a page is read; its figure is the median."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """What was measured once. `key` begins with the letter of the measurement."""
+    """One measured value. `key` begins with the letter of the measurement."""
 
     key: str
     what: str
@@ -40,14 +40,14 @@ class Figure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """How much is measured."""
+    """The sizes of the measurements."""
 
     repetitions: int
     organizations: int
     messages: int
-    """Of the worker and of the ledger in batches."""
+    """For the worker, and for the ledger in batches."""
     slow_messages: int
-    """Of what takes them one by one: the naive way, the no-op task, batches of 1, publishing, single commits."""
+    """For everything one by one: the naive way, the no-op task, batches of 1, publishing, single commits."""
     batches: tuple[int, ...]
     sent_per_s: int
     sent_for_s: int
@@ -86,7 +86,7 @@ QUICK = Sizes(
 
 
 def repetitions(stand: Stand, sizes: Sizes, *, progress: Callable[[str], None]) -> Iterator[list[Figure]]:
-    """Everything, and then everything again: what disturbs the machine for a while disturbs every row alike.
+    """Measure everything, several times in turn, so that a temporary disturbance affects every row alike.
 
     Raises NotAccountedError.
     """
@@ -97,7 +97,7 @@ def repetitions(stand: Stand, sizes: Sizes, *, progress: Callable[[str], None]) 
 
 
 class _Measurements:
-    """All measurements on `stand`: their messages and the databases they begin with are made once."""
+    """All measurements on `stand`. Their messages, and the databases they begin with, are made once."""
 
     def __init__(self, stand: Stand, sizes: Sizes, *, progress: Callable[[str], None]) -> None:
         self._stand = stand
@@ -113,7 +113,7 @@ class _Measurements:
         for load in (self._slow, self._spread, self._hot, self._noops):
             assert len(load.envelopes) == len(load.messages)  # made before any clock runs
         if not are_as_sent(stand.broker, stand.embedded.broker.url, self._spread.messages[0]):
-            raise NotAccountedError("what is put into the queue is not what Celery's send_task puts there")
+            raise NotAccountedError("the entries for the queue differ from those of Celery's send_task")
         progress("Making the databases …")
         self._naive = stand.template(partial(_make_naive, organizations=organizations), like=EMPTY)
         self._funded = stand.template(partial(past.fill, organizations=organizations, workflows_each=0))
@@ -123,7 +123,7 @@ class _Measurements:
         self._due = stand.template(partial(past.fill_due, organizations=sizes.subscribers))
 
     def once(self) -> Iterator[Figure]:
-        """Everything once."""
+        """Measure everything once."""
         for measure in (
             *(self.naive_way, self.end_to_end, self.one_organization, self.ledger_alone, self.limits),
             *(self.latency, self.publishing, self.growth, self.history_pages, self.due_subscriptions),
@@ -132,7 +132,7 @@ class _Measurements:
             yield from measure()
 
     def naive_way(self) -> Iterator[Figure]:
-        """(a) What Holdfast is measured against, and (d) what Celery itself takes for a message, on the same worker."""
+        """(a) The naive way, which Holdfast is measured against, and (d) a no-op Celery task, on the same worker."""
         with self._stand.database(self._naive) as engine:
             with self._stand.naive(engine):
                 took_s = self._stand.drain_s(self._slow.envelopes)
@@ -142,14 +142,14 @@ class _Measurements:
         yield _rate("d", "a Celery task that does nothing, stock transport, 2 processes", self._noops, nothing_took_s)
 
     def end_to_end(self) -> Iterator[Figure]:
-        """(b) Everything is in the queue; until the last commit."""
+        """(b) From a full queue to the last commit."""
         for workers, name in ((1, "1 worker"), (2, "2 workers")):
             took_s = self._worked_off_s(self._funded, self._spread, workers=workers)
             what = f"Holdfast end to end, {name}, {self._sizes.organizations:,} organizations"
             yield _rate(f"b-{workers}", what, self._spread, took_s)
 
     def one_organization(self) -> Iterator[Figure]:
-        """(c) As (b), where every message is about the same wallet."""
+        """(c) As (b), but all messages are for the same wallet."""
         took_s = self._worked_off_s(self._funded, self._hot)
         yield _rate("c", "the same, 1 worker, one hot organization", self._hot, took_s)
 
@@ -170,7 +170,7 @@ class _Measurements:
                 yield _rate(f"e-{name}-{size}", f"the ledger alone, {name}, batches of {size:,}", load, took_s)
 
     def limits(self) -> Iterator[Figure]:
-        """(f) What PostgreSQL allows."""
+        """(f) The limit of PostgreSQL."""
         for key, rows, batch in (
             ("f-set", self._sizes.messages, 1_000),
             ("f-row", self._sizes.slow_messages, 1),
@@ -180,7 +180,7 @@ class _Measurements:
             yield Figure(key, f"bare rows of events, {batch:,} for an INSERT and a commit", rows / took_s, "rows/s")
 
     def latency(self) -> Iterator[Figure]:
-        """(g) How soon a message is committed when little is to do."""
+        """(g) How soon a message is committed at a low load."""
         per_s = self._sizes.sent_per_s
         load = Workload.starts(per_s * self._sizes.sent_for_s, organizations=self._sizes.organizations)
         with self._stand.database(self._funded) as engine:
@@ -207,7 +207,7 @@ class _Measurements:
             yield _rate(key, what, load, took_s)
 
     def growth(self) -> Iterator[Figure]:
-        """(i) As (b), in a ledger that has a past."""
+        """(i) As (b), in a ledger that has events already."""
         for key, template, events in (
             ("i-few", self._few, self._sizes.few_events),
             ("i-many", self._many, self._sizes.many_events),
@@ -218,7 +218,7 @@ class _Measurements:
             yield _rate(key, what, self._spread, took_s)
 
     def history_pages(self) -> Iterator[Figure]:
-        """(j) What a customer's page costs, near and far."""
+        """(j) The time of a customer's page, near and far."""
         filters = (
             ("every", "every event", EventFilter()),
             ("type", "one event type", EventFilter(event_types=("usage",))),
@@ -236,19 +236,21 @@ class _Measurements:
             check_ledger(engine)
 
     def due_subscriptions(self) -> Iterator[Figure]:
-        """(k) What the beat does when a month begins for everybody."""
+        """(k) The beat's run when a period begins for every organization."""
         with self._stand.database(self._due) as engine:
             began_at = time.perf_counter()
             written = scheduler.post_due(engine)
             took_s = time.perf_counter() - began_at
             if written != 2 * self._sizes.subscribers:
-                raise NotAccountedError(f"{self._sizes.subscribers:,} periods were due, and {written:,} events came")
+                raise NotAccountedError(
+                    f"{self._sizes.subscribers:,} periods were due, but {written:,} events were written"
+                )
             check_ledger(engine)
         what = f"posting the subscriptions of {self._sizes.subscribers:,} organizations, all due"
         yield Figure("k", what, self._sizes.subscribers / took_s, "organizations/s")
 
     def _worked_off_s(self, template: str, load: Workload, *, workers: int = 1, used_before: int = 0) -> float:
-        """How many seconds Holdfast needs for `load`, from when all of it waits."""
+        """The seconds that Holdfast needs for `load`, from when all of it waits."""
         with self._stand.database(template) as engine:
             with self._stand.holdfast(engine, workers=workers):
                 took_s = self._stand.drain_s(load.envelopes) + self._stand.waiting_s(engine)

@@ -1,9 +1,9 @@
-"""The naive way: what a good engineer writes in an afternoon, for Holdfast to be measured against.
+"""The naive way, which Holdfast is measured against: what a good engineer writes in an afternoon.
 
-A Celery worker on the stock transport, with processes; SQLAlchemy's ORM; one transaction for one message, which locks
-the wallet, looks whether the message is a repetition, writes the workflow and its events, and changes the wallet. It
-is correct for the messages that are measured and keeps every message through a crash of a task. It lacks what else
-Holdfast does: subscriptions, expiry, dead letters, and safety from the stock transport's loss of messages.
+A Celery worker with processes on the stock transport, and SQLAlchemy's ORM. Each message is one transaction, which
+locks the wallet, checks whether the message is a repetition, writes the workflow and its events, and changes the
+wallet. It is correct for the measured messages, and keeps every message through a crash of a task. It has no
+subscriptions, expiry or dead letters, and the stock transport may lose messages.
 """
 
 import os
@@ -22,7 +22,7 @@ from worker.broker import QUEUE
 app = Celery("naive")  # the broker is CELERY_BROKER_URL of the environment
 app.conf.update(
     task_default_queue=QUEUE,
-    control_exchange="holdfast",  # for the stand to ask both kinds of workers whether they are ready
+    control_exchange="holdfast",  # so that the stand can ask both kinds of workers whether they are ready
     task_acks_late=True,
     task_reject_on_worker_lost=True,
     task_ignore_result=True,
@@ -83,7 +83,7 @@ class CreditEvent(Base):
 
 @worker_process_init.connect  # type: ignore[untyped-decorator]
 def connect(**_: object) -> None:
-    """Every process has a connection of its own."""
+    """Give every process a connection of its own."""
     sessions.configure(bind=create_engine(os.environ["DATABASE_URL"]))
 
 
@@ -114,7 +114,7 @@ def start(message: dict[str, Any]) -> None:
 
 @app.task(name="workflow.finish", autoretry_for=(DBAPIError,), retry_backoff=True)  # type: ignore[untyped-decorator]
 def finish(message: dict[str, Any]) -> None:
-    """Release what the workflow held and charge what it used."""
+    """Release the workflow's reservation and charge its usage."""
     with sessions.begin() as session:
         wallet = _locked_wallet(session, message["org_id"])
         workflow = _workflow(session, message)
@@ -134,19 +134,19 @@ def finish(message: dict[str, Any]) -> None:
 
 @app.task(name="workflow.cancel", autoretry_for=(DBAPIError,), retry_backoff=True)  # type: ignore[untyped-decorator]
 def cancel(message: dict[str, Any]) -> None:
-    """Release what the workflow held."""
+    """Release the workflow's reservation."""
     _end(message, "cancelled")
 
 
 @app.task(name="workflow.fail", autoretry_for=(DBAPIError,), retry_backoff=True)  # type: ignore[untyped-decorator]
 def fail(message: dict[str, Any]) -> None:
-    """Release what the workflow held."""
+    """Release the workflow's reservation."""
     _end(message, "failed")
 
 
 @app.task(name="noop")  # type: ignore[untyped-decorator]
 def noop(_message: dict[str, Any]) -> None:
-    """Do nothing: what Celery itself takes for a message."""
+    """Do nothing, to measure the cost of Celery itself."""
 
 
 def _end(message: dict[str, Any], state: str) -> None:

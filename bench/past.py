@@ -1,6 +1,6 @@
-"""A past: what a ledger holds before a measurement, written set by set, as the messages would have left it.
+"""The past of a ledger before a measurement, written set by set, as its messages would have left it.
 
-The invariants hold: `verify` is run on every ledger that was filled here, after what was measured on it.
+The invariants hold: after the measurement, `verify` runs on every ledger that was filled here.
 """
 
 from sqlalchemy import Engine, text
@@ -13,12 +13,12 @@ EVENTS_PER_WORKFLOW, CREDITS_PER_WORKFLOW = 3, 7
 
 
 def workflows_each(events: int, *, organizations: int) -> int:
-    """How many finished workflows each organization has had, for about so many events in all."""
+    """The number of finished workflows of each organization that gives about so many events in all."""
     return (events // organizations - 1) // EVENTS_PER_WORKFLOW
 
 
 def fill(engine: Engine, *, organizations: int, workflows_each: int) -> None:
-    """`organizations` with FUNDS, which have finished `workflows_each` workflows, evenly over the last 300 days."""
+    """Write `organizations` with FUNDS and `workflows_each` finished workflows, evenly over the last 300 days."""
     sizes = {"organizations": organizations, "workflows": workflows_each, "funds": FUNDS, "projects": PROJECTS}
     with engine.begin() as connection:
         connection.execute(text("SET LOCAL statement_timeout = 0"))
@@ -27,7 +27,7 @@ def fill(engine: Engine, *, organizations: int, workflows_each: int) -> None:
 
 
 def fill_due(engine: Engine, *, organizations: int) -> None:
-    """`organizations` whose month of a subscription is over: they have all of its credits, and get the next."""
+    """Write `organizations` whose subscription period is over, with all of its credits unused, and the next one due."""
     sizes = {"organizations": organizations, "plan_credits": PLAN_CREDITS}
     with engine.begin() as connection:
         connection.execute(text("SET LOCAL statement_timeout = 0"))
@@ -36,7 +36,7 @@ def fill_due(engine: Engine, *, organizations: int) -> None:
 
 
 def fill_naive(engine: Engine, *, organizations: int) -> None:
-    """`organizations` with FUNDS, in the tables of the naive way."""
+    """Write `organizations` with FUNDS into the tables of the naive way."""
     with engine.begin() as connection:
         connection.execute(text(_NAIVE_WALLETS), {"organizations": organizations, "funds": FUNDS})
 

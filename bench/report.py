@@ -1,4 +1,4 @@
-"""What a run has found: for each row the median of its repetitions and their spread, and whether every bar is met."""
+"""The report of a run: for each row the median and the spread of its repetitions, and whether every bar is met."""
 
 import os
 import platform
@@ -34,7 +34,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
-    """What a figure, or its ratio to another one, has to reach."""
+    """The value that a figure, or its ratio to another one, has to reach."""
 
     what: str
     key: str
@@ -43,7 +43,7 @@ class Bar:
     at_most: float | None = None
 
     def value(self, rows: dict[str, Row]) -> float:
-        """What was reached."""
+        """The value that was reached."""
         return rows[self.key].median / (1 if self.over is None else rows[self.over].median)
 
     def is_met(self, rows: dict[str, Row]) -> bool:
@@ -68,14 +68,14 @@ BARS = (
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All rows of a run, and where, when and how it was."""
+    """All rows of a run, and its circumstances: machine, date and command."""
 
     rows: dict[str, Row]
     circumstances: dict[str, str]
 
     @classmethod
     def of(cls, repetitions: Iterable[Sequence[Figure]], circumstances: dict[str, str]) -> "Report":
-        """The report on these repetitions, each with the same figures."""
+        """Make the report of these repetitions, each with the same figures."""
         rows: dict[str, Row] = {}
         for figures in repetitions:
             for figure in figures:
@@ -84,7 +84,7 @@ class Report:
         return cls(dict(in_order), circumstances)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, for programs."""
+        """The report for programs."""
         return {
             "circumstances": self.circumstances,
             "rows": [{**asdict(row), "median": row.median} for row in self.rows.values()],
@@ -92,7 +92,7 @@ class Report:
         }
 
     def as_markdown(self) -> str:
-        """Everything, for people: as it is pasted into docs/performance.md."""
+        """The report for people, as in docs/performance.md."""
         naive = self.rows[NAIVE]
         figures = [
             (
@@ -124,7 +124,7 @@ class Report:
 
 
 def describe_machine(stand: Stand) -> dict[str, str]:
-    """Where and when this is."""
+    """The date, the machine and the database."""
     memory_gib = psutil.virtual_memory().total / 2**30
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

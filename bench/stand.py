@@ -1,7 +1,7 @@
-"""Where it is measured: one PostgreSQL and one broker, as production would set them, and workers that are processes.
+"""The test stand: one PostgreSQL and one broker with production settings, and workers as processes.
 
 Guarantee: every measurement gets a database of its own, made from the same template just after a checkpoint, and an
-empty queue; what it starts ends with it.
+empty queue. The processes that it starts end with it.
 """
 
 import os
@@ -25,19 +25,19 @@ from worker.local.process import Process, ServiceError
 from worker.transport import UNACKED
 
 STAGED = "bench-staged"
-"""Where messages wait before they are all at once in the queue; no worker looks there."""
+"""A list that no worker takes from: messages wait here, and then move to the queue all at once."""
 
 _WARM_UP = Workload.without_effect(800, organizations=10)
-"""What a worker does before anything is measured, so that no run counts its connections and first plans."""
+"""Messages for a worker before a measurement, so that its connections and first plans do not count."""
 
 MIGRATED, EMPTY = "holdfast", "template1"
 POLL_S = 0.005
 STALLED_S = 60.0
-"""A queue that has not become shorter for so long never will."""
+"""A queue that has not become shorter for so long has stalled."""
 
 
 class Stand:
-    """Databases, queue and workers on `embedded`, which runs; a context manager."""
+    """Databases, queue and workers on `embedded`, which must run. A context manager."""
 
     def __init__(self, embedded: Embedded) -> None:
         self.embedded = embedded
@@ -59,7 +59,7 @@ class Stand:
         self._cleanup.close()
 
     def describe_database(self) -> str:
-        """Its version, and whether a commit waits for the disk."""
+        """PostgreSQL's version, and whether a commit waits for the disk."""
         with self._admin.connect() as connection:
             names = ("server_version", "fsync", "synchronous_commit", "full_page_writes")
             version, *settings = (connection.scalar(text(f"SHOW {name}")) for name in names)
@@ -68,12 +68,12 @@ class Stand:
         )
 
     def template(self, fill: Callable[[Engine], None], *, like: str = MIGRATED) -> str:
-        """A database for others to be made from, filled once. Answers with its name."""
+        """Make a database to copy others from, filled once. Returns its name."""
         name = self._create(like)
         self._cleanup.callback(self._drop, name)
         with self.opened(name) as engine:
             fill(engine)
-            # As autovacuum would do sooner or later: not in the middle of a measurement.
+            # Now, so that autovacuum does not do it in the middle of a measurement.
             with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
                 connection.execute(text("VACUUM ANALYZE"))
         return name
@@ -103,9 +103,9 @@ class Stand:
             yield
 
     def drain_s(self, envelopes: Sequence[bytes]) -> float:
-        """Put all messages into the queue at once; how many seconds until the last is acknowledged.
+        """Put all messages into the queue at once. Returns the seconds until the last one is acknowledged.
 
-        That is after the last commit: a message is acknowledged when its transaction is committed.
+        That is after the last commit, as a message is acknowledged after its transaction is committed.
         """
         for first in range(0, len(envelopes), 1_000):
             self.broker.lpush(STAGED, *envelopes[first : first + 1_000])
@@ -117,12 +117,12 @@ class Stand:
             if now_left != left:
                 left, moved_at = now_left, now
             if now - moved_at > STALLED_S:
-                raise NotAccountedError(f"{left:,} messages still wait, and none was taken for {STALLED_S:g} s")
+                raise NotAccountedError(f"{left:,} messages still wait, but none was taken for {STALLED_S:g} s")
             time.sleep(POLL_S)
         return time.perf_counter() - began_at
 
     def waiting_s(self, engine: Engine) -> float:
-        """How many seconds until no message waits for its organization, as on a busy machine one may, for a moment."""
+        """The seconds until no message waits for its organization. On a busy machine, some may wait for a moment."""
         began_at = time.perf_counter()
         with engine.connect() as connection:
             while connection.execute(text("SELECT EXISTS (SELECT FROM waiting_messages)")).scalar_one():
@@ -131,13 +131,13 @@ class Stand:
         return time.perf_counter() - began_at
 
     def empty_queue(self) -> int:
-        """Throw away what waits; how many messages that were."""
+        """Drop the messages in the queue. Returns their number, with those not yet acknowledged."""
         waiting = self._in_broker()
         self.broker.delete(QUEUE)
         return waiting
 
     def _in_broker(self) -> int:
-        """How many messages wait, or are taken and not acknowledged."""
+        """The number of messages that wait, or are taken and not acknowledged."""
         with self.broker.pipeline() as together:
             together.llen(QUEUE)
             together.hlen(UNACKED)
@@ -159,7 +159,7 @@ class Stand:
                 for position in range(number)
             ]
             for process in processes:
-                running.callback(process.kill)  # it has nothing in hand any more, and to stop takes seconds
+                running.callback(process.kill)  # it holds no messages any more, and stopping takes seconds
                 process.start()
             processes[0].wait_until(lambda: len(celery.control.ping(timeout=0.1, limit=number)) == number)
             self.drain_s(_WARM_UP.envelopes)
@@ -180,7 +180,7 @@ class Stand:
 
     @contextmanager
     def opened(self, name: str) -> Iterator[Engine]:
-        """The database of this name."""
+        """Open the database of this name."""
         engine = connect(self.embedded.postgres.url("holdfast", name))
         try:
             yield engine
@@ -189,7 +189,7 @@ class Stand:
 
 
 def check_ledger(engine: Engine) -> None:
-    """See that every invariant of the ledger holds and nothing is a dead letter. Raises NotAccountedError."""
+    """Check that every invariant of the ledger holds and there are no dead letters. Raises NotAccountedError."""
     verdict = audit.verify(engine)
     for finding in verdict.findings:
         if finding.offenders:

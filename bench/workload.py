@@ -1,7 +1,7 @@
-"""The messages that are measured, and what they must leave behind.
+"""The measured messages, and the state that they must leave behind.
 
-A third of the truth: what a workload must leave is computed here from its messages alone, with neither the ledger's
-rules nor those of the naive way, so both are held against the same figures.
+That state is computed from the messages alone, with neither the ledger's rules nor those of the naive way. So both are
+checked against the same figures.
 """
 
 from collections import defaultdict
@@ -22,7 +22,7 @@ _OUTCOMES = {"workflow.finish": "settled", "workflow.cancel": "cancelled", "work
 
 
 class NotAccountedError(Exception):
-    """What was measured did not do its work; the text says what is wrong. Its figures mean nothing."""
+    """The measured system did not do its work; the text says what is wrong. Its figures mean nothing."""
 
 
 def organization(number: int) -> str:
@@ -38,10 +38,10 @@ class Workload:
 
     @classmethod
     def lifecycle(cls, count: int, *, organizations: int) -> "Workload":
-        """`count` messages of workflows that start and, while a quarter of all others start, run, then end.
+        """`count` messages of workflows that start, run while a quarter of all others start, and end.
 
-        Of ten workflows eight finish, one is cancelled and one fails; one in a hundred is finished twice, by an
-        engine that was not told in time. Every organization has equally many.
+        Of ten workflows eight finish, one is cancelled and one fails. One in a hundred is finished twice, as by an
+        engine that retries. Every organization has the same number.
         """
         messages: list[Message] = []
         started = ended = 0
@@ -59,7 +59,7 @@ class Workload:
 
     @classmethod
     def without_effect(cls, count: int, *, organizations: int) -> "Workload":
-        """`count` workflows that finish and used nothing: they change no balance, and no check looks at them."""
+        """`count` workflows that finish with 0 credits: they change no balance, and `check` ignores them."""
         names = [{"org_id": organization(n % organizations), "workflow_id": f"warm-{n}"} for n in range(count)]
         return cls([("workflow.finish", {**named, "credits": 0}) for named in names])
 
@@ -79,10 +79,10 @@ class Workload:
         return [Delivery(task, payload, bodies.written([payload], {})) for task, payload in self.messages]
 
     def check(self, engine: Engine, *, used_before: int = 0) -> None:
-        """See that every message had its effect, once, and the balances are right. Raises NotAccountedError.
+        """Check that every message had its effect, once, and the balances are right. Raises NotAccountedError.
 
-        `used_before`: the credits that every organization had used already. For the ledger's tables and for those of
-        the naive way, which have the same names and, as far as is read here, the same columns.
+        `used_before`: the credits that every organization had used already. Works on the ledger's tables and on those
+        of the naive way: their names, and the columns read here, are the same.
         """
         workflows: dict[tuple[str, str], tuple[int | None, str, int]] = {}
         used = defaultdict[str, int](int)
@@ -100,22 +100,22 @@ class Workload:
                 held[org_id] -= start_credits
                 used[org_id] += charged
         with engine.connect() as connection:
-            connection.execute(text("ANALYZE"))  # nobody knows yet how much was just written
+            connection.execute(text("ANALYZE"))  # the planner does not know yet how much was written
             found = {(row[0], row[1]): tuple(row[2:]) for row in connection.execute(_WORKFLOWS)}
             balances = {row[0]: tuple(row[1:]) for row in connection.execute(_BALANCES, {"orgs": list(held)})}
         wrong = [key for key in workflows.keys() | found.keys() if workflows.get(key) != found.get(key)]
         if wrong:
             key = min(wrong)
             raise NotAccountedError(
-                f"{len(wrong):,} of {len(workflows):,} workflows are not as their messages say; {' '.join(key)} should"
-                f" be {workflows.get(key)} and is {found.get(key)} (started with, state, effect on what is available)"
+                f"{len(wrong):,} of {len(workflows):,} workflows differ from their messages; {' '.join(key)} should be"
+                f" {workflows.get(key)}, but is {found.get(key)} (started with, state, effect on the available balance)"
             )
         for org_id in held:
             expected = FUNDS - used_before - used[org_id], held[org_id]
             if balances.get(org_id) != expected:
                 raise NotAccountedError(
                     f"{org_id} should have a prepaid balance and reservations of {expected} credits,"
-                    f" and has {balances.get(org_id)}"
+                    f" but has {balances.get(org_id)}"
                 )
 
 
@@ -148,7 +148,7 @@ def _end(number: int, organizations: int) -> Message:
 
 
 def _names(number: int, organizations: int) -> dict[str, str]:
-    # 7,919 is prime: neighbours in the queue are neighbours in no index.
+    # 7,919 is prime, so neighbours in the queue are not neighbours in an index.
     return {"org_id": organization(number * 7_919 % organizations), "workflow_id": f"run-{number}"}
 
 

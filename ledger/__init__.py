@@ -1,1 +1,1 @@
-"""The ledger: rules, their store in PostgreSQL, and what is read from it. Knows neither Celery nor HTTP."""
+"""The ledger: its rules, its store in PostgreSQL, and its queries. Knows neither Celery nor HTTP."""

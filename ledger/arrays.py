@@ -1,7 +1,7 @@
-"""Columns of values as PostgreSQL's binary arrays: how a batch travels to the database.
+"""Columns of values as PostgreSQL's binary arrays: how a batch is sent to the database.
 
-psycopg can dump lists too, at twice the cost, as it looks at the values to find out what they are. Here the caller says
-so. Values that PostgreSQL cannot hold are not looked for: what is written was checked before.
+psycopg can dump lists too, at twice the cost, because it inspects the values to find their type. Here the caller names
+the type. Values are not checked: the callers have done so.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,12 +20,12 @@ class Array(bytes):
 
 
 class ArrayDumper(Dumper):
-    """Passes an `Array` on as it is. Its type is the one that the statement casts it to."""
+    """Sends an `Array` unchanged. The statement's cast gives its type."""
 
     format = Format.BINARY
 
     def dump(self, obj: Array) -> Array:
-        """The array itself."""
+        """Return the array unchanged."""
         return obj
 
 

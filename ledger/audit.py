@@ -1,7 +1,7 @@
 """The ledger's invariants as SQL, checked on a live database in one snapshot. Reports offenders, repairs nothing.
 
-Each check states the rule anew, from the rows alone, without the code that wrote them. No writer waits for it. The last
-two look at what the database itself refuses, as whoever may change the tables can switch that off.
+Each check restates a rule from the rows alone, without the code that wrote them. It blocks no writer. The last two
+check what the database itself refuses, as the owner of the tables can switch that off.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a check found: nothing, or the first offenders."""
+    """The result of a check: the first offenders, or none."""
 
     check: Check
     offenders: list[tuple[str, str]]
@@ -37,7 +37,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Every check's finding, and how much they looked at."""
+    """The findings of all checks, and how many rows were checked."""
 
     findings: list[Finding]
     wallets: int
@@ -123,7 +123,7 @@ CHECKS = (
     ),
     Check(
         "arithmetic",
-        "Every event changes the balances as its type says.",
+        "Every event changes the balances as its type requires.",
         f"""
         SELECT org_id, 'event ' || seq || ', ' || event_type AS offender FROM ({_STEPS}) AS step
         WHERE NOT CASE
@@ -139,13 +139,13 @@ CHECKS = (
             THEN subscription_change = credits AND prepaid_change = 0 AND reserved_change = 0 AND usage_change = 0
           WHEN event_type IN ('prepaid_purchase', 'grant', 'refund', 'adjustment', 'billing')
             THEN prepaid_change = credits AND subscription_change = 0 AND reserved_change = 0 AND usage_change = 0
-          ELSE false -- a type that is not known here
+          ELSE false -- an unknown type
         END
         """,
     ),
     Check(
         "sum",
-        "The credits of all events add up to what is available.",
+        "The credits of all events add up to the available balance.",
         """
         SELECT org_id, 'events add up to ' || COALESCE(sum(credits), 0) || ', available is '
                || prepaid_balance + subscription_balance - reserved AS offender
@@ -156,7 +156,7 @@ CHECKS = (
     ),
     Check(
         "balances",
-        "A wallet is what its last event left.",
+        "A wallet's balances are those after its last event.",
         """
         SELECT wallet.org_id, 'wallet and event ' || last_seq || ' differ' AS offender
         FROM wallets AS wallet JOIN credit_events AS event ON event.org_id = wallet.org_id AND event.seq = last_seq
@@ -167,7 +167,7 @@ CHECKS = (
     ),
     Check(
         "reserved",
-        "What is reserved is the sum of the open reservations.",
+        "The reserved credits are the sum of the open reservations.",
         """
         SELECT org_id, 'reserved is ' || reserved || ', open reservations add up to ' || open AS offender
         FROM (
@@ -179,7 +179,7 @@ CHECKS = (
     ),
     Check(
         "expiry",
-        "No open reservation expires before the wallet expects one to.",
+        "No open reservation expires before the wallet's next expiry.",
         """
         SELECT org_id, 'workflow ' || workflow_id AS offender
         FROM workflows JOIN wallets USING (org_id)
@@ -188,7 +188,7 @@ CHECKS = (
     ),
     Check(
         "workflows",
-        "A workflow is reserved, released and charged at most once, by its messages' amounts and as its state says.",
+        "A workflow is reserved, released and charged at most once, as its state and its messages' amounts require.",
         """
         SELECT org_id, 'workflow ' || workflow_id AS offender
         FROM (SELECT org_id, workflow_id, state, start_credits, start_answer, finish_credits FROM workflows) AS workflow
@@ -212,7 +212,7 @@ CHECKS = (
     ),
     Check(
         "refunds",
-        "What was refunded for a workflow is remembered, and is not more than it used.",
+        "A workflow records the sum of its refunds, which never exceeds its usage.",
         """
         SELECT org_id, 'workflow ' || workflow_id AS offender
         FROM (SELECT org_id, workflow_id, refunded, finish_credits FROM workflows) AS workflow
@@ -241,7 +241,7 @@ CHECKS = (
     ),
     Check(
         "periods",
-        "The subscription that allocates is known, and the period it is in began with a subscription credit.",
+        "A wallet's subscription exists, and its current period began with a subscription credit.",
         """
         SELECT wallet.org_id, 'subscription ' || wallet.subscription_id AS offender
         FROM wallets AS wallet

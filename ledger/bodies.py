@@ -1,6 +1,6 @@
 """The body of a message, as Celery sends it: the arguments of its task as JSON, [args, kwargs, embed].
 
-The first version of Celery's protocol has an object instead, {"args": …, "kwargs": …}.
+Version 1 of Celery's protocol sends an object instead: {"args": …, "kwargs": …}.
 """
 
 import json
@@ -14,7 +14,7 @@ Arguments = tuple[list[Any], dict[str, Any]]
 
 
 def arguments(body: bytes) -> Arguments | None:
-    """The arguments that a message was sent with; None: this is no message of Celery's."""
+    """The arguments in `body`, or None if it is not the body of a Celery message."""
     try:
         message = json.loads(body)
     except (ValueError, RecursionError):
@@ -29,7 +29,7 @@ def arguments(body: bytes) -> Arguments | None:
 
 
 def strict_arguments(value: object) -> Arguments | None:
-    """The arguments in a body that was read already, if it is exactly what Celery sends now."""
+    """The arguments in a decoded body, or None if it differs from Celery's current protocol."""
     match value:
         case [list(args), dict(kwargs), dict() | None]:
             return args, kwargs
@@ -38,12 +38,12 @@ def strict_arguments(value: object) -> Arguments | None:
 
 
 def written(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes:
-    """The body with these arguments. What JSON does not know is written as text."""
+    """The body with these arguments. A value that JSON cannot hold is written as text."""
     return json.dumps([args, kwargs, {}], default=str).encode()
 
 
 def only_argument(task: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
-    """The one argument that a task was sent with, or the InvalidMessage that says it was sent otherwise."""
+    """The task's only positional argument, or an InvalidMessage if it has other arguments."""
     if len(args) == 1 and not kwargs:
         return args[0]
     sent = f"{len(args)} positional and {len(kwargs)} named"

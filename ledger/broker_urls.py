@@ -1,4 +1,4 @@
-"""How a URL names a broker, or where answers are kept: one rule for the settings and for the client, which has none."""
+"""The rules for the URLs of brokers and result stores, for the settings and for the client, which has no settings."""
 
 import re
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ REDIS_SCHEMES = ("redis://", "rediss://")
 CERTIFICATE_CHECKS = ("required", "optional", "none")
 
 SEVERAL_NODES = (
-    "must name one server, or the nodes of one RabbitMQ by whole URLs with semicolons between them: "
+    "must name one server, or the nodes of one RabbitMQ cluster as whole URLs with semicolons between them: "
     "amqp://user:password@a//;amqp://user:password@b//"
 )
 
 
 def refuse_no_broker(url: str) -> None:
-    """Raise ValueError, which says what is wrong with it, for the URL of what can never be the broker."""
+    """Raise ValueError if `url` cannot be a broker's; the text says why."""
     if not names_nodes_well(url):
         raise ValueError(SEVERAL_NODES)
     for node in url.split(";"):
@@ -23,12 +23,12 @@ def refuse_no_broker(url: str) -> None:
 
 
 def refuse_no_result_store(url: str) -> None:
-    """Raise ValueError, which says what is wrong with it, for the URL of what cannot keep answers."""
+    """Raise ValueError if `url` cannot be a result store's; the text says why."""
     _refuse_node(url, REDIS_SCHEMES)
 
 
 def names_nodes_well(url: str) -> bool:
-    """Whether `url` names one server or, each by a whole URL, with semicolons, the nodes of one RabbitMQ."""
+    """Whether `url` names one server, or the nodes of one RabbitMQ cluster as whole URLs with semicolons."""
     nodes = [node.partition("://") for node in url.split(";")]
     if len(nodes) > 1 and (len({scheme for scheme, _, _ in nodes}) > 1 or not url.startswith(AMQP_SCHEMES)):
         return False
@@ -39,7 +39,7 @@ def _refuse_node(url: str, schemes: Sequence[str]) -> None:
     try:
         parts = urlsplit(url)
         is_well_formed = url.startswith(tuple(schemes)) and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number, a bracket that does not close
+    except ValueError:  # a port that is not a number, an unclosed bracket
         is_well_formed = False
     if not is_well_formed:
         hint = (
@@ -52,6 +52,6 @@ def _refuse_node(url: str, schemes: Sequence[str]) -> None:
         raise ValueError("must end with the number of a Redis database, such as /0")
     options = dict(parse_qsl(parts.query))
     if unknown := sorted(name for name in options if not name.startswith("ssl_")):
-        raise ValueError(f"has an option that is not known here: {unknown[0]}")
+        raise ValueError(f"has an unknown option: {unknown[0]}")
     if options.get("ssl_cert_reqs", "required") not in CERTIFICATE_CHECKS:
         raise ValueError(f"must have as ssl_cert_reqs one of {', '.join(CERTIFICATE_CHECKS)}")

@@ -1,8 +1,8 @@
-"""Whether the database's clock can be trusted. All that time does to a ledger follows it.
+"""Checks the database's clock, which dates every event and decides what is due.
 
-A clock that is a month ahead, for one message only, expires reservations and begins periods that cannot be taken back.
-So three are compared where there are three: the database's, this process's, and a third one that the process hears of
-now and then. The one that differs from the others is wrong.
+A clock that is a month ahead for a single message expires reservations and begins periods. Neither can be undone. So up
+to three clocks are compared: the database's, this process's, and a third one that the process is told of. The one that
+differs from the other two is wrong.
 """
 
 import logging
@@ -14,21 +14,21 @@ from ledger.faults import WrongClockError
 logger = logging.getLogger(__name__)
 
 MOST_APART_S = 3_600.0
-"""How far apart two clocks may be that are both taken for right."""
+"""The largest difference between two clocks that agree."""
 
 _third: tuple[float, float] | None = None
-"""What the third clock said, and when, by a clock that nobody sets."""
+"""The third clock's reading, and the monotonic time of that reading."""
 _told: str | None = None
 
 
 def heard(third_s: float | None) -> None:
-    """What the third clock says now, in seconds since 1970. None: it cannot be asked."""
-    global _third  # noqa: PLW0603 - there is one per process, like its own clock
+    """Record what the third clock says now, in seconds since 1970, or None if it cannot be read."""
+    global _third  # noqa: PLW0603 - one per process, like its own clock
     _third = None if third_s is None else (third_s, time.monotonic())
 
 
 def check(database_now: datetime) -> None:
-    """Raise WrongClockError if the database's clock is wrong, or if nobody can say which of two is."""
+    """Raise WrongClockError unless the database's clock agrees with another one."""
     database, own = database_now.timestamp(), time.time()
     third = None if _third is None else _third[0] + time.monotonic() - _third[1]
     if _agree(database, own):
@@ -46,10 +46,10 @@ def _agree(one: float, other: float) -> bool:
 
 
 def _tell(wrong: str | None) -> None:
-    """Say once that another clock is wrong. That changes nothing in the ledger."""
+    """Log once that another clock is wrong. The ledger does not depend on it."""
     global _told  # noqa: PLW0603
     if (wrong is None) != (_told is None):
-        logger.warning("%s", "All clocks agree again" if wrong is None else f"A clock is wrong, set it: {wrong}")
+        logger.warning("%s", "All clocks agree again" if wrong is None else f"A clock is wrong; set it: {wrong}")
         _told = wrong
 
 

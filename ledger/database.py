@@ -1,4 +1,4 @@
-"""How the ledger connects to PostgreSQL."""
+"""Connections to PostgreSQL."""
 
 import os
 import socket
@@ -20,28 +20,28 @@ from ledger.faults import describe
 
 CONNECT_TIMEOUT_S = 5
 LOCK_TIMEOUT_S = 0.5
-"""How long to wait for a lock. Nobody of ours holds one for so long: a batch looks then for who has to wait."""
+"""How long to wait for a lock. No worker holds one for so long; after it, a batch looks for the culprit."""
 
 STATEMENT_TIMEOUT_S = 60
 TRANSACTION_TIMEOUT_S = 60
-"""After this, PostgreSQL 17 or newer takes the locks from a worker that was frozen in its transaction."""
+"""After this, PostgreSQL 17 or newer ends the transaction of a frozen worker and releases its locks."""
 
 POOL_TIMEOUT_S = 5
 """How long to wait for a connection while all are in use."""
 
 _WAITS_FOR_REPLICA = "SyncRepWaitForLSN"
-"""The function of PostgreSQL in which a commit waits, whatever the language of its messages."""
+"""The function of PostgreSQL in which a commit waits. Unlike the text of a notice, it is never translated."""
 
 _CONNECTION = {
     "connect_timeout": CONNECT_TIMEOUT_S,
     "application_name": "holdfast",
-    # A peer that vanished without a word is noticed within half a minute.
+    # A peer that vanished silently is noticed within half a minute.
     "keepalives_idle": 10,
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
 }
-"""What the URL may set otherwise."""
+"""Defaults that the URL may override."""
 
 _SESSION_OPTIONS = " ".join(
     f"-c {option}"
@@ -49,12 +49,12 @@ _SESSION_OPTIONS = " ".join(
         f"lock_timeout={int(LOCK_TIMEOUT_S * 1_000)}ms",
         f"statement_timeout={STATEMENT_TIMEOUT_S}s",
         f"idle_in_transaction_session_timeout={STATEMENT_TIMEOUT_S}s",
-        # The server gives up a peer that vanished without a word, and its locks, within half a minute.
+        # Within half a minute, the server drops a peer that vanished silently and releases its locks.
         "tcp_keepalives_idle=10",
         "tcp_keepalives_interval=5",
         "tcp_keepalives_count=3",
         "tcp_user_timeout=30s",
-        # A plan made while the tables were empty must not outlive them.
+        # A plan that was made for empty tables must not be used when they are full.
         "plan_cache_mode=force_custom_plan",
         "timezone=UTC",
     )
@@ -75,10 +75,10 @@ class UnsuitableDatabaseError(psycopg.OperationalError):
 
 
 class LedgerConnection(psycopg.Connection[Any]):
-    """A connection on which a commit that no synchronous replica has confirmed is an error.
+    """A connection on which a commit that no synchronous replica has confirmed raises an error.
 
-    PostgreSQL only warns of it, when somebody cancels a session that waits for the replica. What was committed is
-    there, but would be gone if the replica took over now. Whoever asks again waits for the replica again.
+    PostgreSQL only warns when somebody cancels a session that waits for the replica. The commit is there, but would be
+    lost if the replica took over now. A repeated commit waits for the replica again.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -97,7 +97,7 @@ class LedgerConnection(psycopg.Connection[Any]):
         self.refuse_unconfirmed()
 
     def refuse_unconfirmed(self) -> None:
-        """Raise OperatorIntervention if the commit that was sent last is one that no replica has confirmed."""
+        """Raise OperatorIntervention if no replica has confirmed the last commit."""
         if self._unconfirmed:
             self._unconfirmed.clear()
             raise OperatorIntervention(
@@ -106,10 +106,10 @@ class LedgerConnection(psycopg.Connection[Any]):
 
 
 def parse_url(url: str) -> URL:
-    """The parts of a database URL that `connect` can use. Raises DatabaseURLError."""
+    """Parse a database URL that `connect` can use. Raises DatabaseURLError."""
     try:
         parsed = make_url(url)
-    except (ArgumentError, ValueError):  # the latter for a port that is no number
+    except (ArgumentError, ValueError):  # ValueError: a port that is not a number
         raise DatabaseURLError("is not a URL; it looks like postgresql+psycopg://user:password@host/database") from None
     if parsed.drivername != "postgresql+psycopg":
         raise DatabaseURLError(f"must begin with postgresql+psycopg://, not {parsed.drivername}://")
@@ -119,7 +119,7 @@ def parse_url(url: str) -> URL:
         options = conninfo.make_conninfo(**{name: str(value) for name, value in parsed.query.items()})
     except psycopg.ProgrammingError as error:
         raise DatabaseURLError(f"has an option that PostgreSQL does not know: {describe(error)}") from None
-    # There is nothing to connect to, and what is wrong with the options is found before that.
+    # libpq checks the options before it connects. This address leads nowhere.
     attempt = pq.PGconn.connect_start(conninfo.make_conninfo(options, host=os.devnull, hostaddr="", port="").encode())
     problem = attempt.error_message.decode(errors="replace").strip()
     attempt.finish()
@@ -136,20 +136,20 @@ def connect(
     transaction_timeout_s: int | None = None,
     answer_timeout_s: int | None = None,
 ) -> Engine:
-    """An engine for the PostgreSQL database at `url` (`postgresql+psycopg://…`). Does not connect yet.
+    """Return an engine for the PostgreSQL database at `url` (`postgresql+psycopg://…`). Does not connect yet.
 
-    One that keeps no connections opens one whenever it is asked to: whether the database is there shows within
-    `CONNECT_TIMEOUT_S`, also where it hangs and an open connection would wait for ever.
+    Without `keeps_connections`, each use opens a new connection. So an outage shows within `CONNECT_TIMEOUT_S`, also
+    when the database hangs, where an open connection would wait forever.
 
-    One that checks connections asks each, before it is used again, whether it is still there. If it broke meanwhile,
-    all that are as old are given up and a new one is opened, once: nobody notices that the database was restarted, and
-    nothing is ever sent twice.
+    With `checks_connections`, each connection is checked before it is used again. If it is broken, all that are as old
+    are dropped, and a new one is opened, once. So no caller notices a restart of the database, and no statement is sent
+    twice.
 
-    With `transaction_timeout_s`, PostgreSQL 17 or newer ends a transaction after so long, and the connection with it:
-    who was frozen in it has no locks any more.
+    With `transaction_timeout_s`, PostgreSQL 17 or newer ends a transaction after so long, with its connection. So a
+    frozen process holds no locks for longer.
 
-    With `answer_timeout_s`, statements are questions of somebody who is not alone: PostgreSQL ends one after so long,
-    takes one process for it, and rather reads an index than the whole table. Raises DatabaseURLError.
+    With `answer_timeout_s`, the engine is for queries that must not burden others. PostgreSQL ends one after so long,
+    uses one process for it, and prefers an index to a whole table. Raises DatabaseURLError.
     """
     questions = "" if answer_timeout_s is None else f"-c statement_timeout={answer_timeout_s}s {_FOR_QUESTIONS}"
     pool: dict[str, Any] = {"pool_timeout": POOL_TIMEOUT_S} if keeps_connections else {"poolclass": NullPool}
@@ -169,13 +169,13 @@ def connect(
     def open_session(*args: Any, **options: Any) -> LedgerConnection:
         connection = LedgerConnection.connect(*args, **options)
         _begin_session(connection, transaction_timeout_s)
-        # One parameter type per statement, whatever the size of the numbers in it: one prepared statement, not many.
+        # One parameter type for integers of any size, so one prepared statement instead of many.
         connection.adapters.register_dumper(int, Int8BinaryDumper)
         connection.adapters.register_dumper(Array, ArrayDumper)
         connections.add(connection)
         return connection
 
-    # Before SQLAlchemy asks anything, which some databases answer with what it does not understand.
+    # Checks the session before SQLAlchemy's first query, to which some unsuitable databases give an unreadable answer.
     engine.dialect.connect = open_session  # type: ignore[assignment, method-assign]
     _connections[engine] = connections
     return engine
@@ -192,11 +192,10 @@ _SESSION = """
 
 
 def _begin_session(connection: LedgerConnection, transaction_timeout_s: int | None) -> None:
-    """Make sure that what is committed on `connection` is on disk, whatever the server's default.
+    """Make every commit on `connection` wait until it is on disk, whatever the server's default.
 
-    Raises UnsuitableDatabaseError, or OperationalError if something between us and PostgreSQL shares its connections
-    among clients. Our prepared statements and settings belong to a session: on a shared one, a name may be another
-    client's statement.
+    Raises UnsuitableDatabaseError, or OperationalError if a pooler shares PostgreSQL's sessions among clients. Prepared
+    statements and settings belong to a session: in a shared one, a name may be another client's statement.
     """
     encoding = connection.info.parameter_status("server_encoding")
     [(server, _)] = connection.execute(_SESSION).fetchall()
@@ -218,7 +217,7 @@ def _begin_session(connection: LedgerConnection, transaction_timeout_s: int | No
 
 
 def refuse_unsuitable(engine: Engine) -> None:
-    """Raise UnsuitableDatabaseError for a database that can never be used. One that cannot be asked may be well."""
+    """Raise UnsuitableDatabaseError for a database that can never be used. Ignores one that cannot be reached."""
     try:
         engine.connect().close()
     except DBAPIError as error:
@@ -227,12 +226,12 @@ def refuse_unsuitable(engine: Engine) -> None:
 
 
 def is_abandoned(engine: Engine) -> bool:
-    """Whether `abandon` was called: nobody should try a new connection, which may take seconds."""
+    """Whether `abandon` was called. Then no new connection should be tried, as that may take seconds."""
     return engine in _abandoned
 
 
 def abandon(engine: Engine) -> None:
-    """Break the connections of `engine`: who waits for an answer on one, in another thread, fails as in an outage."""
+    """Break the connections of `engine`. A thread that waits for an answer on one fails as in an outage."""
     _abandoned.add(engine)
     for connection in list(_connections[engine]):
         with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as shared:
@@ -241,17 +240,17 @@ def abandon(engine: Engine) -> None:
 
 @contextmanager
 def raw_connection(engine: Engine) -> Iterator[LedgerConnection]:
-    """A psycopg connection that begins no transaction by itself. One that failed is closed, not used again."""
+    """A psycopg connection that begins no transaction by itself. After an error it is closed, not used again."""
     with engine.connect() as pooled:
         connection = pooled.connection.driver_connection
         assert isinstance(connection, LedgerConnection)
         try:
-            connection.autocommit = True  # the BEGIN that psycopg would send costs a round trip of its own
+            connection.autocommit = True  # psycopg's own BEGIN would cost a round trip
             yield connection
             connection.refuse_unconfirmed()
             connection.autocommit = False
         except BaseException:
-            # The server ends a connection that was closed a moment later; until then, it would hold the locks.
+            # The server notices a closed connection a moment later, and would hold the locks until then.
             if connection.info.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
                 with suppress(psycopg.Error):
                     connection.execute("ROLLBACK")

@@ -1,8 +1,7 @@
-"""Dead letters: what arrived and could not be applied, kept with the reason until an operator has dealt with it.
+"""Dead letters: messages that could not be applied, kept with the reason until an operator replays or discards them.
 
-A letter is written in the transaction that decides about the message, so it is there before the message is
-acknowledged. The same message failing again (a redelivery, a second try) counts as another attempt of the same open
-letter.
+A dead letter is written in the transaction that decides the message, so before the message is acknowledged. The same
+message failing again counts as another attempt of the same open dead letter.
 """
 
 import hashlib
@@ -23,12 +22,12 @@ from ledger.state import ErrorCode, Result
 from ledger.tables import dead_letters
 
 MAX_ERROR_LENGTH = 4_000
-"""The most characters of an error that a list reads. No error is written that is longer."""
+"""The most characters of an error, when it is written and in lists."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """A message that could not be applied, as it is about to be kept."""
+    """A dead letter before it is written."""
 
     task: str
     body: bytes
@@ -57,9 +56,9 @@ _RECORD = """
 
 
 def record(connection: psycopg.Connection[Any], letters: Sequence[DeadLetter]) -> list[int]:
-    """Keep `letters` in the transaction of `connection`; answers with the id of each, in order.
+    """Write `letters` in the transaction of `connection`. Returns the id of each, in order.
 
-    The same message twice is one letter with two attempts, whichever way its sender writes JSON.
+    The same message twice is one dead letter with two attempts, however its JSON is formatted.
     """
     distinct: dict[tuple[str, bytes], tuple[DeadLetter, int]] = {}
     keys = [(letter.task, _digest(letter)) for letter in letters]
@@ -87,7 +86,7 @@ def record(connection: psycopg.Connection[Any], letters: Sequence[DeadLetter]) -
 
 @dataclass(frozen=True, slots=True)
 class LetterFilter:
-    """Which dead letters: every condition that is given holds."""
+    """Conditions on dead letters. All that are given must hold."""
 
     status: str | None = "open"
     code: str | None = None
@@ -98,7 +97,7 @@ class LetterFilter:
 
 @dataclass(frozen=True, slots=True)
 class ListedLetter:
-    """What a list says of a dead letter: nothing that may be large, and of its error the beginning."""
+    """A dead letter in a list: without what may be large, and with only the beginning of its error."""
 
     id: int
     status: str
@@ -131,19 +130,19 @@ class NotReplayableError(Exception):
 
 
 class NotOpenError(Exception):
-    """Somebody has dealt with the dead letter already; the text says who and how."""
+    """The dead letter was replayed or discarded before; the text says by whom and how."""
 
 
 class StillFailsError(Exception):
-    """The message was sent again and failed again; the text says why. An open dead letter stays open."""
+    """The message was sent again and failed again; the text says why. An open dead letter remains."""
 
 
 def letters(
     connection: Connection, matching: LetterFilter = LetterFilter(), *, limit: int = 100, before_id: int | None = None
 ) -> list[ListedLetter]:
-    """The dead letters that match, newest first; with `before_id`, those older than that."""
+    """The dead letters that match, newest first; with `before_id`, only those with a smaller id."""
     columns = dead_letters.c
-    # Versions that knew no bound have written errors of millions of characters.
+    # Older versions, without this bound, wrote errors of millions of characters.
     short = {"error": func.left(columns.error, MAX_ERROR_LENGTH)}
     names = [field.name for field in fields(ListedLetter)]
     query = select(*(short.get(name, columns[name]) for name in names)).where(*_conditions(matching))
@@ -153,7 +152,7 @@ def letters(
 
 
 def count_without_organization(connection: Connection, matching: LetterFilter) -> int:
-    """How many dead letters match in everything else and name no organization."""
+    """The number of dead letters that name no organization and match the other conditions."""
     conditions = _conditions(replace(matching, org_id=None))
     query = select(func.count()).where(dead_letters.c.org_id.is_(None), *conditions)
     return connection.execute(query).scalar_one()
@@ -186,45 +185,45 @@ def letter(connection: Connection, letter_id: int) -> KeptLetter:
 
 
 _NEVER_REPLAYED = {
-    "too_large": "has only the first part of its message: it must be sent anew, and smaller",
-    "not_allowed": "holds what its sender may not send: whoever may must send it anew, if it is meant",
+    "too_large": "holds only the first part of its message: its sender must send a smaller one",
+    "not_allowed": "holds a message that its sender may not send: if it is intended, send it from a system that may",
 }
-"""Why a letter with such a code cannot be sent again."""
+"""Why a dead letter with such a code cannot be sent again."""
 
 _SENT = "sent; "
-"""How a resolution begins when what the message did is not known."""
+"""The beginning of a resolution when the outcome of the message is not known."""
 
 
 def _digest(letter: DeadLetter) -> bytes:
     body = letter.body
-    # No letter that may be sent again becomes one that must not be. Of what is too large, the error says the size and
-    # the digest of all of it.
+    # These never share a digest with a letter that may be replayed. The error of one that is too large has the size and
+    # the digest of the whole message.
     if letter.code in _NEVER_REPLAYED:
         return hashlib.sha256(letter.error.encode() + body).digest()
     found = arguments(body)
     if found is not None:
-        with suppress(RecursionError):  # nested so deep that it could just be read, but not be written
+        with suppress(RecursionError):  # nested so deeply that it can be read, but not written
             body = json.dumps(found).encode()
     return hashlib.sha256(body).digest()
 
 
 def readable(body: bytes, most: int, rest: str) -> str:
-    """A message for a person: its fields, or whatever has arrived instead. Its control characters are escaped.
+    """A message for a person: its fields, or the raw body if it has none. Control characters are escaped.
 
-    At most `most` characters of it, before they are escaped; `rest` says how to see the others.
+    Shows at most `most` characters, counted before they are escaped; `rest` says how to see the others.
     """
-    # Versions that knew no bound have kept larger messages, which take seconds to be read.
+    # Older versions, without this bound, kept larger messages, which take seconds to parse.
     found = arguments(body) if len(body) <= MAX_BODY_BYTES else None
     if found is not None:
         args, kwargs = found
         message = args[0] if len(args) == 1 and not kwargs else {"args": args, "kwargs": kwargs}
-        with suppress(RecursionError):  # nested so deep that it could just be read, but not be written
+        with suppress(RecursionError):  # nested so deeply that it can be read, but not written
             return escaped_json(shortened(readable_json(message), most, rest))
     return escaped(shortened(body.decode("utf-8", "backslashreplace"), most, rest), keep="\n")
 
 
 def sent_with(letter: KeptLetter) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments that `letter`'s message can be sent again with. Raises NotReplayableError."""
+    """The arguments with which to send the message of `letter` again. Raises NotReplayableError."""
     if letter.status == "discarded":
         raise NotReplayableError(f"dead letter {letter.id} was discarded by {letter.resolved_by}: {letter.resolution}")
     if letter.error_code in _NEVER_REPLAYED:
@@ -240,12 +239,12 @@ def sent_with(letter: KeptLetter) -> tuple[list[Any], dict[str, Any]]:
 def replay(
     engine: Engine, letter_id: int, *, by: str, send: Callable[[str, list[Any], dict[str, Any]], Result | str]
 ) -> str:
-    """Send a dead letter's message again, as it was, and mark the letter with what came of it: also the answer.
+    """Send a dead letter's message again, unchanged, and mark the letter with the outcome. Returns the outcome.
 
-    `send` takes the task, its positional and its named arguments. It answers with what the message did or, if that is
-    not known, why not, in words; it raises StillFailsError if the message failed again. Replaying twice is harmless, as
-    the message has the same ids: the letter keeps the first outcome that was known. Raises UnknownLetterError,
-    NotReplayableError and StillFailsError.
+    `send` takes the task, its positional and its named arguments. It returns what the message did or, if that is not
+    known, a text that says why. It raises StillFailsError if the message failed again. Replaying twice is safe, as the
+    message keeps its ids; the letter keeps the first known outcome. Raises UnknownLetterError, NotReplayableError and
+    StillFailsError.
     """
     with engine.connect() as connection:
         kept = letter(connection, letter_id)
@@ -255,8 +254,8 @@ def replay(
         or_(dead_letters.c.status != "replayed", dead_letters.c.resolution.startswith(_SENT))
     )
     if isinstance(answer, str):
-        # The message may have failed again before this mark, as another attempt of this letter; after it, it would
-        # become a new one. Either way an open letter remains.
+        # A message that fails again before this mark is another attempt of this letter; after it, a new letter. Either
+        # way an open letter remains.
         mark = mark.where(dead_letters.c.attempts == kept.attempts)
     with engine.begin() as connection:
         connection.execute(mark)
@@ -270,14 +269,14 @@ def described(answer: Result) -> str:
     """What a message did, in words."""
     reason = "" if answer.reason is None else f" ({answer.reason})"
     repeated = ", a duplicate: nothing changes" if answer.duplicate else ""
-    # The first outcome of a start says nothing about what is held by now.
+    # The first outcome of a start does not say whether it still holds credits.
     ended = answer.outcome == "reserved" and answer.state is not None and not answer.holds
-    since = f", and the workflow is {answer.state} by now" if ended else ""
+    since = f", and the workflow is now {answer.state}" if ended else ""
     return f"{answer.outcome}{reason}{repeated}{since}"
 
 
 def discard(engine: Engine, letter_id: int, *, by: str, why: str) -> None:
-    """Mark an open dead letter as not to be applied, and why. Raises UnknownLetterError and NotOpenError."""
+    """Discard an open dead letter, and record why. Raises UnknownLetterError and NotOpenError."""
     mark = _resolve(letter_id, status="discarded", by=by, resolution=why).where(dead_letters.c.status == "open")
     with engine.begin() as connection:
         if connection.execute(mark).rowcount == 0:

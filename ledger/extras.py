@@ -1,4 +1,4 @@
-"""What an installation without an extra, which is the client alone, says where a part of the server is started."""
+"""The error of an installation without the extra `server`, such as that of the client alone."""
 
 import sys
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ OURS = ("ledger", "worker", "api_stub")
 
 @contextmanager
 def of_the_server() -> Iterator[None]:
-    """Imports that need the extra `server`. Where a package is missing, one line says so, and the exit code is 2."""
+    """For imports that need the extra `server`. If a package is missing, print one line, and exit with code 2."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,26 +1,25 @@
-"""Which errors of the database are faults that pass, whom they concern, and what a person is told of them."""
+"""Which errors of PostgreSQL are transient, whether they concern everybody, and how they are told to a person."""
 
 import psycopg
 from sqlalchemy.exc import DBAPIError
 
-# Nothing in a message can cause these, and they end when the database is well again: connection (08), read-only (25),
-# prepared statements (26), rollback and deadlock (40), schema or rights not there yet (42), resources (53), lock not
-# available (55), operator intervention (57), system (58); and files that are damaged (XX001, XX002).
+# No message can cause these, and they end when the database recovers: connection (08), read-only (25), prepared
+# statements (26), rollback and deadlock (40), missing schema or privileges (42), resources (53), lock not available
+# (55), operator intervention (57), system (58); and damaged files (XX001, XX002).
 _TRANSIENT_CLASSES = frozenset({"08", "25", "26", "40", "42", "53", "55", "57", "58"})
 _TRANSIENT_STATES = frozenset({"XX001", "XX002"})
-# Of these, what may be the fault of one organization or one message, such as rows that somebody has locked, a statement
-# that takes too long, a deadlock, too little memory for what was asked, or a damaged page. Whether it is shows when
-# others get through.
+# Of these, the ones that may concern a single organization or message: locked rows, a slow statement, a deadlock, too
+# little memory for a statement, a damaged page. They do if others can be applied.
 _LOCAL_CLASSES = frozenset({"25", "40", "53", "55", "58"})
 _LOCAL_STATES = frozenset({"57014", "XX001", "XX002"})
 
 
 class WrongClockError(Exception):
-    """The database's clock says something else than the others do; the message says what. It is waited for."""
+    """The database's clock differs from the others; the message says how. Transient: it ends when the clock is set."""
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether `error` is a fault of the database that passes, and not of what was asked of it."""
+    """Whether `error` is a passing fault of the database, not one of the statement."""
     if isinstance(error, WrongClockError):
         return True
     if isinstance(error, DBAPIError):
@@ -33,7 +32,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def may_be_local(error: BaseException) -> bool:
-    """Whether `error`, which is transient, may be the fault of one organization or message, and others can go on."""
+    """Whether `error`, which is transient, may concern a single organization or message, so that others can go on."""
     if is_lost_connection(error):
         return True
     state = error.sqlstate if isinstance(error, psycopg.Error) else None
@@ -46,14 +45,14 @@ def took_too_long(error: DBAPIError) -> bool:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether a connection that was there is lost: by what was sent on it, or because the database went away."""
+    """Whether an open connection was lost: because of a statement on it, or because the database went away."""
     if not isinstance(error, psycopg.OperationalError):
         return False
     return error.sqlstate is None or error.sqlstate[:2] == "08" or error.sqlstate in ("57P01", "57P02")
 
 
 def describe(error: BaseException) -> str:
-    """A database error in one line: what a person needs to know of it."""
+    """A database error in one line, for a person."""
     original = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
     if isinstance(original, psycopg.errors.UndefinedTable):
         return "the database is not migrated yet; run `holdfast migrate`"

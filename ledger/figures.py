@@ -7,7 +7,7 @@ from ledger.views import STARTED
 
 
 def system_figures(connection: Connection) -> dict[str, tuple[str, float]]:
-    """Figures about the whole ledger for monitoring: by name, what they mean and their value."""
+    """The help text and the value of each figure, by its name."""
     oldest_hold = (
         select(func.min(credit_events.c.created_at))
         .select_from(workflows.join(credit_events, STARTED))
@@ -26,10 +26,10 @@ def system_figures(connection: Connection) -> dict[str, tuple[str, float]]:
         )
     ).one()
     return {
-        "dead_letters_open": ("Dead letters that nobody has dealt with.", float(row[0])),
+        "dead_letters_open": ("Open dead letters.", float(row[0])),
         "oldest_hold_age_seconds": ("Age of the oldest open reservation; 0 if there is none.", float(row[1])),
         "wallets_overdue_period": ("Wallets whose next period should have begun.", float(row[2])),
         "wallets_overdue_hold": ("Wallets in which a reservation may have expired.", float(row[3])),
-        "waiting_messages": ("Messages that wait for their own organization, and for nobody else.", float(row[4])),
-        "waiting_oldest_age_seconds": ("How long the oldest of them waits; 0 if there is none.", float(row[5])),
+        "waiting_messages": ("Messages that wait for their organization.", float(row[4])),
+        "waiting_oldest_age_seconds": ("Age of the oldest waiting message; 0 if there is none.", float(row[5])),
     }

@@ -1,4 +1,4 @@
-"""Which events are asked for, and how a person writes it: days and times, projects."""
+"""Filters of the credit history, and how a person writes their values: days, times and projects."""
 
 import re
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from ledger.state import EventType
 from ledger.tables import credit_events
 
 TIME_RANGE = "created_from", "created_before"
-"""The fields of a filter that are a range of numbers, as events are numbered in the order of their times."""
+"""The fields of a filter that select a range of event numbers: events are numbered in the order of their times."""
 
 
 def _where(condition: Callable[[Any], ColumnElement[bool]], *, default: Any) -> Any:
@@ -23,7 +23,7 @@ def _where(condition: Callable[[Any], ColumnElement[bool]], *, default: Any) -> 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EventFilter:
-    """Which events: every condition that is given holds. `created_from` is inclusive, `created_before` is not."""
+    """Conditions on events. All that are given must hold. `created_from` is inclusive, `created_before` is not."""
 
     created_from: datetime | None = None
     created_before: datetime | None = None
@@ -31,13 +31,13 @@ class EventFilter:
     project_id: str | None = _where(credit_events.c.project_id.__eq__, default=None)
 
     def conditions(self) -> tuple[ColumnElement[bool], ...]:
-        """What an event of the time range has to be, to match."""
+        """The conditions that an event of the time range must meet."""
         given = ((each, getattr(self, each.name)) for each in fields(self) if each.name not in TIME_RANGE)
         return tuple(each.metadata["condition"](value) for each, value in given if value != each.default)
 
     @property
     def looks_at_each(self) -> bool:
-        """Whether every event of the time range has to be looked at, to tell which ones match."""
+        """Whether every event of the time range has to be checked for a match."""
         return bool(self.conditions())
 
 
@@ -46,7 +46,7 @@ EVERY_EVENT = EventFilter()
 
 @dataclass(frozen=True, slots=True)
 class When:
-    """A whole UTC day, which ends with the first moment after it; or one moment, which is both."""
+    """A UTC day, whose end is the first moment after it; or one moment, which is its own begin and end."""
 
     begin: datetime
     end: datetime
@@ -55,7 +55,7 @@ class When:
 def when(text: str) -> When:
     """A date or time as a person writes it: ISO 8601; UTC unless it says otherwise.
 
-    In a query, a `+` that is not escaped arrives as a space: before an offset, that is read as the `+`.
+    In a query string, an unescaped `+` arrives as a space. Before an offset, a space is read as `+`.
     Raises ValueError, whose text completes a sentence that begins with the parameter's name.
     """
     try:
@@ -75,12 +75,12 @@ _OFFSET_WITHOUT_SIGN = re.compile(r"([T ][0-9:.,]+) ([0-9]{2}:[0-9]{2})\Z")
 
 
 def moment(text: str) -> datetime:
-    """The moment, or the first one of the day, that a person writes. Raises ValueError, as `when` does."""
+    """A moment, or the first moment of a day, as a person writes it. Raises ValueError, as `when` does."""
     return when(text).begin
 
 
 def time_range(first: When | None, last: When | None) -> tuple[datetime | None, datetime | None]:
-    """The range that begins with `first`, and ends with the whole of the day `last` or before the moment `last`.
+    """The range from `first` to the end of the day `last`, or to before the moment `last`.
 
     Raises ValueError if `last` is before `first`.
     """

@@ -1,9 +1,8 @@
 """Reading the credit history: pages, exports, and the course of the balances. Never writes.
 
-The events of an organization are numbered without a gap and their times never decrease, so a range of time is a range
-of numbers, found by binary search: counting it, or beginning a page anywhere in it, is arithmetic. Only what filters by
-type or project looks at the events of the range one by one, to count them: at their entries in the primary key, which
-has both.
+The events of an organization are numbered without a gap, and their times never decrease. So a range of time is a range
+of numbers, found by binary search. Counting it, or beginning a page in it, is arithmetic. Only a filter by type or
+project reads the events of the range one by one: their entries in the primary key, which includes both.
 """
 
 from collections.abc import Iterator
@@ -34,16 +33,16 @@ MAX_PAGE = 100
 """The most events of one page."""
 
 EXPORT_STEP = 1_000
-"""How many events an export looks at in one transaction."""
+"""How many events an export reads in one transaction."""
 
 MAX_COMPARED = 200_000
-"""The most events among which the lowest and the highest balance are looked for: every one of them is read."""
+"""The most events of which the lowest and the highest balance are computed, as that reads all of them."""
 
 _NOT_FOR_CUSTOMERS = frozenset(
     {"org_id", "seq", "workflow_id", "subscription_balance_after", "reserved_after", "idempotency_key"}
 )
 CUSTOMER_COLUMNS = tuple(name for name in Event._fields if name not in _NOT_FOR_CUSTOMERS)
-"""What a customer sees of an event, in this order."""
+"""The columns of an event that a customer sees, in this order."""
 
 _available = (
     credit_events.c.prepaid_balance_after + credit_events.c.subscription_balance_after - credit_events.c.reserved_after
@@ -51,7 +50,7 @@ _available = (
 
 
 def as_item(event: RowMapping) -> dict[str, Any]:
-    """An event as a customer sees it, as JSON values: its number as `id`, the workflow, and the nine columns."""
+    """An event as a customer sees it, as JSON values: its number as `id`, the workflow, and CUSTOMER_COLUMNS."""
     columns = {name: event[name] for name in CUSTOMER_COLUMNS}
     columns["created_at"] = event["created_at"].isoformat()
     return {"id": event["seq"], "workflow_id": event["workflow_id"], **columns}
@@ -59,17 +58,17 @@ def as_item(event: RowMapping) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Some events of a history, newest first, and how many match in all."""
+    """A page of events, newest first, and the number of all matching events."""
 
     events: list[RowMapping]
     total: int
     next_before_seq: int | None
-    """What continues the page (see `events`); None: there is no more."""
+    """The `before_seq` of the next page; None: this is the last one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Balances:
-    """A wallet's balances, in credits, as they were at some time. An organization that had none has 0."""
+    """A wallet's balances at a time, in credits. All are 0 before its first event."""
 
     available: int
     prepaid_balance: int
@@ -80,17 +79,17 @@ class Balances:
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """How the available balance went during a range of time."""
+    """The course of the available balance during a range of time."""
 
     points: list[tuple[datetime, int]]
-    """Steps, oldest first: a time, and the balance from then on. The first one is the range's begin or first event."""
+    """Steps, oldest first: a time, and the balance from then on. The first is at the range's begin or first event."""
     ends: datetime
     extremes: tuple[int, int] | None
-    """The lowest and the highest balance; None: the events are too many to look for them."""
+    """The lowest and the highest balance; None: there are too many events to compute them."""
 
 
 def find(connection: Connection, org_id: str, matching: EventFilter = EVERY_EVENT) -> "Found":
-    """The events of `org_id` that match and are there now. Looks for the ends of the time range, and for no event."""
+    """The matching events of `org_id` that exist now. Finds the ends of the time range, but reads no event yet."""
     created_at, first = credit_events.c.created_at, 1
     if matching.created_from is not None:
         first = _first_not(connection, org_id, created_at < matching.created_from)
@@ -140,7 +139,7 @@ class Found:
         return select(credit_events).where(numbered, *self.conditions).order_by(columns.seq.desc())
 
     def count(self, connection: Connection) -> int:
-        """How many they are."""
+        """The number of these events."""
         if not self.conditions:
             return max(0, self.end - self.first)
         counted = self.select().order_by(None).with_only_columns(func.count())
@@ -149,10 +148,10 @@ class Found:
     def page(
         self, connection: Connection, *, limit: int = MAX_PAGE, offset: int = 0, before_seq: int | None = None
     ) -> Page:
-        """A page of them: `limit` events (1-100), newest first.
+        """A page of these events: `limit` of them (1-100), newest first.
 
-        It begins after the `offset` newest, or, with `before_seq`, at the first event older than that: pages that
-        continue one another in this way neither skip nor repeat an event while new ones are added.
+        It begins after the `offset` newest or, with `before_seq`, with the newest event before that number. Pages that
+        continue one another by `before_seq` neither skip nor repeat an event while new ones are added.
         """
         assert 1 <= limit <= MAX_PAGE
         assert offset >= 0
@@ -160,27 +159,27 @@ class Found:
         columns = credit_events.c
         total = None
         if page.conditions:
-            # Passing over the newer events, and perhaps sorting them, by their numbers alone: rows can be long. A query
-            # of its own, as within one the planner may do it again for every row.
+            # Skips, and perhaps sorts, the newer events by their numbers alone, as rows can be long. Not a subquery,
+            # which the planner may run again for every row.
             numbers = connection.scalars(
                 page.select().with_only_columns(columns.seq).offset(offset).limit(limit + 1)
             ).all()
             query = page.select().where(columns.seq.in_(numbers))
             if before_seq is None and len(numbers) <= limit and (numbers or not offset):
-                total = offset + len(numbers)  # all were passed over: no need to do it again
+                total = offset + len(numbers)  # every match was read, so no second query
         else:
             query = page.before(page.end - offset).select()
-        rows = list(connection.execute(query.limit(limit + 1)).mappings())  # one more tells whether there is more
+        rows = list(connection.execute(query.limit(limit + 1)).mappings())  # one more: whether there is a next page
         shown = rows[:limit]
         if total is None:
             total = self.count(connection)
         return Page(shown, total, shown[-1]["seq"] if len(rows) > limit else None)
 
     def newer(self, connection: Connection, *, limit: int, before_seq: int) -> tuple[int, int | None]:
-        """What is newer than the page that begins before `before_seq`.
+        """The events that are newer than the page with `before_seq`.
 
-        How many matching events; and which page of `limit` events comes just before it, as its `before_seq`. None: the
-        newest page, which may overlap this one.
+        Returns how many match, and the `before_seq` of the page of `limit` events just before this one. None: that is
+        the newest page, which may overlap this one.
         """
         found = self.since(before_seq)
         if not found.conditions:
@@ -190,15 +189,15 @@ class Found:
         return found.count(connection), connection.scalar(upwards.offset(limit).limit(1))
 
     def course(self, connection: Connection, *, points: int, now: datetime) -> Course | None:
-        """How the available balance went in its time range, `now` at most, in about `points` steps.
+        """The course of the available balance in the time range, until `now` at most, in about `points` steps.
 
-        The conditions leave out no step. None: nothing had happened by then.
+        The conditions do not apply to it. None: there was no event by then.
         """
         in_range = replace(self, conditions=())
         steps, extremes = in_range.steps(connection, points=points), in_range.lowest_and_highest(connection)
         if self.created_from is not None and self.first > 1:
             begun_with = balances_after(connection, self.org_id, self.first - 1).available
-            # Without an event in the range, what it begins with is all that there is.
+            # Without an event in the range, the balance at its begin is the only one.
             if extremes is not None or not steps:
                 lowest, highest = extremes or (begun_with, begun_with)
                 extremes = min(lowest, begun_with), max(highest, begun_with)
@@ -254,10 +253,10 @@ def balances_after(connection: Connection, org_id: str, seq: int) -> Balances:
 
 
 def all_events(engine: Engine, org_id: str, matching: EventFilter) -> Iterator[RowMapping]:
-    """Every matching event that there is when the first one is asked for, newest first: for exports of any size.
+    """Yield every matching event that exists when iteration begins, newest first, for exports of any size.
 
-    They are read `EXPORT_STEP` numbers at a time, with no connection held in between, however long the reader takes.
-    The result is still that of one moment: events never change, and one that is added has a higher number.
+    Reads `EXPORT_STEP` event numbers at a time and holds no connection in between, however slow the consumer is. The
+    result is still that of one moment: events never change, and new ones have higher numbers.
     """
     with engine.connect() as connection:
         found = find(connection, org_id, matching)
@@ -268,7 +267,7 @@ def all_events(engine: Engine, org_id: str, matching: EventFilter) -> Iterator[R
 
 
 def number_of_events(connection: Connection, org_id: str) -> int:
-    """How many events the credit history of `org_id` has."""
+    """The number of events in the credit history of `org_id`."""
     return connection.scalar(select(func.max(credit_events.c.seq)).where(credit_events.c.org_id == org_id)) or 0
 
 

@@ -1,7 +1,7 @@
-"""Applying items of many organizations in as few transactions as possible, when some of them fail.
+"""Applies the items of many organizations in few transactions, although some of them fail.
 
-A batch that fails is split until the culprit stands alone. What only time will solve, such as a locked wallet, concerns
-its own organization: that is kept waiting, and the others go on.
+A batch that fails is split until the culprit is alone. An organization with a passing fault, such as a locked wallet,
+is kept waiting, and the others go on.
 """
 
 import time
@@ -22,10 +22,10 @@ MAX_BATCH = 1_000
 """The most messages that one transaction applies; more are applied as several batches."""
 
 PIECES = 32
-"""Into how many parts a batch is split that fails for somebody's reason: two steps lead to the culprit."""
+"""The number of parts into which a batch with a culprit is split: two splits find it."""
 
 MOST_CULPRITS = 10
-"""How many organizations fail alone, while nobody gets through, before it is taken for everybody's fault."""
+"""How many organizations may fail alone while none succeeds, before the fault counts as the whole database's."""
 
 Item = TypeVar("Item")
 Became = TypeVar("Became")
@@ -33,23 +33,22 @@ Became = TypeVar("Became")
 
 @dataclass(frozen=True, slots=True)
 class Work(Generic[Item, Became]):
-    """How items are applied, and what is done with those that cannot be."""
+    """How to apply items, and what to do with those that fail."""
 
     org_id_of: Callable[[Item], str]
     apply: Callable[[Connection, Sequence[Item], float | None], list[Became]]
     """Applies items in one transaction.
 
-    With a number of seconds it is careful: it leaves out what somebody else has locked, and waits no longer for one
-    statement.
+    With a number of seconds it is careful: it skips what somebody else has locked, and no statement takes longer.
     """
     bury: Callable[[Engine, Item, Exception], Became]
-    """Gives up an item that cannot be applied even on its own."""
+    """Gives up an item that cannot be applied even alone."""
     keep_waiting: Callable[[Engine, Sequence[Item], Exception], Sequence[Became]]
     """Keeps the items of one organization that cannot be applied now."""
 
 
 def apply_all(engine: Engine, items: Sequence[Item], work: Work[Item, Became]) -> list[Became]:
-    """Apply `items`; returns what became of each. Raises a database error that concerns everybody."""
+    """Apply `items`. Returns the result of each. Raises a database error that concerns everybody."""
     return _Run(engine, items, work).done()
 
 
@@ -59,13 +58,13 @@ class _Run(Generic[Item, Became]):
     items: Sequence[Item]
     work: Work[Item, Became]
     became: dict[int, Became] = field(default_factory=dict)
-    """By the place of the item."""
+    """By the item's place in `items`."""
     culprits: dict[str, Exception] = field(default_factory=dict)
     """The organizations that are kept waiting, and why."""
     pending: list[tuple[Sequence[int], bool]] = field(default_factory=list)
-    """The places to be tried together, and whether carefully. The last ones are next."""
+    """Places to try together, and whether carefully. The last entry is next."""
     waited_for: int = 0
-    """How many culprits had to be waited for."""
+    """How many culprits took time to fail."""
 
     def done(self) -> list[Became]:
         """Apply all items."""
@@ -84,7 +83,7 @@ class _Run(Generic[Item, Became]):
         return self.work.org_id_of(self.items[place])
 
     def _try(self, places: Sequence[int], *, carefully: bool) -> None:
-        # The more had to be waited for, the less each of them may cost the others.
+        # The more culprits took time, the less time the next one gets.
         patience_s = max(SHORT_PATIENCE_S / (1 + self.waited_for), SHORTEST_PATIENCE_S) if carefully else None
         began_at = time.monotonic()
         fault: Exception
@@ -118,13 +117,13 @@ class _Run(Generic[Item, Became]):
         if not carefully and not is_slow:
             self.pending.append((places, True))
         elif is_slow and self.became and slow_ones >= MOST_CULPRITS:
-            # Each further try costs the others time. Those that are left are tried by themselves.
+            # Each further try costs the others time. The rest wait too, each organization by itself.
             self.culprits |= {self._org_id(place): fault for place in places}
         elif len(places) > 1:
             self.pending += [(part, True) for part in _dealt(places, self._org_id)]
         elif self.became or len(self.culprits) < MOST_CULPRITS:
             self.culprits[self._org_id(places[0])] = fault
-            self.waited_for += had_to_wait  # whoever fails at once costs the others nothing
+            self.waited_for += had_to_wait  # a culprit that fails at once costs the others nothing
         else:
             raise fault from None
 
@@ -132,7 +131,7 @@ class _Run(Generic[Item, Became]):
         left = [place for place in range(len(self.items)) if place not in self.became and self._org_id(place) == org_id]
         try:
             kept = self.work.keep_waiting(self.engine, [self.items[place] for place in left], fault)
-        except psycopg.Error as second:  # not even that can be written
+        except psycopg.Error as second:  # that cannot be written either
             raise fault from second
         self.became |= zip(left, kept, strict=True)
 
@@ -143,9 +142,9 @@ def _parts(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
 
 
 def _dealt(places: Sequence[int], org_id_at: Callable[[int], str]) -> list[Sequence[int]]:
-    """`places` in `PIECES` parts, so that no organization is in two of them; those of a single one in order.
+    """`places` in at most `PIECES` parts, each organization in one part; a single organization is split in order.
 
-    Neighbours get into different parts: what is wrong with one of them is often wrong with the other.
+    Organizations with neighbouring ids go into different parts, because they often share a fault.
     """
     places_of: dict[str, list[int]] = {}
     for place in places:

@@ -1,4 +1,4 @@
-"""How programs log: for a person at a terminal as their framework does, otherwise one JSON object a line."""
+"""The format of logs: the framework's own at a terminal, otherwise one JSON object a line."""
 
 import logging
 import os
@@ -12,17 +12,17 @@ FORMATTER = JsonFormatter(
     ["levelname", "name", "message", "process"],
     rename_fields={"levelname": "level", "name": "logger"},
     timestamp="time",  # in UTC
-    reserved_attrs=[*RESERVED_ATTRS, "color_message"],  # the same once more, for a terminal
+    reserved_attrs=[*RESERVED_ATTRS, "color_message"],  # uvicorn's copy of the message, for a terminal
 )
 
 
 def are_for_a_person() -> bool:
-    """Whether somebody reads the log as it is written."""
+    """Whether a person reads the log at a terminal."""
     return sys.stderr.isatty()
 
 
 def set_up(loglevel: int | str | None = None, logfile: str | None = None, **_: object) -> None:
-    """Log everything as JSON. Takes what Celery's signal `setup_logging` sends: the level and the file of its flags."""
+    """Log as JSON. Takes the arguments of Celery's signal `setup_logging`: the level and the file of its flags."""
     handler = logging.FileHandler(logfile) if logfile else logging.StreamHandler()
     handler.setFormatter(FORMATTER)
     logging.basicConfig(level=loglevel or logging.WARNING, handlers=[handler], force=True)
@@ -36,7 +36,7 @@ def write(message: str, *_: object) -> None:
 
 
 def reformat(*names: str) -> None:
-    """Make the loggers with these names, which a framework has set up, write JSON."""
+    """Make these loggers, which a framework has set up, write JSON."""
     for name in names:
         for handler in logging.getLogger(name).handlers:
             handler.setFormatter(FORMATTER)

@@ -1,7 +1,7 @@
-"""What may be asked of the ledger: one model per message, and `parse`, which never raises.
+"""The messages that the ledger takes: one model for each, and `parse`, which never raises.
 
-A message is checked here completely, once, before anything else sees it: its types, its bounds and its text. Whatever
-passes can be written to the database as it is. Nothing here knows a wallet; what a message does is decided in `rules`.
+A message is checked here completely, once, before anything else reads it: its types, its bounds and its text. A valid
+message can be written to the database unchanged. Nothing here knows a wallet: `rules` decides what a message does.
 """
 
 import json
@@ -35,7 +35,7 @@ MAX_BODY_BYTES = 64 * 1024
 """The largest body of a message, as it is sent. A valid one has at most 24 KiB, even with every character escaped."""
 
 SUSPECT, DELIVERY_LIMIT = 3, 20
-"""How many workers may end over a message before it is taken alone, and before it becomes a dead letter."""
+"""How many workers a message may end before it is taken alone, and before it becomes a dead letter."""
 
 MAX_PROBLEMS = 10
 """The most problems that one error names."""
@@ -50,7 +50,7 @@ MAX_METADATA_INTEGER_BITS = 1_024
 """The longest integer in metadata."""
 
 OWN_REASONS = frozenset({"subscription_expired"})
-"""Reasons that only the ledger itself gives to an adjustment."""
+"""Reasons for an adjustment that only the ledger gives."""
 
 
 def _plain_text(text: str) -> str:
@@ -84,7 +84,7 @@ def _metadata(value: object) -> dict[str, Any]:
 
 
 def _metadata_problem(value: object, *, depth: int) -> str | None:
-    """The first thing in `value` that JSON or PostgreSQL cannot hold, if there is one."""
+    """The first reason why JSON or PostgreSQL cannot hold `value`, or None."""
     match value:
         case str() if "\x00" in value:
             return "must not contain the NUL character"
@@ -120,7 +120,7 @@ _HALF_A_SURROGATE_PAIR = re.compile("[\ud800-\udfff]")
 
 def _given_reason(reason: str) -> str:
     if reason in OWN_REASONS:
-        raise PydanticCustomError("reason", "must not be one that only the ledger itself gives")
+        raise PydanticCustomError("reason", "must not be a reason that only the ledger gives")
     return reason
 
 
@@ -132,10 +132,10 @@ Id = Annotated[str, StringConstraints(pattern=f"^{ID_PATTERN}$")]
 """1 to `MAX_ID_LENGTH` characters of `A-Z a-z 0-9 _ . : -`."""
 
 PLAIN_TEXT_PATTERN = r"^[^\x00]*$"
-"""What `_plain_text` lets pass, for a JSON Schema."""
+"""The rule of `_plain_text`, for a JSON Schema."""
 
 TIME_PATTERN = r"[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-5][0-9](\.[0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})"
-"""How a time goes on after its year and a hyphen, for a JSON Schema: as in RFC 3339, but with no leap second."""
+"""A time after its year and hyphen, for a JSON Schema: as in RFC 3339, but without leap seconds."""
 
 _PLAIN = Field(json_schema_extra={"pattern": PLAIN_TEXT_PATTERN})
 
@@ -143,7 +143,7 @@ Source = Annotated[
     str,
     StringConstraints(min_length=1, max_length=64),
     AfterValidator(_plain_text),
-    Field(description="Who says so, as the credit history shows it."),
+    Field(description="The sender, as the credit history shows it."),
     _PLAIN,
 ]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_plain_text), _PLAIN]
@@ -173,40 +173,40 @@ def _not_zero(credits: int) -> int:
 
 
 _PROJECT = "The project, for the credit history."
-_ACTIVITY = "What ran, in words, for the credit history."
-_GIVEN_REASON = "Why; kept as `given_reason` in the event's metadata."
+_ACTIVITY = "The activity's name, for the credit history."
+_GIVEN_REASON = "The reason; kept as `given_reason` in the event's metadata."
 
 
 class Message(BaseModel):
-    """What every message carries. Types are strict: `75.0`, `"75"` and `true` are no integers."""
+    """The fields of every message. Types are strict: `75.0`, `"75"` and `true` are not integers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     task: ClassVar[str]
-    """The Celery task's name: how the message is addressed."""
+    """The name of the Celery task that takes the message."""
 
-    org_id: Id = Field(description="The organization whose wallet this is about.")
+    org_id: Id = Field(description="The organization that owns the wallet.")
     source: Source
     occurred_at: Instant | None = Field(
         None, description="When it happened. Kept in the event's metadata; the ledger's own clock dates the event."
     )
-    metadata: Metadata = Field(default_factory=dict, description="Kept on the events that the message causes.")
+    metadata: Metadata = Field(default_factory=dict, description="Kept in the metadata of the message's events.")
 
     @property
     def workflow_key(self) -> tuple[str, str] | None:
-        """The (org_id, workflow_id) of the workflow that it is about; None: it is about none."""
+        """The (org_id, workflow_id) of the workflow that the message names, or None."""
         return None
 
     @property
     def subscription_key(self) -> tuple[str, str] | None:
-        """The (org_id, subscription_id) of the subscription that it is about; None: it is about none."""
+        """The (org_id, subscription_id) of the subscription that the message names, or None."""
         return None
 
 
 class WorkflowMessage(Message):
     """A step in a workflow's life. Idempotent by (org_id, workflow_id, task)."""
 
-    workflow_id: Id = Field(description="The run. Never used again for another one.")
+    workflow_id: Id = Field(description="The workflow. Never used again for another one.")
     source: Source = "workflow-engine"
 
     @property
@@ -219,32 +219,32 @@ class Start(WorkflowMessage):
     """Reserve `credits` for a workflow, for at most `expires_in_s` seconds, or reject it."""
 
     task = "workflow.start"
-    credits: Credits = Field(description="The most that it is expected to use: what is reserved.")
+    credits: Credits = Field(description="The credits to reserve: the most that the workflow is expected to use.")
     project_id: Id | None = Field(None, description=_PROJECT)
     activity_name: Name | None = Field(None, description=_ACTIVITY)
     expires_in_s: Annotated[int, Field(ge=60, le=2_592_000)] = Field(
-        86_400, description="Seconds after which what is still reserved is released."
+        86_400, description="Seconds after which a reservation that is still open is released."
     )
 
 
 class Finish(WorkflowMessage):
-    """The workflow is done and used `credits`: release what it held, charge what it used."""
+    """The workflow is done: release its reservation and charge the `credits` that it used."""
 
     task = "workflow.finish"
-    credits: Credits = Field(description="What it used: charged in full, whatever was reserved.")
+    credits: Credits = Field(description="The credits used: charged in full, whatever was reserved.")
     project_id: Id | None = Field(None, description=f"{_PROJECT} Default: as in the start.")
     activity_name: Name | None = Field(None, description=f"{_ACTIVITY} Default: as in the start.")
 
 
 class Cancel(WorkflowMessage):
-    """The workflow was cancelled: release what it held."""
+    """The workflow was cancelled: release its reservation."""
 
     task = "workflow.cancel"
     reason: Reason | None = Field(None, description=_GIVEN_REASON)
 
 
 class Fail(WorkflowMessage):
-    """The workflow failed: release what it held."""
+    """The workflow failed: release its reservation."""
 
     task = "workflow.fail"
     reason: Reason | None = Field(None, description=_GIVEN_REASON)
@@ -254,7 +254,7 @@ class WalletMessage(Message):
     """A change of the wallet itself. Idempotent by (org_id, kind, message_id)."""
 
     kind: ClassVar[str]
-    """What the message's id is unique within, together with the organization."""
+    """The kind of message. A message's id is unique within (org_id, kind)."""
 
     id_field: ClassVar[str]
 
@@ -265,11 +265,11 @@ class WalletMessage(Message):
 
     @property
     def posted_key(self) -> tuple[str, str, str]:
-        """The (org_id, kind, message_id) by which it is known when it comes again."""
+        """The (org_id, kind, message_id) by which a repeated message is recognized."""
         return self.org_id, self.kind, self.message_id
 
     def terms(self) -> dict[str, Any]:
-        """What has to be the same when the message comes again, as JSON values."""
+        """The fields that must be the same in a repeated message, as JSON values."""
         return self.model_dump(mode="json", exclude={*Message.model_fields, self.id_field})
 
 
@@ -278,7 +278,7 @@ class Purchase(WalletMessage):
 
     task, kind, id_field = "wallet.purchase", "purchase", "purchase_id"
     purchase_id: Id = Field(description="The purchase.")
-    credits: PositiveCredits = Field(description="What was bought.")
+    credits: PositiveCredits = Field(description="The credits bought.")
     source: Source = "billing"
 
 
@@ -287,8 +287,8 @@ class Grant(WalletMessage):
 
     task, kind, id_field = "wallet.grant", "grant", "grant_id"
     grant_id: Id = Field(description="The grant.")
-    credits: PositiveCredits = Field(description="What is given.")
-    reason: Reason | None = Field(None, description="Why; kept in the event's metadata.")
+    credits: PositiveCredits = Field(description="The credits given.")
+    reason: Reason | None = Field(None, description="The reason; kept in the event's metadata.")
     source: Source = "admin"
 
 
@@ -299,7 +299,7 @@ class Adjust(WalletMessage):
     adjustment_id: Id = Field(description="The adjustment.")
     credits: Annotated[SignedCredits, AfterValidator(_not_zero)] = Field(description="The correction; not 0.")
     reason: Annotated[Reason, AfterValidator(_given_reason)] = Field(
-        description="Why; kept in the event's metadata. Not `subscription_expired`, which only the ledger itself says."
+        description="The reason; kept in the event's metadata. Not `subscription_expired`, which only the ledger gives."
     )
     allow_negative: bool = Field(False, description="Whether the prepaid balance may end below zero.")
     source: Source = "admin"
@@ -310,7 +310,7 @@ class Refund(WalletMessage):
 
     task, kind, id_field = "wallet.refund", "refund", "refund_id"
     refund_id: Id = Field(description="The refund.")
-    credits: PositiveCredits = Field(description="What is given back, to the prepaid balance.")
+    credits: PositiveCredits = Field(description="The credits given back, to the prepaid balance.")
     workflow_id: Id | None = Field(None, description="The workflow whose usage is refunded.")
     source: Source = "billing"
 
@@ -325,15 +325,15 @@ class Bill(WalletMessage):
 
     task, kind, id_field = "wallet.bill", "billing", "billing_id"
     billing_id: Id = Field(description="The entry.")
-    credits: SignedCredits = Field(description="Its effect on the prepaid balance, which it cannot take below zero.")
-    invoice_id: Id | None = Field(None, description="The invoice it is about.")
+    credits: SignedCredits = Field(description="The effect on the prepaid balance, which it cannot take below zero.")
+    invoice_id: Id | None = Field(None, description="The invoice that the entry belongs to.")
     source: Source = "billing"
 
 
 class VersionedMessage(WalletMessage):
     """A setting that replaces the one before it: only a higher `version` has an effect."""
 
-    version: Version = Field(description="Only a higher one than every one before has an effect.")
+    version: Version = Field(description="Has an effect only if it is higher than every version before.")
 
 
 class SubscriptionMessage(VersionedMessage):
@@ -357,31 +357,31 @@ class SubscriptionMessage(VersionedMessage):
 class Subscribe(SubscriptionMessage):
     """The organization gets `monthly_credits` every month, counted from `anchor` (default: when first applied).
 
-    At the end of a period what is left is kept up to `rollover_limit` credits.
+    At the end of a period, up to `rollover_limit` of the credits left are kept.
     """
 
     task, kind = "wallet.subscribe", "subscribe"
     plan: Name = Field(description="The plan's name, as customers read it.")
-    monthly_credits: Credits = Field(description="What each period is given.")
-    rollover_limit: Credits = Field(0, description="The most that is kept of what a period leaves.")
+    monthly_credits: Credits = Field(description="The credits granted in each period.")
+    rollover_limit: Credits = Field(0, description="The most credits kept at the end of a period.")
     anchor: Instant | None = Field(
-        None, description="When the first period starts, and so the day of the month of all others. It never changes."
+        None, description="When the first period starts; it sets the day of the month for all others. It never changes."
     )
 
 
 class Unsubscribe(SubscriptionMessage):
-    """No further allocation; what is left expires when the period ends."""
+    """End the allocations; the credits left expire when the period ends."""
 
     task, kind = "wallet.unsubscribe", "unsubscribe"
 
 
 class Configure(VersionedMessage):
-    """Set the wallet's limits, both of them: a field left out goes back to its default."""
+    """Set both limits of the wallet: a field left out goes back to its default."""
 
     task, kind, id_field = "wallet.configure", "configure", "version"
-    credit_limit: Credits = Field(0, description="How far below zero the available balance may be reserved.")
+    credit_limit: Credits = Field(0, description="How far below zero reservations may take the available balance.")
     period_cap: Credits | None = Field(
-        None, description="The most that may be used and reserved within one subscription period. Null: no cap."
+        None, description="The most credits used and reserved within one subscription period. Null: no cap."
     )
     source: Source = "admin"
 
@@ -389,7 +389,7 @@ class Configure(VersionedMessage):
 AnyWorkflowMessage = Start | Finish | Cancel | Fail
 AnyWalletMessage = Purchase | Grant | Adjust | Refund | Bill | Subscribe | Unsubscribe | Configure
 AnyMessage = AnyWorkflowMessage | AnyWalletMessage
-"""Every message that there is. `rules.decide` has a rule for each, or mypy says which one lacks it."""
+"""Every message. `rules.decide` has a rule for each; mypy names one without a rule."""
 
 MESSAGES: dict[str, type[AnyMessage]] = {model.task: model for model in get_args(AnyMessage)}
 """Every message by its task name."""
@@ -397,7 +397,7 @@ MESSAGES: dict[str, type[AnyMessage]] = {model.task: model for model in get_args
 
 @dataclass(frozen=True, slots=True)
 class InvalidMessage:
-    """What could not be read as a message, and why, in words for a person."""
+    """Why a payload is not a valid message, in words for a person."""
 
     code: ErrorCode
     error: str
@@ -405,24 +405,24 @@ class InvalidMessage:
 
 
 WORKFLOW_TASKS = frozenset(model.task for model in get_args(AnyWorkflowMessage))
-"""What an engine may send."""
+"""The tasks that an engine may send."""
 
 
 def too_large_body(size: int, sha256: str) -> InvalidMessage:
-    """Why a body of `size` bytes, more than MAX_BODY_BYTES, is not read. `sha256`: of all of it, in hexadecimal."""
+    """The error for a body of `size` bytes, more than MAX_BODY_BYTES. `sha256`: of the whole body, in hexadecimal."""
     kept = f"only the first {MAX_BODY_BYTES:,} are kept; the SHA-256 of the whole body is {sha256}"
     return InvalidMessage("too_large", f"the body has {size:,} bytes, more than {MAX_BODY_BYTES:,}: {kept}", None)
 
 
 def too_large_entry(size: int, limit: int, sha1: str) -> InvalidMessage:
-    """Why the body in an entry of the queue of `size` bytes, more than `limit`, is not read. `sha1`: of all of it."""
+    """The error for an entry of the queue of `size` bytes, more than `limit`. `sha1`: of the whole entry."""
     kept = f"only the body in its first {MAX_BODY_BYTES:,} is kept; the SHA-1 of the whole entry is {sha1}"
     error = f"the message's entry in the queue has {size:,} bytes, more than {limit:,}: {kept}"
     return InvalidMessage("too_large", error, None)
 
 
 def parse(task: str, payload: object) -> AnyMessage | InvalidMessage:
-    """Read the JSON value `payload` as the message that `task` takes; pass on why there is none. Never raises."""
+    """Read the JSON value `payload` as a message of `task`. An InvalidMessage is returned unchanged. Never raises."""
     if isinstance(payload, InvalidMessage):
         return payload
     model = MESSAGES.get(task)
@@ -490,7 +490,7 @@ def _shown(value: object) -> str:
 
 
 def _org_id(payload: object) -> str | None:
-    """The organization a bad message names, if it names one that could exist."""
+    """The organization that a bad message names, if its id could exist."""
     match payload:
         case {"org_id": str(org_id)} if org_id.isascii() and org_id.isprintable() and 1 <= len(org_id) <= MAX_ID_LENGTH:
             return org_id

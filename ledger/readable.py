@@ -1,4 +1,4 @@
-"""What a person reads, on a page as in a terminal: JSON, lengths of time, and text of which no character is hidden."""
+"""Text for people, on pages and in terminals: JSON, lengths of time, and text without hidden characters."""
 
 import json
 import unicodedata
@@ -7,7 +7,7 @@ from datetime import timedelta
 
 def escaped(text: str, *, keep: str = "") -> str:
     """`text` with every control character, except those of `keep`, written as an escape such as \\x1b."""
-    if text.isprintable():  # which is fast
+    if text.isprintable():  # the fast path
         return text
     return "".join(
         character.encode("unicode_escape").decode() if _is_control(character) and character not in keep else character
@@ -16,11 +16,11 @@ def escaped(text: str, *, keep: str = "") -> str:
 
 
 JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
-"""They are seen: by them letters of some scripts, and emoji, look as they should."""
+"""Not hidden: some scripts and emoji need them to look right."""
 
 
 def escaped_json(text: str) -> str:
-    """JSON, over several lines or on one, in which every control character is written as JSON does: \\u001b."""
+    """JSON text in which every control character but the line break is written as JSON does: \\u001b."""
     if text.isprintable():
         return text
     return "".join(
@@ -29,7 +29,7 @@ def escaped_json(text: str) -> str:
 
 
 def beginning(text: str, most: int) -> str:
-    """`text`, or the beginning of it: at most `most` characters, of which the last is then an ellipsis."""
+    """`text`, cut to `most` characters; the last one of a cut text is an ellipsis."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
@@ -40,13 +40,13 @@ def shortened(text: str, most: int, rest: str) -> str:
 
 
 def _is_control(character: str) -> bool:
-    # Formats such as the right-to-left override and halves of surrogate pairs among them; and the two line separators.
+    # Includes formats such as the right-to-left override, halves of surrogate pairs, and the two line separators.
     category = unicodedata.category(character)
     return category.startswith("C") or category in ("Zl", "Zp")
 
 
 def as_json(value: object, *, indent: int | None = None) -> str:
-    """`value` as JSON for a person: readable characters, and nothing that UTF-8 cannot say."""
+    """`value` as JSON for a person: readable characters, and nothing that UTF-8 cannot encode."""
     separators = (",", ":") if indent is None else None
     text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators)
     return text.encode("utf-8", "backslashreplace").decode()

@@ -1,10 +1,9 @@
-"""The roles that Holdfast connects as, and what each may do. No role is created here: see docs/operating.md, "Roles".
+"""The roles that Holdfast connects as, and their privileges. Creates no role: see docs/operating.md, "Roles".
 
-The tables' owner, whoever that is, migrates them. The worker writes the ledger, but changes no event and deletes none.
-The reader, which is for the API and for people, reads, and marks dead letters. Whoever wants a single role takes the
-owner.
+The owner of the tables migrates them. The worker writes the ledger, but neither changes nor deletes an event. The
+reader, for the API and for people, reads, and marks dead letters. An installation with a single role uses the owner.
 
-A new table has its line in `PRIVILEGES` for every role that needs it; tests/integration/test_roles.py fails until then.
+A new table needs a line in `PRIVILEGES` for every role that uses it; tests/integration/test_roles.py fails until then.
 """
 
 from sqlalchemy import Connection, text
@@ -22,7 +21,7 @@ _TABLES = (
     "alembic_version",
 )
 
-# To lock a row takes UPDATE, too.
+# Locking a row needs UPDATE, too.
 PRIVILEGES: dict[str, dict[str, tuple[str, ...]]] = {
     WORKER: {
         "wallets": ("SELECT", "INSERT", "UPDATE"),
@@ -38,11 +37,11 @@ PRIVILEGES: dict[str, dict[str, tuple[str, ...]]] = {
         "dead_letters": ("SELECT", "UPDATE (status, resolved_at, resolved_by, resolution)"),
     },
 }
-"""What each role needs of each table; of a table that is not named, nothing."""
+"""The privileges that each role needs on each table. On a table that is not listed: none."""
 
 
 class NotGrantedError(Exception):
-    """The roles cannot be given what they need; the text says who has to do what first."""
+    """The privileges cannot be granted; the text says what has to be done first, and by which role."""
 
 
 def refuse_unprepared(connection: Connection) -> None:
@@ -56,9 +55,10 @@ def refuse_unprepared(connection: Connection) -> None:
 
 
 def grant(connection: Connection) -> None:
-    """Give each role what it needs of every table that is there, and take from it what else it has of them.
+    """Grant each role what it needs on every existing table, and revoke all its other privileges on them.
 
-    In the transaction of `connection`, whose role owns the tables; raises NotGrantedError if it does not.
+    Runs in the transaction of `connection`. Raises NotGrantedError if its role does not own the tables, or if an
+    administrator has to do something first.
     """
     refuse_unprepared(connection)
     tables = list(connection.execute(_FOUND, {"tables": list(_TABLES)}))
@@ -74,11 +74,11 @@ def grant(connection: Connection) -> None:
                 connection.execute(text(f"GRANT {', '.join(needed[name])} ON {name} TO {role}"))
 
 
-TOLD = 'docs/operating.md, "Roles", tells how to connect with less'
+TOLD = 'see docs/operating.md, "Roles", to connect with less'
 
 
 def own_excess(connection: Connection) -> str | None:
-    """What the role of `connection` may do beyond the need, in a sentence; None: nothing."""
+    """A sentence that says what the role of `connection` may do beyond its needs. None: nothing."""
     role = connection.scalar(text("SELECT current_user"))
     assert role is not None
     found = excess(connection, role)
@@ -88,9 +88,9 @@ def own_excess(connection: Connection) -> str | None:
 
 
 def excess(connection: Connection, role: str) -> str | None:
-    """What `role` may do and neither worker nor reader needs, in words; None: nothing.
+    """What `role` may do beyond the needs of worker and reader, in words. None: nothing.
 
-    The worker and the reader are each compared with what they need.
+    The worker's and the reader's role are each compared with their own needs only.
     """
     about = {"role": role, "tables": list(_TABLES), "roles": list(PRIVILEGES)}
     general = list(connection.scalars(_GENERAL, about))
@@ -108,7 +108,7 @@ def excess(connection: Connection, role: str) -> str | None:
 
 
 def _beyond(needed: list[tuple[str, ...]], table: str, privilege: str, columns: list[str] | None) -> str | None:
-    """What is too much of `privilege` on `table`; `columns`: on these alone."""
+    """The part of `privilege` on `table` that is not needed. None: all of it is. `columns`: held on these only."""
     of_columns = {name for each in needed for may in each for name in _columns(may, privilege)}
     if any(privilege in each for each in needed):
         return None
@@ -143,7 +143,7 @@ _OWNS = text("""
         JOIN pg_roles AS me ON me.rolname = :role WHERE pg_has_role(me.oid, relowner, 'MEMBER')
     )
 """)
-# NULL instead of columns: of the whole table.
+# NULL instead of columns: the whole table.
 _MAY_DO = text("""
     SELECT name, privilege, CASE WHEN NOT of_all THEN columns END
     FROM pg_roles AS me CROSS JOIN unnest(CAST(:tables AS text[])) AS name

@@ -1,7 +1,7 @@
-"""What a message does to a wallet. Pure: the same arguments give the same decision, and nothing else is looked at.
+"""What a message does to a wallet. Pure: a decision depends on the arguments alone.
 
-`decide` answers one message; `begin_due_periods` and `release_expired` are what time alone does, applied before any
-message. Every event is made by `_post`, which asserts the arithmetic of the ledger; assertions stay on in production.
+`decide` decides one message. `begin_due_periods` and `release_expired` do what time alone does, before any message.
+`_post` makes every event and asserts the arithmetic of the ledger; assertions stay on in production.
 """
 
 import json
@@ -47,7 +47,7 @@ from ledger.state import (
 )
 
 SCHEDULER = "scheduler"
-"""The source of what time alone does."""
+"""The source of events that time alone causes."""
 
 
 class _OutOfRangeError(Exception):
@@ -63,10 +63,10 @@ def decide(
     subscription: Subscription | None = None,
     posted: PostedMessage | None = None,
 ) -> Decision:
-    """Decide what `message` does to `wallet` at `now`, on which nothing is due any more.
+    """Decide what `message` does to `wallet` at `now`. Nothing may be due in the wallet.
 
-    `workflow`, `subscription` and `posted` are what is known of the workflow and the subscription that the message
-    names, and of the same message before. What cannot be applied is a `refusal` in the decision, not an exception.
+    `workflow` and `subscription` are the records that the message names; `posted` is the same message if it was applied
+    before. A message that cannot be applied gives a decision with a `refusal`, not an exception.
     """
     assert wallet.org_id == message.org_id
     assert not wallet.is_due(now)
@@ -376,7 +376,7 @@ def _subscribe(wallet: Wallet, message: Subscribe, now: datetime, known: Subscri
     period = period_at(anchor, now)
     events: tuple[Event, ...] = ()
     if period is None:
-        # What another subscription has left expires with its own period, should that end first.
+        # The credits of a replaced subscription expire with its own period, if that ends before the anchor.
         wallet = wallet._replace(next_period_at=min(anchor, wallet.next_period_at or anchor))
     elif subscription.period != period:
         wallet, subscription, events = _begin_period(
@@ -407,7 +407,7 @@ def begin_due_periods(
 ) -> tuple[Wallet, Subscription, tuple[Event, ...]]:
     """Begin every period of the wallet's subscription that is due at `now`, one by one, in order.
 
-    With `most_events`, ends once there are so many events, or one more: the wallet may be due still.
+    With `most_events`, stops after so many events, or one more; then more may still be due.
     """
     assert wallet.subscription_id == subscription.subscription_id
     assert subscription.anchor is not None
@@ -421,7 +421,7 @@ def begin_due_periods(
             wallet, begun = _expire(wallet, subscription, period, now, rollover_limit=0)
             wallet = wallet._replace(subscription_id=None, next_period_at=None)
         elif due_at < starts_at:
-            # The last period of the subscription that this one replaced has ended.
+            # The last period of the replaced subscription has ended.
             wallet, begun = _expire(wallet, subscription, period, now, rollover_limit=0)
             wallet = wallet._replace(next_period_at=starts_at)
         else:
@@ -458,14 +458,14 @@ def _begin_period(
 
 
 def _period_key(subscription: Subscription, period: int) -> str:
-    # What follows it begins with a character that no id has, so no two keys can be mistaken for one another.
+    # A suffix begins with a character that no id has, so no two keys are the same.
     return f"subscription:{subscription.subscription_id}:{period}"
 
 
 def _raise_allocation(
     wallet: Wallet, subscription: Subscription, period: int, message: Subscribe, now: datetime
 ) -> tuple[Wallet, Subscription, tuple[Event, ...]]:
-    """Within a period a plan change only adds what exceeds the most that the period was granted already."""
+    """Within a period, a change of plan only adds the credits beyond the most that the period was granted."""
     difference = subscription.monthly_credits - subscription.period_granted
     if difference <= 0:
         return wallet, subscription, ()
@@ -497,7 +497,7 @@ def _allocate(
     source: str,
     metadata: dict[str, Any],
 ) -> tuple[Wallet, Event]:
-    # Time cannot be refused: a wallet that is full takes what fits, and the event says what did not.
+    # A period cannot be refused: a full wallet takes what fits, and the event records the rest.
     granted = min(credits, MAX_CREDITS - wallet.balance, MAX_CREDITS - wallet.subscription_balance)
     if granted < credits:
         metadata["not_granted"] = credits - granted
@@ -592,7 +592,7 @@ def _post(
     assert 0 <= after.subscription_balance <= MAX_CREDITS
     assert after.reserved >= 0
     assert after.period_usage >= 0
-    # These two bound the available balance too, whatever expires later.
+    # The first two also bound the available balance, whatever expires later.
     if (
         after.balance > MAX_CREDITS
         or after.prepaid_balance - after.reserved < -MAX_CREDITS
@@ -620,7 +620,7 @@ def _post(
 
 
 def _metadata(message: Message, **own: Any) -> dict[str, Any]:
-    """The message's metadata and the ledger's own keys. Those are the ledger's alone, also when None."""
+    """The message's metadata and the ledger's own keys. A key of `own` replaces the sender's; None removes it."""
     if message.occurred_at is not None:
         own["occurred_at"] = message.occurred_at.isoformat()
     kept = {name: value for name, value in message.metadata.items() if name not in own}

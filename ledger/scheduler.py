@@ -1,7 +1,7 @@
-"""What time alone does, for wallets that nothing else touches: periods begin, reservations expire.
+"""Begins the periods and releases the reservations that are due, in wallets that get no message.
 
-Every message does the same for its own wallet first, so these runs may come late, twice or at once: the ledger ends up
-the same. A run is a step after the other, each a transaction or a few, and others can do something in between.
+Every message first does the same for its own wallet. So a run may come late, twice, or beside another one, and the
+ledger ends up the same. A run is a series of steps of a few transactions each, so that other work can run in between.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ POST_DUE, RELEASE_EXPIRED = "subscriptions.post_due", "reservations.release_expi
 def post_due(engine: Engine) -> int:
     """Begin the subscription periods that are due. Returns the number of events written.
 
-    Raises a database error that is transient.
+    Raises transient database errors.
     """
     return sum(steps(engine, POST_DUE))
 
@@ -29,15 +29,15 @@ def post_due(engine: Engine) -> int:
 def release_expired(engine: Engine) -> int:
     """Release the reservations that have expired. Returns the number of events written.
 
-    Raises a database error that is transient.
+    Raises transient database errors.
     """
     return sum(steps(engine, RELEASE_EXPIRED))
 
 
 def steps(engine: Engine, task: str) -> Iterator[int]:
-    """Do what `task` does, one step after the other. Yields the number of events that each has written.
+    """Run `task` step by step. Yields the number of events that each step wrote.
 
-    Raises a database error that is transient; what was yielded before is committed.
+    Raises transient database errors; the steps yielded before are committed.
     """
     due_at = _DUE_AT[task]
     due = select(due_at, wallets.c.org_id).where(due_at <= func.clock_timestamp()).order_by(due_at, wallets.c.org_id)

@@ -15,7 +15,7 @@ from ledger.database import parse_url
 PREFIX = "HOLDFAST_"
 MIN_SECRET_LENGTH = 32
 MIN_SECRET_VARIETY = 8
-"""How many different characters a secret has at least: random bytes in hexadecimal, as many as that, have more."""
+"""The fewest different characters in a secret. Random hexadecimal digits of the minimum length have more."""
 
 _ADDRESS = re.compile(r"[^\s:]+:[0-9]{1,5}")
 _SERVICE_LINK = re.compile(
@@ -27,15 +27,15 @@ _SERVICE_LINK = re.compile(
     )""",
     re.VERBOSE,
 )
-"""What Kubernetes puts into every container for a Service named `holdfast` or `holdfast-…`. It is nobody's mistake."""
+"""The variables that Kubernetes sets in every container for a Service named `holdfast` or `holdfast-…`. No settings."""
 
 
 class SettingsError(Exception):
-    """Which setting is missing or wrong, and what it should be, in one line."""
+    """A setting is missing or wrong; the text says in one line which one, and what it should be."""
 
 
 class Settings(BaseSettings):
-    """What Holdfast reads from the environment. None of it appears in an error message or a log."""
+    """The settings of Holdfast. No password or key among them appears in an error message or a log."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, env_ignore_empty=True)
 
@@ -93,7 +93,7 @@ class Settings(BaseSettings):
         if len(set(secret.get_secret_value())) < MIN_SECRET_VARIETY:
             raise ValueError(f"must have at least {MIN_SECRET_VARIETY} different characters, as a random one has")
         if "-----BEGIN" in secret.get_secret_value():
-            raise ValueError("must not be a key in PEM format: a public key belongs into HOLDFAST_JWT_PUBLIC_KEY")
+            raise ValueError("must not be a key in PEM format: a public key belongs in HOLDFAST_JWT_PUBLIC_KEY")
         return secret
 
     @field_validator("jwt_public_key")
@@ -135,7 +135,7 @@ class Settings(BaseSettings):
 
     @property
     def result_store_url(self) -> str | None:
-        """Where results are kept; None: nowhere, as the broker is not Redis and nothing else was named."""
+        """The URL of the result store. None: none is set, and the broker is not Redis."""
         if self.result_url is not None:
             return self.result_url
         if self.broker_url is not None and self.broker_url.startswith(REDIS_SCHEMES):
@@ -144,13 +144,13 @@ class Settings(BaseSettings):
 
     @classmethod
     def load(cls, *needed: str) -> Self:
-        """The settings, of which `needed` must be there. Raises SettingsError."""
+        """Load the settings; those in `needed` must be set. Raises SettingsError."""
         names = {f"{PREFIX}{field.upper()}": field for field in cls.model_fields}
         for variable, value in os.environ.items():
             is_ours = variable.upper().startswith(PREFIX) and not _SERVICE_LINK.fullmatch(f"{variable}={value}")
             if is_ours and variable.upper() not in names:
                 similar = difflib.get_close_matches(variable.upper(), names, n=1)
-                hint = f"; did you mean {similar[0]}?" if similar else f"; there are {', '.join(names)}"
+                hint = f"; did you mean {similar[0]}?" if similar else f"; the settings are {', '.join(names)}"
                 raise SettingsError(f"{variable} is not a setting{hint}")
         try:
             settings = cls()

@@ -1,7 +1,7 @@
-"""The ledger's values: immutable, without behaviour beyond what can be derived from them.
+"""The ledger's values: immutable, with no behaviour but derived properties.
 
 The fields of `Wallet`, `Workflow`, `Subscription`, `PostedMessage` and `Event` are the columns of their tables. Every
-message makes several values, so they are named tuples: these are made five times as fast as frozen dataclasses.
+message creates several values, so they are named tuples, which are created five times as fast as frozen dataclasses.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ StepAnswer = Literal["reserved", "insufficient_credits", "period_cap", "released
 Reason = Literal[
     "insufficient_credits", "period_cap", "not_started", "already_ended", "stale_version", "not_subscribed"
 ]
-"""Why a message did what its outcome says, where there is more than one reason."""
+"""Why a message had its outcome, where there is more than one reason."""
 
 ErrorCode = Literal[
     "invalid_message",
@@ -51,11 +51,11 @@ OUTCOMES: dict[StepAnswer, tuple[OutcomeName, Reason | None]] = {
     "not_started": ("ignored", "not_started"),
     "already_ended": ("ignored", "already_ended"),
 }
-"""The outcome and the reason that each answer to a start, a cancel or a fail stands for."""
+"""The outcome and the reason for each answer to a start, a cancel or a fail."""
 
 
 class Wallet(NamedTuple):
-    """An organization's balances, in credits, and what the ledger has to remember about the organization."""
+    """An organization's balances and limits, in credits, and what is due next."""
 
     org_id: str
     last_seq: int = 0
@@ -70,18 +70,18 @@ class Wallet(NamedTuple):
     subscription_id: str | None = None
     """The subscription that allocates credits now, if any."""
     next_period_at: datetime | None = None
-    """When its next period begins (or, once unsubscribed, when what is left expires)."""
+    """When its next period begins (or, once unsubscribed, when the credits left expire)."""
     next_hold_expiry: datetime | None = None
     """No open reservation expires before this. None: there is none."""
 
     @property
     def balance(self) -> int:
-        """All credits of the wallet, held ones included."""
+        """All credits of the wallet, reserved ones included."""
         return self.subscription_balance + self.prepaid_balance
 
     @property
     def available(self) -> int:
-        """What a workflow may still reserve, before any credit limit."""
+        """The credits that a workflow may still reserve, without the credit limit."""
         return self.balance - self.reserved
 
     def is_due(self, now: datetime) -> bool:
@@ -92,7 +92,7 @@ class Wallet(NamedTuple):
 
 
 class Workflow(NamedTuple):
-    """One run in the engine: the amounts of its messages, and how each of them was answered the first time."""
+    """One workflow of the engine: the amounts of its messages, and the first answer to each."""
 
     org_id: str
     workflow_id: str
@@ -109,7 +109,7 @@ class Workflow(NamedTuple):
 
 
 class Subscription(NamedTuple):
-    """What is known of one subscription: its newest version, and the last period that it began."""
+    """One subscription: its newest version, and the last period that it began."""
 
     org_id: str
     subscription_id: str
@@ -127,7 +127,7 @@ class Subscription(NamedTuple):
 
 
 class PostedMessage(NamedTuple):
-    """A wallet message that was applied: what it said and how it was answered."""
+    """A wallet message that was applied: its terms and its answer."""
 
     org_id: str
     kind: str
@@ -138,7 +138,7 @@ class PostedMessage(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One immutable row of the credit history, with the whole wallet as it is after it."""
+    """One immutable row of the credit history, with the whole wallet after it."""
 
     org_id: str
     seq: int
@@ -161,16 +161,16 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a message cannot be applied, now or by trying again: it becomes a dead letter."""
+    """Why a message cannot be applied, even if it is tried again. It becomes a dead letter."""
 
     code: ErrorCode
     error: str
 
 
 class Decision(NamedTuple):
-    """What a message does: the answer, the new state of what it touches, and the events to append.
+    """What a message does: its answer, the changed records, and the events to append.
 
-    A record that is None is left as it is. A decision with a `refusal` changes nothing.
+    A record that is None does not change. A decision with a `refusal` changes nothing.
     """
 
     wallet: Wallet
@@ -185,7 +185,7 @@ class Decision(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a message did, as its sender is told."""
+    """What a message did, as its sender receives it."""
 
     outcome: OutcomeName
     reason: Reason | None
@@ -193,16 +193,16 @@ class Result(NamedTuple):
     org_id: str
     workflow_id: str | None
     state: WorkflowState | None
-    """What the workflow is now. None: the message names no workflow, or the worker is older than this field."""
+    """The state of the workflow now. None: the message names no workflow, or the worker is older than this field."""
     event_seqs: tuple[int, ...]
-    """The events that this delivery wrote: none for a duplicate."""
+    """The numbers of the events that this delivery wrote: none for a duplicate."""
     available: int
-    """The wallet's available credits after it."""
+    """The wallet's available credits after the message."""
 
     @property
     def holds(self) -> bool:
         """Whether credits are held for the workflow now: after a start, whether it may run.
 
-        The outcome does not say so: a start that comes again has its first one, whatever has happened since.
+        The outcome does not say so: a repeated start has its first outcome, whatever has happened since.
         """
         return self.state == "reserved"

@@ -1,4 +1,4 @@
-"""Statements for sets of records, generated: rows arrive as one array for each column.
+"""Generates statements for sets of records, which are sent as one array for each column.
 
 The fields of a record are the columns of its table, in the same order.
 """
@@ -18,13 +18,13 @@ Connection = psycopg.Connection[Any]
 
 
 def select(connection: Connection, record: type[Any], statement: str, parameters: Sequence[Any]) -> psycopg.Cursor[Any]:
-    """Execute `statement`; the cursor gives records."""
+    """Execute `statement`. The cursor returns values of the type `record`."""
     cursor = connection.cursor(row_factory=args_row(record), binary=True)
     return cursor.execute(statement, parameters)
 
 
 def find(connection: Connection, record: type[Any], statement: str, keys: set[Any]) -> Callable[[], Sequence[Any]]:
-    """Look for the records with `keys`, if there are any; what is returned gives them, after the round trip."""
+    """Select the records with `keys`, if there are any. Returns a function that returns them after the round trip."""
     if not keys:
         return tuple
     return select(
@@ -33,18 +33,18 @@ def find(connection: Connection, record: type[Any], statement: str, keys: set[An
 
 
 class Write(NamedTuple):
-    """A statement that writes rows, which arrive as one array per column."""
+    """A statement that writes rows, which are sent as one array for each column."""
 
     sql: str
     encoders: tuple[Callable[[Sequence[Any]], object], ...]
 
     def of(self, rows: Sequence[Any]) -> tuple[str, list[object]]:
-        """What to execute, to write `rows`."""
-        columns = zip(*sorted(rows), strict=True)  # neighbours in an index cost less, one after the other
+        """The statement that writes `rows`, and its parameters."""
+        columns = zip(*sorted(rows), strict=True)  # in the order of the index, which costs less
         return self.sql, [encode(column) for encode, column in zip(self.encoders, columns, strict=True)]
 
 
-# What is not named here is rare: psycopg finds out how to send a list.
+# Other types are rare: psycopg finds out how to send them.
 _ENCODERS: dict[type, Callable[[Any], object]] = {
     Text: arrays.text,
     BigInteger: arrays.bigint,
@@ -60,7 +60,7 @@ def column_names(record: type[Any]) -> str:
 
 
 def write(table: Table, record: type[Any], statement: str) -> Write:
-    """`statement` with `{rows}` replaced by the rows of `record` that arrive as arrays."""
+    """`statement` with `{rows}` replaced by rows of `record`, which are sent as arrays."""
     types = [table.c[name].type for name in record._fields]
     columns = ", ".join(f"%b::{column_type.compile(_DIALECT)}[]" for column_type in types)
     rows = f"unnest({columns}) AS new ({column_names(record)})"
@@ -94,7 +94,7 @@ def by_key(table: Table, record: type[Any]) -> str:
 
 
 def lock_that_can_be(table: Table) -> str:
-    """Lock the rows of `table` whose keys are given, and select the keys of those that nobody else has locked."""
+    """Lock the rows of `table` whose keys are given and that nobody else has locked, and select their keys."""
     keys = ", ".join(column.name for column in table.primary_key)
     return (
         f"SELECT {keys} FROM {table.name} JOIN unnest(%b::text[], %b::text[]) AS named ({keys}) USING ({keys})"

@@ -1,18 +1,18 @@
 """The only place that writes to the ledger: a batch of messages becomes one transaction.
 
-`apply_batch` locks the wallets concerned in the order of their ids, loads what the messages name, lets `rules` decide
-one message after the other, and writes the result (`working_set`). What cannot be applied becomes a dead letter in the
-same transaction. When a batch fails for a reason of its own making, it is split until the culprit stands alone, so its
-neighbours are applied all the same.
+`apply_batch` locks the wallets in the order of their ids and loads the records that the messages name. `rules` decides
+the messages one by one, and `working_set` writes the result. A message that cannot be applied becomes a dead letter in
+the same transaction. If a message makes the transaction fail, the batch is split until the culprit is alone, and its
+neighbours are applied.
 
-Nobody waits for somebody else's trouble. What one organization or one message may be the cause of (a locked wallet, a
-statement that takes too long, see `faults.may_be_local`) is isolated like any other error, within
+No organization waits for a fault of another one. A fault that may concern a single organization or message, such as a
+locked wallet or a slow statement (see `faults.may_be_local`), is isolated like any other error, within
 `database.LOCK_TIMEOUT_S` and `PATIENCE_S`. The culprit's messages are kept in `waiting_messages`, and `apply_waiting`
-applies them, in order, once that is possible. So are those of an organization in which more is due than one transaction
-does.
+applies them in order once that is possible. The same holds for an organization in which more is due than one
+transaction does.
 
-A fault of the whole database (see `faults.is_transient`) is raised as it is: some of the batch, all of it or nothing
-has happened, and applying it again is safe.
+A fault of the whole database (see `faults.is_transient`) is raised. Then some, all or none of the batch is applied,
+and applying it again is safe.
 """
 
 import logging
@@ -59,10 +59,10 @@ from ledger.working_set import BEGIN, LONG_PATIENCE_S, PATIENCE_S, Decided, Work
 logger = logging.getLogger(__name__)
 
 MAX_TASK_LENGTH = 256
-"""How much of a task's name a dead letter keeps: it is part of an index."""
+"""The most characters of a task's name in a dead letter: the name is part of an index."""
 
 MAX_TRACEBACK_LENGTH = 64 * 1024
-"""How much of a traceback a dead letter keeps: its last characters, which say most."""
+"""The most characters of a traceback in a dead letter: the last ones, which say most."""
 
 
 class Delivery(NamedTuple):
@@ -70,16 +70,16 @@ class Delivery(NamedTuple):
 
     task: str
     payload: object
-    """The JSON value that should be the message, or why there is none."""
+    """The JSON value of the message, or an InvalidMessage."""
     body: bytes
-    """What arrived, byte by byte, as a dead letter keeps it."""
+    """The body as received, which a dead letter keeps."""
     answer_to: str | None = None
-    """Who wants the answer, in the sender's words: kept with a message that waits."""
+    """Where to send the answer; opaque to the ledger, and kept with a message that waits."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLettered:
-    """What became of a message that could not be applied."""
+    """The result of a message that could not be applied."""
 
     letter_id: int
     code: ErrorCode
@@ -87,30 +87,30 @@ class DeadLettered:
 
 
 class Applied(NamedTuple):
-    """What `apply_waiting` did."""
+    """The result of `apply_waiting`."""
 
     answers: list[tuple[Delivery, Result | DeadLettered]]
-    """The messages that wait no more."""
+    """The messages that no longer wait, and the result of each."""
     problem: str | None
-    """Why the organization has to wait on; None: it has not."""
+    """Why the organization has to keep waiting; None: it does not."""
 
 
 def apply_batch(
     engine: Engine, deliveries: Sequence[Delivery], *, known_to_wait: Collection[str] = ()
 ) -> list[Result | DeadLettered | Waits]:
-    """Apply `deliveries`, in order, and answer each of them. Everything is committed when this returns.
+    """Apply `deliveries` in order. Returns the result of each. Everything is committed when this returns.
 
-    Organizations that are `known_to_wait` need not be found out about: their messages go behind those that wait, and
-    no time is lost over their wallets. Raises a database error that is transient: see the module's description.
+    The wallets of organizations in `known_to_wait` are not tried: their messages are put behind those that wait. Raises
+    transient database errors: see the module's docstring.
     """
     return apply_all(engine, deliveries, Work(_org_id, partial(_apply, known_to_wait), _bury, _keep_waiting))
 
 
 def apply_waiting(engine: Engine, org_id: str, *, limit: int, patience_s: float = PATIENCE_S) -> Applied:
-    """Apply the first messages of `org_id` that wait, at most `limit`, in order and in one transaction.
+    """Apply the first waiting messages of `org_id`, at most `limit`, in order and in one transaction.
 
-    Each statement may take `patience_s` seconds. A message that cannot be applied even on its own becomes a dead
-    letter, and so does one that has ended `DELIVERY_LIMIT` workers. Raises a database error that is transient.
+    Each statement may take `patience_s` seconds. A message that cannot be applied even alone becomes a dead letter, and
+    so does one that has ended `DELIVERY_LIMIT` workers. Raises transient database errors.
     """
     taken: Taken | None = None
     try:
@@ -139,7 +139,7 @@ def apply_waiting(engine: Engine, org_id: str, *, limit: int, patience_s: float 
 
 
 def _give_back(engine: Engine, org_id: str, taken: Taken) -> None:
-    """This attempt has not ended the worker. If not even that can be written, it counts as if it had."""
+    """Take back the attempt, as it has not ended the worker. If that cannot be written, the attempt stays counted."""
     with suppress(psycopg.Error, DBAPIError), raw_connection(engine) as connection:
         waiting.give_back(connection, org_id, taken)
 
@@ -147,9 +147,8 @@ def _give_back(engine: Engine, org_id: str, taken: Taken) -> None:
 def catch_up(engine: Engine, org_ids: Sequence[str], *, task: str) -> Iterator[int]:
     """Begin the periods and release the reservations that are due in the wallets `org_ids`.
 
-    Yields the number of events that were written, after every `working_set.MOST_DUE` or so. A wallet that somebody else
-    holds is left out: whoever holds it does the same. `task` is named in a dead letter, should that become necessary.
-    Raises a database error that is transient.
+    Yields the number of events written, after about every `working_set.MOST_DUE`. Skips a locked wallet: the worker
+    that holds the lock does the same. `task` is the task that a dead letter names. Raises transient database errors.
     """
 
     def bury(engine: Engine, org_id: str, error: Exception) -> _CaughtUp:
@@ -158,7 +157,7 @@ def catch_up(engine: Engine, org_ids: Sequence[str], *, task: str) -> Iterator[i
         return _CaughtUp(0, ())
 
     def leave_out(_: Engine, org_ids: Sequence[str], error: Exception) -> list[_CaughtUp]:
-        logger.warning("%s leaves out the organization %s this time: %s", task, org_ids[0], describe(error))
+        logger.warning("%s skips the organization %s until its next run: %s", task, org_ids[0], describe(error))
         return [_CaughtUp(0, ())] * len(org_ids)
 
     work: Work[str, _CaughtUp] = Work(str, _catch_up, bury, leave_out)
@@ -228,7 +227,7 @@ def _waiting_message(delivery: Delivery, message: AnyMessage | InvalidMessage, r
 
 
 def _org_id(delivery: Delivery) -> str:
-    """The organization whose trouble a message shares."""
+    """The organization of a message, or `NOBODY`."""
     return parse(delivery.task, delivery.payload).org_id or waiting.NOBODY
 
 
@@ -242,7 +241,7 @@ def _keep_waiting(engine: Engine, deliveries: Sequence[Delivery], error: Excepti
 
 
 def reason_to_wait(error: Exception) -> str:
-    """Why an organization waits whose messages failed with `error`, for a person."""
+    """Why an organization waits after `error`, for a person."""
     original = error.orig if isinstance(error, DBAPIError) else error
     if isinstance(original, QueryCanceled):
         return SLOW
@@ -252,7 +251,7 @@ def reason_to_wait(error: Exception) -> str:
 
 
 def _load_one(connection: Connection, org_id: str, patience_s: float) -> WorkingSet | Applied:
-    """Lock the wallet of `org_id`, if it is there, and post what is due; or end the transaction and say why not."""
+    """Lock the wallet of `org_id`, if it exists, and post what is due. Or end the transaction and return why not."""
     work = WorkingSet.load_due(connection, [org_id], patience_s)
     if not work.wallets and exists(connection, org_id):
         connection.execute("ROLLBACK")
@@ -264,9 +263,9 @@ def _load_one(connection: Connection, org_id: str, patience_s: float) -> Working
 
 
 def _take_waiting(connection: Connection, org_id: str, limit: int, patience_s: float) -> Taken | Applied:
-    """Post what is due in the wallet of `org_id`, and note which of its messages are about to be applied.
+    """Post what is due in the wallet of `org_id`, and count an attempt for the messages about to be applied.
 
-    Nothing is applied before that is committed, so a message that ends its worker has left a trace.
+    This is committed before any is applied, so a message that ends its worker leaves a trace.
     """
     work = _load_one(connection, org_id, patience_s)
     if isinstance(work, Applied):
@@ -323,7 +322,7 @@ def _written(done: Sequence[_CaughtUp]) -> int:
 def _catch_up(connection: Connection, org_ids: Sequence[str], _: float | None) -> list[_CaughtUp]:
     work = WorkingSet.load_due(connection, org_ids, LONG_PATIENCE_S)
     work.write_and_commit(connection)
-    # One answer for all of them: the first one's.
+    # The first result stands for all of them.
     unfinished = tuple(org_id for org_id, reason in work.reasons_to_wait.items() if reason == MUCH_DUE)
     return [_CaughtUp(len(work.events), unfinished), *[_CaughtUp(0, ())] * (len(org_ids) - 1)]
 
@@ -336,7 +335,7 @@ def _bury(engine: Engine, delivery: Delivery, error: Exception) -> DeadLettered:
 def _bury_waiting(connection: Connection, org_id: str, taken: Taken | None, error: Exception | None) -> Applied:
     """Make a dead letter of the message that was taken alone, or of the first one.
 
-    Without an error, it has ended the workers that applied it, and is not read.
+    Without an error, the message has ended its workers, and is not parsed.
     """
     connection.execute(BEGIN)
     if taken is None and (taken := waiting.take(connection, org_id, 1)) is None:

@@ -1,8 +1,8 @@
-"""The tables, as SQLAlchemy Core sees them; `migrations/` creates them, and a test holds the two together.
+"""The tables, for SQLAlchemy Core. `migrations/` creates them, and a test compares the two.
 
-Every CHECK restates a rule of the ledger, so that the database too refuses a row which the rules could not have made.
-Every key begins with `org_id`, so that the tables can be distributed by it; only dead letters, which may name no
-organization, have a number of their own.
+Every CHECK restates a rule of the ledger, so the database, too, refuses a row that the rules cannot make. Every key
+begins with `org_id`, so the tables can be distributed by it. Only dead letters, which may name no organization, have a
+number of their own.
 """
 
 from typing import Any, assert_never, get_args
@@ -53,13 +53,13 @@ Timestamp = TIMESTAMP(timezone=True)
 
 
 def _ids(*columns: str) -> str:
-    # Not one pattern with a bound: for that PostgreSQL takes 25 times as long, on every row that is written.
+    # Not one pattern with a bound, for which PostgreSQL takes 25 times as long, on every row that is written.
     return " AND ".join(
         f"length({column}) BETWEEN 1 AND {MAX_ID_LENGTH} AND {column} !~ '[^{ID_CHARACTERS}]'" for column in columns
     )
 
 
-# What the balances of a wallet satisfy, in the table of wallets and after every event.
+# The bounds of a wallet's balances, in the table of wallets and after every event.
 _BALANCE_RULES = {
     "balance_upper_bound": f"prepaid_balance{{0}} + subscription_balance{{0}} <= {MAX_CREDITS}",
     "available_lower_bound": f"prepaid_balance{{0}} - reserved{{0}} >= -{MAX_CREDITS}",
@@ -93,7 +93,7 @@ wallets = Table(
     _check("wallets_config_version", f"config_version BETWEEN 0 AND {MAX_CREDITS}"),
     _check("wallets_subscription", "(subscription_id IS NULL) = (next_period_at IS NULL)"),
     _check("wallets_next_hold_expiry", "reserved = 0 OR next_hold_expiry IS NOT NULL"),
-    # What time alone does is found through these two.
+    # The scheduler finds due wallets by these two.
     Index("wallets_due_periods", "next_period_at", "org_id", postgresql_where=text("next_period_at IS NOT NULL")),
     Index(
         "wallets_due_holds",
@@ -209,7 +209,7 @@ credit_events = Table(
     _column("period_usage_after", BigInteger),
     _column("idempotency_key", Text),
     _column("metadata", JSONB),
-    # With what filters ask for, so that they read no event that they leave out.
+    # Includes the columns of the filters, so that they read matching events only.
     PrimaryKeyConstraint("org_id", "seq", name="credit_events_pkey", postgresql_include=["event_type", "project_id"]),
     UniqueConstraint("org_id", "idempotency_key", name="credit_events_idempotency_key"),
     *(_check(f"credit_events_{name}", rule.format("_after")) for name, rule in _BALANCE_RULES.items()),
@@ -237,7 +237,7 @@ dead_letters = Table(
     _column("task", Text),
     _optional("org_id", Text),
     _column("body", LargeBinary),
-    _column("body_sha256", LargeBinary),  # of the arguments in it, if it has any: see `dead_letters.record`
+    _column("body_sha256", LargeBinary),  # of its arguments, if it has any: see `dead_letters.record`
     _column("error_code", Text),
     _column("error", Text),
     _optional("traceback", Text),
@@ -256,7 +256,7 @@ dead_letters = Table(
         "CASE WHEN status = 'open' THEN resolved_at IS NULL AND resolved_by IS NULL AND resolution IS NULL"
         " ELSE resolved_at IS NOT NULL AND resolved_by IS NOT NULL AND resolution IS NOT NULL END",
     ),
-    # The same message that fails again is the same dead letter, as long as nobody has dealt with it.
+    # A message that fails again is another attempt of its open dead letter.
     Index(
         "dead_letters_open_message",
         "task",

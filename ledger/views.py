@@ -1,4 +1,4 @@
-"""What there is now: an organization's wallet, its workflows and its open reservations. Only reads."""
+"""The current state: an organization's wallet, its workflows and its open reservations. Only reads."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -9,7 +9,7 @@ from ledger.periods import period_start
 from ledger.state import WorkflowState
 from ledger.tables import credit_events, posted_messages, subscriptions, wallets, workflows
 
-# The event that a workflow's reservation is.
+# Joins a workflow with the event of its reservation.
 STARTED = and_(
     credit_events.c.org_id == workflows.c.org_id,
     credit_events.c.idempotency_key == func.concat("start:", workflows.c.workflow_id),
@@ -18,7 +18,7 @@ STARTED = and_(
 
 @dataclass(frozen=True, slots=True)
 class WalletView:
-    """An organization's wallet, as it was written last: what is due but not yet posted is not in it."""
+    """An organization's wallet as last written: without what is due but not yet posted."""
 
     org_id: str
     balance: int = 0
@@ -50,7 +50,7 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class WorkflowView:
-    """What the ledger knows of one workflow, and its events, oldest first."""
+    """One workflow and its events, oldest first."""
 
     workflow_id: str
     state: WorkflowState
@@ -105,7 +105,7 @@ def open_reservations(
 ) -> list[Reservation]:
     """The open reservations, oldest first, of one organization or of all: `limit` after the `offset` oldest.
 
-    One that has expired is among them until the next message for its wallet, or the beat, releases it.
+    An expired one is included until the next message for its wallet, or the beat, releases it.
     """
     query = (
         select(workflows, credit_events.c.created_at)
@@ -134,7 +134,7 @@ def open_reservations(
 
 
 def reservations_held(connection: Connection, org_id: str) -> tuple[int, int]:
-    """How many open reservations `org_id` has, and the credits that they hold together."""
+    """The number of open reservations of `org_id`, and the sum of their credits."""
     held = select(func.count(), func.coalesce(func.sum(workflows.c.start_credits), 0))
     row = connection.execute(held.where(workflows.c.org_id == org_id, workflows.c.state == "reserved")).one()
     return row[0], int(row[1])
@@ -164,7 +164,7 @@ def workflow(connection: Connection, org_id: str, workflow_id: str) -> WorkflowV
 
 
 def _refund_keys(connection: Connection, org_id: str, workflow_id: str) -> list[str]:
-    """The idempotency keys of a workflow's refunds: which they are, their messages say and not their metadata."""
+    """The idempotency keys of a workflow's refunds, from their messages: senders can write the events' metadata."""
     columns = posted_messages.c
     refunds = select(func.concat("refund:", columns.message_id)).where(
         columns.org_id == org_id,

@@ -1,11 +1,11 @@
-"""Messages that wait for their organization, so that nobody else has to.
+"""Messages that wait for their organization, so that no other organization has to.
 
-A message that cannot be applied now (somebody has locked the wallet, PostgreSQL takes too long over it) is kept in the
-table `waiting_messages` and acknowledged. While an organization has messages there, its later ones go behind them, so
+A message that cannot be applied now, because its wallet is locked or PostgreSQL takes too long, is kept in the table
+`waiting_messages` and acknowledged. While an organization has messages there, its later ones are put behind them. So
 they are applied in the order of their arrival. `store.apply_waiting` applies them.
 
-Before a message is applied it is noted that this is attempted, and afterwards that the worker is still there. One that
-has ended `SUSPECT` workers is taken alone; one that has ended `DELIVERY_LIMIT` is applied no more.
+An attempt is counted before a message is applied, and taken back if the worker is still there afterwards. A message
+that has ended `SUSPECT` workers is taken alone; one that has ended `DELIVERY_LIMIT` workers is not applied again.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ MAX_NAMED = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Waits:
-    """What became of a message that waits for its organization. It is kept, and may be acknowledged."""
+    """The result of a message that waits for its organization. It is kept, and may be acknowledged."""
 
     org_id: str
     """`NOBODY`, if the message names none."""
@@ -48,14 +48,14 @@ class Waits:
 
 
 class WaitingMessage(NamedTuple):
-    """A message that waits: a row of `waiting_messages`, but for what the database adds."""
+    """A message that waits: a row of `waiting_messages` without the columns that the database fills."""
 
     org_id: str
     task: str
     body: bytes
     """The message as received."""
     answer_to: str | None
-    """Who wants its answer; only the sender's side knows what that means."""
+    """Where to send the answer; opaque to the ledger."""
     error_code: ErrorCode | None
     error: str | None
     """Why it will be a dead letter, if that is known already."""
@@ -64,7 +64,7 @@ class WaitingMessage(NamedTuple):
 
 
 class NumberedMessage(NamedTuple):
-    """A message that waits, with its place."""
+    """A message that waits, with its number."""
 
     number: int
     task: str
@@ -79,7 +79,7 @@ class Taken(NamedTuple):
 
     numbers: list[int]
     attempts: int
-    """How often that was attempted with the first of them and has ended its worker, and this time."""
+    """The attempts counted for the first of them, this one included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class WaitingOrganization:
     since: datetime
     """Since when its first message waits."""
     messages: int | None = None
-    """How many of them wait, if that was counted."""
+    """How many messages wait, if that was counted."""
 
 
 _KEEP = """
@@ -112,7 +112,7 @@ _READ = """
 """
 _REMOVE = "DELETE FROM waiting_messages WHERE org_id = %b AND number = ANY(%b::bigint[])"
 
-# From one organization to the next in the index, however many messages each of them has.
+# Goes from one organization to the next in the index, however many messages each of them has.
 _ORGANIZATIONS = text("""
     WITH RECURSIVE organizations (org_id) AS (
         (SELECT org_id FROM waiting_messages ORDER BY org_id LIMIT 1)
@@ -132,15 +132,15 @@ _COUNT = text("SELECT org_id, count(*) FROM waiting_messages WHERE org_id = ANY(
 
 
 def keep(connection: psycopg.Connection[Any], messages: Sequence[WaitingMessage]) -> None:
-    """Have `messages` wait, in this order, in the transaction of `connection`."""
+    """Keep `messages`, in this order, in the transaction of `connection`."""
     connection.execute(_KEEP, [list(column) for column in zip(*messages, strict=True)])
 
 
 def take(connection: psycopg.Connection[Any], org_id: str, limit: int) -> Taken | None:
-    """Note, in the transaction of `connection`, that the first messages of `org_id` are about to be applied.
+    """Take the first messages of `org_id`, at most `limit`: count an attempt, in the transaction of `connection`.
 
-    At most `limit` of them; one that is suspected of ending its worker is taken alone. None: no message waits. Whoever
-    holds the lock of the wallet may do it.
+    A message that is suspected of ending its worker is taken alone. None: no message waits. The caller must hold the
+    lock of the wallet, if there is one.
     """
     found = connection.execute(_FIRST, [org_id, limit]).fetchall()
     if not found:
@@ -154,12 +154,12 @@ def take(connection: psycopg.Connection[Any], org_id: str, limit: int) -> Taken 
 
 
 def give_back(connection: psycopg.Connection[Any], org_id: str, taken: Taken) -> None:
-    """The messages were not applied, and the worker goes on: as if they had not been taken."""
+    """Take back the attempt: the messages were not applied, and the worker goes on."""
     connection.execute(_COUNT_ATTEMPT, [-1, org_id, arrays.bigint(taken.numbers)])
 
 
 def read(connection: psycopg.Connection[Any], org_id: str, taken: Taken) -> list[NumberedMessage]:
-    """The messages that were taken, in order. Raises SerializationFailure if somebody else has applied some of them."""
+    """The messages that were taken, in order. Raises SerializationFailure if another worker has applied some."""
     cursor = connection.cursor(row_factory=args_row(NumberedMessage), binary=True)
     messages = cursor.execute(_READ, [org_id, arrays.bigint(taken.numbers)]).fetchall()
     if len(messages) != len(taken.numbers):
@@ -168,15 +168,15 @@ def read(connection: psycopg.Connection[Any], org_id: str, taken: Taken) -> list
 
 
 def remove(connection: psycopg.Connection[Any], org_id: str, taken: Taken) -> None:
-    """Have these messages of `org_id` wait no more, in the transaction of `connection`.
+    """Delete the messages that were taken, in the transaction of `connection`.
 
-    Raises SerializationFailure if somebody else has done that already, as without a wallet they can.
+    Raises SerializationFailure if another worker has deleted some: without a wallet, no lock prevents that.
     """
     if connection.execute(_REMOVE, [org_id, arrays.bigint(taken.numbers)]).rowcount != len(taken.numbers):
         raise SerializationFailure(_APPLIED)
 
 
-_APPLIED = "somebody else has applied these messages"
+_APPLIED = "another worker has applied these messages"
 
 
 def organizations(connection: Connection, *, most: int = MAX_NAMED) -> list[WaitingOrganization]:
@@ -185,7 +185,7 @@ def organizations(connection: Connection, *, most: int = MAX_NAMED) -> list[Wait
 
 
 def counted(connection: Connection, found: Sequence[WaitingOrganization]) -> list[WaitingOrganization]:
-    """The same, with the number of messages of each, which takes a look at all of them."""
+    """The same organizations with the number of messages of each. Reads all of these messages."""
     rows = connection.execute(_COUNT, {"org_ids": [organization.org_id for organization in found]})
     number: dict[str, int] = {org_id: messages for org_id, messages in rows}  # noqa: C416 # rows are no tuples to mypy
     return [replace(organization, messages=number.get(organization.org_id, 0)) for organization in found]

@@ -1,7 +1,7 @@
 """What one transaction locks, loads, decides and writes, set by set.
 
-The number of statements does not depend on the number of messages: they travel in two round trips, one to load and one
-to write.
+The number of statements does not depend on the number of messages. They take two round trips: one to load, one to
+write.
 """
 
 import time
@@ -20,7 +20,7 @@ from ledger.statements import Connection, by_key, column_names, find, insert, lo
 from ledger.waiting import BEHIND, BEING_CREATED, LOCKED, MUCH_DUE, RECORD_LOCKED, Waits
 
 MOST_DUE = 1_000
-"""The most events that one transaction writes for what is due; some more, if periods begin. The rest comes after it."""
+"""The most events that one transaction writes for what is due; some more if periods begin. The rest comes later."""
 
 PATIENCE_S = 1.0
 """How long a batch waits for one statement before it looks for the culprit."""
@@ -29,20 +29,20 @@ SHORT_PATIENCE_S = 0.25
 """The same while it looks for one culprit."""
 
 SHORTEST_PATIENCE_S = 0.05
-"""How long a statement may take while one culprit of many is looked for: others wait behind them."""
+"""The same while it looks for one of many culprits, as the other organizations wait meanwhile."""
 
 LONG_PATIENCE_S = 10.0
-"""How long one statement may take where nobody else waits for it."""
+"""How long one statement may take when nothing else waits for it."""
 
 SECOND_LOOK_S = 0.1
-"""How long after a wallet was found locked it is looked at again: another worker has it for less than that."""
+"""How long to wait before a locked wallet is tried again: another worker holds it for less than that."""
 
 Decided = Result | InvalidMessage | Refusal | Waits
-"""What becomes of a message."""
+"""What was decided about a message."""
 
 
 class _Named:
-    """What messages name, by its keys."""
+    """The keys of the records that messages name."""
 
     def __init__(self, messages: Iterable[AnyMessage]) -> None:
         self.workflows: set[tuple[str, str]] = set()
@@ -58,12 +58,12 @@ class _Named:
 
 
 class WorkingSet:
-    """What one transaction has locked and loaded, and what it is going to write."""
+    """The records that one transaction has locked and loaded, and those that it will write."""
 
     def __init__(self, locked: Iterable[Wallet], database_now: datetime) -> None:
         clocks.check(database_now)
         self.wallets = {wallet.org_id: wallet for wallet in locked}
-        # The database's clock, but never before what the wallet has already seen.
+        # The database's clock, but never before the wallet's last event.
         self.now = {
             org_id: max(database_now, wallet.last_event_at or database_now) for org_id, wallet in self.wallets.items()
         }
@@ -89,11 +89,10 @@ class WorkingSet:
         patience_s: float | None,
         looked_twice: bool = False,
     ) -> "WorkingSet":
-        """Lock the wallets of `messages`, load all that deciding them needs, and post what is due.
+        """Lock the wallets of `messages`, load the records that they name, and post what is due.
 
-        An organization that has to wait is in `reasons_to_wait`: it is one of those `known_to_wait`, with their
-        reasons, or messages of it wait already. With `patience_s`, what somebody else has locked is not waited for, and
-        its organization has to wait, too.
+        An organization that has to wait is in `reasons_to_wait`: it is in `known_to_wait`, with its reason, or messages
+        of it wait already. With `patience_s`, nothing waits for locked records; their organizations have to wait, too.
         """
         again = partial(cls.load, connection, messages, patience_s=patience_s)
         named_ids = {message.org_id for message in messages}
@@ -113,7 +112,7 @@ class WorkingSet:
         work = cls(locked.fetchall(), now)
         if missing := [org_id for org_id in org_ids if org_id not in work.wallets]:
             there = {org_id for (org_id,) in connection.execute(_THERE, [arrays.text(missing)])}
-            # Those that are not there will be; one that is there by now was just created by somebody else.
+            # A wallet that was missing but exists now is locked, or somebody else has just created it.
             connection.execute("ROLLBACK")
             unknown = sorted(set(missing) - there)
             if carefully and there and not looked_twice:
@@ -140,7 +139,7 @@ class WorkingSet:
 
     @classmethod
     def load_due(cls, connection: Connection, org_ids: Sequence[str], patience_s: float) -> "WorkingSet":
-        """Lock those of the wallets `org_ids` that nobody else holds, and post what is due in them."""
+        """Lock the wallets of `org_ids` that nobody else has locked, and post what is due in them."""
         with connection.pipeline():
             connection.execute(BEGIN)
             locked = select(connection, Wallet, _LOCK_WALLETS_THAT_CAN_BE, [arrays.text(sorted(org_ids))])
@@ -155,7 +154,7 @@ class WorkingSet:
         return work
 
     def with_locked_records(self, connection: Connection) -> set[str]:
-        """The organizations of which somebody else has locked a workflow or a subscription that is loaded."""
+        """The organizations with a loaded workflow or subscription that somebody else has locked."""
         stuck: set[str] = set()
         for loaded, lock in (
             (self._loaded_workflows, _LOCK_WORKFLOWS_THAT_CAN_BE),
@@ -168,7 +167,7 @@ class WorkingSet:
 
     @staticmethod
     def create(connection: Connection, org_ids: Collection[str]) -> None:
-        """Create wallets, in a transaction of its own: to do so while holding others would invite deadlocks."""
+        """Create wallets in a transaction of its own: creating them while holding others could deadlock."""
         if not org_ids:
             return
         with connection.pipeline():
@@ -178,7 +177,7 @@ class WorkingSet:
 
     @classmethod
     def can_create(cls, connection: Connection, org_id: str) -> bool:
-        """Create a wallet, unless somebody else is about to create it and takes time over that."""
+        """Create a wallet. False: somebody else is creating it, and takes too long."""
         connection.execute(BEGIN)
         connection.execute(_clock(SHORT_PATIENCE_S))
         try:
@@ -190,7 +189,7 @@ class WorkingSet:
         return True
 
     def load_named(self, connection: Connection, messages: Sequence[AnyMessage]) -> None:
-        """Load what deciding `messages` needs besides their wallets, which are locked."""
+        """Load the records that `messages` name, besides their wallets, which are locked."""
         named = _Named(messages)
         with connection.pipeline():
             workflows = find(connection, Workflow, _WORKFLOWS, named.workflows)
@@ -204,7 +203,7 @@ class WorkingSet:
         posted: Iterable[PostedMessage] = (),
         subscriptions: Iterable[Subscription] = (),
     ) -> None:
-        # What is known already may have changed in this transaction.
+        # A record that was loaded before may have changed in this transaction.
         new_workflows = {
             key: workflow
             for workflow in workflows
@@ -222,7 +221,7 @@ class WorkingSet:
         self.subscriptions |= new_subscriptions
 
     def _post_due(self, connection: Connection, named_subscriptions: set[tuple[str, str]]) -> None:
-        """Do what time alone does, before any message; load the subscriptions that this or a message needs."""
+        """Post what is due, before any message. Load the subscriptions that this or a message needs."""
         due = [wallet for wallet in self.wallets.values() if wallet.is_due(self.now[wallet.org_id])]
         if not due and not named_subscriptions:
             return
@@ -237,7 +236,7 @@ class WorkingSet:
         self._keep_loaded(expired, subscriptions=subscriptions())
         for wallet in due:
             self._begin_due_periods(wallet)
-        # Periods first: a wallet in which more of them are due keeps its holds for another time.
+        # Periods first: while more of them are due, a wallet's reservations are released in a later transaction.
         overdue = {org_id for org_id, wallet in self.wallets.items() if self._period_is_due(wallet)}
         for workflow in expired:
             if workflow.org_id not in overdue:
@@ -268,7 +267,7 @@ class WorkingSet:
         self._keep(wallet, (event,), workflow=workflow)
 
     def decide(self, messages: Sequence[AnyMessage | InvalidMessage]) -> list[Decided]:
-        """What becomes of `messages`, in order: those that have to wait change nothing."""
+        """Decide `messages` in order. Those that have to wait change nothing."""
         if not self.reasons_to_wait:  # as nearly always
             return [message if isinstance(message, InvalidMessage) else self.apply(message) for message in messages]
         return [self._decide(message) for message in messages]
@@ -280,7 +279,7 @@ class WorkingSet:
         return message if isinstance(message, InvalidMessage) else self.apply(message)
 
     def apply(self, message: AnyMessage) -> Result | Refusal:
-        """Decide `message` on the state that the messages before it have left."""
+        """Decide `message` on the state after the messages before it."""
         org_id, key = message.org_id, message.workflow_key
         subscription_key = message.subscription_key
         decision = rules.decide(
@@ -327,10 +326,10 @@ class WorkingSet:
 
     def write_and_commit(self, connection: Connection) -> None:
         """Write everything that changed, set by set, and commit."""
-        # COMMIT is a statement like any other: psycopg's own `commit()` waits for the answers before it has sent all of
-        # it, so once the sockets' buffers are full it waits forever.
+        # Not psycopg's own `commit()`: it waits for the answers before it has sent everything, so once the sockets'
+        # buffers are full it waits forever.
         with connection.pipeline():
-            # PostgreSQL begins while the rest is being put together, so what is put together last is the largest.
+            # PostgreSQL begins while the rest is being encoded, so the largest set comes last.
             for write, rows in (
                 (_INSERT_WORKFLOWS, _new(self.workflows, self._loaded_workflows)),
                 (_UPDATE_WORKFLOWS, _changed(self.workflows, self._loaded_workflows)),
@@ -360,8 +359,8 @@ def _changed(records: Mapping[Any, Any], loaded: Mapping[Any, Any]) -> list[Any]
 
 
 def _clock(statement_timeout_s: float) -> str:
-    # Rows are looked up by their keys, one after the other; the planner takes that for dearer than it is, and would
-    # rather read all of a table of some hundred thousand rows.
+    # Rows are looked up by their keys. The planner overestimates the cost of that, and would rather read all of a table
+    # of some hundred thousand rows.
     settings = {
         "lock_timeout": f"{min(LOCK_TIMEOUT_S, statement_timeout_s / 2)}s",
         "statement_timeout": f"{statement_timeout_s}s",
@@ -372,9 +371,9 @@ def _clock(statement_timeout_s: float) -> str:
     return f"SELECT clock_timestamp(), EXISTS (SELECT FROM waiting_messages), {', '.join(local)}"
 
 
-# Whatever the server's default: what is read once a lock is held is current.
+# Whatever the server's default: a row that is read under a lock must be current.
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
-# The clock is read once the locks are held, and whether anybody waits at all; the settings are for what follows.
+# Sent once the locks are held: the time, whether any message waits, and settings for the statements that follow.
 _CLOCK = _clock(PATIENCE_S)
 _LOCK_WALLETS = f"SELECT {column_names(Wallet)} FROM wallets WHERE org_id = ANY(%b::text[]) ORDER BY org_id FOR UPDATE"
 _LOCK_WALLETS_THAT_CAN_BE = f"{_LOCK_WALLETS} SKIP LOCKED"
@@ -384,7 +383,7 @@ _CREATE_WALLETS = insert(tables.wallets, Wallet, "ON CONFLICT DO NOTHING")
 _WORKFLOWS = by_key(tables.workflows, Workflow)
 _POSTED = by_key(tables.posted_messages, PostedMessage)
 _SUBSCRIPTIONS = by_key(tables.subscriptions, Subscription)
-# OFFSET 0 keeps this from becoming a join, which would read everybody's open holds.
+# OFFSET 0 keeps this from becoming a join, which would read every organization's open reservations.
 _EXPIRED_HOLDS = f"""
     SELECT expired.* FROM unnest(%b::text[], %b::timestamptz[]) AS due (org_id, now) CROSS JOIN LATERAL (
         SELECT {column_names(Workflow)} FROM workflows

@@ -1,7 +1,7 @@
-"""Where the answers go that callers wait for: to Celery's result backend, as Celery's own workers store them.
+"""Stores the answers that callers wait for in Celery's result backend, as Celery's own workers do.
 
-Guarantee: no message waits for this. When answers cannot be stored, none is for `PAUSE_S`: whoever waits asks again,
-which is safe.
+Guarantee: no message waits for this. After a failure, no answer is stored for `PAUSE_S`. A caller without an answer
+sends its message again, which is safe.
 """
 
 import json
@@ -22,10 +22,10 @@ from worker.tasks import as_value
 logger = logging.getLogger(__name__)
 
 PAUSE_S = 10
-"""How long no answers are stored after that has failed."""
+"""How long no answers are stored after a failure."""
 
 Answer = Result | DeadLettered | RunEnded
-"""What became of a message, or of a run of the scheduler."""
+"""The result of a message, or of a run of the scheduler."""
 
 
 class Answers:
@@ -49,11 +49,11 @@ class Answers:
                     pipe.publish(key, stored)
                 pipe.execute()
         except (RedisError, OSError) as error:
-            logger.warning("Answers cannot be stored, none is for %d s: %s", PAUSE_S, error)
+            logger.warning("Answers cannot be stored; next try in %d s: %s", PAUSE_S, error)
             self._again_at = time.monotonic() + PAUSE_S
 
     def server_time(self) -> float | None:
-        """What time it is where answers are stored, in seconds since 1970; None: that is not known."""
+        """The time of the result store, in seconds since 1970, or None if it is not known."""
         with suppress(RedisError, OSError, AttributeError):
             seconds, microseconds = self._app.backend.client.time()
             return int(seconds) + int(microseconds) / 1e6
@@ -61,12 +61,12 @@ class Answers:
 
 
 def tell_dead_letter(answer: DeadLettered) -> None:
-    """Tell of it in the log."""
+    """Log a dead letter."""
     logger.warning("Dead letter %d, %s: %s", answer.letter_id, answer.code, answer.error)
 
 
 def value_of(answer: Answer) -> Any:
-    """What a caller is given: the result as a JSON object, the number of events of a run, or the exception."""
+    """The value for the caller: the result as a JSON object, the number of events of a run, or the exception."""
     return answer.events if isinstance(answer, RunEnded) else as_value(answer)
 
 

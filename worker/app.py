@@ -32,13 +32,13 @@ from worker.transport import Channel
 logger = logging.getLogger(__name__)
 
 DATABASE_PATIENCE_S, PATIENCE_S = 6.0, 9.0
-"""How long a worker that was told to stop waits for the database, and for everything."""
+"""How long a worker that is told to stop waits for the database, and in all."""
 
 BEAT_INTERVAL_S = 60.0
 
 
 def create_app(settings: Settings) -> Celery:
-    """The app for these settings, which name a database and a broker. Connects to nothing yet."""
+    """Create the app. The settings must name a database and a broker. Connects to nothing yet."""
     assert settings.database_url is not None
     assert settings.broker_url is not None
     app = create_celery("holdfast", settings.broker_url, settings.result_store_url)
@@ -46,28 +46,28 @@ def create_app(settings: Settings) -> Celery:
         task_queues=queues(settings.broker_url),
         # What Celery would drop becomes a dead letter too.
         worker_consumer="worker.consumer:Consumer",
-        # One process is one database connection; more throughput is more workers.
+        # One process is one database connection; more workers give more throughput.
         worker_pool="solo",
         worker_concurrency=1,
         # One batch in hand, and the next.
         worker_prefetch_multiplier=2 * MOST_MESSAGES,
-        # Only a caller that asks has its result stored, and for an hour.
+        # Results are stored only for callers that ask, for an hour.
         task_ignore_result=True,
         result_expires=3600,
-        # Whoever waits for an answer asks again; the ledger does not wait for a place to put it.
+        # The ledger does not wait for the result store: a caller without an answer sends its message again.
         redis_socket_timeout=1.0,
         redis_socket_connect_timeout=1.0,
-        # The broker may be late or go away, or close the channel of a worker that has waited too long for the database:
-        # the worker, or the beat, tries again.
+        # Worker and beat try again if the broker is late or gone, or closes the channel of a worker that has waited too
+        # long for the database.
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_channel_error_retry=True,
-        # RabbitMQ and a worker notice within three quarters of a minute that the other one is silent, or gone.
+        # RabbitMQ and a worker notice within 45 seconds that the other one is silent or gone.
         broker_heartbeat=20,
         worker_cancel_long_running_tasks_on_connection_loss=False,
-        # Nothing about time is kept between two runs of the beat: whatever is due is found in the database.
+        # The beat keeps no state between two runs: what is due is found in the database.
         beat_scheduler="celery.beat:Scheduler",
-        # By the wall clock, the beat would stand still for as long as somebody sets that back.
+        # With the wall clock, the beat would pause for as long as that clock is set back.
         beat_schedule={
             name: {"task": name, "schedule": schedule(BEAT_INTERVAL_S, nowfun=_monotonic_now)}
             for name in SCHEDULER_TASKS
@@ -91,13 +91,13 @@ def create_app(settings: Settings) -> Celery:
     worker_init.connect(lambda **_: _refuse_unsuitable(app.ledger_engine), weak=False)
     if (address := settings.metrics_address) is not None:
         worker_init.connect(lambda **_: _serve_metrics(address), weak=False)
-    # Loads its modules now: a signal during a later import would leave half a module, and an error at the end.
+    # Imports its modules now: a signal during a later import would leave half a module, and an error at exit.
     assert app.backend is not None
     return app
 
 
 def _monotonic_now() -> datetime:
-    """A time from which intervals are measured, and nothing else: it begins anywhere, and nobody can set it."""
+    """A time for measuring intervals only: its origin is arbitrary, and nobody can set it."""
     return datetime.fromtimestamp(time.monotonic(), UTC)
 
 
@@ -117,17 +117,17 @@ def _refuse_unsuitable(engine: Engine) -> None:
 
 def _fail(error: Exception) -> NoReturn:
     print(f"holdfast: {error}", file=sys.stderr)
-    raise SystemExit(2) from None  # an Exception would end only in Celery's log
+    raise SystemExit(2) from None  # Celery would only log an Exception
 
 
 def _say_that_all_is_well(sender: Any, **_: object) -> None:
-    """What our own modules say at level INFO is few lines: it is said at Celery's level, WARNING, too."""
+    """Log the few INFO lines of our own modules also at Celery's default level, WARNING."""
     if sender.loglevel <= logging.WARNING:
         logging.getLogger(__package__).setLevel(min(sender.loglevel, logging.INFO))
 
 
 def _end_in_time(engine: Engine) -> None:
-    """End within ten seconds, whatever is stuck. What is not given back by then, the broker takes back itself."""
+    """End within ten seconds, whatever is stuck. The broker takes back messages that are not given back by then."""
     for after_s, act in ((DATABASE_PATIENCE_S, partial(abandon, engine)), (PATIENCE_S, partial(os._exit, 0))):
         timer = Timer(after_s, act)
         timer.daemon = True
@@ -135,30 +135,30 @@ def _end_in_time(engine: Engine) -> None:
 
 
 def _confirm_publishing(app: Celery) -> None:
-    """What RabbitMQ did not take raises, instead of being lost.
+    """Raise an error for a message that RabbitMQ did not take, instead of losing it.
 
-    In the beat alone: all that a worker publishes may be lost, and it must not wait for a confirmation while RabbitMQ
-    has no room, as it is the worker that makes room.
+    In the beat only. All that a worker publishes may be lost, and it must not wait for a confirmation while RabbitMQ is
+    full: the worker is what makes room.
     """
     app.conf.broker_transport_options = {**app.conf.broker_transport_options, "confirm_publish": True}
 
 
 def _end_if_unsupported(sender: Any, **_: object) -> None:
-    """End the beat, once its broker is there, if that can never be the broker."""
+    """End the beat if its broker is there and can never be used."""
     try:
         channel = sender.scheduler.producer.channel
         if isinstance(channel, Channel):
             channel.check_server()
     except UnsupportedServerError as error:
         _fail(error)
-    except BROKER_ERRORS as error:  # such as a login that is refused; it is tried again whenever something is due
+    except BROKER_ERRORS as error:  # such as a refused login; the beat tries again with its next run
         logger.warning("Cannot send to %s, trying again: %s", masked(sender.app.conf.broker_url), reason(error))
 
 
 def _end_when_told(**_: object) -> None:
-    """Have the beat end at once when it is told to; it keeps nothing, and what is half sent the broker drops.
+    """End the beat at once on a signal. It keeps no state, and the broker drops a half-sent message.
 
-    Celery's handler closes the connection under whoever reads from it, so that its SystemExit may get lost.
+    Celery's handler closes the connection while it is being read, so its SystemExit may get lost.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(0))

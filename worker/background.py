@@ -1,12 +1,12 @@
-"""What must not hold up the batches: messages that wait for their organization, and the runs of the scheduler.
+"""Work that must not delay the batches: messages that wait for their organization, and the runs of the scheduler.
 
-Two threads of the worker, each with a database connection of its own. One looks twice a second for organizations whose
-messages wait (see `ledger.waiting`), applies them as soon as that is possible, and tells of those that wait on. The
-other one is patient: it takes the organizations for which PostgreSQL has taken too long, and does the runs of the
+Two threads of the worker do it, each with a database connection of its own. One checks twice a second for organizations
+whose messages wait (see `ledger.waiting`). It applies them as soon as possible, and reports those that keep waiting.
+The other one is patient: it takes the organizations for which PostgreSQL has taken too long, and does the runs of the
 scheduler, step by step.
 
-Guarantee: what waits is committed, so nothing is lost with these threads; whichever worker comes first goes on with it.
-A run that has not ended is lost with its worker, and changes nothing: the next one does the same.
+Guarantee: a message that waits is committed, so nothing is lost with these threads, and any worker continues with it. A
+run that has not ended is lost with its worker, without harm: the next one does the same.
 """
 
 import logging
@@ -33,32 +33,32 @@ logger = logging.getLogger(__name__)
 LOOK_EVERY_S = 0.5
 
 SLICE_S = 0.25
-"""How long one organization, or a run of the scheduler, is gone on with before the others have their turn."""
+"""How long to work for one organization, or on a run of the scheduler, before the others have their turn."""
 
 LOOK_S = 1.0
-"""After how long a look at those that are in no trouble ends, so that the next one begins with the locked wallets."""
+"""After this long, a round over the organizations ends, and the next one begins with the locked wallets again."""
 
 MOST_MESSAGES = 500
-"""How many waiting messages one transaction applies at most."""
+"""The most waiting messages that one transaction applies."""
 
 FIRST_DELAY_S, LONGEST_DELAY_S, LONGEST_PATIENT_DELAY_S = 0.5, 1.0, 30.0
 """How long an organization is left alone after a failure: twice as long each time."""
 
 TOLD_AFTER_S = 2.0
-"""From when on the log tells of an organization that waits."""
+"""After how long the log names an organization that waits."""
 
 MOST_NAMED = 10
-"""How many organizations one line of the log names."""
+"""The most organizations that one line of the log names."""
 
 THIRD_CLOCK_EVERY_S = 60.0
-"""How often the third clock is asked."""
+"""How often the third clock is read."""
 
 END_WITHIN_S = 0.5
-"""How long a worker that ends waits for this. What is broken off is rolled back, and done by another one."""
+"""How long a worker that ends waits for its threads. Unfinished work is rolled back, and another worker does it."""
 
 
 class _Pace:
-    """With how many messages of one organization a thread tries it, and when again."""
+    """How many messages of one organization a thread tries at once, and when it tries again."""
 
     def __init__(self, longest_delay_s: float) -> None:
         self.limit = MOST_MESSAGES
@@ -80,26 +80,26 @@ class _Pace:
 
 
 class _Attempts:
-    """How it went with the waiting messages of one organization."""
+    """The attempts to apply the waiting messages of one organization."""
 
     def __init__(self) -> None:
         self.in_hand = Lock()
         """Held by the thread that applies them."""
         self.pace, self.patient_pace = _Pace(LONGEST_DELAY_S), _Pace(LONGEST_PATIENT_DELAY_S)
         self.is_slow = False
-        """Whether PostgreSQL took too long over them last."""
+        """Whether PostgreSQL took too long in the last attempt."""
         self.is_locked = False
         self.reason: str | None = None
         self.served_at = 0.0
 
     @property
     def turn(self) -> tuple[bool, bool, float]:
-        """By this they are sorted: who costs least comes first."""
+        """The sort key: the organization that costs least comes first."""
         return not self.is_locked, self.is_slow, self.served_at
 
 
 class Background:
-    """The threads. What they cannot do now they try again, until `stop`."""
+    """The threads. They retry what fails, until `stop`."""
 
     def __init__(self, engine: Engine, answers: Answers, outage: Outage) -> None:
         self._engine = engine
@@ -113,7 +113,7 @@ class Background:
         self._third_clock_at = 0.0
         self._attempts: dict[str, _Attempts] = {}
         self._known_to_wait: dict[str, float] = {}
-        """Who waits, and when that became known."""
+        """The organizations that wait, and when that became known."""
         self._seen_at: dict[str, float] = {}
         self._told: set[str] = set()
         self._threads = [
@@ -122,13 +122,13 @@ class Background:
         ]
 
     def start(self) -> None:
-        """Begin."""
+        """Start the threads."""
         self._ask_third_clock()
         for thread in self._threads:
             thread.start()
 
     def ask(self, run: Run) -> None:
-        """Do a run of the scheduler, soon. Returns at once."""
+        """Ask for a run of the scheduler. Returns at once."""
         self._asked.put(run)
 
     def known_to_wait(self) -> frozenset[str]:
@@ -136,11 +136,11 @@ class Background:
         return frozenset(self._known_to_wait.copy())
 
     def note(self, org_ids: Iterable[str]) -> None:
-        """Messages of these organizations have just been kept waiting."""
+        """Record that messages of these organizations have just been kept waiting."""
         self._known_to_wait.update(dict.fromkeys(org_ids, time.monotonic()))
 
     def stop(self) -> None:
-        """Begin nothing more, and wait a moment for what is under way."""
+        """Begin no further work, and wait for the threads, at most END_WITHIN_S."""
         self._stopped.set()
         until = time.monotonic() + END_WITHIN_S
         for thread in self._threads:
@@ -154,13 +154,13 @@ class Background:
             except Exception as error:
                 is_busy = False
                 if not is_transient(error):
-                    logger.exception("Unexpected, it is tried again")
+                    logger.exception("Unexpected error; trying again")
                 self._outage.failed(who, error)
             else:
                 self._outage.answered(who)
 
     def _look(self) -> bool:
-        """Do a little of all that can be done at once; returns whether there is more."""
+        """Apply some messages of every organization that waits. Returns whether there is more to do."""
         looked_at = time.monotonic()
         if looked_at >= self._third_clock_at:
             self._ask_third_clock()
@@ -169,20 +169,20 @@ class Background:
         self._know(organizations, looked_at)
         self._tell(organizations)
         attempts = {one.org_id: self._attempts.setdefault(one.org_id, _Attempts()) for one in organizations}
-        # To find a wallet locked still costs next to nothing.
+        # Trying a wallet that is still locked costs almost nothing.
         in_order = sorted(attempts, key=lambda org_id: attempts[org_id].turn)
         is_busy = False
         for org_id in in_order:
             if time.monotonic() > looked_at + LOOK_S:
                 return True
             one = attempts[org_id]
-            # Most of many that were put aside at once are in no trouble: they need not wait for those that are.
+            # Most of many organizations that were put aside at once have no fault: they must not wait for the others.
             patience_s = SHORTEST_PATIENCE_S if one.reason is None else SHORT_PATIENCE_S
             is_busy |= self._go_on_with(org_id, one, one.pace, patience_s)
         return is_busy
 
     def _look_patiently(self) -> bool:
-        """Do a little of all that may take its time; returns whether there is more."""
+        """Do some of the work that may take long. Returns whether there is more to do."""
         is_busy = False
         for org_id, attempts in self._attempts.copy().items():
             if attempts.is_slow:
@@ -201,7 +201,7 @@ class Background:
         self.note(now_waiting)
 
     def _go_on_with(self, org_id: str, attempts: _Attempts, pace: _Pace, patience_s: float) -> bool:
-        """Apply what waits, for a while; returns whether there may be more that can be applied."""
+        """Apply waiting messages for a while. Returns whether more of them may be applied now."""
         if not attempts.in_hand.acquire(blocking=False):
             return False
         try:
@@ -218,7 +218,7 @@ class Background:
                 applied = apply_waiting(self._engine, org_id, limit=pace.limit, patience_s=patience_s)
             except Exception as error:
                 if not is_transient(error):
-                    logger.exception("Unexpected, the organization %s waits", org_id)
+                    logger.exception("Unexpected error; the organization %s waits", org_id)
                 elif not may_be_local(error):
                     raise
                 if pace is attempts.pace:
@@ -230,7 +230,7 @@ class Background:
             attempts.reason = applied.problem
             attempts.is_locked = applied.problem not in (None, MUCH_DUE)
             if attempts.is_locked:
-                pace.limit = 1  # taking them costs a write each
+                pace.limit = 1  # taking a message costs a write
                 return False
             pace.succeeded()
             attempts.is_slow &= pace is not attempts.pace
@@ -247,7 +247,7 @@ class Background:
         metrics.count_answers([(delivery.task, answer) for delivery, answer in applied.answers])
 
     def _go_on_with_run(self) -> bool:
-        """Do some steps of a run of the scheduler; returns whether there may be more."""
+        """Do some steps of a run of the scheduler. Returns whether there may be more."""
         for _ in _for_a_while(self._stopped.is_set):
             if self._run is None:
                 try:
@@ -268,7 +268,7 @@ class Background:
         return True
 
     def _tell(self, organizations: list[WaitingOrganization]) -> None:
-        """Say in the log and in the metrics who waits, since when, and why."""
+        """Report in the log and in the metrics which organizations wait, since when, and why."""
         now = time.monotonic()
         waiting_ids = {organization.org_id for organization in organizations}
         for org_id in self._seen_at.keys() - waiting_ids:
@@ -284,7 +284,7 @@ class Background:
         if new:
             named = "; ".join(f"{_named(org_id)}: {reasons[org_id]}" for org_id in new[:MOST_NAMED])
             others = f"; and {len(new) - MOST_NAMED} others" if len(new) > MOST_NAMED else ""
-            logger.warning("Messages wait, for their organizations alone. %s%s", named, others)
+            logger.warning("Messages wait for their organizations. %s%s", named, others)
             self._told |= set(new)
         metrics.tell_who_waits(
             [

@@ -1,12 +1,12 @@
-"""From what waits at the broker to one commit and one acknowledgement.
+"""Applies the messages that have arrived with one commit, and acknowledges them in one round trip.
 
-Guarantee: a message is acknowledged when it is applied, kept as a dead letter, or kept to wait for its organization
-(see `worker.background`), and not before. A batch is what has arrived when the worker comes to look; nothing waits for
-a batch to fill. While the database does not answer, all messages stay with this worker, no more than the prefetch
-limit, and are tried again and again; a worker that is told to stop meanwhile gives them back.
+Guarantee: a message is acknowledged only after it is applied, kept as a dead letter, or kept to wait for its
+organization (see `worker.background`). A batch is what has arrived when the worker checks; nothing waits for a batch to
+fill. While the database does not answer, all messages up to the prefetch limit stay with this worker, which retries
+them. A worker that is told to stop meanwhile gives them back.
 
-What it can get wrong: a worker that dies between the commit and the acknowledgement gets its messages again. The
-ledger knows them, so they change nothing.
+What it can get wrong: a worker that dies between the commit and the acknowledgement leaves its messages to be delivered
+again. The ledger knows them, so they change nothing.
 """
 
 import gc
@@ -30,11 +30,11 @@ from worker.outage import Outage
 from worker.runs import Run
 from worker.transport import Channel
 
-# It reports every connection that breaks while it is used; we report the outage.
+# psycopg reports every connection that breaks in use; we report the outage.
 logging.getLogger("psycopg").setLevel(logging.ERROR)
 
 MOST_MESSAGES = 500
-"""How many messages one batch has at most."""
+"""The most messages of one batch."""
 
 FIRST_DELAY_S = 0.05
 LONGEST_DELAY_S = 2.0
@@ -50,7 +50,7 @@ class Arrival(NamedTuple):
 
 
 class Inbox:
-    """What has arrived at one consumer and is not acknowledged."""
+    """The messages that have arrived at one consumer and are not acknowledged."""
 
     def __init__(self, consumer: Consumer) -> None:
         self._consumer = consumer
@@ -66,13 +66,13 @@ class Inbox:
         self._background.start()
 
     def add(self, arrival: Arrival) -> None:
-        """Apply `arrival` with whatever else arrives, soon."""
+        """Put `arrival` into the next batch."""
         self._arrivals.append(arrival)
         if self._consumer.hub is None:
-            self._consumer.call_soon(self.flush)  # with a hub, it calls
+            self._consumer.call_soon(self.flush)  # a hub calls it itself
 
     def flush(self) -> None:
-        """Apply and acknowledge what has arrived. Raises what the broker's connection raises."""
+        """Apply and acknowledge what has arrived. Raises the errors of the broker's connection."""
         if self._applied:  # the last acknowledgement failed
             self._acknowledge()
         if not self._arrivals or time.monotonic() < self._next_try_at:
@@ -82,20 +82,20 @@ class Inbox:
             pass
 
     def reconnected(self) -> None:
-        """There is a new connection to the broker: give back what the old one left; `flush` acknowledges the rest."""
+        """After a reconnection, give back the messages that are not applied. `flush` acknowledges the applied ones."""
         channel = self._consumer.task_consumer.channel
         if isinstance(channel, Channel):
             channel.restore([arrival.message.delivery_tag for arrival in self._arrivals])
-        else:  # the broker has taken back everything itself
+        else:  # RabbitMQ has taken back everything itself
             self._applied = []
         self._arrivals = []
 
     def stop(self) -> None:
-        """The worker ends: begin nothing more in the background."""
+        """Stop the background threads, as the worker ends."""
         self._background.stop()
 
     def _drain(self) -> None:
-        # Our Redis transport has delivered all there is; RabbitMQ delivers one message at a time.
+        # The Redis transport has delivered everything already; RabbitMQ delivers one message at a time.
         connection = self._consumer.connection
         if connection.transport.driver_type == "amqp":
             with suppress(TimeoutError):
@@ -103,7 +103,7 @@ class Inbox:
                     connection.drain_events(timeout=0)
 
     def _apply(self, arrivals: Sequence[Arrival]) -> bool:
-        """Apply the first of what has arrived; returns whether that worked."""
+        """Apply `arrivals`, the first of those that have arrived. Returns whether that worked."""
         began_at = time.monotonic()
         deliveries: list[Delivery] = []
         monitors: list[Monitored | None] = []
@@ -119,7 +119,7 @@ class Inbox:
         try:
             with self._outage.asking(_WHO):
                 outcomes = apply_batch(self._engine, deliveries, known_to_wait=self._background.known_to_wait())
-        except Exception as error:  # noqa: BLE001 - to let it pass would end the worker; to acknowledge would lose them
+        except Exception as error:  # noqa: BLE001 - raising ends the worker; acknowledging loses the messages
             self._outage.failed(_WHO, error)
             self._try_again_later()
             return False
@@ -164,10 +164,9 @@ class Inbox:
 
 
 def collect_garbage_seldom() -> None:
-    """Tell Python that what this process makes, batch after batch, is hardly ever part of a cycle.
+    """Make Python collect garbage less often, as the values of a batch are hardly ever part of a cycle.
 
-    Looking for cycles among the thousands of values of a batch, and all that was ever imported, took a quarter of a
-    worker's time.
+    Searching the thousands of values of a batch and all imported modules for cycles took a quarter of a worker's time.
     """
     gc.collect()
     gc.freeze()
@@ -175,7 +174,7 @@ def collect_garbage_seldom() -> None:
 
 
 def _told(outcome: Result | DeadLettered | Waits) -> Any:
-    """What monitors are told."""
+    """The result for monitors."""
     if isinstance(outcome, Waits):
         return {"outcome": "waits", "reason": outcome.reason}
     return value_of(outcome)

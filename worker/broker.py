@@ -1,15 +1,15 @@
-"""How Holdfast talks to the broker, the same for who sends and for who consumes.
+"""How Holdfast uses the broker: the same for senders and for consumers.
 
-Who may write to `credits` may send every message. Workflow engines need not: from `credits.engine` only messages about
-workflows are taken.
+A system that may write to `credits` may send every message. From `credits.engine`, the queue of workflow engines, only
+workflow messages are taken.
 
 On RabbitMQ, both are quorum queues: replicated, and on disk before a message is confirmed. A message that was delivered
-DELIVERY_LIMIT times and never acknowledged, as it ended every worker that took it, moves to `credits.dead`, or to
-`credits.engine.dead`, which gives it no more rights; it leaves the one queue only when the other one has it.
+DELIVERY_LIMIT times and never acknowledged has ended its workers. It moves to `credits.dead`, or from `credits.engine`
+to `credits.engine.dead`, so that it gains no rights. It leaves the one queue only when the other one has it.
 
-Other Celery applications may share the broker. No name that is Celery's default is used: neither its queue, nor its
-exchange for remote control, through which one application would stop another's workers. The exchange of its events is,
-as monitors listen there.
+Other Celery applications may share the broker. So Holdfast does not use Celery's default names: neither its queue, nor
+its exchange for remote control, through which one application would stop another's workers. Only the exchange of events
+is Celery's, as monitors listen there.
 """
 
 import logging
@@ -30,31 +30,31 @@ from ledger.messages import DELIVERY_LIMIT
 logger = logging.getLogger(__name__)
 
 QUEUE = "credits"
-"""Where messages of whoever may send all of them wait."""
+"""The queue of systems that may send every message."""
 
 ENGINE_QUEUE = "credits.engine"
-"""Where messages of engines wait. Only those about workflows are taken from it."""
+"""The queue of workflow engines. Only workflow messages are taken from it."""
 
 DEAD_QUEUE, ENGINE_DEAD_QUEUE = "credits.dead", "credits.engine.dead"
-"""Where RabbitMQ puts what was delivered too often, from the one and from the other. The worker consumes both, too."""
+"""Where RabbitMQ puts messages of either queue that were delivered too often. The worker consumes both, too."""
 
 ENGINE_QUEUES, DEAD_QUEUES = {ENGINE_QUEUE, ENGINE_DEAD_QUEUE}, {DEAD_QUEUE, ENGINE_DEAD_QUEUE}
 
 VISIBILITY_TIMEOUT_S = 60
-"""After this, Redis delivers again what a worker took and never acknowledged."""
+"""On Redis, messages that a dead worker has not acknowledged are delivered again after this."""
 
 _NO_LIMIT = 2**31 - 1
 _TAKEN_FROM = "taken_from"
 
 _LIMITED: dict[str, Any] = {
     "x-queue-type": "quorum",
-    # Each worker that dies counts against all that it held, guilty or not.
+    # A worker that dies counts against every message that it held.
     "x-delivery-limit": DELIVERY_LIMIT,
     "x-dead-letter-exchange": "",
     "x-dead-letter-strategy": "at-least-once",
-    "x-overflow": "reject-publish",  # without a length limit it changes nothing, but at-least-once wants it
+    "x-overflow": "reject-publish",  # has no effect without a length limit, but at-least-once requires it
 }
-# RabbitMQ 4 has a limit of its own, beyond which a message would be gone.
+# RabbitMQ 4 has a limit by default, beyond which it would drop a message.
 _UNLIMITED: dict[str, Any] = {"x-queue-type": "quorum", "x-delivery-limit": _NO_LIMIT}
 _RABBITMQ_ARGUMENTS: dict[str, dict[str, Any]] = {
     QUEUE: {**_LIMITED, "x-dead-letter-routing-key": DEAD_QUEUE},
@@ -62,11 +62,11 @@ _RABBITMQ_ARGUMENTS: dict[str, dict[str, Any]] = {
     DEAD_QUEUE: _UNLIMITED,
     ENGINE_DEAD_QUEUE: _UNLIMITED,
 }
-"""Whatever stands here stays as it is: RabbitMQ does not change a queue that exists."""
+"""Do not change these: RabbitMQ does not change a queue that exists."""
 
 
 def create_celery(name: str, broker_url: str, result_url: str | None) -> Celery:
-    """A Celery app that speaks only JSON, with `QUEUE` as its default. Connects to nothing yet."""
+    """Create a Celery app that accepts only JSON, with `QUEUE` as its default. Connects to nothing yet."""
     is_redis = broker_url.startswith(REDIS_SCHEMES)
     app = Celery(
         name,
@@ -80,8 +80,8 @@ def create_celery(name: str, broker_url: str, result_url: str | None) -> Celery:
         accept_content=["json"],  # nothing that could run code, such as pickle
         task_default_queue=QUEUE,
         control_exchange="holdfast",
-        # Celery's own loses a message when the worker is killed between taking and recording it. Whoever waits for
-        # anything with it, if only for the answer to a ping, restores what workers of other applications hold.
+        # Celery's own transport loses a message when the worker is killed between taking and recording it. And any
+        # program that waits with it, even for the answer to a ping, restores what other applications' workers hold.
         broker_transport="worker.transport:Transport" if is_redis else None,
         broker_transport_options=_redis_options() if is_redis else _rabbitmq_options(),
     )
@@ -89,20 +89,20 @@ def create_celery(name: str, broker_url: str, result_url: str | None) -> Celery:
 
 
 def masked(url: str) -> str:
-    """A broker's URL without its passwords, of however many nodes."""
+    """A broker's URL without passwords, of one or several nodes."""
     return ";".join(sanitize_url(part) for part in url.split(";"))
 
 
 def reason(error: Exception) -> str:
-    """What the broker, or the way to it, has said, for a person."""
+    """The reason of an error of the broker or the connection to it, for a person."""
     _, _, said = str(error).rpartition(" caused error: ")  # before it, redis-py shows the bytes that it sent
     return said or type(error).__name__
 
 
 def _verified(url: str) -> str:
-    """A broker's URL that says whether the server's certificate is checked: it is, unless `url` says otherwise.
+    """A broker's URL that says whether to check the server's certificate: yes, unless `url` says otherwise.
 
-    Kombu would not check it for a `rediss://` that says nothing, and Celery would not start.
+    For a `rediss://` URL that does not say so, kombu would not check it, and Celery would not start.
     """
     parts = urlsplit(url)
     if parts.scheme != "rediss" or "ssl_cert_reqs" in dict(parse_qsl(parts.query)):
@@ -111,12 +111,12 @@ def _verified(url: str) -> str:
 
 
 class LedgerQueue(Queue):
-    """A queue whose messages say where they were taken from, whatever their sender has written."""
+    """A queue that marks its messages with its name, whatever their sender has written."""
 
     def consume(
         self, consumer_tag: str = "", callback: Callable[[Any], object] | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Deliver what is taken from this queue to `callback`. The broker, or our transport, calls it for no other."""
+        """Deliver the messages of this queue, and of no other, to `callback`."""
         assert callback is not None
 
         def received(message: Any) -> None:
@@ -128,22 +128,22 @@ class LedgerQueue(Queue):
 
 
 def taken_from(message: Message) -> str:
-    """The name of the `LedgerQueue` that a worker took `message` from; empty, if it is no message for the ledger."""
+    """The name of the `LedgerQueue` from which `message` was taken; empty if it was taken from another queue."""
     about = message.delivery_info
     return str(about.get(_TAKEN_FROM, "")) if isinstance(about, dict) else ""
 
 
 def queues(broker_url: str) -> list[Queue]:
-    """What a worker consumes. On RabbitMQ it must have called `declare_queues` before."""
+    """The queues that a worker consumes. On RabbitMQ it must call `declare_queues` before."""
     if broker_url.startswith(AMQP_SCHEMES):
         return _rabbitmq_queues(no_declare=True)
     return [_queue(name) for name in (QUEUE, ENGINE_QUEUE)]
 
 
 def declare_queues(connection: Connection) -> None:
-    """Make all queues on RabbitMQ that are not there yet. One that is there stays and is used, whatever its arguments.
+    """Create the missing queues on RabbitMQ. A queue that exists is used as it is, whatever its arguments.
 
-    Does nothing on Redis, where a queue is made by its first message.
+    Does nothing on Redis, where the first message creates a queue.
     """
     if connection.transport.driver_type != "amqp":
         return
@@ -152,7 +152,7 @@ def declare_queues(connection: Connection) -> None:
             try:
                 queue(channel).declare()
             except PreconditionFailed as error:
-                logger.warning("The queue %s is not as it should be, and is used as it is: %s", queue.name, error)
+                logger.warning("The queue %s has wrong arguments, and is used as it is: %s", queue.name, error)
 
 
 def _rabbitmq_queues(*, no_declare: bool) -> list[Queue]:
@@ -175,13 +175,13 @@ def _queue(name: str, **options: Any) -> Queue:
 def _redis_options() -> dict[str, Any]:
     return {
         "visibility_timeout": VISIBILITY_TIMEOUT_S,
-        "unacked_restore_interval": 1,  # look every second, not every ten, for messages to deliver again
+        "unacked_restore_interval": 1,  # check every second, not every ten, for messages to deliver again
         "priority_steps": [0],  # one list per queue: messages have no priorities
         "socket_connect_timeout": 5,
-        "socket_timeout": 5,  # nobody waits for ever for a broker that is stuck
+        "socket_timeout": 5,  # nothing waits forever for a broker that is stuck
         "socket_keepalive": True,
     }
 
 
 def _rabbitmq_options() -> dict[str, Any]:
-    return {"read_timeout": 5, "write_timeout": 5}  # nobody waits for ever for a broker that is stuck
+    return {"read_timeout": 5, "write_timeout": 5}  # nothing waits forever for a broker that is stuck

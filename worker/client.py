@@ -59,8 +59,8 @@ from worker.broker import ENGINE_QUEUE, QUEUE, create_celery
 from worker.publishing import BROKER_ERRORS, TIMEOUT_S, Encoded, Publisher, connect, leave
 from worker.redis_server import UnsupportedServerError
 
-# Kombu keeps a queue as a list and takes from its right end. What is there may be large, so it is not fetched. At the
-# end of an entry is the tag by which kombu tells equal messages apart.
+# Kombu keeps a queue as a list and takes from its right end. An entry may be large, so it is not fetched. At its end is
+# the tag that distinguishes equal messages.
 _OLDEST = """
 local entry = redis.call('LINDEX', KEYS[1], -1)
 return entry and redis.sha1hex(string.sub(entry, 1, 65536) .. string.sub(entry, -65536))
@@ -68,7 +68,7 @@ return entry and redis.sha1hex(string.sub(entry, 1, 65536) .. string.sub(entry, 
 
 
 class ClientError(Exception):
-    """Whatever goes wrong with a message or the broker."""
+    """The base of the client's errors, about a message or the broker."""
 
 
 class InvalidMessageError(ClientError, ValueError):
@@ -76,7 +76,7 @@ class InvalidMessageError(ClientError, ValueError):
 
 
 class NotSentError(ClientError):
-    """The message, or all of a batch, could not be handed to the broker for certain. Sending it again is safe.
+    """It is not certain that the broker has the message, or all of a batch. Sending it again is safe.
 
     Of a batch, the broker may have none, some or all messages: send all again.
     """
@@ -91,7 +91,7 @@ class BrokerUnavailableError(ClientError):
 
 
 class UnsupportedBrokerError(BrokerUnavailableError):
-    """The broker answers, and can never be used. The text says why."""
+    """The broker answers, but can never be used. The text says why."""
 
 
 class DeadLetteredError(ClientError):
@@ -100,7 +100,7 @@ class DeadLetteredError(ClientError):
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """What waits in a queue: how many messages, and a digest of the one that waits longest (Redis only)."""
+    """The messages in a queue: their number, and a digest of the oldest one (Redis only)."""
 
     messages: int
     oldest: bytes | None
@@ -111,10 +111,10 @@ Asked = ParamSpec("Asked")
 
 
 class Method(Generic[Sent, Asked]):
-    """Sends one kind of message. Takes the message's fields by name, and how many seconds to wait for the answer."""
+    """Sends one kind of message. Takes its fields by name, and `wait_s`, the seconds to wait for the answer."""
 
     def __init__(self, message: Callable[Sent, AnyMessage], asked: Callable[Asked, AnyMessage]) -> None:
-        """`asked` is `message` with `wait_s` among its fields. It is for type checkers and `help` alone."""
+        """`asked` is `message` with the field `wait_s`, for type checkers and `help` only."""
         self.task = cast(type[AnyMessage], message).task
         self.__doc__, self.__signature__ = message.__doc__, signature(asked)
         self._sender: Messages | None = None
@@ -131,7 +131,7 @@ class Method(Generic[Sent, Asked]):
     def __call__(self, *args: Asked.args, **kwargs: Asked.kwargs) -> Result: ...
 
     def __call__(self, *args: Any, **fields: Any) -> Result | None:
-        """Send it. Fields that are None are left out. Raises InvalidMessageError if it is not valid."""
+        """Send the message, without fields that are None. Raises InvalidMessageError if it is not valid."""
         if args:
             raise TypeError(f"{self.task} takes its fields by name")
         assert self._sender is not None
@@ -201,7 +201,7 @@ class Messages(ABC):
         self._publisher = publisher
 
     def send(self, task: str, message: dict[str, Any], *, wait_s: float | None = None) -> Result | None:
-        """Send the message, a JSON object, that `task` takes. Raises InvalidMessageError if it is not valid."""
+        """Send `message`, a JSON object, to `task`. Raises InvalidMessageError if it is not valid."""
         self._refuse_not_allowed(task, message)
         problem = parse(task, message)
         if isinstance(problem, InvalidMessage):
@@ -210,20 +210,18 @@ class Messages(ABC):
 
     @abstractmethod
     def _take(self, task: str, message: dict[str, Any], wait_s: float | None) -> Result | None:
-        """Do with a valid message what is to be done with it."""
+        """Send a valid message, or gather it."""
 
     def _refuse_not_allowed(self, task: str, message: object) -> None:
-        """Raise InvalidMessageError if no worker would take this message from the queue that it is for."""
+        """Raise InvalidMessageError if no worker takes such a message from the queue of this sender."""
         if self._publisher.queue != ENGINE_QUEUE:
             return
         if task not in WORKFLOW_TASKS:
             raise InvalidMessageError(
-                f"{task} is not taken from {ENGINE_QUEUE}, the queue of engines: whoever may sends it to {QUEUE}"
+                f"{task} is not taken from {ENGINE_QUEUE}, the queue of engines: send it to {QUEUE}, if you may"
             )
         if isinstance(message, dict) and "source" in message:
-            raise InvalidMessageError(
-                f"{task}: an engine names no source, as nobody could rely on it: the worker sets it"
-            )
+            raise InvalidMessageError(f"{task}: an engine must not name a source: the worker sets it")
 
 
 class Batch(Messages):
@@ -237,17 +235,17 @@ class Batch(Messages):
         self._messages: list[Encoded] | None = []
 
     def __len__(self) -> int:
-        """How many messages it has gathered."""
+        """The number of messages gathered."""
         return len(self._messages or ())
 
     def close(self) -> list[Encoded]:
-        """All messages, in the order of the calls; it takes no more."""
+        """End the batch. Returns its messages, in the order of the calls."""
         messages, self._messages = self._messages or [], None
         return messages
 
     def _take(self, task: str, message: dict[str, Any], wait_s: float | None) -> None:
         if wait_s is not None:
-            raise ValueError("a batch waits for no answers: send with the client what needs one")
+            raise ValueError("a batch waits for no answers: use the client for a message that needs one")
         if self._messages is None:
             raise ValueError("this batch has ended: begin another one")
         self._messages.append(_encoded(self._publisher, task, [message], {}))
@@ -258,17 +256,17 @@ class Client(Messages):
 
     Every method takes `wait_s`: how many seconds to wait for the answer. Without it the method returns None as soon as
     the broker has the message; with it, the Result. Raises InvalidMessageError, NotSentError and, with `wait_s`,
-    NoAnswerError and DeadLetteredError. A broker that is gone is tried again for some seconds before NotSentError.
+    NoAnswerError and DeadLetteredError. If the broker is gone, retries for some seconds before NotSentError.
     """
 
     def __init__(self, broker_url: str, *, queue: str = QUEUE, result_url: str | None = None) -> None:
-        """`queue`: ENGINE_QUEUE for an engine that may send only messages about workflows, and names no `source`.
+        """`queue`: ENGINE_QUEUE for an engine, which may send only workflow messages, without a `source`.
 
         `result_url`: where answers are kept, `redis://`; default: the broker, if that is Redis.
 
-        `broker_url`: of a RabbitMQ cluster, those of all nodes with semicolons between them.
+        `broker_url`: for a RabbitMQ cluster, the URLs of all nodes with semicolons between them.
 
-        Raises ValueError for the URL of what can never be the broker, such as `sentinel://`.
+        Raises ValueError for a URL that can never be used, such as `sentinel://`.
         """
         _refuse(refuse_no_broker, broker_url, "broker's URL")
         if result_url is None and broker_url.startswith(REDIS_SCHEMES):
@@ -281,7 +279,7 @@ class Client(Messages):
 
     @property
     def keeps_answers(self) -> bool:
-        """Whether there is a place where answers are kept, so that `wait_s` may be given."""
+        """Whether answers are kept, so that `wait_s` may be given."""
         return self._results is not None
 
     def close(self) -> None:
@@ -314,7 +312,7 @@ class Client(Messages):
             self._publish(f"a batch of {len(messages):,} messages, of which some may have arrived,", messages)
 
     def waiting(self) -> dict[str, Waiting]:
-        """What waits in each queue of the ledger. Raises BrokerUnavailableError, or UnsupportedBrokerError."""
+        """The messages in each queue of the ledger. Raises BrokerUnavailableError or UnsupportedBrokerError."""
         try:
             with self._publisher.connections.acquire(block=True) as connection:
                 try:
@@ -334,9 +332,9 @@ class Client(Messages):
     def send_as_is(
         self, task: str, args: list[Any], kwargs: dict[str, Any], *, wait_s: float | None = None
     ) -> Result | None:
-        """Send a task with these arguments, unchecked: how a dead letter is sent again. Raises as every method does.
+        """Send a task with these arguments, unchecked, as for a replay. Raises the errors of the other methods.
 
-        A run of the scheduler, which is a task too, has no Result: the answer is None.
+        Returns None for a run of the scheduler, which has no Result.
         """
         self._refuse_not_allowed(task, args[0] if args else None)
         if wait_s is None:
@@ -385,7 +383,7 @@ def _encoded(
 
 
 def _result(answer: dict[str, Any]) -> Result:
-    """The answer of a worker whose version may be another one: it may lack `state`, or say more than is known here."""
+    """The answer of a worker of any version: it may lack `state`, or have fields that are not known here."""
     known = {name: value for name, value in answer.items() if name in Result._fields}
     return Result(**{"state": None, **known, "event_seqs": tuple(answer["event_seqs"])})
 
@@ -398,12 +396,12 @@ def _refuse(check: Callable[[str], None], url: str, what: str) -> None:
 
 
 def _redis(url: str) -> Redis:
-    # No retries of its own: the caller decides, and is told soon.
+    # No retries: the caller gets the error at once, and decides.
     return Redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, retry=Retry(NoBackoff(), 0))
 
 
 def _next_message(announced: PubSub, wait_s: float) -> dict[str, Any] | None:
-    """The answer that is announced within `wait_s` seconds, if one is."""
+    """The answer that is announced within `wait_s` seconds, or None."""
     deadline = time.monotonic() + wait_s
     while (left_s := deadline - time.monotonic()) > 0:
         message = announced.get_message(ignore_subscribe_messages=True, timeout=left_s)
@@ -423,5 +421,5 @@ def _waiting(connection: Connection, queue: str) -> Waiting:
     except connection.channel_errors:  # nothing was ever sent to it
         return Waiting(0, None)
     waiting = Waiting(count, channel.client.eval(_OLDEST, 1, queue) if is_redis else None)
-    channel.close()  # only if all went well: a broker that is silent would not answer this either
+    channel.close()  # only after success: a silent broker would not answer this either
     return waiting

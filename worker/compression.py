@@ -1,4 +1,4 @@
-"""Compressed bodies, as kombu inflates them in a worker: within a limit, or not at all."""
+"""A limit on the size to which kombu inflates the compressed body of a message."""
 
 import bz2
 import lzma
@@ -12,16 +12,16 @@ UNKNOWN_COMPRESSION = "it is compressed in a way that is not supported: use gzip
 
 
 def inflate_within(limit: int) -> None:
-    """Have kombu inflate a compressed body in this process only if it is at most `limit` bytes then; else it fails.
+    """Make kombu, in this process, refuse a compressed body that inflates to more than `limit` bytes.
 
-    Only what can be inflated with a limit is, which zstd and brotli cannot.
+    It refuses any compression that cannot be inflated with a limit, such as zstd and brotli.
     """
 
     def bounded(new: Callable[[], Any]) -> Callable[[bytes], bytes]:
         def inflate(compressed: bytes) -> bytes:
             inflated: bytes = new().decompress(compressed, limit + 1)
             if len(inflated) > limit:
-                raise ValueError(f"inflated, it has more than {limit:,} bytes")
+                raise ValueError(f"it has more than {limit:,} bytes when it is decompressed")
             return inflated
 
         return inflate

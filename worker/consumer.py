@@ -1,12 +1,11 @@
-"""The Celery consumer that keeps what Celery would drop or die of.
+"""The Celery consumer. It keeps messages that Celery would drop, or that would end it.
 
-Guarantee: whatever arrives goes into the batch, and no content of it ends the worker. What is no task's message (its
-task unknown, its body undecodable or not [args, kwargs, embed], a header that Celery needs unreadable) becomes a dead
-letter with its raw bytes. An ETA, an expiry or a revocation does not hold a message back: lateness means nothing to a
-ledger.
+Guarantee: every message goes into the batch, and no content ends the worker. A message that no task can take becomes a
+dead letter with its raw bytes: its task is unknown, its body is undecodable or not [args, kwargs, embed], or a header
+that Celery needs is unreadable. An ETA, an expiry or a revocation does not hold a message back: it counts all the same.
 
-From the queue of engines nothing has an effect but messages about workflows, without the `source` that they name; not
-after it has waited or was replayed, either. What else is there becomes a dead letter that is never sent again.
+From the queue of engines, only workflow messages have an effect, without the `source` that they name. That also holds
+after they have waited or were replayed. Any other message there becomes a dead letter that is never sent again.
 """
 
 import hashlib
@@ -44,21 +43,21 @@ logger = logging.getLogger(__name__)
 
 EXIT_UNSUPPORTED = 2
 
-_ONLY_WORKFLOWS = f"from {ENGINE_QUEUE} only messages about workflows are taken"
+_ONLY_WORKFLOWS = f"only workflow messages are taken from {ENGINE_QUEUE}"
 
 
 class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
     """As set by `worker_consumer`."""
 
     class Blueprint(CeleryConsumer.Blueprint):  # type: ignore[misc]
-        """Without waiting for an ETA."""
+        """Celery's steps without the wait for an ETA."""
 
         default_steps: ClassVar[list[str]] = [
             step for step in CeleryConsumer.Blueprint.default_steps if not step.endswith(":DelayedDelivery")
         ]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # What workers tell one another ours need not know.
+        # Our workers need not know of one another.
         super().__init__(*args, without_mingle=True, without_gossip=True, **kwargs)
         answer_questions_only()
         self.inbox = Inbox(self)
@@ -66,37 +65,37 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
         self._risk: str | None = None
 
     def connect(self) -> Connection:
-        """A new connection. The hub forgets what watched the one before."""
+        """Open a new connection. The hub forgets the callbacks of the one before."""
         if self.hub is not None:
             self.hub.on_tick.clear()
         connection: Connection = super().connect()
         return connection
 
     def stop(self) -> None:
-        """The worker ends."""
+        """End with the worker."""
         self.inbox.stop()
         super().stop()
 
     def on_connection_error_before_connected(self, exc: Exception) -> None:
-        """The broker is there, but refuses what a consumer needs. It is tried again in a second."""
+        """Report a broker that refuses what a consumer needs, and wait a second before the next try."""
         if not self._is_refused:
             logger.warning("Cannot consume from %s, trying again: %s", masked(self.app.conf.broker_url), reason(exc))
         self._is_refused = True
         time.sleep(1)
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
-        """The connection is lost; or there is one, and the broker refuses what a consumer needs."""
+        """Handle a lost connection, or a broker that refuses what a consumer needs."""
         if isinstance(exc, (ResponseError, IrrecoverableConnectionError)):  # such as a queue that has no leader
             with suppress(Exception):
                 self.connection.collect()
             self.on_connection_error_before_connected(exc)
             return
-        # Celery warns each time that some day it may cancel tasks then; worker/app.py has told it not to.
+        # Celery warns each time that a later version may cancel tasks then; worker/app.py has switched that off.
         with warnings.catch_warnings(action="ignore", category=CPendingDeprecationWarning):
             super().on_connection_error_after_connected(exc)
 
     def register_with_event_loop(self, hub: Any) -> None:
-        """The event loop begins."""
+        """Flush the inbox in every turn of the event loop."""
         super().register_with_event_loop(hub)
         hub.on_tick.add(self._flush)
 
@@ -104,17 +103,17 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
         try:
             self.inbox.flush()
         except self.connection_errors:
-            # To read on from the lost connection would be another error, with a traceback.
+            # Reading on from the lost connection would be another error, with a traceback.
             self.hub._pop_ready()  # noqa: SLF001 - kombu has no other way to forget it
             raise
 
     def create_task_handler(self, *_: Any, **__: Any) -> Callable[[Message], None]:
-        """What is called with every message; asked for at the beginning of each connection."""
+        """Return the callback for messages. Called at the beginning of each connection."""
         self.inbox.reconnected()
         return self._receive
 
     def on_ready(self) -> None:
-        """Messages arrive from here on, by each connection."""
+        """Report that messages arrive, at the beginning of each connection."""
         broker = masked(self.app.conf.broker_url)
         if self._is_refused:
             logger.warning("Consuming from %s again", broker)
@@ -124,13 +123,13 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
         super().on_ready()
 
     def on_decode_error(self, message: Message, exc: Exception) -> None:
-        """Kombu could not decompress its body."""
+        """Keep a message whose body kombu could not decompress."""
         why = UNKNOWN_COMPRESSION if isinstance(exc, KeyError) else str(exc)[:200] or type(exc).__name__
         problem = InvalidMessage("undecodable_message", f"the body cannot be decoded: {why}", None)
         self._keep(message, _known_problem(message, raw_body(message)) or problem)
 
     def ensure_connected(self, conn: Connection) -> Connection:
-        """Connect to the broker, whenever it is there. Ends the worker if it can never be the broker."""
+        """Connect to the broker, as soon as it is there. Ends the worker if it can never be used."""
         broker = masked(self.app.conf.broker_url)
         is_told = False
 
@@ -146,7 +145,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
         try:
             self._prepare(conn)
         except BaseException:
-            conn.collect()  # nobody else knows it
+            conn.collect()  # nothing else would close it
             raise
         return conn
 
@@ -162,7 +161,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
             channel.on_suspect = metrics.suspect_messages.inc
 
     def _tell_risk(self, risk: str | None) -> None:
-        """Say in the log, when that changes, and in a metric, how the broker may lose what it has taken."""
+        """Report in a metric, and in the log when it changes, how the broker may lose messages."""
         if risk != self._risk:
             not_durable = f"Messages may be lost, as the broker is not durable: {risk}"
             logger.warning("%s", "The broker is durable again" if risk is None else not_durable)
@@ -176,7 +175,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
             return
         try:
             task, (args, kwargs) = task_and_arguments(message, raw)
-        except Exception as error:  # noqa: BLE001 - what is in the message decides; every worker that takes it would end
+        except Exception as error:  # noqa: BLE001 - a message may cause any error, which would end every worker
             self._keep(message, InvalidMessage("undecodable_message", str(error), None))
             return
         if task not in TASKS:
@@ -195,7 +194,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
         self.inbox.add(Arrival(message, Delivery(task, payload, raw_body(message), answer_to(message)), monitored))
 
     def _keep(self, message: Message, problem: InvalidMessage) -> None:
-        """Have the batch make a dead letter of it."""
+        """Have the batch make a dead letter of the message."""
         if taken_from(message) in ENGINE_QUEUES:
             problem = _problem_of_engine(message, problem)
         body = raw_body(message)
@@ -205,7 +204,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
 
 
 def _known_problem(message: Message, raw: bytes) -> InvalidMessage | None:
-    """Why a message with the body `raw` is not even read, if there is a reason."""
+    """Why a message with the body `raw` must not be parsed, or None."""
     if isinstance(message, SetAside):
         return message.problem
     if len(raw) > MAX_BODY_BYTES:
@@ -216,7 +215,7 @@ def _known_problem(message: Message, raw: bytes) -> InvalidMessage | None:
 
 
 def _problem_of_engine(message: Message, problem: InvalidMessage) -> InvalidMessage:
-    """Why a message of an engine is kept: a replay, which goes to `credits`, must not let in what is refused here."""
+    """The problem of an engine's message. Its replay goes to `credits`, and must not let in what is refused here."""
     task = named_task(message)
     if problem.code in ("too_large", "not_allowed"):
         return problem
@@ -228,17 +227,17 @@ def _problem_of_engine(message: Message, problem: InvalidMessage) -> InvalidMess
             if task and found is not None:
                 _take_source_out(message, *found)
                 return problem
-    why = f"{_ONLY_WORKFLOWS}, and this is none that can be read: {problem.error}"
+    why = f"{_ONLY_WORKFLOWS}, and this one cannot be read: {problem.error}"
     return InvalidMessage("not_allowed", why, problem.org_id)
 
 
 def _not_allowed(task: str) -> InvalidMessage:
-    error = f"{_ONLY_WORKFLOWS}: {task[:200]!a} has to be sent to {QUEUE}, by whoever may"
+    error = f"{_ONLY_WORKFLOWS}: {task[:200]!a} must be sent to {QUEUE}, by a system that may"
     return InvalidMessage("not_allowed", error, None)
 
 
 def _take_source_out(message: Message, args: list[Any], kwargs: dict[str, Any]) -> None:
-    """Leave the source to the ledger, in the arguments and in what is kept of the message."""
+    """Remove the source from the arguments and from the kept body: the ledger sets it."""
     named = [argument for argument in args if isinstance(argument, dict) and "source" in argument]
     for argument in named:
         del argument["source"]

@@ -1,7 +1,7 @@
-"""What a worker does when it is told to from afar: it answers questions, and nothing else.
+"""Celery's remote control of a worker: it answers questions, and refuses every other command.
 
-Celery would also stop, no longer consume, or forget messages, for whoever reaches its broker. A worker is stopped with
-SIGTERM; what it consumes and whether it sends events is settled when it starts.
+By Celery's default, anybody who reaches the broker can stop a worker, end its consuming, or have it drop messages. Here
+SIGTERM stops a worker, and its start settles what it consumes and whether it sends events.
 """
 
 from typing import Any
@@ -18,13 +18,13 @@ QUESTIONS = frozenset(
 
 
 def answer_questions_only() -> None:
-    """Have this process refuse every other command, whichever Celery has."""
+    """Make this process refuse every command of Celery's but QUESTIONS."""
     for name in set(Panel.data) - QUESTIONS:
         Panel.data[name] = _refuse
 
 
 def _refuse(_state: Any, **_: Any) -> dict[str, str]:
-    return {"error": "this worker only answers questions; what it does is settled where it is started"}
+    return {"error": "this worker only answers questions; stop it or change its settings where it runs"}
 
 
 @inspect_command()  # type: ignore[untyped-decorator]

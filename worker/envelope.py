@@ -1,4 +1,4 @@
-"""What is around a message's arguments: its headers and its body, as kombu delivers them and Celery means them."""
+"""Reads a message's headers and body, as kombu delivers them and Celery defines them."""
 
 from typing import TypeGuard
 
@@ -10,7 +10,7 @@ from worker.transport import SetAside, read_json
 
 
 def raw_body(message: Message) -> bytes:
-    """The body as it arrived; without one, what kombu has in its place."""
+    """The body as it arrived; without one, the value that kombu has in its place."""
     body = message.body
     if isinstance(body, bytes | bytearray | memoryview):
         return bytes(body)
@@ -21,7 +21,7 @@ def raw_body(message: Message) -> bytes:
 
 
 def answer_to(message: Message) -> str | None:
-    """The id under which its sender waits for an answer, if it does."""
+    """The id under which the sender waits for an answer, or None."""
     headers = message.headers
     if not isinstance(headers, dict) or headers.get("ignore_result") is not False:
         return None
@@ -30,7 +30,7 @@ def answer_to(message: Message) -> str | None:
 
 
 def is_text(value: object) -> TypeGuard[str]:
-    """Whether it is a string that can be sent and stored, which one with half of a surrogate pair cannot."""
+    """Whether `value` is a string that can be sent and stored: one without half a surrogate pair."""
     if not isinstance(value, str):
         return False
     try:
@@ -41,7 +41,7 @@ def is_text(value: object) -> TypeGuard[str]:
 
 
 def named_task(message: Message) -> str:
-    """The task that it names; empty, if it names none."""
+    """The task that the message names; empty if it names none."""
     if isinstance(message, SetAside):
         return message.task
     task = message.headers.get("task") if isinstance(message.headers, dict) else None

@@ -1,4 +1,4 @@
-"""What a worker counts, for Prometheus: messages by task and outcome, and how large and how slow its batches are."""
+"""A worker's metrics for Prometheus: messages by task and outcome, the size and duration of batches, and faults."""
 
 import collections
 from collections.abc import Iterable, Sequence
@@ -12,32 +12,32 @@ from ledger.waiting import Waits
 from worker.runs import RunEnded
 from worker.tasks import TASKS
 
-_messages = Counter("holdfast_messages", "Messages that were answered.", ["task", "outcome"])
+_messages = Counter("holdfast_messages", "Messages, by task and outcome.", ["task", "outcome"])
 _batch_messages = Histogram(
     "holdfast_batch_messages", "Messages of one batch.", buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000)
 )
-_batch_seconds = Histogram("holdfast_batch_seconds", "From taking a batch to its commit, outages included.")
+_batch_seconds = Histogram("holdfast_batch_seconds", "Time from taking a batch to its commit, outages included.")
 suspect_messages = Counter(
-    "holdfast_suspect_messages", "Messages that were taken alone, as they came back from workers that died."
+    "holdfast_suspect_messages", "Messages taken alone, because they came back from workers that died."
 )
 
 _waiting_organizations = Gauge("holdfast_waiting_organizations", "Organizations whose messages wait.")
 _waiting_since = Gauge(
     "holdfast_organization_waiting_since_seconds",
-    "Since when the messages of an organization wait, in seconds since 1970: of those that wait longest.",
+    "Since when the messages of an organization wait, in seconds since 1970. Only for the longest waits.",
     ["org_id", "reason"],
 )
 MOST_NAMED = 20
-"""How many organizations the figures name."""
+"""The most organizations that the metrics name."""
 
 broker_is_not_durable = Gauge(
-    "holdfast_broker_is_not_durable", "1 while the broker, as it is configured, may lose what it has taken."
+    "holdfast_broker_is_not_durable", "1 while the configuration of the broker allows it to lose messages."
 )
 waiting_for_database = Gauge("holdfast_waiting_for_database", "1 while the database does not answer this worker.")
 
 
 def serve(address: str) -> None:
-    """Serve this process's figures at /metrics on `address`, `host:port`. Raises SettingsError if that cannot be."""
+    """Serve the metrics of this process at /metrics on `address`, `host:port`. Raises SettingsError if it cannot."""
     host, _, port = address.rpartition(":")
     try:
         start_http_server(int(port), addr=host)
@@ -46,14 +46,14 @@ def serve(address: str) -> None:
 
 
 def count_batch(messages: int, *, took_s: float) -> None:
-    """Count one batch of so many messages, which took `took_s` seconds."""
+    """Count one batch of so many messages. It took `took_s` seconds."""
     _batch_messages.observe(messages)
     _batch_seconds.observe(took_s)
 
 
 def count_answers(answered: Iterable[tuple[str, Result | DeadLettered | Waits | RunEnded]]) -> None:
-    """Count what became of messages: of each its task, and the answer."""
-    # A label must not grow with what anybody sends.
+    """Count messages by task and outcome, given the task and the answer of each."""
+    # A sender must not be able to add labels.
     outcomes = collections.Counter(
         (task if task in TASKS else "unknown", _outcome(answer)) for task, answer in answered
     )
@@ -62,7 +62,7 @@ def count_answers(answered: Iterable[tuple[str, Result | DeadLettered | Waits | 
 
 
 def tell_who_waits(organizations: Sequence[tuple[str, str, float]]) -> None:
-    """Show who waits, why, and since when, in seconds since 1970. The first `MOST_NAMED` of them are named."""
+    """Show the organizations that wait: id, reason, and start in seconds since 1970. Names the first `MOST_NAMED`."""
     _waiting_organizations.set(len(organizations))
     _waiting_since.clear()
     for org_id, reason, since in organizations[:MOST_NAMED]:

@@ -1,6 +1,6 @@
-"""What monitors such as Flower expect of a Celery worker: its events, its signals, and its list of active tasks.
+"""Gives monitors such as Flower what they expect of a Celery worker: events, signals, and the list of active tasks.
 
-Only while events are on (`-E`): otherwise a message is not `Monitored`, at no cost.
+Only while events are on (`-E`). Otherwise messages are not `Monitored`, which costs nothing.
 """
 
 import os
@@ -16,7 +16,7 @@ from kombu.message import Message
 
 
 class Dispatcher(EventDispatcher):  # type: ignore[misc] # Celery ships no types
-    """Sends an event once. Celery's heartbeat would try for ever, in the event loop, while the broker is away."""
+    """Sends an event once. Celery's heartbeat would retry forever, in the event loop, while the broker is away."""
 
     def _publish(self, *args: Any, retry: bool = False, **kwargs: Any) -> None:  # noqa: ARG002
         super()._publish(*args, retry=False, **kwargs)
@@ -30,13 +30,13 @@ class Monitored:
 
     @classmethod
     def received(cls, task: Task, message: Message, consumer: Consumer) -> Self | None:
-        """Tell of a message that has arrived; None if nobody listens, or if Celery cannot read its headers."""
+        """Report a message that has arrived. Returns None if events are off, or if Celery cannot read its headers."""
         events = consumer.event_dispatcher
         if not (events and events.enabled and (not events.groups or "task" in events.groups)):
             return None
         try:
             request = Request(message, app=consumer.app, task=task, hostname=consumer.hostname, eventer=events)
-        except Exception:  # noqa: BLE001 - its headers decide what is raised, and they do not concern the ledger
+        except Exception:  # noqa: BLE001 - headers may cause any error, and do not concern the ledger
             return None
         if not isinstance(request.name, str):  # the header `shadow`
             return None
@@ -56,7 +56,7 @@ class Monitored:
         return cls(request)
 
     def started(self) -> None:
-        """Tell that it is being applied; once, however often that is tried."""
+        """Report that the message is being applied; once, however often it is tried."""
         request = self._request
         if request.time_start is None:
             request.on_accepted(os.getpid(), time.monotonic())
@@ -64,7 +64,7 @@ class Monitored:
             signals.task_prerun.send(sender=request.task, task=request.task, **about)
 
     def ended(self, value: Any, *, took_s: float) -> None:
-        """Tell what came of it: its result, or the exception."""
+        """Report the result of the message, or the exception."""
         request = self._request
         about = {"task_id": request.id, "args": request.args, "kwargs": request.kwargs}
         if isinstance(value, Exception):

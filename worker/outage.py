@@ -1,7 +1,7 @@
-"""Tells, in the log and in a metric, that the database does not answer this worker, and when it answers again.
+"""Reports, in the log and in a metric, that the database does not answer this worker, and when it answers again.
 
-Whether it says so itself, cannot be reached, or is silent: what nobody has answered for `SILENT_S` is an outage too, as
-when a synchronous replica is gone and a commit waits for it.
+An outage is an error of the database, a failed connection, or silence for `SILENT_S`, as when a commit waits for a
+synchronous replica that is gone.
 """
 
 import logging
@@ -16,16 +16,16 @@ from worker import metrics
 logger = logging.getLogger(__name__)
 
 SILENT_S = 10.0
-"""After how long without an answer it is an outage."""
+"""After this long without an answer, it is an outage."""
 
 REMINDER_S = 60.0
-"""How often the log is reminded of an outage, and of its reason."""
+"""How often the log repeats an outage and its reason."""
 
 _LOOK_EVERY_S = 1.0
 
 
 class Outage(Thread):
-    """What is known of the database by those in this worker who use it. May be used by several threads."""
+    """Whether the database answers this worker. May be used by several threads."""
 
     def __init__(self) -> None:
         super().__init__(name="outage", daemon=True)
@@ -37,7 +37,7 @@ class Outage(Thread):
 
     @contextmanager
     def asking(self, who: str) -> Iterator[None]:
-        """Within this, `who` waits for the database."""
+        """Mark a block in which `who` waits for the database."""
         self._asked_at[who] = time.monotonic()
         try:
             yield
@@ -45,16 +45,16 @@ class Outage(Thread):
             del self._asked_at[who]
 
     def failed(self, who: str, error: Exception) -> None:
-        """The database has refused what `who` asked of it, or could not be reached."""
+        """Record that the database refused a request of `who`, or could not be reached."""
         if isinstance(error, WrongClockError):
             what = "The database's clock is wrong"
         else:
             what = "The database does not answer" if is_transient(error) else "Nothing can be written"
-        self._add(who, f"{what}, the messages wait: {describe(error)}", time.monotonic())
+        self._add(who, f"{what}; the messages wait: {describe(error)}", time.monotonic())
 
     def answered(self, who: str) -> None:
-        """The database has done what `who` asked of it."""
-        if who not in self._failing:  # as ever, without a lock
+        """Record that the database answered a request of `who`."""
+        if who not in self._failing:  # the usual case needs no lock
             return
         with self._lock:
             self._failing.discard(who)
@@ -64,13 +64,13 @@ class Outage(Thread):
                 metrics.waiting_for_database.set(0)
 
     def run(self) -> None:
-        """Look for who waits without an answer, until the process ends."""
+        """Check for requests without an answer, until the process ends."""
         while True:
             time.sleep(_LOOK_EVERY_S)
             now = time.monotonic()
             for who, asked_at in list(self._asked_at.items()):
                 if now - asked_at > SILENT_S:
-                    text = f"The database has been silent for more than {SILENT_S:g} s, the messages wait"
+                    text = f"The database has been silent for more than {SILENT_S:g} s; the messages wait"
                     self._add(who, text, asked_at)
 
     def _add(self, who: str, text: str, since: float) -> None:

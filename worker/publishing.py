@@ -1,10 +1,10 @@
-"""How messages are handed to the broker: one or a thousand of them in one round trip.
+"""Hands messages to the broker: one or a thousand of them in one round trip.
 
 Guarantee: when `publish` returns, the broker has every message, in this order. Redis answers one LPUSH once it has all
-of them; RabbitMQ confirms each one, and all are awaited together. When it raises, none, some or all have arrived. What
-arrives is what `Celery.send_task` would have sent: the parts are made by Celery and kombu themselves.
+of them; RabbitMQ confirms each one, and all confirms are awaited together. When `publish` raises, none, some or all
+have arrived. A message is the same as one of `Celery.send_task`: Celery and kombu themselves make its parts.
 
-Does not: send a message at most once. What is not known to have arrived is sent again, up to three times.
+Does not: send a message at most once. A message that may not have arrived is sent again, up to three times.
 """
 
 import os
@@ -36,9 +36,9 @@ POOL_LIMIT = 10
 
 CHUNK_MESSAGES = 1_000
 CHUNK_BYTES = 4 * 2**20
-"""The most that goes in one round trip: so much is not felt by others who use the broker."""
+"""The most that is sent in one round trip: too little to slow down other users of the broker."""
 
-_PERSISTENT = 2  # AMQP's delivery mode of what outlives a restart of the broker
+_PERSISTENT = 2  # AMQP's delivery mode for messages that survive a restart of the broker
 _RETRIES: dict[str, Any] = {"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1.0}
 
 
@@ -47,12 +47,12 @@ class UnconfirmedError(Exception):
 
 
 BROKER_ERRORS = (KombuError, RedisError, AMQPError, OSError, UnconfirmedError, UnsupportedServerError)
-"""What `publish` may raise: the broker is away, silent, full, lets nobody in, or can never be the broker."""
+"""The errors of `publish`: the broker is away, silent or full, refuses the login, or can never be used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A task as Celery sends it, but for what the connection adds."""
+    """A task as Celery sends it, without what the connection adds."""
 
     body: str | bytes
     content_type: str
@@ -62,15 +62,15 @@ class Encoded:
 
 
 class _Connection(PooledConnection):
-    """Leaves a node of the broker at once, whatever that is doing, when there is another one to go to."""
+    """Switches to another node of the broker at once, whatever the old one is doing."""
 
     def switch(self, conn_str: str) -> None:
-        self.collect()  # type: ignore[no-untyped-call] # to close it in order, a node that is silent would be waited for
+        self.collect()  # type: ignore[no-untyped-call] # an orderly close would wait for a node that is silent
         super().switch(conn_str)  # type: ignore[no-untyped-call]
 
 
 class _Connections(ConnectionPool):
-    """Connections that a fork leaves alone: to close its copies, as kombu would, ends AMQP's for the parent too."""
+    """Connections that a fork leaves alone. Closing its copies, as kombu does, would end the parent's on AMQP, too."""
 
     close_after_fork = False
 
@@ -83,36 +83,36 @@ class Publisher:
     """Hands messages to the app's broker, over a few connections of its own. May be used by many threads and forks."""
 
     def __init__(self, app: Celery, queue: str = QUEUE) -> None:
-        """`queue`: of the ledger's, the one that messages are for."""
+        """`queue`: the ledger's queue that messages go to."""
         self._app = app
         self.queue = queue
         self._open()
 
     def _open(self) -> None:
         self._process = os.getpid()
-        # Pools of our own, which `close` can close: those of Celery and kombu are shared by the whole process.
+        # Pools of our own, which `close` may close: the whole process shares those of Celery and kombu.
         self._connections: ConnectionPool = _Connections(_connection(self._app), POOL_LIMIT)  # type: ignore[no-untyped-call]
         self._producers = ProducerPool(self._connections, limit=POOL_LIMIT)
         self._confirms: WeakKeyDictionary[Any, _Confirms] = WeakKeyDictionary()
         self._checked: WeakSet[Any] = WeakSet()
 
     def _reopen_after_fork(self) -> None:
-        if self._process != os.getpid():  # what is open is the parent's
+        if self._process != os.getpid():  # the open connections are the parent's
             self._open()
 
     @property
     def connections(self) -> ConnectionPool:
-        """The connections, of which one may be taken."""
+        """The pool of connections to the broker."""
         self._reopen_after_fork()
         return self._connections
 
     @property
     def broker(self) -> str:
-        """Its URL, without the password."""
+        """The broker's URL without passwords."""
         return masked(self._app.conf.broker_url)
 
     def encode(self, task: str, args: list[Any], kwargs: dict[str, Any], *, task_id: str | None = None) -> Encoded:
-        """The message for one run of `task`; its result is stored only under a given `task_id`. Raises EncodeError."""
+        """Encode a message for `task`. Its result is stored only if `task_id` is given. Raises EncodeError."""
         headers, properties, body, _ = self._app.amqp.as_task_v2(
             task_id or uuid(),
             task,
@@ -146,7 +146,7 @@ class Publisher:
 
     def _pushed(self, producer: Producer, chunk: list[Encoded]) -> None:
         channel = producer.channel
-        if channel not in self._checked:  # a cluster would take what no worker will
+        if channel not in self._checked:  # a cluster would accept messages that no worker takes
             channel.check_server(channel.client)
             self._checked.add(channel)
         channel.client.lpush(self.queue, *[_envelope(channel, message, self.queue) for message in chunk])
@@ -158,19 +158,19 @@ class Publisher:
             confirms = self._confirms[channel] = _Confirms(channel, self.queue)
         if confirms.publish(channel, chunk) == 0:
             return
-        declare_queues(producer.connection)  # nobody has, so far
+        declare_queues(producer.connection)  # nobody has yet
         if unroutable := confirms.publish(channel, chunk):
             raise UnconfirmedError(f"there is no queue {self.queue} for {unroutable} of {len(chunk)} messages")
 
 
 class _Confirms:
-    """What RabbitMQ has to say about the messages published on one channel, which this does not hold."""
+    """RabbitMQ's confirms for the messages published on one channel. Keeps no reference to the channel."""
 
     def __init__(self, channel: Any, queue: str) -> None:
         self._queue = queue
-        # Whoever may publish by RabbitMQ's default exchange may write to every queue, and an engine must not.
+        # A user of RabbitMQ's default exchange may write to every queue, which an engine must not.
         self._exchange = "" if queue == QUEUE else queue
-        self._tag = 0  # RabbitMQ numbers what is published on a channel, from 1
+        self._tag = 0  # RabbitMQ numbers the messages published on a channel, from 1
         self._acknowledged_to = 0
         self._open: set[int] = set()
         self._nacked = 0
@@ -181,7 +181,7 @@ class _Confirms:
         channel.events["basic_return"].add(self._on_return)
 
     def publish(self, channel: Any, chunk: list[Encoded]) -> int:
-        """Publish all, then wait for all confirms. Answers with how many found no queue; raises UnconfirmedError."""
+        """Publish all, then wait for all confirms. Returns how many found no queue. Raises UnconfirmedError."""
         self._nacked = self._returned = 0
         for message in chunk:
             channel.basic_publish(
@@ -200,7 +200,7 @@ class _Confirms:
             raise UnconfirmedError(f"it confirmed nothing for {TIMEOUT_S:g} s") from None
         if self._nacked:
             raise UnconfirmedError(
-                f"it refused {self._nacked} of {len(chunk)} messages: the queue {self._queue} is full or ill"
+                f"it refused {self._nacked} of {len(chunk)} messages: the queue {self._queue} is full or unavailable"
             )
         return self._returned
 
@@ -219,8 +219,8 @@ class _Confirms:
 
 
 def leave(connection: Connection) -> None:
-    """Be done with a connection that has failed. Used again, it goes to the broker's next node if there is one."""
-    connection.collect()  # to close it in order would be to wait for a broker that may be silent
+    """Drop a connection that has failed. Its next use goes to the broker's next node, if there is one."""
+    connection.collect()  # an orderly close would wait for a broker that may be silent
     connection.maybe_switch_next()
 
 
@@ -236,19 +236,19 @@ def _nodes(connection: Connection) -> int:
 
 def _connection(app: Celery) -> Connection:
     connection: Connection = app.connection_for_write(
-        heartbeat=0,  # nobody is there to send one while the client is idle; a dead connection is found when used
+        heartbeat=0,  # an idle client sends none; a dead connection is found when used
         connect_timeout=TIMEOUT_S,
     )
     is_rabbitmq = connection.transport.driver_type == "amqp"
     nodes = _nodes(connection)
     connection.transport_options = {
         **(connection.transport_options or {}),
-        # Kombu reads from here how often it may try to connect, and for how long, all nodes of the broker together.
-        # Without the one it tries for ever; without the other it ends when the first node has been silent.
+        # Kombu's limits for connecting, for all nodes together: the number of tries, and the time. Without the first it
+        # tries forever; without the second it gives up after the first silent node.
         **_RETRIES,
         "max_retries": nodes * (_RETRIES["max_retries"] + 1) - 1,
         "connect_retries_timeout": nodes * TIMEOUT_S,
-        # The one would wait for each message, which `_Confirms` does not; the other is Redis's own.
+        # Kombu's confirms would wait for each message, which `_Confirms` does not.
         **({"confirm_publish": False} if is_rabbitmq else {"socket_timeout": TIMEOUT_S}),
     }
     return connection
@@ -268,7 +268,7 @@ def _chunks(messages: Sequence[Encoded]) -> Iterator[list[Encoded]]:
 
 
 def _plain_repr(args: list[Any]) -> str | None:
-    """What Celery would say of these arguments, if they are plain; its own way takes a quarter of all time to send."""
+    """Celery's text for these arguments, if they are plain. Its own way takes a quarter of the time to send."""
     match args:
         case [dict() as message] if {type(value) for value in message.values()} <= {str, int, bool}:
             text = repr(args)
@@ -285,7 +285,7 @@ def _prepared(channel: Any, message: Encoded) -> Any:
 
 
 def _envelope(channel: Any, message: Encoded, queue: str) -> str:
-    """What kombu's Redis transport puts on the list."""
+    """The entry that kombu's Redis transport puts on the list."""
     prepared = _prepared(channel, message)
     channel._inplace_augment_message(prepared, "", queue)  # noqa: SLF001 # adds the delivery tag, encodes the body
     return str(to_json(prepared))

@@ -1,4 +1,4 @@
-"""Whether a Redis or Valkey server can be the broker, and how it may lose what it has taken."""
+"""Whether a Redis or Valkey server can be the broker, and whether its settings can lose messages."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ class UnsupportedServerError(Exception):
 
 
 def server_problem(info: Mapping[str, Any]) -> str | None:
-    """Why the server that tells this of itself cannot be the broker, in words."""
+    """Why a server with this `info` cannot be the broker, in words. None: it can."""
     version = str(info["redis_version"])
     if tuple(map(int, version.split(".")[:2])) < OLDEST_REDIS:
         return f"the broker is Redis {version}; Holdfast needs {'.'.join(map(str, OLDEST_REDIS))} or newer, or Valkey"
@@ -23,10 +23,10 @@ def server_problem(info: Mapping[str, Any]) -> str | None:
 
 
 def server_risk(info: Mapping[str, Any]) -> str | None:
-    """How the server that tells this of itself may lose what it has taken, in words, and what to do."""
+    """How a server with this `info` may lose messages, and what to do, in words. None: it does not."""
     risks = []
     if not info.get("aof_enabled"):
-        risks.append("it keeps no append-only file, so whatever ends it costs what it has taken: set appendonly yes")
+        risks.append("it keeps no append-only file, so it loses messages when it ends: set appendonly yes")
     policy = str(info.get("maxmemory_policy", "noeviction"))
     if info.get("maxmemory") and policy.startswith("allkeys"):
         risks.append(f"when its memory is full it removes messages: set maxmemory-policy noeviction, not {policy}")

@@ -1,4 +1,4 @@
-"""Sending dead letters again: the same for the command line and for the operators' page."""
+"""Sends dead letters again, for the command line and for the operators' page."""
 
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from worker.client import Client, DeadLetteredError, InvalidMessageError, NoAnsw
 
 
 class Replayer:
-    """Replays one letter after the other, and waits for each answer; once one is late, it waits for no other."""
+    """Replays dead letters one by one, and waits for each answer. After a late answer, it waits for no other."""
 
     def __init__(self, engine: Engine, client: Client, *, by: str, wait_s: float) -> None:
         self._engine = engine
@@ -22,22 +22,22 @@ class Replayer:
         self._unanswered = "this broker keeps no answers"
 
     def replay(self, letter_id: int) -> str:
-        """Send the letter's message again; returns what came of it, in words.
+        """Send the letter's message again. Returns the outcome, in words.
 
         Raises UnknownLetterError, NotReplayableError, StillFailsError and NotSentError.
         """
         return dead_letters.replay(self._engine, letter_id, by=self._by, send=partial(self.send, letter_id))
 
     def send(self, letter_id: int, task: str, args: list[Any], kwargs: dict[str, Any]) -> Result | str:
-        """Send the message of a letter; returns what it did or, in words, why that is not known."""
+        """Send the message of a letter. Returns its result or, in words, why the result is not known."""
         try:
             answer = self._client.send_as_is(task, args, kwargs, wait_s=self._wait_s)
         except DeadLetteredError as error:
             raise StillFailsError(str(error)) from error
         except InvalidMessageError as error:
-            raise NotReplayableError(f"dead letter {letter_id} is nested too deep to be sent again") from error
+            raise NotReplayableError(f"dead letter {letter_id} is nested too deeply to be sent again") from error
         except NoAnswerError as error:
-            self._wait_s, self._unanswered = None, "not waited for, as the worker did not answer the one before"
+            self._wait_s, self._unanswered = None, "not waited for, as the answer before it did not come in time"
             return str(error)
         if answer is not None:
             return answer

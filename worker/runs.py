@@ -1,17 +1,17 @@
-"""A run of the scheduler: what is asked for, and what it has done."""
+"""A run of the scheduler: the request and its answer."""
 
 from typing import NamedTuple
 
 
 class Run(NamedTuple):
-    """A run that somebody has asked for."""
+    """A run that was asked for."""
 
     task: str
     answer_to: str | None
-    """The id under which the answer is waited for, if it is."""
+    """The id under which a caller waits for the answer, or None."""
 
 
 class RunEnded(NamedTuple):
-    """The answer: how many events the run has written."""
+    """The answer: the number of events that the run wrote."""
 
     events: int

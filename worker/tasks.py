@@ -1,7 +1,7 @@
-"""The tasks: the names of the messages and the two runs of the scheduler, each one call into the ledger.
+"""The Celery tasks: one for each message, and the two runs of the scheduler. Each is one call into the ledger.
 
-A worker takes their messages in batches (`worker.batching`), and the scheduler's runs in the background
-(`worker.background`); called by hand, a task does the same at once.
+A worker applies messages in batches (`worker.batching`), and does runs in the background (`worker.background`). A task
+that is called directly does the same at once.
 """
 
 from collections.abc import Callable
@@ -25,22 +25,22 @@ TASKS = frozenset([*MESSAGES, *SCHEDULER_TASKS])
 
 
 class MessageDeadLetteredError(Exception):
-    """What a caller that waits for the result is told about a message that could not be applied."""
+    """The message could not be applied. A caller that waits for the result gets this."""
 
 
 class MessageWaitsError(Exception):
-    """What is told to a caller that applies a message by hand: it is kept, and a worker applies it when that can be."""
+    """A message that was applied directly has to wait. It is kept, and a worker applies it as soon as possible."""
 
 
 def as_value(answer: Result | DeadLettered) -> dict[str, Any] | MessageDeadLetteredError:
-    """What a caller that waits is given: the result as a JSON object, or the exception."""
+    """The value for a caller that waits: the result as a JSON object, or the exception."""
     if isinstance(answer, DeadLettered):
         return MessageDeadLetteredError(f"{answer.error} (dead letter {answer.letter_id}, {answer.code})")
     return {**answer._asdict(), "event_seqs": list(answer.event_seqs)}
 
 
 def register(app: Celery, engine: Engine) -> None:
-    """Give `app` all tasks, working on `engine`."""
+    """Register all tasks with `app`. They work on `engine`."""
     for name in MESSAGES:
         app.task(_message_task(name, engine), name=name)
     for name, run in SCHEDULER_TASKS.items():
@@ -62,7 +62,7 @@ def _message_task(name: str, engine: Engine) -> Callable[..., dict[str, Any]]:
 
 
 def _scheduler_task(run: Callable[[Engine], int], engine: Engine) -> Callable[..., int]:
-    def run_scheduler(*_: object) -> int:  # a replayed dead letter names the wallet it was about
+    def run_scheduler(*_: object) -> int:  # a replayed dead letter passes its wallet
         return run(engine)
 
     return run_scheduler

@@ -1,22 +1,22 @@
-"""The Redis transport that cannot lose a message: kombu's own, with another way of taking and acknowledging.
+"""A Redis transport that cannot lose a message: kombu's own, with another way of taking and acknowledging.
 
-Kombu takes a message in one round trip and records it as unacknowledged in the next; a worker that is killed in between
-loses it. Here a worker waits for a queue without taking anything from it, and then one script takes what is there and
-records it, atomically. A whole batch is acknowledged in one round trip. What a wait is answered with is the next entry:
-of one that is too large to be taken whole, only the length is read.
+Kombu takes a message in one round trip and records it as unacknowledged in the next. A worker that is killed in between
+loses it. Here a worker waits for a queue without taking anything from it. Then one script takes the messages and
+records them, atomically. A whole batch is acknowledged in one round trip. The reply to a wait is the next entry; if
+that is too large to be taken whole, only its length is read.
 
-Guarantee: whatever is killed, a message is in its queue or in `UNACKED`. These keys are our own: under kombu's names
-every worker of the database keeps what it holds, of whatever application, and restores what it finds there, after a
-timeout that is only its own. What is in a queue but is no message of kombu's is delivered too, as `SetAside`, and so is
-the first part of an entry that is too large to be taken whole.
+Guarantee: whatever is killed, a message is in its queue or in `UNACKED`. These keys are our own. Under kombu's names,
+the workers of all applications on the database keep what they hold, and each restores what it finds there after its own
+timeout. An entry that is no message of kombu's is delivered too, as `SetAside`, and so is the first part of an entry
+that is too large to be taken whole.
 
-What a worker holds does not time out while the worker lives. What a dead one held goes back to its queue, and how often
-that happened is counted, but for one that is too large, which nobody reads: an entry that was restored `SUSPECT` times
-is taken alone, so that only one that ends its workers is counted further, and after `DELIVERY_LIMIT` times it is
-delivered as `SetAside`, and read by nobody.
+The messages of a living worker do not time out. Those of a dead one go back to their queue, and each entry counts how
+often it was restored, unless it is too large: such an entry is never parsed. An entry that was restored `SUSPECT` times
+is taken alone, so that from then on only the culprit is counted. After `DELIVERY_LIMIT` times it is delivered as
+`SetAside`, and not parsed.
 
-It does not change how messages are published, and it leans on the internals of kombu 5.7 and on redis-py's parser:
-tests/integration/transport holds what it leans on.
+Does not change how messages are published. It depends on internals of kombu 5.7 and on redis-py's parser, which
+tests/integration/transport checks.
 """
 
 import base64
@@ -45,28 +45,28 @@ from worker.redis_server import UnsupportedServerError, server_problem, server_r
 
 logger = logging.getLogger(__name__)
 
-NO_MESSAGE = InvalidMessage("undecodable_message", "this was in the queue and is no message of Celery's", None)
+NO_MESSAGE = InvalidMessage("undecodable_message", "the entry in the queue is not a Celery message", None)
 DELIVERED_TOO_OFTEN = InvalidMessage("delivery_limit", "it was delivered too often and never acknowledged", None)
 
 MOST_TAKEN = 500
-"""How many messages one step takes at most."""
+"""The most messages that one step takes."""
 
 MOST_BYTES = 8 * 2**20
-"""After how many bytes one step takes no more."""
+"""After this many bytes, one step takes no more."""
 
 MOST_HELD_BYTES = 32 * 2**20
-"""After how many bytes a worker takes no more until it has acknowledged some."""
+"""A worker that holds this many bytes takes no more until it has acknowledged some."""
 
 MOST_ENTRY_BYTES = 256 * 2**10
 """The largest entry of a queue that is taken whole; of a larger one a worker gets the first part."""
 
 UNACKED, UNACKED_INDEX = "credits.unacked", "credits.unacked_index"
-"""What is taken and not acknowledged, by its tag, and when each was taken. One that is too large to be taken whole is
-in a list of its own, `credits.unacked.<tag>`: it is moved there and back, and never copied."""
+"""The entries that are taken and not acknowledged, by tag, and when each was taken. One that is too large to be taken
+whole is in a list of its own, `credits.unacked.<tag>`: it is moved there and back, and never copied."""
 
 TAKES_ONE = (
-    f"Taking messages one by one: the next came back from workers that died, {SUSPECT} times or more, and may be why "
-    f"they died; one that comes back {DELIVERY_LIMIT} times becomes a dead letter"
+    f"Taking messages one by one: the next one came back from workers that died, {SUSPECT} times or more, and may have "
+    f"ended them; a message that comes back {DELIVERY_LIMIT} times becomes a dead letter"
 )
 TAKES_MANY = "Taking many messages at once again"
 
@@ -75,7 +75,7 @@ WAIT_S = 1
 in lists of their own."""
 
 OVERDUE_S = 30
-"""A wait that is not answered for so long has lost its server."""
+"""A wait without a reply for so long has lost its server."""
 
 _PRIORITIES = (3, 6, 9)
 
@@ -94,7 +94,7 @@ local taken, held, index, large, bytes, suspect, full = {}, {}, {}, {}, 0, 0, fa
 for list = 3, #KEYS do
   while not full and #taken < limit do
     local items = redis.call('LRANGE', KEYS[list], -math.min(limit - #taken, 20), -1)
-    local done = 0 -- how many of the list's last are taken and still in it
+    local done = 0 -- how many of the list's last entries are taken and still in it
     for at = #items, 1, -1 do
       local item, restored = items[at], 0
       if keep and string.sub(item, 1, 13) == '{"restored": ' then
@@ -106,10 +106,10 @@ for list = 3, #KEYS do
         if full then break end
       end
       done = done + 1
-      local own_tag = tag .. string.format('%03d', #taken + 1) -- in this order they are restored
+      local own_tag = tag .. string.format('%03d', #taken + 1) -- entries are restored in the order of their tags
       local kept = item
       if #item > most_entry then
-        kept = '' -- it is kept as it is, under a key of its own: a copy would take the server's time
+        kept = '' -- it is moved to a key of its own: a copy would take the server's time
         local task_at = string.find(item, '"task": "', 1, true)
         local task = task_at and string.match(item, '^"task": "([%w_.]+)"', task_at) or ''
         large[#large + 1] = {#taken + 1, #item, redis.sha1hex(item), task}
@@ -173,8 +173,8 @@ redis.call('HDEL', KEYS[1], '')
 for _, tag in ipairs(ARGV) do redis.call('ZADD', KEYS[2], 'XX', clock[1], tag) end
 """
 
-# A script that has written may go on when the memory is full. These two, which add nothing, therefore begin with a
-# write that changes nothing; taking begins with LTRIM.
+# When the memory is full, Redis lets a script write only if it has written before. So these two, which add nothing,
+# begin with a write that changes nothing; taking begins with LTRIM.
 
 _RESTORED = re.compile(rb'{"restored": (\d{1,9}), ')
 _TASK = re.compile(rb'"task": "([\w.]{1,256})"')
@@ -184,21 +184,21 @@ Receiver = Callable[[virtual.Message], object]
 
 
 def read_json(text: bytes) -> Any:
-    """The value of a JSON text, read as Python's own `json` does, in half the time. Raises what that raises."""
+    """Parse JSON as Python's own `json` does, in half the time. Raises the same errors."""
     try:
         return from_json(text)
-    except ValueError:  # some that Python would take, such as half of a surrogate pair
+    except ValueError:  # Python accepts more, such as half a surrogate pair
         return json.loads(text.decode())
 
 
 class SetAside(virtual.Message):
-    """What was in a queue and must not be read, or cannot: nothing in it decides what is done with it."""
+    """An entry of a queue that cannot or must not be parsed. Its content does not decide how it is handled."""
 
     def __init__(self, channel: "Channel", tag: str, body: bytes, *, task: str, problem: InvalidMessage) -> None:
         super().__init__({"properties": {"delivery_tag": tag, "delivery_info": {}}}, channel=channel)
         self.body = body
         self.task = task
-        """The task that it names; empty, if that is not known."""
+        """The task that it names; empty if that is not known."""
         self.problem = problem
 
 
@@ -207,10 +207,10 @@ class EntryTooLargeError(Exception):
 
 
 class WaitParser(_RESP2Parser):
-    """Reads a reply, unless it is one text that is larger than an entry that is taken whole."""
+    """Reads a reply, unless it is a text of more than MOST_ENTRY_BYTES."""
 
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
-        """The reply. Raises EntryTooLargeError, at which redis-py disconnects."""
+        """Return the reply. Raises EntryTooLargeError, after which redis-py disconnects."""
         assert self._buffer is not None
         start = self._buffer.get_pos()
         header = self._buffer.readline()
@@ -221,12 +221,12 @@ class WaitParser(_RESP2Parser):
 
 
 class QoS(kombu_redis.QoS):
-    """What one channel holds unacknowledged."""
+    """The unacknowledged messages of one channel."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.is_for_one = False
-        """Whether the next message is to be held alone, or the one that is held."""
+        """Whether the message that is held, or the next one, must be held alone."""
         self._bytes: dict[str, int] = {}
         self._held_bytes = 0
         self._kept_alive_at = self._checked_at = time.monotonic()
@@ -239,11 +239,11 @@ class QoS(kombu_redis.QoS):
 
     @property
     def holds_nothing(self) -> bool:
-        """Whether all that was taken is acknowledged, or given back."""
+        """Whether every message that was taken is acknowledged or given back."""
         return not self._delivered
 
     def can_consume(self) -> bool:
-        """Whether more may be taken: neither too many, nor too large, nor beside one that is held alone."""
+        """Whether more may be taken: the limits are not reached, and no message must be held alone."""
         if self.holds_nothing:
             return True
         return not self.is_for_one and self._held_bytes < MOST_HELD_BYTES and bool(super().can_consume())
@@ -254,7 +254,7 @@ class QoS(kombu_redis.QoS):
 
     def acknowledge(self, delivery_tags: Sequence[str]) -> None:
         """Acknowledge messages, all in one round trip."""
-        # What was larger than an entry that is taken whole, and perhaps more, is set aside.
+        # An entry that was too large to be taken whole is set aside; perhaps others are, too.
         large = [tag for tag in delivery_tags if isinstance(self._delivered.get(tag), SetAside)]
         self.channel.forget(delivery_tags, large)
         for tag in delivery_tags:
@@ -267,12 +267,12 @@ class QoS(kombu_redis.QoS):
         self.channel.restore([tag], leftmost=leftmost)
 
     def restore_unacked(self, _client: Any = None) -> None:
-        """Put back all that is held."""
+        """Put back all messages that are held."""
         self.channel.restore(list(self._delivered))
         self._forget()
 
     def restore_visible(self, *_: Any, **__: Any) -> None:
-        """Put back what a worker that is dead or frozen has held for the visibility timeout. Called every second."""
+        """Put back messages that a dead or frozen worker has held for the visibility timeout. Called every second."""
         now = time.monotonic()
         if now - self._kept_alive_at > self.visibility_timeout / 6:
             self._kept_alive_at = now
@@ -283,7 +283,7 @@ class QoS(kombu_redis.QoS):
         self.channel.restore_timed_out(self.visibility_timeout)
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
-        """Give back what is held, on a connection that still exists; without one, Redis does after the timeout."""
+        """Give back what is held, if the connection still exists. If not, another worker does so after the timeout."""
         connection = self.channel.connection
         if connection is None or connection.client is None:
             self._on_collect.cancel()
@@ -298,7 +298,7 @@ class QoS(kombu_redis.QoS):
 
 
 class Channel(kombu_redis.Channel):
-    """Takes many messages in one step. Every queue is waited for on a connection of its own."""
+    """Takes many messages in one step. Waits for each queue on a connection of its own."""
 
     QoS = QoS
     unacked_key, unacked_index_key = UNACKED, UNACKED_INDEX
@@ -314,7 +314,7 @@ class Channel(kombu_redis.Channel):
         self._queues_with_suspects: set[str] = set()
         self._next_in: str | None = None
         self.on_risk: Callable[[str | None], object] = lambda _: None
-        """Called at first and every visibility timeout with how the server may lose messages; None: it does not."""
+        """Called at the start and every visibility timeout with what `server_risk` returns."""
         self.on_suspect: Callable[[], object] = lambda: None
         """Called with each message that is taken alone."""
         owner = uuid4()
@@ -328,17 +328,17 @@ class Channel(kombu_redis.Channel):
     def check_server(self, client: Redis | None = None) -> None:
         """Raise UnsupportedServerError for a server that cannot do what this transport needs.
 
-        It is asked by `client`, for who only sends: the channel's own would open another connection.
+        A sender passes its own `client`: the channel's own would open another connection.
         """
         with suppress(NoPermissionError):
-            info = (client or self._redis).info()  # before Redis 7: one section, or none
+            info = (client or self._redis).info()  # all of it: before Redis 7, INFO takes one section at most
             problem = server_problem(info)
             if problem is not None:
                 raise UnsupportedServerError(problem)
             self.on_risk(server_risk(info))
 
     def check_risk(self) -> None:
-        """Tell whether the server, as it is configured now, may lose what it has taken."""
+        """Report whether the server's present configuration allows it to lose messages."""
         with suppress(NoPermissionError):
             self.on_risk(server_risk(self._redis.info()))
 
@@ -350,7 +350,7 @@ class Channel(kombu_redis.Channel):
         consumer_tag: str,
         **kwargs: Any,
     ) -> None:
-        """Deliver what arrives in `queue` to `callback`."""
+        """Deliver the messages of `queue` to `callback`."""
         self._receivers[queue] = callback
         if no_ack:
             self._without_ack.add(queue)
@@ -363,19 +363,19 @@ class Channel(kombu_redis.Channel):
             self._asked_at.pop(queue, None)
             self._ask_again_at.pop(queue, None)
             self.connection.cycle.unregister_wait(self, client, f"wait {queue}")
-            self._disconnect(client)  # nothing is taken by waiting; the reply must not be the next one's
+            self._disconnect(client)  # a wait takes nothing; its reply must not be read as another one's
             client.close()
         self._queues_with_suspects.discard(queue)
         if queue == self._next_in:
             self._next_in = None
 
     def _queue_bind(self, *args: Any) -> None:
-        with suppress(OutOfMemoryError):  # what waits in a queue was put there by somebody who has bound it
+        with suppress(OutOfMemoryError):  # a queue with messages was bound by their sender
             super()._queue_bind(*args)
 
     def _connect_to_wait(self) -> Redis:
         if self._wait_pool is None:
-            # The protocol is the parser's: redis-py would choose another one, and with it another parser.
+            # WaitParser reads protocol 2; redis-py would choose another one, and with it another parser.
             params = {**self._connparams(asynchronous=True), "parser_class": WaitParser, "protocol": 2}
             self._wait_pool = ConnectionPool(**params)
         return Redis(connection_pool=self._wait_pool)
@@ -391,11 +391,11 @@ class Channel(kombu_redis.Channel):
         raise NotImplementedError("this transport delivers messages to consumers only")
 
     def wait(self, poller: "Poller") -> None:
-        """Ask for news of every queue that is not asked for yet."""
+        """Begin a wait for every queue that has none."""
         if self.connection is None or self.connection.client is None:
             return  # the connection is lost, and this channel with it
-        # A suspect that waits to be taken alone is next, and so is what waits behind one that was taken alone from
-        # another queue: neither can put off the other for ever.
+        # A suspect that waits to be taken alone is next. So is a queue that waited behind a suspect of another queue.
+        # So neither can delay the other forever.
         queues = self.active_queues if self._next_in is None else [self._next_in]
         for queue in queues if self.qos.can_consume() else ():
             client = self._waiting.get(queue)
@@ -411,21 +411,21 @@ class Channel(kombu_redis.Channel):
                 self._asked_at[queue] = time.monotonic()
 
     def ask_again(self) -> None:
-        """There is room again: ask at once, not when the event loop comes by a second later."""
+        """Wait again at once, as there is room, not when the event loop comes by a second later."""
         if self.connection is not None and self._waiting:
             self.wait(self.connection.cycle)
 
     def drop_overdue_waits(self) -> None:
-        """Disconnect from a server that went away without a word."""
+        """Disconnect from a server that went away silently."""
         for queue, asked_at in self._asked_at.items():
             if time.monotonic() - asked_at > OVERDUE_S:
                 self._disconnect(self._waiting[queue])
 
     def _poll_error(self, type: str, **_: Any) -> None:
-        self.handlers[type]()  # reading tells what is wrong
+        self.handlers[type]()  # reading raises the error
 
     def _woken(self, queue: str) -> None:
-        """There is something in `queue`, or it was waited for long enough."""
+        """Handle the reply to a wait: there is a message in `queue`, or the wait has ended."""
         client = self._waiting[queue]
         self._asked_at.pop(queue, None)
         is_there = True
@@ -435,12 +435,12 @@ class Channel(kombu_redis.Channel):
         except self.connection_errors:
             self._disconnect(client)
             raise
-        except OutOfMemoryError:  # Redis takes the wait for a write; what is taken makes room
+        except OutOfMemoryError:  # to Redis, the wait is a write; taking messages makes room
             self._ask_again_at[queue] = time.monotonic() + WAIT_S
-        except ResponseError as error:  # it only reads, as after a failover, or cannot write its file
+        except ResponseError as error:  # it is read-only, as after a failover, or cannot write its file
             self._ask_again_at[queue] = time.monotonic() + WAIT_S
             if not self._is_refused:
-                logger.warning("The broker lets nothing be taken, it is asked every second: %s", error)
+                logger.warning("The broker lets no message be taken; trying every second: %s", error)
             self._is_refused = True
             raise Empty from error
         else:
@@ -457,7 +457,7 @@ class Channel(kombu_redis.Channel):
             client.connection.disconnect()
 
     def _take_from(self, queue: str) -> int:
-        """Take and deliver what is in `queue`, up to the prefetch limit; returns how many messages that was."""
+        """Take and deliver the messages of `queue`, up to the prefetch limit. Returns how many."""
         room = self.qos.can_consume_max_estimate()  # None: no limit
         limit, tag = MOST_TAKEN if room is None else min(room, MOST_TAKEN), next(self._tags)
         if limit == 0 or not self.qos.can_consume() or self._next_in not in (None, queue):
@@ -509,16 +509,16 @@ class Channel(kombu_redis.Channel):
             envelope = read_json(item)
             envelope["properties"]["delivery_tag"] = tag
             return self.Message(envelope, channel=self)
-        except Exception:  # noqa: BLE001 - what is in the envelope decides what is raised
+        except Exception:  # noqa: BLE001 - the content of an envelope may cause any error
             return SetAside(self, tag, item, task="", problem=NO_MESSAGE)
 
     def forget(self, delivery_tags: Sequence[str], large: Sequence[str]) -> None:
-        """Remove messages from what is unacknowledged, in one round trip. `large`: which may have keys of their own."""
+        """Remove unacknowledged messages, in one round trip. `large`: those that may have keys of their own."""
         if self.connection is None:
             raise ConnectionError("the connection to the broker is closed")
         unacked, unacked_index = self._kept_keys()
         with self._redis.pipeline(transaction=bool(large)) as pipe:
-            # In this order: of one that is half done, nothing stays that no timeout finds.
+            # In this order, so that a removal that ends halfway leaves nothing that no timeout finds.
             pipe.hdel(unacked, *delivery_tags)
             pipe.zrem(unacked_index, *delivery_tags)
             if large:
@@ -526,29 +526,29 @@ class Channel(kombu_redis.Channel):
             pipe.execute()
 
     def keep_alive(self, delivery_tags: Sequence[Any]) -> None:
-        """Have the visibility timeout of what is held begin again."""
+        """Begin the visibility timeout of these messages again."""
         if delivery_tags:
             self._begin_again(keys=self._kept_keys(), args=list(delivery_tags))
 
     def maybe_refresh_binding_expiry(self) -> None:
-        """Called by kombu every second; with a server that refuses it, too, and `_woken` has told so."""
+        """Called by kombu every second. Ignores a server that refuses it, which `_woken` has reported."""
         with suppress(ResponseError):
             super().maybe_refresh_binding_expiry()
 
     def restore(self, delivery_tags: Sequence[str], *, leftmost: bool = False) -> None:
-        """Put what is held under these tags, in the order in which it was taken, back to where it is taken from next.
+        """Put the messages with these tags, in the order in which they were taken, back to the front of their queues.
 
-        `leftmost`: to where it is taken from last. A round trip for `MOST_TAKEN` messages.
+        `leftmost`: to the back. A round trip for every `MOST_TAKEN` messages.
         """
         for end in range(len(delivery_tags), 0, -MOST_TAKEN):
             some = delivery_tags[max(0, end - MOST_TAKEN) : end]
             self._restore_some(some, "LPUSH" if leftmost else "RPUSH", counts=False)
 
     def restore_timed_out(self, timeout_s: float) -> None:
-        """Put back what any worker of ours took more than `timeout_s` seconds ago, and count that."""
+        """Put back messages that any worker of ours took more than `timeout_s` seconds ago, and count that."""
         index = self._key(self.unacked_index_key)
         seconds, _ = self._redis.time()
-        # Taken before the server's clock was set back: what no living worker keeps alive times out from now on.
+        # These were taken before the server's clock was set back. Their timeout begins now.
         if tags := self._redis.zrange(index, seconds + timeout_s, "+inf", byscore=True, offset=0, num=MOST_TAKEN):
             self.keep_alive(tags)
         while tags := self._redis.zrange(
@@ -569,7 +569,7 @@ class Channel(kombu_redis.Channel):
 
 
 def _restored(item: bytes) -> int:
-    """How often an entry of a queue was restored, as the script has written it in front of it."""
+    """How often an entry of a queue was restored: the number that the script writes in front of it."""
     count = _RESTORED.match(item)
     return 0 if count is None else int(count[1])
 
@@ -587,14 +587,14 @@ class Poller(kombu_redis.MultiChannelPoller):
     """Waits for the queues of all channels, in the event loop."""
 
     def on_poll_start(self) -> None:
-        """Before the loop waits: make sure that there is something to wait for."""
+        """Begin every wait, before the loop waits."""
         for channel in self._channels:
             channel.wait(self)
             if channel.active_fanout_queues:
                 self._register_LISTEN(channel)
 
     def register_wait(self, channel: Channel, client: Redis, kind: str) -> bool:
-        """Have the loop watch the connection of `client`; answers whether that was new."""
+        """Have the loop watch the connection of `client`. Returns whether that is new."""
         if self._client_registered(channel, client, kind):
             return False
         self._register(channel, client, kind)
@@ -608,18 +608,18 @@ class Poller(kombu_redis.MultiChannelPoller):
             self._fd_to_chan.pop(fileno, None)
 
     def on_readable(self, fileno: int) -> None:
-        """A server answered, or closed the connection."""
+        """Handle the reply of a server, or the end of its connection."""
         channel, kind = self._fd_to_chan.get(fileno, (None, None))
         if channel is not None:
             channel.handlers[kind]()
 
     def maybe_restore_messages(self) -> None:
-        """Called by kombu every second; with a server that refuses it, too, and `Channel` has told so."""
+        """Called by kombu every second. Ignores a server that refuses it, which `Channel` has reported."""
         with suppress(ResponseError):
             super().maybe_restore_messages()
 
     def maybe_check_brpop_health(self) -> None:
-        """Called by kombu every now and then."""
+        """Called by kombu at intervals."""
         for channel in self._channels:
             channel.drop_overdue_waits()
 

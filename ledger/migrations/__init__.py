@@ -1,16 +1,16 @@
-"""The schema's history, as Alembic revisions, and how to bring a database to one of them.
+"""The schema's history as Alembic revisions, and how to bring a database to one of them.
 
 Guarantee: a migration stops nobody. Each revision after 0002 is one short transaction, or builds one index without one:
 
-- A table that is in use is changed by one statement with one action that looks at no row: a CHECK or a foreign key is
+- It changes a table that is in use by one statement with one action that reads no row: a CHECK or a foreign key is
   `NOT VALID`, a column's default is a constant.
-- The next revision says `VALIDATE CONSTRAINT` and nothing else, while everybody reads and writes. So does the one that
-  says `CREATE INDEX CONCURRENTLY`, in an `autocommit_block`, after `DROP INDEX CONCURRENTLY IF EXISTS`: what an attempt
-  that failed has left. Nobody waits behind these two, so both begin with `SET lock_timeout = 0`.
-- Everything else waits for a lock no longer than LOCK_WAIT_S, gives up, lets the others through, and tries again.
+- `VALIDATE CONSTRAINT` is the only statement of the next revision, and runs while others read and write. So does
+  `CREATE INDEX CONCURRENTLY`, in an `autocommit_block`. Before it, `DROP INDEX CONCURRENTLY IF EXISTS` removes what a
+  failed attempt has left. Nobody waits behind these, so their revisions begin with `SET lock_timeout = 0`.
+- Every other statement waits for a lock for at most LOCK_WAIT_S, gives up, lets the others through, and tries again.
 
-tests/integration/test_migrations.py reads what each revision sends for it. Two migrations at once are one after the
-other. One that ends early has done some of the revisions, each of them whole; the next one goes on from there.
+tests/integration/test_migrations.py checks the statements of each revision. Two migrations at once run one after the
+other. One that ends early has done whole revisions only; the next one continues from there.
 """
 
 import logging
@@ -31,13 +31,13 @@ from sqlalchemy.exc import OperationalError
 from ledger import roles
 
 LOCK_WAIT_S = 0.2
-"""How long a change waits for a lock, and everybody else behind it: less than workers have patience for."""
+"""How long a change waits for a lock, and others behind it: less than the patience of workers."""
 
 PAUSE_S = 1.0
-"""How long the others are let through before it is tried again."""
+"""How long the others are let through before the next try."""
 
 VACUUM_WAIT_S = 5.0
-"""How long to wait for a vacuum to give way; PostgreSQL asks it to after its `deadlock_timeout`, a second."""
+"""How long to wait for a vacuum to end. PostgreSQL ends it after its `deadlock_timeout`, a second by default."""
 
 PATIENCE_S = 300.0
 """How long one revision is tried."""
@@ -47,7 +47,7 @@ Say = Callable[[str], object]
 _LOCK_ID = 4_877_001
 _logger = logging.getLogger(__name__)
 
-# Whatever the server's or our own defaults are: to validate a large table takes as long as it takes.
+# Whatever the defaults of the server or of `database`: validating a large table may take any time.
 _WITHOUT_TIMEOUTS = text("""
     SELECT set_config(name, '0', false) FROM pg_settings
     WHERE name IN ('statement_timeout', 'transaction_timeout', 'idle_in_transaction_session_timeout')
@@ -55,7 +55,7 @@ _WITHOUT_TIMEOUTS = text("""
 
 
 class LockedError(Exception):
-    """A migration did not get a lock that it needs; the text says what to do. What it had done before stays."""
+    """A migration did not get a lock that it needs; the text says what to do. The revisions before stay."""
 
 
 class NewerSchemaError(Exception):
@@ -65,7 +65,7 @@ class NewerSchemaError(Exception):
         head = head_revision()
         super().__init__(
             f"the database is at revision {current}, and this version of Holdfast knows none after {head}: run the "
-            f"newer version again, or have it take the database back first, with `holdfast migrate --to {head}`"
+            f"newer version, or first use it to take the database back, with `holdfast migrate --to {head}`"
         )
 
 
@@ -108,9 +108,9 @@ def downgrade(engine: Engine, revision: str, *, say: Say = _logger.warning) -> N
 
 
 def grant(engine: Engine, *, say: Say = _logger.warning) -> dict[str, str]:
-    """Give the worker's and the reader's role what they need. Waits for other migrations as `upgrade` does.
+    """Grant the worker's and the reader's role what they need. Waits for other migrations as `upgrade` does.
 
-    Returns what a role may still do beyond that, in words, as the tables' owner cannot take it. Raises
+    Returns for each role what it may still do beyond that, in words: the tables' owner cannot revoke it. Raises
     roles.NotGrantedError.
     """
     with _alone(engine, say) as connection:
@@ -140,7 +140,7 @@ def _run(engine: Engine, migrate: Callable[[Config, str], None], step: str, targ
 
 @contextmanager
 def _alone(engine: Engine, say: Say) -> Iterator[Connection]:
-    """A connection for as long as no other migration has one."""
+    """A connection that only one migration has at a time."""
     with engine.connect() as connection:
         try:
             _take_turn(connection, say)
@@ -148,12 +148,12 @@ def _alone(engine: Engine, say: Say) -> Iterator[Connection]:
             connection.commit()
             yield connection
         finally:
-            connection.invalidate()  # what it holds, and what is set on it, ends with it
+            connection.invalidate()  # ends its lock and its settings
 
 
 def _take_turn(connection: Connection, say: Say) -> None:
     is_told = False
-    # In tries: a statement that waits would be an open transaction, for which CREATE INDEX CONCURRENTLY waits.
+    # Polls: a waiting statement would be an open transaction, for which CREATE INDEX CONCURRENTLY waits.
     while not connection.scalar(text("SELECT pg_try_advisory_lock(:id)"), {"id": _LOCK_ID}):
         connection.rollback()
         if not is_told:
@@ -195,10 +195,10 @@ def _patiently(connection: Connection, migrate: Callable[[], None], say: Say) ->
 
 
 def _end_vacuum(connection: Connection, statement: str) -> None:
-    """Have PostgreSQL end a vacuum that it runs by itself on the table that `statement` changes.
+    """Have PostgreSQL end an autovacuum of the table that `statement` changes.
 
-    It does so for a statement that waits for its lock, but only after a longer time than a change may wait. This one
-    holds up neither readers nor writers.
+    PostgreSQL does so for a statement that waits for the lock, but only after longer than a change may wait. The lock
+    requested here blocks neither readers nor writers.
     """
     changed = re.match(r"\s*ALTER TABLE (\w+)", statement)
     if changed is not None:

@@ -6,7 +6,7 @@ branch_labels = ${repr(branch_labels)}
 depends_on = ${repr(depends_on)}
 
 
-# What may be in it: ledger/migrations/__init__.py.
+# What a revision may do: ledger/migrations/__init__.py.
 def upgrade() -> None:
     ${upgrades if upgrades else "raise NotImplementedError"}
 

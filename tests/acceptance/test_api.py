@@ -350,16 +350,16 @@ def particular(services: Embedded) -> Iterator[str]:
         ({"aud": "", "iss": ISSUER}, 'The token has no "aud".'),
         (
             {"aud": "https://mail.example", "iss": ISSUER},
-            'The token is for another service: its "aud" is not what is expected here.',
+            'The token is for another service: its "aud" is not the expected one.',
         ),
         ({"aud": [], "iss": ISSUER}, 'The token has no "aud".'),
         (
             {"aud": 5, "iss": ISSUER},
-            'The token is for another service: its "aud" is not what is expected here.',
+            'The token is for another service: its "aud" is not the expected one.',
         ),
         (
             {"aud": OURS, "iss": "https://login.example"},
-            'The token is from elsewhere: its "iss" is not what is expected here.',
+            'The token is of another issuer: its "iss" is not the expected one.',
         ),
     ],
 )
@@ -442,9 +442,9 @@ def test_the_metrics_tell_how_long_the_oldest_message_has_waited(api: Api) -> No
         ("w1/start", b'{"credits": "5"}', 422, "workflow.start: credits must be an integer, got '5'"),
         ("w1/start", b"not json", 400, "The body is not JSON."),
         ("w1/start", b"[]", 422, "The body must be a JSON object."),
-        ("w1/start", b'{"credits": 5, "org_id": "other"}', 422, "org_id is in the path, not in the body."),
-        ("w1/start", b'{"credits": 5, "org_id": "acme"}', 422, "org_id is in the path, not in the body."),
-        ("w1/cancel", b'{"workflow_id": null}', 422, "workflow_id is in the path, not in the body."),
+        ("w1/start", b'{"credits": 5, "org_id": "other"}', 422, "org_id belongs in the path, not in the body."),
+        ("w1/start", b'{"credits": 5, "org_id": "acme"}', 422, "org_id belongs in the path, not in the body."),
+        ("w1/cancel", b'{"workflow_id": null}', 422, "workflow_id belongs in the path, not in the body."),
         ("w1/start", b"[" * 100_000, 413, "The body is larger than 65,536 bytes."),
         ("w1/start", b"[" * 60_000, 400, "The body is not JSON."),
         (
@@ -509,7 +509,7 @@ def test_an_engine_cannot_pass_for_somebody_else(api: Api, step: str, source: st
     response = api.post(f"/api/organizations/acme/workflows/w1/{step}", json=body, headers=write)
     assert (response.status_code, response.json()["detail"]) == (
         422,
-        f"workflow.{step}: source must not be admin, billing, operator or scheduler: their messages come in other ways",
+        f"workflow.{step}: source must not be admin, billing, operator or scheduler: these are reserved",
     )
     assert _waiting(api) == before
     own = api.post(f"/api/organizations/acme/workflows/w1/{step}", json={**body, "source": "crm"}, headers=write)
@@ -712,7 +712,7 @@ def test_what_nobody_expected_is_a_sentence_and_the_log_has_the_rest(
     assert (failed.status_code, failed.headers["connection"]) == (500, "close")
     assert (failed.headers["cache-control"], failed.headers["x-content-type-options"]) == ("no-store", "nosniff")
     assert "private detail" not in failed.text
-    sentence = "Something went wrong on the server; its log tells what."
+    sentence = "Something went wrong on the server; its log says what."
     if path == HISTORY:
         assert failed.headers["content-type"] == "text/html; charset=utf-8"
         assert "default-src 'none'" in failed.headers["content-security-policy"]
@@ -810,7 +810,7 @@ def test_the_openapi_document_describes_it(api: Api) -> None:
     assert "A date alone is the beginning of that UTC day." in at["description"]
     reports = [paths[f"/api/organizations/{{orgId}}/workflows/{{workflowId}}/{step}"]["post"] for step in STEPS]
     for report in reports:
-        assert "`admin`, `billing`, `operator` or `scheduler`, is refused" in report["description"]
+        assert "`admin`, `billing`, `operator` or `scheduler` is refused" in report["description"]
         assert "`source` is printable ASCII" in report["description"]
         assert "429" not in report["responses"]
     assert len({report["operationId"] for report in reports}) == len(STEPS)

@@ -75,7 +75,7 @@ def test_a_workload_that_was_applied_is_accounted_for(funded: Engine) -> None:
 def test_a_message_that_was_lost_is_noticed(funded: Engine, lost: int) -> None:
     load = Workload.lifecycle(200, organizations=10)
     apply_batch(funded, load.deliveries[:lost] + load.deliveries[lost + 1 :])
-    with pytest.raises(NotAccountedError, match="1 of 100 workflows are not as their messages say"):
+    with pytest.raises(NotAccountedError, match="1 of 100 workflows differ from their messages"):
         load.check(funded, used_before=3 * past.CREDITS_PER_WORKFLOW)
 
 

@@ -347,7 +347,7 @@ def test_a_link_signs_in_at_one_click_but_not_on_another_site(person: Person) ->
     link = f"/signin?token={token()}&next={HISTORY}"
     person.driver.get(f"data:text/html,<main><a href='{person.address}{link}'>Look here</a></main>")
     person.click("Look here")
-    assert person.find("#wrong").text.startswith("The link is on another site, so it signs nobody in.")
+    assert person.find("#wrong").text.startswith("The link is on another site, so it does not sign you in.")
     assert [complaint for complaint in person.complaints() if "403 (Forbidden)" not in complaint] == []
     person.open(link)
     person.wait_for(HISTORY)

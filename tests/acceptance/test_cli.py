@@ -224,8 +224,8 @@ def test_a_history_without_events_says_so(holdfast: Any, org_id: str) -> None:
         (("--to", "9999-12-32"), "--to: 9999-12-32 is not a date or time such as 2026-01-31"),
         (("--from", "2026-11-23", "--to", "2026-11-22"), "--to: must not be before --from"),
         (("--from", "\x1b[2J"), r"--from: \x1b[2J is not a date or time"),
-        (("--type", "[bold]x[/]"), "--type: [bold]x[/] is none of usage, prepaid_purchase, "),
-        (("--type", "\udcff"), r"--type: \udcff is none of usage, prepaid_purchase, "),
+        (("--type", "[bold]x[/]"), "--type: [bold]x[/] is not one of usage, prepaid_purchase, "),
+        (("--type", "\udcff"), r"--type: \udcff is not one of usage, prepaid_purchase, "),
         *(
             (("--project", typed), "'--project': must have 1 to 128 characters, and only letters, digits and _ . : -")
             for typed in ("\udcff", "bad id", "")
@@ -352,7 +352,7 @@ def test_a_schema_is_not_taken_back_where_that_would_lose_something(database_url
     for nonsense in ("base", "head", "-1", "9999"):  # what Alembic knows too would drop everything
         refused = run("migrate", f"--to={nonsense}", HOLDFAST_DATABASE_URL=database_url)
         assert refused.returncode == 2
-        assert f"{nonsense} is none of 0001, 0002" in refused.stderr
+        assert f"{nonsense} is not one of 0001, 0002" in refused.stderr
     assert sql(engine, "SELECT org_id FROM waiting_messages") == [("acme",)]
 
 
@@ -492,7 +492,7 @@ def test_two_demos_at_once_tell_their_story_and_leave_nothing_behind(folder: Pat
     assert eventually(lambda: processes_in(folder) == [])
 
 
-@pytest.mark.parametrize("moment", ["Starting PostgreSQL", "What is sent"])
+@pytest.mark.parametrize("moment", ["Starting PostgreSQL", "Messages sent"])
 def test_ctrl_c_ends_a_demo_at_any_moment(folder: Path, moment: str) -> None:
     with started(folder, "demo") as demo:
         eventually(lambda: len(processes_in(folder)) > 1)

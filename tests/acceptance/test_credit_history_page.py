@@ -239,7 +239,7 @@ def test_the_chart_is_told_truly_however_many_events_there_are(
     write(ledger.engine, org_id, ("wallet.grant", {"grant_id": "h", "credits": 1}))
     monkeypatch.setattr(history, "MAX_COMPARED", 1_202)
     page = customer.get(history_of(org_id))
-    assert "From 7 to 1,008 credits. Of so many events, the line shows some; a shorter time shows more." in page.text
+    assert "From 7 to 1,008 credits. The line shows some of the events; a shorter time shows more." in page.text
     assert re.search(r"From 7 credits on [^<,]* to 1,008 on [^<,]*\.</desc>", page.text)
     assert "lowest" not in page.text
 

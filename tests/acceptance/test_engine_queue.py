@@ -88,14 +88,14 @@ def test_nothing_else_is_taken_from_it_whatever_it_says_and_no_replay_lets_it_in
     assert {code for code, _ in letters(installation)} == {"not_allowed"}
     errors = [error for (error,) in sql(installation.engine, "SELECT error FROM dead_letters ORDER BY id")]
     assert (
-        "from credits.engine only messages about workflows are taken: 'wallet.grant' has to be sent to credits, "
-        "by whoever may"
+        "only workflow messages are taken from credits.engine: 'wallet.grant' must be sent to credits, "
+        "by a system that may"
     ) in errors
     replayed = replay_all(installation)
     assert replayed.returncode == 1
     outcomes = json.loads(replayed.stdout)["items"]
     assert len(outcomes) == len(entries)
-    assert all("whoever may must send it anew, if it is meant" in outcome["error"] for outcome in outcomes)
+    assert all("if it is intended, send it from a system that may" in outcome["error"] for outcome in outcomes)
     # What is not sent again is no attempt. What billing itself sends is.
     assert producer.answer("wallet.grant", {**GRANT, "credits": 7})["available"] == 7
     assert installation.count("dead_letters") == len(entries)

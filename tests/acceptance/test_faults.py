@@ -57,8 +57,8 @@ from worker.local.process import Process
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
 
-WAITS = "The database does not answer, the messages wait: "
-WAIT_ALONE = "Messages wait, for their organizations alone. "
+WAITS = "The database does not answer; the messages wait: "
+WAIT_ALONE = "Messages wait for their organizations. "
 GOES_ON = r"The database answers again after \d+\.\d s"
 HELD_AT_MOST = 1_000
 """The prefetch limit of a worker."""
@@ -113,7 +113,7 @@ def test_a_database_that_goes_away_costs_no_message(machine: Embedded, fragile: 
         assert eventually(fragile.is_drained)
         eventually(lambda: len(warnings_in(worker)) > 1)
     waits, goes_on = warnings_in(worker)
-    assert waits.startswith("The database does not answer, the messages wait: ")
+    assert waits.startswith("The database does not answer; the messages wait: ")
     assert re.fullmatch(r"The database answers again after \d+\.\d s", goes_on)
     assert "Traceback" not in log_of(worker)
     assert fragile.count("dead_letters") == 0
@@ -167,7 +167,7 @@ def test_a_database_whose_clock_is_a_month_ahead_is_waited_for(
     run = producer.ask("subscriptions.post_due")
     eventually(lambda: warnings_in(worker))
     [told] = warnings_in(worker)
-    assert re.match(r"The database's clock is wrong, the messages wait: it says 20.*, this worker's 20.*, and", told)
+    assert re.match(r"The database's clock is wrong; the messages wait: it says 20.*, this worker's 20.*, and", told)
     assert not asked.ready()
     assert installation.count("credit_events") == 2
     set_clock_ahead(services, installation, None)
@@ -216,7 +216,7 @@ def test_a_worker_waits_for_the_database_to_be_migrated(services: Embedded) -> N
         asked = producer.ask("wallet.grant", {"org_id": "early", "grant_id": "gift", "credits": 1})
         eventually(lambda: warnings_in(worker))
         assert warnings_in(worker) == [
-            "The database does not answer, the messages wait: the database is not migrated yet; run `holdfast migrate`"
+            "The database does not answer; the messages wait: the database is not migrated yet; run `holdfast migrate`"
         ]
         assert not asked.ready()
         as_owner = {**installation.environment, "HOLDFAST_DATABASE_URL": installation.database_url}
@@ -232,7 +232,7 @@ def test_a_worker_waits_for_what_its_role_needs(installation: Installation, prod
     eventually(lambda: warnings_in(worker))
     [line] = warnings_in(worker)
     assert line == (
-        "The database does not answer, the messages wait: permission denied for table credit_events; run `holdfast "
+        "The database does not answer; the messages wait: permission denied for table credit_events; run `holdfast "
         "migrate --roles` as the owner of the tables, or connect as a role that may do this"
     )
     migrations.grant(installation.engine)
@@ -512,7 +512,7 @@ def test_a_place_for_answers_that_is_silent_does_not_hold_the_ledger_up(
             assert exit_code(worker) == 0
         ended_at = time.monotonic()
         warnings = warnings_in(worker)
-        assert {warning.partition(": ")[0] for warning in warnings} == {"Answers cannot be stored, none is for 10 s"}
+        assert {warning.partition(": ")[0] for warning in warnings} == {"Answers cannot be stored; next try in 10 s"}
         assert len(warnings) <= 1 + (ended_at - began_at) / PAUSE_S
 
 
@@ -645,7 +645,7 @@ def test_a_broker_that_is_not_durable_is_told_of_at_the_start_and_whenever_that_
         def is_told_of(value: int) -> bool:
             return f"holdfast_broker_is_not_durable {value}.0" in figures.get("/metrics").text
 
-        no_file = "it keeps no append-only file, so whatever ends it costs what it has taken: set appendonly yes"
+        no_file = "it keeps no append-only file, so it loses messages when it ends: set appendonly yes"
         not_durable = "Messages may be lost, as the broker is not durable"
         assert warnings_in(worker) == [f"{not_durable}: {no_file}"]
         assert is_told_of(1)

@@ -98,7 +98,7 @@ def test_large_messages_pile_up_while_the_database_is_down_and_the_good_one_amon
             assert 40_000 < length <= MAX_BODY_BYTES
             assert attempts == 1
         else:
-            assert error == "the body cannot be decoded: inflated, it has more than 65,536 bytes"
+            assert error == "the body cannot be decoded: it has more than 65,536 bytes when it is decompressed"
             assert attempts == 3
     assert audit.verify(installation.engine).is_clean
 
@@ -171,7 +171,7 @@ def test_a_letter_that_is_too_large_is_shown_and_not_replayed(installation: Inst
     replayed = commands.run("failed", "replay", "1", env=installation.environment)
     assert (replayed.returncode, replayed.stderr) == (
         1,
-        "holdfast: dead letter 1 has only the first part of its message: it must be sent anew, and smaller\n",
+        "holdfast: dead letter 1 holds only the first part of its message: its sender must send a smaller one\n",
     )
     assert installation.count("credit_events") == 0
 
@@ -209,7 +209,7 @@ def test_operators_are_told_which_letters_cannot_be_sent_again_and_the_others_ar
     ):
         installation.broker.lpush("credits", arriving)
         eventually(partial(are_kept, installation, number + 1))
-    part = "ead letter 1 has only the first part of its message: it must be sent anew, and smaller"
+    part = "ead letter 1 holds only the first part of its message: its sender must send a smaller one"
     nothing = "ead letter {} holds no message that could be sent again"
 
     with served(installation.database_url, installation.broker_url) as address, Visitor(base_url=address) as operator:

@@ -119,8 +119,8 @@ def test_dead_letters_are_listed_by_every_filter(desk: Desk) -> None:
 def test_a_list_of_one_organization_tells_of_letters_that_name_none(desk: Desk) -> None:
     for org_id in ("acme", "nobody"):
         shown = desk.holdfast("failed", "list", "--org", org_id)
-        assert shown.stdout.endswith("\nBesides, 1 dead letter without an organization: see all without --org.\n")
-    assert "Besides" not in desk.holdfast("failed", "list", "--org", "acme", "--error", "conflict").stdout
+        assert shown.stdout.endswith("\nAlso 1 dead letter without an organization: list it without --org.\n")
+    assert "Also" not in desk.holdfast("failed", "list", "--org", "acme", "--error", "conflict").stdout
 
 
 def test_a_list_as_json_is_small_however_large_the_messages_are(desk: Desk) -> None:
@@ -240,7 +240,7 @@ def test_a_bulk_replay_asks_first_and_takes_the_oldest_first(running: Installati
     assert (dry.returncode, dry.stdout) == (0, f"{plan}Would replay 3 dead letters. Nothing was sent.\n")
     unasked = run(running, *bulk)
     assert (unasked.returncode, unasked.stdout) == (2, plan)
-    assert unasked.stderr == "holdfast: this is no terminal to ask at; look with --dry-run, then give --yes\n"
+    assert unasked.stderr == "holdfast: cannot ask without a terminal: check with --dry-run, then give --yes\n"
     refused = run(running, *bulk, typed="n\n")
     assert (refused.returncode, refused.stderr) == (1, "holdfast: nothing was sent\n")
     assert "Replay 3 dead letters? [y/N]" in refused.stdout
@@ -332,7 +332,7 @@ def test_without_a_worker_the_letter_says_that_its_message_was_sent(installation
     assert (ended.returncode, ended.stderr) == (0, "")
     assert marks(installation, "acme") == [
         ("replayed", 1, "ann", "sent; wallet.refund was sent, but no answer came within 0.2 s"),
-        ("replayed", 1, "ann", "sent; not waited for, as the worker did not answer the one before"),
+        ("replayed", 1, "ann", "sent; not waited for, as the answer before it did not come in time"),
     ]
     assert installation.waiting() == {"credits": 2, "unacked": 0}
     installation.start_worker()
@@ -353,16 +353,16 @@ def test_a_discarded_letter_is_not_replayed(running: Installation) -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (("failed", "replay"), "name dead letters or give --all, one of the two"),
-        (("failed", "replay", "1", "--all"), "name dead letters or give --all, one of the two"),
-        (("failed", "replay", "1", "--error", "conflict"), "choose among --all"),
+        (("failed", "replay"), "give either dead letters or --all"),
+        (("failed", "replay", "1", "--all"), "give either dead letters or --all"),
+        (("failed", "replay", "1", "--error", "conflict"), "--org and --since need --all"),
         (("failed", "discard", "1"), "Missing option '--why'"),
         (("failed", "discard", "1", "--why", "a\x1b[2J"), "'--why': must be one line of printable text"),
         (("failed", "list", "--since", "soon"), "--since: soon is not a date or time such as 2026-01-31"),
         (("holds", "--older-than", "2w"), "'--older-than': 2w is not a time such as 90s, 15m, 2h or 3d"),
-        (("token", "--org", "acme", "--scope", "admin"), "--scope: admin is none of credits:read, workflows:write,"),
-        (("token", "--scope", "credits:read"), "name organizations or give --all-orgs, one of the two"),
-        (("token", "--scope", "operator", "--org", "a b"), "--org: a b cannot be the id of an organization"),
+        (("token", "--org", "acme", "--scope", "admin"), "--scope: admin is not one of credits:read, workflows:"),
+        (("token", "--scope", "credits:read"), "give either organizations or --all-orgs"),
+        (("token", "--scope", "operator", "--org", "a b"), "--org: a b is not a valid organization id"),
     ],
 )
 def test_a_wrong_option_is_named_and_exit_code_2(arguments: tuple[str, ...], problem: str) -> None:

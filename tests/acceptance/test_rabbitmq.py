@@ -285,7 +285,7 @@ def test_a_queue_that_is_there_is_used_as_it_is(
     with Connection(rabbitmq_url) as connection:
         declare_queues(connection)
     [warning] = [record.message for record in caplog.records]
-    assert warning.startswith("The queue credits is not as it should be, and is used as it is: ")
+    assert warning.startswith("The queue credits has wrong arguments, and is used as it is: ")
     assert "PRECONDITION_FAILED - inequivalent arg" in warning
     grant(client)
     assert take_all(channel, QUEUE, 1) == ["gift-1"]

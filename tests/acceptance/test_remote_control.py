@@ -21,7 +21,7 @@ def test_a_worker_answers_questions_and_refuses_every_command(installation: Inst
         arguments = {"queue": "credits"} if name.endswith("consumer") else {}
         [reply] = producer.celery.control.broadcast(name, arguments=arguments, reply=True, timeout=PATIENCE_S, limit=1)
         [answer] = reply.values()
-        assert answer == {"error": "this worker only answers questions; what it does is settled where it is started"}
+        assert answer == {"error": "this worker only answers questions; stop it or change its settings where it runs"}
     inspect = producer.celery.control.inspect(timeout=PATIENCE_S, limit=1)
     for question in ("stats", "report", "registered", "active", "reserved", "scheduled", "active_queues"):
         assert inspect._request(question), question
@@ -38,7 +38,7 @@ def test_a_worker_that_answers_but_does_not_consume_is_found_out(
     asked = consuming(installation, "half@host")
     assert (asked.returncode, asked.stderr) == (
         1,
-        "holdfast: half@host answers, and takes nothing from credits.engine\n",
+        "holdfast: half@host answers, but takes no messages from credits.engine\n",
     )
     nobody = consuming(installation, "nobody@host", "--wait-s", "0.5")
     assert (nobody.returncode, nobody.stderr) == (1, "holdfast: nobody@host does not answer\n")

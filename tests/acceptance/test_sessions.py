@@ -166,7 +166,7 @@ def test_a_form_of_another_site_signs_nobody_in(visitor: Visitor) -> None:
     visitor.get("/signin")
     refused = visitor.post("/signin", data={"token": token(), "form": "guessed"})
     assert (refused.status_code, SESSION in visitor.cookies) == (403, False)
-    assert "The form was out of date. Please try once more." in refused.text
+    assert "The form is out of date. Try again." in refused.text
 
 
 def test_a_link_with_a_token_signs_in_without_a_page_that_holds_it(visitor: Visitor) -> None:
@@ -190,7 +190,8 @@ def test_a_link_with_a_token_on_another_site_is_refused(visitor: Visitor, header
     answer = visitor.get("/signin", params={"token": token()}, headers=headers)
     assert (answer.status_code, SESSION in visitor.cookies, token() in answer.text) == (403, False, False)
     assert (
-        "The link is on another site, so it signs nobody in. Open it by itself, or give the token here." in answer.text
+        "The link is on another site, so it does not sign you in. Open it directly, or enter the token here."
+        in answer.text
     )
 
 

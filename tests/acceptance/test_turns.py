@@ -21,8 +21,8 @@ from worker.local.embedded import Embedded
 EVENTS = "/api/organizations/acme/credit-events"
 CREDITS = "/api/organizations/acme/credits"
 BUSY = "The ledger is busy at the moment; try again."
-TOO_MANY = "4 requests of this token are being answered already; try again in a second."
-TOO_LONG = "The question takes too long; ask for a shorter range of time (date_from, date_to), or try again."
+TOO_MANY = "4 requests of this token are in progress already; try again in a second."
+TOO_LONG = "The query takes too long; ask for a shorter range of time (date_from, date_to), or try again."
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ def test_while_one_wallet_is_locked_and_flooded_everybody_else_goes_on(
                 ("stuck", 2_501)
             ]
             [told] = eventually(lambda: warnings_in(worker))
-            assert told == f"Messages wait, for their organizations alone. The organization stuck: {LOCKED}"
+            assert told == f"Messages wait for their organizations. The organization stuck: {LOCKED}"
             waiting_since = f'holdfast_organization_waiting_since_seconds{{org_id="stuck",reason="{LOCKED}"}}'
             eventually(lambda: waiting_since in figures.get("/metrics").text)
             shown = commands.run("waiting", env=installation.environment)
@@ -234,7 +234,7 @@ def test_a_commit_that_hangs_is_told_of(services: Embedded) -> None:
                 set_replicas("gone")
                 try:
                     eventually(hangs)
-                    told = f"The database has been silent for more than {SILENT_S:g} s, the messages wait"
+                    told = f"The database has been silent for more than {SILENT_S:g} s; the messages wait"
                     eventually(lambda: told in warnings_in(worker))
                     assert "holdfast_waiting_for_database 1.0" in figures.get("/metrics").text
                 finally:

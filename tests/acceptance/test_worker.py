@@ -435,7 +435,7 @@ WHAT_CELERY_DROPS_OR_DIES_OF: dict[str, tuple[str | bytes, tuple[str, str, str |
         unencoded(envelope(""), "\ud800"),
         ("wallet.grant", "undecodable_message", None),
     ),
-    "no envelope": (LIST_ITEM, ("", "undecodable_message", "this was in the queue and is no message of Celery's")),
+    "no envelope": (LIST_ITEM, ("", "undecodable_message", "the entry in the queue is not a Celery message")),
 }
 
 

@@ -272,7 +272,7 @@ def test_a_port_taken_meanwhile_is_replaced(data_dir: Path, monkeypatch: pytest.
 def test_data_of_another_postgres_is_refused(data_dir: Path) -> None:
     (data_dir / "postgres").mkdir()
     (data_dir / "postgres" / "PG_VERSION").write_text("17\n")
-    with pytest.raises(ServiceError, match=f"{data_dir}/postgres was made by PostgreSQL 17, and this is 18"):
+    with pytest.raises(ServiceError, match=f"{data_dir}/postgres was made by PostgreSQL 17, but this is 18"):
         Embedded(data_dir).start()
 
 

@@ -107,7 +107,7 @@ def test_a_start_that_is_replayed_after_its_workflow_ended_says_that_nothing_is_
     assert replay(engine, letter_id, worker(engine)) == "reserved"
     assert replay(engine, letter_id, worker(engine)) == "reserved, a duplicate: nothing changes"
     apply_batch(engine, [delivery("workflow.cancel", **run)])
-    told = "reserved, a duplicate: nothing changes, and the workflow is cancelled by now"
+    told = "reserved, a duplicate: nothing changes, and the workflow is now cancelled"
     assert replay(engine, letter_id, worker(engine)) == told
 
 
@@ -215,7 +215,7 @@ def test_what_cannot_be_encoded_does_not_stop_the_others(engine: Engine) -> None
         nested = [nested]
     with (
         Client("redis://127.0.0.1:1/0") as client,
-        pytest.raises(NotReplayableError, match="dead letter 7 is nested too deep to be sent again"),
+        pytest.raises(NotReplayableError, match="dead letter 7 is nested too deeply to be sent again"),
     ):
         Replayer(engine, client, by="ann", wait_s=10).send(7, "wallet.grant", [nested], {})
 

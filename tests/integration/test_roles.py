@@ -283,7 +283,7 @@ def without_roles(database_url: str, services: Embedded) -> Iterator[None]:
 
 def test_migrate_grants_and_says_so(empty_database_url: str, empty_engine: Engine, holdfast: Any) -> None:
     head = migrations.head_revision()
-    granted = "holdfast_worker and holdfast_reader may do what they need.\n"
+    granted = "holdfast_worker and holdfast_reader have the privileges that they need.\n"
     for line in (f"The database is at {head} now.\n", f"The database was at {head} already.\n"):
         assert holdfast(empty_database_url, "migrate", "--roles") == (0, line + granted, "")
     assert (may_do(empty_engine, roles.WORKER), may_do(empty_engine, roles.READER)) == (WORKER, READER)
@@ -351,7 +351,7 @@ def test_a_single_role_still_does_everything(
 def warning(role: str, what: str) -> str:
     return (
         f"holdfast: warning: this connection's role, {role}, may do more than a worker or the API needs: {what}; "
-        'docs/operating.md, "Roles", tells how to connect with less\n'
+        'see docs/operating.md, "Roles", to connect with less\n'
     )
 
 
@@ -406,9 +406,9 @@ def test_verify_warns_of_every_way_to_do_more_and_so_does_granting(
         code, _, error = holdfast(as_role(roles.READER, database_url), "verify")
         assert (code, what in error) == (0, True)
         code, out, error = holdfast(database_url, "migrate", "--roles")
-        assert (code, "may do what they need" in out) == (0, True)
+        assert (code, "have the privileges that they need" in out) == (0, True)
         is_taken = statement.startswith("GRANT UPDATE (")
-        assert (f"warning: {roles.READER} may do more" in error) is not is_taken
+        assert (f"warning: {roles.READER} has more privileges" in error) is not is_taken
     finally:
         sql(admin, TAKEN_BACK.format(roles.READER))
         admin.dispose()

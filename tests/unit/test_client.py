@@ -180,9 +180,9 @@ def test_an_engine_sends_messages_about_workflows_alone_and_names_no_source() ->
             with pytest.raises(InvalidMessageError) as refused:
                 sender.grant(org_id="acme", grant_id="g", credits=10**9)
             assert str(refused.value) == (
-                "wallet.grant is not taken from credits.engine, the queue of engines: whoever may sends it to credits"
+                "wallet.grant is not taken from credits.engine, the queue of engines: send it to credits, if you may"
             )
-            with pytest.raises(InvalidMessageError, match=r"workflow\.fail: an engine names no source"):
+            with pytest.raises(InvalidMessageError, match=r"workflow\.fail: an engine must not name a source"):
                 sender.fail(org_id="acme", workflow_id="run", source="billing")
         with pytest.raises(InvalidMessageError, match="is not taken from"):
             client.send_as_is("subscriptions.post_due", [], {})

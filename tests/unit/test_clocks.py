@@ -54,6 +54,6 @@ def test_another_clock_that_is_wrong_is_told_of_once(caplog: pytest.LogCaptureFi
     for _ in range(3):
         clocks.check(database(0))
     own, again, third = (record.getMessage() for record in caplog.records)
-    assert own.startswith("A clock is wrong, set it: this worker's says 20")
+    assert own.startswith("A clock is wrong; set it: this worker's says 20")
     assert again == "All clocks agree again"
-    assert third.startswith("A clock is wrong, set it: the broker's says 20")
+    assert third.startswith("A clock is wrong; set it: the broker's says 20")

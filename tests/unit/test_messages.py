@@ -245,7 +245,7 @@ def test_allow_negative_is_a_boolean_and_nothing_like_it(allow: object) -> None:
 
 def test_only_the_ledger_says_that_a_subscription_expired() -> None:
     assert refused("wallet.adjust", adjust(reason="subscription_expired")) == (
-        "wallet.adjust: reason must not be one that only the ledger itself gives"
+        "wallet.adjust: reason must not be a reason that only the ledger gives"
     )
 
 

@@ -152,7 +152,7 @@ def test_what_only_looks_like_a_variable_of_a_service_is_refused(
 def test_a_setting_like_no_other_is_told_all_there_are(environment: Environment) -> None:
     environment(QQQQQQ="sekrit")
     assert refusal().startswith(
-        "HOLDFAST_QQQQQQ is not a setting; there are HOLDFAST_DATABASE_URL, HOLDFAST_BROKER_URL, "
+        "HOLDFAST_QQQQQQ is not a setting; the settings are HOLDFAST_DATABASE_URL, HOLDFAST_BROKER_URL, "
     )
 
 
@@ -203,7 +203,7 @@ def test_a_setting_like_no_other_is_told_all_there_are(environment: Environment)
         ),
         (
             {"BROKER_URL": "amqp://user:sekrit@host//?heartbeat=x"},
-            "HOLDFAST_BROKER_URL has an option that is not known here: heartbeat",
+            "HOLDFAST_BROKER_URL has an unknown option: heartbeat",
         ),
         (
             {"BROKER_URL": "amqp://user:sekrit/sekrit@host//"},
@@ -214,7 +214,7 @@ def test_a_setting_like_no_other_is_told_all_there_are(environment: Environment)
         ),
         (
             {"RESULT_URL": "redis://host/0?socket_timeout=abc"},
-            "HOLDFAST_RESULT_URL has an option that is not known here: socket_timeout",
+            "HOLDFAST_RESULT_URL has an unknown option: socket_timeout",
         ),
     ],
 )
@@ -253,7 +253,7 @@ def test_a_url_whose_parts_cannot_be_used_is_refused_in_words_for_a_person(
         ("sekrit-" * 10, "must have at least 8 different characters, as a random one has"),
         (
             "-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEA",
-            "must not be a key in PEM format: a public key belongs into HOLDFAST_JWT_PUBLIC_KEY",
+            "must not be a key in PEM format: a public key belongs in HOLDFAST_JWT_PUBLIC_KEY",
         ),
     ],
 )
@@ -311,7 +311,7 @@ def test_nodes_of_a_cluster_are_separated_by_semicolons(environment: Environment
 def test_several_servers_in_any_other_way_are_refused(environment: Environment, url: str) -> None:
     environment(BROKER_URL=url)
     assert refusal() == (
-        "HOLDFAST_BROKER_URL must name one server, or the nodes of one RabbitMQ by whole URLs with semicolons "
+        "HOLDFAST_BROKER_URL must name one server, or the nodes of one RabbitMQ cluster as whole URLs with semicolons "
         "between them: amqp://user:password@a//;amqp://user:password@b//"
     )
     assert not names_nodes_well(url)

@@ -1,7 +1,7 @@
 """The command line, `holdfast`.
 
-Exit codes: 0 all is well; 1 the answer is no (an invariant is broken, an organization is unknown); 2 the command could
-not be carried out (a wrong setting, a service that does not answer).
+Exit codes: 0 success; 1 the answer is no (an invariant is broken, an organization is unknown); 2 the command could not
+run (a wrong setting, a service that does not answer).
 """
 
 from ledger import extras
@@ -20,7 +20,7 @@ with extras.of_the_server():
     from worker.local.process import ServiceError
 
 app = typer.Typer(
-    help="A credit ledger: what workflows reserve and use, exactly once.",
+    help="A credit ledger: workflows reserve and use credits, exactly once.",
     epilog="Example: holdfast demo",
     no_args_is_help=True,
     add_completion=False,

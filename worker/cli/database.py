@@ -1,4 +1,4 @@
-"""`holdfast migrate` and `holdfast verify`: the schema, and whether what is in it adds up."""
+"""`holdfast migrate` and `holdfast verify`: the schema, and the invariants of the ledger."""
 
 from typing import Annotated
 
@@ -19,21 +19,21 @@ app = typer.Typer()
 def migrate(
     to: Annotated[
         str | None,
-        typer.Option(metavar="REVISION", help="Take it back to this older revision, for an older version of Holdfast."),
+        typer.Option(metavar="REVISION", help="Go back to this older revision, for an older version of Holdfast."),
     ] = None,
     with_roles: Annotated[
         bool,
         typer.Option(
             "--roles",
-            help=f"Also give the roles {roles.WORKER} and {roles.READER} what workers and the API need, and no more.",
+            help=f"Also grant the roles {roles.WORKER} and {roles.READER} what workers and the API need, and no more.",
         ),
     ] = False,
 ) -> None:
-    """Bring the database's schema up to date, while workers run. Does nothing if it is."""
+    """Bring the schema of the database up to date, while workers run. Does nothing if it is up to date."""
     known = migrations.revisions()
     after = known[-1] if to is None else to
     if after not in known:
-        raise typer.BadParameter(f"{escaped(after)} is none of {', '.join(known)}", param_hint="--to")
+        raise typer.BadParameter(f"{escaped(after)} is not one of {', '.join(known)}", param_hint="--to")
     with open_ledger() as engine:
         if with_roles:
             with engine.connect() as connection:
@@ -43,15 +43,15 @@ def migrate(
         try:
             (migrations.downgrade if takes_back else migrations.upgrade)(engine, after, say=say)
         except DBAPIError as error:
-            if not isinstance(error.orig, RaiseException):  # how a migration says that it must not be taken back
+            if not isinstance(error.orig, RaiseException):  # raised by a migration that must not be taken back
                 raise
             fail(describe(error))
         too_much = migrations.grant(engine, say=say) if with_roles else {}
     console.print(f"The database was at {after} already." if before == after else f"The database is at {after} now.")
     if with_roles:
-        console.print(f"{roles.WORKER} and {roles.READER} may do what they need.")
+        console.print(f"{roles.WORKER} and {roles.READER} have the privileges that they need.")
     for role, excess in too_much.items():
-        warn(f"warning: {role} may do more, which was not granted here: {excess}")
+        warn(f"warning: {role} has more privileges, which were not granted here: {excess}")
 
 
 @app.command(epilog="Example: holdfast verify --json")
@@ -85,7 +85,7 @@ def verify(as_json: AsJson = False) -> None:
 
 
 def print_verdict(verdict: audit.Verdict) -> None:
-    """Print each check, what breaks it, and what was looked at."""
+    """Print each check with its offenders, and how much was checked."""
     for finding in verdict.findings:
         mark = Text("✗ broken", style="bold red") if finding.offenders else Text("✓", style="green")
         console.print(mark, Text(finding.check.rule))

@@ -1,4 +1,4 @@
-"""`holdfast failed …`: what operators do about dead letters. None is deleted; each keeps who dealt with it, and how."""
+"""`holdfast failed …`: operators list, replay and discard dead letters. None is deleted; each records who did what."""
 
 import base64
 import sys
@@ -48,7 +48,7 @@ MAX_LISTED = 1_000
 ERROR_LISTED = 300
 """The most characters of an error in the table of `list`."""
 MESSAGE_SHOWN, TRACEBACK_SHOWN = 2_000, 20_000
-"""The most characters that `show` prints. The last lines of a traceback say most; `--json` prints all."""
+"""The most characters that `show` prints; `--json` prints all."""
 
 app = typer.Typer(
     name="failed",
@@ -59,7 +59,7 @@ app = typer.Typer(
 
 
 class Status(StrEnum):
-    """What has become of a dead letter."""
+    """The status of a dead letter, as a filter."""
 
     OPEN = "open"
     REPLAYED = "replayed"
@@ -73,7 +73,8 @@ Task = Annotated[
 ]
 Org = Annotated[str | None, typer.Option("--org", metavar="ORG", help="Only this organization.", callback=one_line)]
 Since = Annotated[
-    str | None, typer.Option("--since", metavar="TIME", help="Only what failed last at or after this (ISO 8601, UTC).")
+    str | None,
+    typer.Option("--since", metavar="TIME", help="Only those that last failed at or after this (ISO 8601, UTC)."),
 ]
 
 _CODES = "conflict, invalid_message, refund_exceeds_usage, …"
@@ -98,7 +99,7 @@ def list_letters(
     task: Task = None,
     org_id: Org = None,
     since: Since = None,
-    status: Annotated[Status, typer.Option(help="Only what this has become of.")] = Status.OPEN,
+    status: Annotated[Status, typer.Option(help="Only this status.")] = Status.OPEN,
     limit: Annotated[int, typer.Option(min=1, max=MAX_LISTED, help="How many, at most.")] = 100,
     as_json: AsJson = False,
 ) -> None:
@@ -119,7 +120,7 @@ def list_letters(
     else:
         say("No dead letters." if matching == LetterFilter(None) else "No dead letters match.")
     if nameless:
-        say(f"Besides, {_counted(nameless)} without an organization: see all without --org.")
+        say(f"Also {_counted(nameless)} without an organization: list {_them(nameless)} without --org.")
 
 
 @app.command(epilog="Example: holdfast failed show 7")
@@ -156,20 +157,20 @@ def replay(
     org_id: Org = None,
     since: Since = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent. Send nothing.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="With --all, do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --all, replay without asking.")] = False,
     by: By = this_person(),  # noqa: B008 # who started the program stays the same
     wait_s: WaitS = 10,
     as_json: AsJson = False,
 ) -> None:
-    """Send messages again, as they were, once the reason why they failed is mended.
+    """Send messages again, unchanged, once the cause of their failure is fixed.
 
-    They keep their ids, so nothing is ever applied twice. Exit code 1 if a message failed again: it stays open.
+    They keep their ids, so nothing is applied twice. Exit code 1 if a message failed again: it stays a dead letter.
     """
     matching = LetterFilter("open", code, task, org_id, moment(since, "--since"))
     if bool(letter_ids) == all_matching:
-        raise typer.BadParameter("name dead letters or give --all, one of the two", param_hint="ID")
+        raise typer.BadParameter("give either dead letters or --all", param_hint="ID")
     if letter_ids and matching != LetterFilter("open"):
-        raise typer.BadParameter("--error, --task, --org and --since choose among --all", param_hint="ID")
+        raise typer.BadParameter("--error, --task, --org and --since need --all", param_hint="ID")
     tell = (lambda _line: None) if as_json else say
     done: list[Done] = []
     with open_ledger() as engine, _printed(done, as_json=as_json):
@@ -203,7 +204,7 @@ def discard(
     by: By = this_person(),  # noqa: B008 # who started the program stays the same
     as_json: AsJson = False,
 ) -> None:
-    """Mark open dead letters as not to be applied, and why. They are kept, but cannot be replayed any more."""
+    """Discard open dead letters, and record why. They are kept, but cannot be replayed any more."""
     done: list[Done] = []
     with open_ledger() as engine, _printed(done, as_json=as_json):
         for letter_id in letter_ids:
@@ -217,12 +218,12 @@ def discard(
     raise typer.Exit(0 if _well(done) == len(letter_ids) else 1)
 
 
-# What is done, one letter after the other
+# Results, one for each dead letter
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What came of one letter: the outcome, or the error."""
+    """The result for one dead letter: the outcome, or the error."""
 
     id: int
     outcome: str | None = None
@@ -231,7 +232,7 @@ class Done:
 
 @contextmanager
 def _printed(done: list[Done], *, as_json: bool) -> Iterator[None]:
-    """Print at the end, as JSON if that was asked for, what was done until then, also if the rest cannot be."""
+    """With `as_json`, print the results at the end, also after an error."""
     try:
         yield
     finally:
@@ -273,7 +274,7 @@ def _would_replay(engine: Engine, letter_id: int) -> Done:
 
 
 def _all_matching(engine: Engine, matching: LetterFilter, tell: Callable[[str], None]) -> list[int]:
-    """The numbers of all that match, oldest first, as they came; tells how many there are of each kind."""
+    """The numbers of all that match, oldest first. Prints how many there are of each kind."""
     ids: list[int] = []
     kinds: Counter[tuple[str, str]] = Counter()
     with engine.connect() as connection:
@@ -287,9 +288,13 @@ def _all_matching(engine: Engine, matching: LetterFilter, tell: Callable[[str], 
 
 def _ask(question: str) -> None:
     if not sys.stdin.isatty():
-        fail("this is no terminal to ask at; look with --dry-run, then give --yes")
+        fail("cannot ask without a terminal: check with --dry-run, then give --yes")
     if not typer.confirm(question):
         fail("nothing was sent", code=1)
+
+
+def _them(count: int) -> str:
+    return "it" if count == 1 else "them"
 
 
 def _counted(count: int) -> str:
@@ -300,14 +305,14 @@ def _counted(count: int) -> str:
 
 
 def _fields(letter: ListedLetter) -> dict[str, Any]:
-    """A dead letter as JSON values, without its message and the traceback, which may be large."""
+    """A dead letter as JSON values, without its message and traceback, which may be large."""
     values = {name: value for name, value in asdict(letter).items() if name not in ("body", "traceback")}
     times = {name: value.isoformat() for name, value in values.items() if isinstance(value, datetime)}
     return {**values, **times}
 
 
 def _item(letter: KeptLetter) -> dict[str, Any]:
-    """All of it: the message as it was sent, if it is one, and its bytes in any case."""
+    """A whole dead letter as JSON values: the message's arguments, if it has any, and its bytes in any case."""
     args, kwargs = bodies.arguments(letter.body) or (None, None)
     body = base64.b64encode(letter.body).decode()
     return {**_fields(letter), "traceback": letter.traceback, "args": args, "kwargs": kwargs, "body_base64": body}

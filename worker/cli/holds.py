@@ -1,4 +1,4 @@
-"""What stays open or waits: `holdfast holds`, `holdfast release` and `holdfast waiting`."""
+"""Open reservations and waiting messages: `holdfast holds`, `holdfast release` and `holdfast waiting`."""
 
 import re
 from collections.abc import Mapping
@@ -69,12 +69,12 @@ def holds(
     ] = None,
     older_than: Annotated[
         timedelta | None,
-        typer.Option("--older-than", metavar="AGE", parser=_duration, help="Only those: 90s, 15m, 2h, 3d."),
+        typer.Option("--older-than", metavar="AGE", parser=_duration, help="Only older ones: 90s, 15m, 2h, 3d."),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, max=MAX_LISTED, help="How many, at most.")] = 100,
     as_json: AsJson = False,
 ) -> None:
-    """List open reservations, oldest first: a workflow that never ended holds its credits until they expire."""
+    """List open reservations, oldest first. A workflow that never ended holds its credits until they expire."""
     with open_ledger() as engine, engine.connect() as connection:
         found = views.open_reservations(connection, org_id=org_id, older_than=older_than, limit=limit + 1)
     shown = found[:limit]
@@ -99,7 +99,7 @@ def release(
 ) -> None:
     """Release the reservation of a workflow that never ended, by cancelling the workflow.
 
-    The credit history shows it, with the reason. Should the workflow finish after all, it is charged as ever.
+    The credit history shows the release, with the reason. If the workflow finishes later, it is charged as usual.
     Exit code 1 if it holds no reservation.
     """
     with open_ledger() as engine, engine.connect() as connection:
@@ -118,16 +118,16 @@ def release(
         released = {"outcome": outcome, "credits": workflow.reserved_credits, "available": available}
         print_json({"org_id": org_id, "workflow_id": workflow_id, **released})
     elif answer is None:
-        say(f"Asked to cancel {workflow_id} of {org_id}; this broker keeps no answers, so look at `holdfast holds`.")
+        say(f"Asked to cancel {workflow_id} of {org_id}; this broker keeps no answers, so check `holdfast holds`.")
     else:
         say(f"Released {workflow.reserved_credits:,} credits of {org_id}; {answer.available:,} are available.")
 
 
 @app.command(epilog="Example: holdfast waiting")
 def waiting(as_json: AsJson = False) -> None:
-    """List the organizations whose messages wait for them alone, the longest wait first, and why.
+    """List the organizations whose messages wait, the longest wait first, and why.
 
-    They are applied, in order, as soon as that is possible; nobody else waits for them.
+    The messages are applied in order, as soon as possible. No other organization waits for them.
     """
     with open_ledger() as engine, engine.connect() as connection:
         found = ledger_waiting.counted(connection, ledger_waiting.organizations(connection))
@@ -138,7 +138,8 @@ def waiting(as_json: AsJson = False) -> None:
     elif found:
         now = datetime.now(UTC)
         rows = [{**item, "age": span(now - item["since"])} for item in items]
-        console.print(table(f"Organizations that wait, the longest wait first: {len(found)}", _WAITING_COLUMNS, rows))
+        title = f"Organizations whose messages wait, the longest wait first: {len(found)}"
+        console.print(table(title, _WAITING_COLUMNS, rows))
     else:
         say("No message waits for its organization.")
 

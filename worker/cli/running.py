@@ -1,4 +1,4 @@
-"""`holdfast up`, `holdfast demo` and `holdfast consuming`: start everything here, and ask whether a worker works."""
+"""`holdfast up`, `holdfast demo` and `holdfast consuming`: start everything here, and check a worker."""
 
 import shutil
 import signal
@@ -32,10 +32,10 @@ app = typer.Typer()
 def up(
     data_dir: Annotated[
         Path | None,
-        typer.Option(help="Where everything is kept. Default: HOLDFAST_DATA_DIR, or .holdfast in the current folder."),
+        typer.Option(help="The data folder. Default: HOLDFAST_DATA_DIR, or .holdfast in the current folder."),
     ] = None,
 ) -> None:
-    """Start PostgreSQL, a broker, the worker, the beat and the API, until Ctrl-C. Needs nothing installed."""
+    """Run PostgreSQL, a broker, the worker, the beat and the API, until Ctrl-C. Needs nothing else installed."""
     folder = data_dir or Settings.load().data_dir or default_data_dir(Path.cwd())
     _stop_on_signals()
     try:
@@ -50,7 +50,7 @@ def up(
                 f'  export HOLDFAST_ENGINE_BROKER_URL="{system.embedded.engine_broker_url}"\n'
                 f'  export HOLDFAST_JWT_SECRET="{system.jwt_secret}"\n'
                 f'  export API_URL="{system.url}"\n\n'
-                f"Figures for Prometheus: {' and '.join(system.metrics_urls)}\n"
+                f"Metrics for Prometheus: {' and '.join(system.metrics_urls)}\n"
                 f"Data and logs are in {system.embedded.data_dir}",
                 soft_wrap=True,
             )
@@ -65,13 +65,13 @@ def up(
 
 @app.command(epilog="Example: holdfast demo")
 def demo() -> None:
-    """Start everything in a temporary folder, send a story through it, show what became of it, and stop."""
+    """Start everything in a temporary folder, send sample messages, show their results, and stop."""
     _stop_on_signals()
     folder = Path(tempfile.mkdtemp(prefix="holdfast-demo-"))
     folder.chmod(0o711)  # as root, PostgreSQL runs as an account that has to pass through
     try:
         with System(folder, progress=_step) as system, Client(system.embedded.broker_url) as client:
-            console.print("\n[bold]What is sent through the broker, and what comes of it[/]")
+            console.print("\n[bold]Messages sent through the broker, and their results[/]")
             for words, answer in story.tell(client):
                 if _stop.is_set():
                     raise KeyboardInterrupt
@@ -85,7 +85,8 @@ def demo() -> None:
             verdict = audit.verify(engine)
             engine.dispose()
             is_same = story.fetch_events(system) == [history.as_item(event) for event in page.events]
-            console.print(f"Over HTTP it is {'the same' if is_same else 'NOT the same'}: {story.events_url(system)}\n")
+            same = "the same" if is_same else "NOT the same"
+            console.print(f"Over HTTP the history is {same}: {story.events_url(system)}\n")
             print_verdict(verdict)
             _progress("Stopping everything …")
     except KeyboardInterrupt:
@@ -98,7 +99,7 @@ def demo() -> None:
 @app.command(epilog="Example: holdfast consuming celery@host-1")
 def consuming(
     worker: Annotated[str, typer.Argument(help="Its name. Default: the worker of this host.")] = default_nodename(None),
-    wait_s: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="How long it may take to answer.")] = 10,
+    wait_s: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="How long to wait for its answer.")] = 10,
 ) -> None:
     """Ask a worker whether it takes messages from all queues of the ledger. Exit code 1 if not."""
     url = Settings.load("broker_url").broker_url
@@ -114,7 +115,7 @@ def consuming(
         fail(f"{worker} does not answer", code=1)
     missing = [queue.name for queue in queues(url) if queue.name not in replies[0][worker]]
     if missing:
-        fail(f"{worker} answers, and takes nothing from {', '.join(missing)}", code=1)
+        fail(f"{worker} answers, but takes no messages from {', '.join(missing)}", code=1)
     console.print(f"{worker} takes messages.")
 
 
@@ -125,8 +126,8 @@ def _stop_on_signals() -> None:
     """Make SIGINT (Ctrl-C), SIGTERM and SIGHUP stop the children in order."""
 
     def interrupt(_number: int, _frame: object) -> None:
-        # Python drops an exception that is raised where none can be handled, such as a weak reference's callback: so
-        # whoever works in steps looks at the event too.
+        # Python drops an exception that is raised where none can be handled, such as in a weak reference's callback. So
+        # work in steps checks the event, too.
         _stop.set()
         raise KeyboardInterrupt
 
@@ -135,7 +136,7 @@ def _stop_on_signals() -> None:
 
 
 def _step(line: str) -> None:
-    """Say what is done next, unless it is time to stop."""
+    """Print the next step, unless it is time to stop."""
     if _stop.is_set():
         raise KeyboardInterrupt
     _progress(line)

@@ -1,4 +1,4 @@
-"""The story of `holdfast demo`: what a billing system and a workflow engine would send."""
+"""The story of `holdfast demo`: sample messages of a billing system and a workflow engine."""
 
 import json
 from collections.abc import Iterator
@@ -61,24 +61,24 @@ STORY: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 
 def tell(client: Client) -> Iterator[tuple[str, Result]]:
-    """Send one message after the other, each when the one before is applied; yields its words and its answer."""
+    """Send the messages one by one, each after the one before is applied. Yields the words and the answer of each."""
     for words, method, fields in STORY:
         yield words, getattr(client, method)(org_id=ORGANIZATION, wait_s=30.0, **fields)
 
 
 def sign_in_link(system: System) -> str:
-    """Where a browser is signed in and shown the credit history, for a day."""
+    """The link that signs a browser in for a day and opens the credit history."""
     page = quote(f"/organizations/{ORGANIZATION}/credit-history", safe="")
     return f"{system.url}/signin?token={_token(system)}&next={page}"
 
 
 def events_url(system: System) -> str:
-    """Where a program reads the credit history."""
+    """The URL at which a program reads the credit history."""
     return f"{system.url}/api/organizations/{ORGANIZATION}/credit-events"
 
 
 def fetch_events(system: System) -> list[dict[str, Any]]:
-    """The credit history over HTTP, as a customer's program gets it."""
+    """The credit history over HTTP, as a customer's program reads it."""
     request = Request(events_url(system), headers={"Authorization": f"Bearer {_token(system)}"})  # noqa: S310 - ours
     with urlopen(request, timeout=10) as response:  # noqa: S310 - ours
         items: list[dict[str, Any]] = json.load(response)["items"]

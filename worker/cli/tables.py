@@ -1,6 +1,6 @@
-"""Tables of a terminal's width: of rows, and of names with their values. No amount is ever cut.
+"""Tables that fit the terminal: of rows, and of names with their values. No amount is ever cut.
 
-Text from messages is data: nothing in it is taken for markup, and no control character of it reaches the terminal.
+Text from messages is data: it is never read as markup, and none of its control characters reaches the terminal.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ from ledger.readable import escaped
 from worker.cli.terminal import console
 
 NARROWEST = 10
-"""To how many characters a column of text may shrink, if it has more."""
+"""The fewest characters to which a column of text may shrink."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +26,13 @@ class Column:
 
     name: str
     needs_width: int = 0
-    """How many columns of characters the terminal needs for this one to be shown too; 0: it is always shown."""
+    """The width of the terminal, in characters, from which on this column is shown; 0: always."""
     is_amount: bool = False
     keeps_line: bool = False
-    """Its values are broken into lines only where there is no room, and only between words."""
+    """Whether its values are wrapped only if there is no room, and only between words."""
 
     def widths(self, cells: Iterable[Text]) -> tuple[int, int]:
-        """How many characters it needs at least, and how many are enough. An amount is whole, or it is another one."""
+        """The least width, in characters, and the width that is enough. An amount is never cut."""
         shown = [Text(self.heading), *cells]
         enough = max(line.cell_len for cell in shown for line in cell.split())
         if self.is_amount or self.keeps_line:
@@ -41,21 +41,21 @@ class Column:
 
     @property
     def heading(self) -> str:
-        """The name; that of an amount takes several lines, as its values are short."""
+        """The name; for an amount on several lines, as its values are short."""
         return self.name.replace("_", "\n") if self.is_amount else self.name
 
 
 def table(title: str, columns: Sequence[Column], rows: Iterable[Mapping[Any, Any]]) -> Table:
-    """A table of `rows`, without the columns for which the terminal is too narrow; it says which those are.
+    """A table of `rows`. Leaves out, and names, the columns for which the terminal is too narrow.
 
-    Those that are always shown and need more than there is make it wider than the terminal: no amount is ever cut.
+    If the columns that are always shown need more room, the table is wider than the terminal: no amount is ever cut.
     """
     lines = [{column: _cell(row[column.name], is_amount=column.is_amount) for column in columns} for row in rows]
     widths = {column: column.widths(line[column] for line in lines) for column in columns}
     shown = [column for column in columns if console.width >= column.needs_width]
 
     def room() -> int:
-        """What is left if each has its least width, with 3 characters between two columns and 1 at both edges."""
+        """The width left if each column has its least width, with 3 characters between columns and 1 at both edges."""
         return console.width - sum(widths[column][0] + 3 for column in shown) + 1
 
     while room() < 0 and (optional := [column for column in shown if column.needs_width]):
@@ -81,8 +81,10 @@ def table(title: str, columns: Sequence[Column], rows: Iterable[Mapping[Any, Any
 
 
 def _shared(room: int, widths: Mapping[Column, tuple[int, int]]) -> dict[Column, int]:
-    """The width of each column: at least the least. Of the `room` that is left, those that keep their lines take what
-    is enough, if it is there, and the others an equal share.
+    """The width of each column: its least width, and a part of `room`.
+
+    Columns that keep their lines come first, and get the width that is enough if there is room. The others share the
+    rest equally.
     """
     given = {column: least for column, (least, _) in widths.items()}
     missing = {column: enough - least for column, (least, enough) in widths.items()}
@@ -99,7 +101,7 @@ def _shared(room: int, widths: Mapping[Column, tuple[int, int]]) -> dict[Column,
 
 
 def properties(title: str, rows: Iterable[tuple[str, Any]], *, amounts: bool) -> Table:
-    """A table of names and their values, which are `amounts` or texts. Neither a name nor an amount is ever cut."""
+    """A table of names and values; `amounts`: the values are amounts. Neither a name nor an amount is ever cut."""
     cells = [(name, _cell(value, is_amount=amounts), isinstance(value, int)) for name, value in rows]
     drawn = Table(title=Text(escaped(title)), title_justify="left", show_header=False)
     drawn.add_column(style="bold", min_width=max(len(name) for name, _, _ in cells), no_wrap=True)

@@ -1,6 +1,6 @@
-"""Between the commands and a person: what is typed, and what is printed, in sentences or as JSON.
+"""The input and output of commands: options, sentences and JSON.
 
-Text from messages is data: nothing in it is taken for markup, and no control character of it reaches the terminal.
+Text from messages is data: it is never read as markup, and none of its control characters reaches the terminal.
 """
 
 import getpass
@@ -27,27 +27,27 @@ from worker.client import Client
 
 
 class _Console(Console):
-    """Never cuts off the end of a line: one that is too long, the terminal itself continues below."""
+    """Never cuts off the end of a line: the terminal itself wraps one that is too long."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         super().print(*objects, **{"crop": False, **options})
 
 
-# A pipe has no width of its own: there, lines are as long as they need to be.
+# A pipe has no width of its own.
 console = _Console(width=None if sys.stdout.isatty() else 180, highlight=False)
 
 LONGEST_WAIT_S = 3600
 
 
 def one_line(value: str | None) -> str | None:
-    """What is typed has to be something that can be printed, stored and sent. Raises typer.BadParameter."""
+    """Return `value` if it is one line of printable text. Raises typer.BadParameter."""
     if value is not None and (not value.strip() or escaped(value) != value):
         raise typer.BadParameter("must be one line of printable text")
     return value
 
 
 def reason(value: str) -> str:
-    """One line that is no longer than a reason may be. Raises typer.BadParameter."""
+    """Return `value` if it is one line of at most MAX_REASON_LENGTH characters. Raises typer.BadParameter."""
     one_line(value)
     if len(value) > MAX_REASON_LENGTH:
         raise typer.BadParameter(f"must not be longer than {MAX_REASON_LENGTH} characters")
@@ -55,7 +55,7 @@ def reason(value: str) -> str:
 
 
 def this_person() -> str:
-    """Who gives the command, as the operating system knows them: user@host."""
+    """The user who gives the command, as the operating system knows them: user@host."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # an account without a name, as in some containers
@@ -65,7 +65,7 @@ def this_person() -> str:
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Organization = Annotated[str, typer.Argument(metavar="ORG", help="The organization's id.", callback=one_line)]
-By = Annotated[str, typer.Option("--by", metavar="NAME", help="Who you are.", callback=one_line)]
+By = Annotated[str, typer.Option("--by", metavar="NAME", help="Your name, for the record.", callback=one_line)]
 Why = Annotated[str, typer.Option("--why", metavar="TEXT", help="The reason, in a sentence.", callback=reason)]
 WaitS = Annotated[
     float, typer.Option("--wait-s", min=0.1, max=LONGEST_WAIT_S, help="How many seconds to wait for an answer.")
@@ -84,7 +84,7 @@ def when(text: str | None, option: str) -> filters.When | None:
 
 
 def moment(text: str | None, option: str) -> datetime | None:
-    """The moment, or the first one of the day, that was given as `option`. Raises typer.BadParameter."""
+    """The moment that was given as `option`, or the first one of the day. Raises typer.BadParameter."""
     given = when(text, option)
     return None if given is None else given.begin
 
@@ -94,7 +94,7 @@ def open_ledger() -> Iterator[Engine]:
     """The database that the settings name. Raises SettingsError."""
     url = Settings.load("database_url").database_url
     assert url is not None
-    engine = connect(url, checks_connections=True)  # a person may have been asked meanwhile, or a worker waited for
+    engine = connect(url, checks_connections=True)  # a connection may be idle while a person or a worker answers
     try:
         yield engine
     finally:
@@ -115,25 +115,25 @@ def _json_value(value: object) -> str:
 
 
 def print_json(value: object) -> None:
-    """Print `value` as JSON for people and programs: indented, in which every control character is escaped."""
+    """Print `value` as JSON for people and programs: indented, with every control character escaped."""
     try:
         text = json.dumps(value, indent=2, ensure_ascii=False, default=_json_value)
-    except RecursionError:  # nested so deep that no one could read it indented either
+    except RecursionError:  # nested so deeply that nobody could read it indented either
         text = json.dumps(value, ensure_ascii=False, default=_json_value)
     print(escaped_json(text))
 
 
 def say(line: str) -> None:
-    """Print a sentence as it is, however long."""
+    """Print a sentence on one line, however long."""
     console.print(Text(escaped(line)), soft_wrap=True)
 
 
 def warn(line: str) -> None:
-    """Say on standard error what did not work."""
+    """Print an error or a warning to standard error."""
     print(f"holdfast: {escaped(line)}", file=sys.stderr)
 
 
 def fail(line: str, *, code: int = 2) -> NoReturn:
-    """Say why, and exit with `code`."""
+    """Print an error to standard error, and exit with `code`."""
     warn(line)
     raise SystemExit(code)

@@ -24,10 +24,10 @@ def token(
     ] = None,
     all_orgs: Annotated[bool, typer.Option("--all-orgs", help="Valid for every organization.")] = False,
     expires_in_s: Annotated[
-        int, typer.Option("--expires-in-s", min=1, max=366 * 86_400, help="For how many seconds it is valid.")
+        int, typer.Option("--expires-in-s", min=1, max=366 * 86_400, help="How many seconds it is valid.")
     ] = 3600,
     subject: Annotated[
-        str, typer.Option("--subject", metavar="NAME", help="Whom it speaks for.", callback=one_line)
+        str, typer.Option("--subject", metavar="NAME", help="The user or system it is for.", callback=one_line)
     ] = this_person(),
 ) -> None:
     """Print a token for the HTTP interface, signed with HOLDFAST_JWT_SECRET. For development."""
@@ -35,12 +35,13 @@ def token(
 
     for scope in scopes:
         if scope not in get_args(Scope):
-            raise typer.BadParameter(f"{escaped(scope)} is none of {', '.join(get_args(Scope))}", param_hint="--scope")
+            known = ", ".join(get_args(Scope))
+            raise typer.BadParameter(f"{escaped(scope)} is not one of {known}", param_hint="--scope")
     if (org_ids and all_orgs) or not (org_ids or all_orgs or set(scopes) == {"operator"}):
-        raise typer.BadParameter("name organizations or give --all-orgs, one of the two", param_hint="--org")
+        raise typer.BadParameter("give either organizations or --all-orgs", param_hint="--org")
     for org_id in org_ids or []:
         if not re.fullmatch(ID_PATTERN, org_id):
-            raise typer.BadParameter(f"{escaped(org_id)} cannot be the id of an organization", param_hint="--org")
+            raise typer.BadParameter(f"{escaped(org_id)} is not a valid organization id", param_hint="--org")
     settings = Settings.load("jwt_secret")
     assert settings.jwt_secret is not None
     if settings.jwt_public_key is not None:

@@ -1,4 +1,4 @@
-"""`holdfast wallet` and `holdfast history`: what a customer sees, in a terminal."""
+"""`holdfast wallet` and `holdfast history`: a customer's balances and credit history in a terminal."""
 
 from dataclasses import asdict
 from typing import Annotated, get_args
@@ -45,7 +45,8 @@ def show_history(
         str | None, typer.Option("--from", metavar="TIME", help="First day, or first moment (ISO 8601, UTC).")
     ] = None,
     last: Annotated[
-        str | None, typer.Option("--to", metavar="TIME", help="Last day, or the moment before which (ISO 8601, UTC).")
+        str | None,
+        typer.Option("--to", metavar="TIME", help="Last day, or the moment before which to end (ISO 8601, UTC)."),
     ] = None,
     event_type: Annotated[
         list[str] | None, typer.Option("--type", metavar="TYPE", help=f"Repeatable: {', '.join(get_args(EventType))}.")
@@ -54,14 +55,14 @@ def show_history(
         str | None, typer.Option("--project", metavar="ID", help="Only this project.", callback=_project)
     ] = None,
     limit: Annotated[int, typer.Option(min=1, max=history.MAX_PAGE, help="How many events.")] = history.MAX_PAGE,
-    offset: Annotated[int, typer.Option(min=0, max=2**62, help="How many newer events to leave out.")] = 0,
+    offset: Annotated[int, typer.Option(min=0, max=2**62, help="How many newer events to skip.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Show an organization's credit history, newest first."""
     for name in event_type or ():
         if name not in get_args(EventType):
             known = ", ".join(get_args(EventType))
-            raise typer.BadParameter(f"{escaped(name)} is none of {known}", param_hint="--type")
+            raise typer.BadParameter(f"{escaped(name)} is not one of {known}", param_hint="--type")
     try:
         created_from, created_before = filters.time_range(when(first, "--from"), when(last, "--to"))
     except ValueError:

@@ -1,4 +1,4 @@
-"""The broker from a wheel: Valkey, a child process that listens on 127.0.0.1 and wants a random password.
+"""The broker from a wheel: Valkey, a child process that listens on 127.0.0.1 and requires a random password.
 
 It syncs its disk every second: a power cut can cost that second, a kill nothing.
 """
@@ -18,7 +18,7 @@ from worker.local.process import Process, ServiceError
 PORT_ATTEMPTS = 5
 _ADMINISTRATOR = "administrator"
 _ANSWER = "celery-task-meta-????????-????-????-????-????????????"
-"""The key of an answer, and the channel that it is announced on: with an id as Celery makes it."""
+"""The pattern of an answer's key, and of the channel that announces it, with an id in Celery's form."""
 
 BROKER_USERS = {
     "default": "off",
@@ -33,8 +33,8 @@ BROKER_USERS = {
         "+hset +hget +hdel +hlen +zadd +zrem +zrange +zrangebyscore +zcard +sadd +srem +smembers "
         "+publish +subscribe +unsubscribe +psubscribe +punsubscribe"
     ),
-    # A workflow engine: it sends, and reads the answers whose ids it knows. Lists with a digit at their end are kombu's
-    # for messages with a priority.
+    # A workflow engine: it sends, and reads the answers whose ids it knows. Kombu keeps messages with a priority in
+    # lists with a digit at the end.
     "engine": (
         f"&{_ANSWER} +ping +client|setinfo +client|setname +multi +exec +discard "
         "+subscribe +unsubscribe "
@@ -44,13 +44,13 @@ BROKER_USERS = {
         f"(%R~{_ANSWER} +get +mget) (%W~{_ANSWER} +del)"
     ),
 }
-"""What each user of the broker may do, in the words of its configuration; docker-compose.yml has the same.
+"""The rights of each user of the broker, as in its configuration; docker-compose.yml has the same.
 
-No key but these, and none of the commands that configure, look into or stop a server."""
+No other keys, and none of the commands that configure, inspect or stop a server."""
 
 
 class Broker(Process):
-    """A Valkey server that keeps every message it was given, on a free port, behind random passwords."""
+    """A Valkey server that keeps every message, on a free port, with random passwords."""
 
     def __init__(self, folder: Path) -> None:
         self.data = folder / "broker"
@@ -61,15 +61,15 @@ class Broker(Process):
 
     @property
     def url(self) -> str:
-        """As its administrator, whom nobody but this process knows: for tests, which need more than Holdfast does."""
+        """The URL for its administrator, whose password only this process knows: for tests, which need more rights."""
         return self.url_of(_ADMINISTRATOR)
 
     def url_of(self, user: str) -> str:
-        """As one of BROKER_USERS."""
+        """The URL for one of BROKER_USERS."""
         return f"redis://{user}:{self._passwords[user]}@127.0.0.1:{self._port}/0"
 
     def start(self) -> None:
-        """Start it and return when it answers. The first start settles the port, later ones keep it."""
+        """Start it, and return when it answers. The first start chooses the port; later ones keep it."""
         self.data.mkdir(mode=0o700, exist_ok=True)
         for attempts_left in reversed(range(PORT_ATTEMPTS)):
             self.stdin = self._config()  # nobody else can read the password there

@@ -1,10 +1,9 @@
 """PostgreSQL and a broker without installing either: child processes in one data folder.
 
-Guarantees: what starts here ends with this process. `stop` ends it in order; if this process is killed
-instead, Linux ends it at once, and on any system the next start on the same folder ends what survived.
-Only one `Embedded` runs on a folder.
+Guarantee: the servers end with this process. `stop` ends them in order. If this process is killed instead, Linux ends
+them at once, and on any system the next start on the same folder ends survivors. Only one `Embedded` runs on a folder.
 
-Does not: supervise (a service that dies stays dead until `start`), or serve more than this machine.
+Does not: supervise (a server that dies stays dead until `start`), or serve more than this machine.
 """
 
 import fcntl
@@ -25,9 +24,9 @@ from worker.local.process import Account, ServiceError
 class Embedded:
     """Both services in one data folder, from `start` to `stop` (or as a context manager).
 
-    `durable=False` makes PostgreSQL faster and a power cut, though no kill, fatal to its data: for tests.
-    `progress` gets one line before each step that takes a moment. `start` raises ServiceError, with nothing
-    left running.
+    `durable=False` is for tests: PostgreSQL is faster, and survives a kill, but may lose its data in a power cut.
+    `progress` gets one line before each step that takes a moment. `start` raises ServiceError, and then leaves nothing
+    running.
     """
 
     postgres: Postgres
@@ -43,36 +42,36 @@ class Embedded:
 
     @property
     def database_url(self) -> str:
-        """The database `holdfast`, as its owner."""
+        """The URL of the database `holdfast` for its owner."""
         return self.postgres.url(OWNER, "holdfast")
 
     @property
     def worker_url(self) -> str:
-        """The same, as a worker or a beat connects."""
+        """The same for a worker or a beat."""
         return self.postgres.url(WORKER, "holdfast")
 
     @property
     def reader_url(self) -> str:
-        """The same, as the API and people connect."""
+        """The same for the API and people."""
         return self.postgres.url(READER, "holdfast")
 
     @property
     def admin_url(self) -> str:
-        """The database `postgres`, as superuser: for tests, which create databases."""
+        """The URL of the database `postgres` for the superuser: for tests, which create databases."""
         return self.postgres.url("postgres", "postgres")
 
     @property
     def broker_url(self) -> str:
-        """As worker, beat, API and people connect."""
+        """The URL of the broker for worker, beat, API and people."""
         return self.broker.url_of("holdfast")
 
     @property
     def engine_broker_url(self) -> str:
-        """As workflow engines connect."""
+        """The URL of the broker for workflow engines."""
         return self.broker.url_of("engine")
 
     def start(self) -> None:
-        """Start both; raises ServiceError."""
+        """Start both. Raises ServiceError."""
         with ExitStack() as cleanup:
             account = postgres_account()
             cleanup.enter_context(_locked(self.data_dir, account))
@@ -89,7 +88,7 @@ class Embedded:
             self._cleanup = cleanup.pop_all()
 
     def stop(self) -> None:
-        """Stop what runs, the broker first; a second call does nothing."""
+        """Stop both, the broker first. A second call does nothing."""
         self._cleanup.close()
 
     def __enter__(self) -> Self:
@@ -101,7 +100,7 @@ class Embedded:
 
 
 def default_data_dir(checkout: Path) -> Path:
-    """`.holdfast` in the checkout, or, if we are root and PostgreSQL's account cannot enter, in /var/lib."""
+    """`.holdfast` in the checkout; in /var/lib if we are root and PostgreSQL's account cannot enter the checkout."""
     checkout = checkout.resolve()
     if closed_folder(checkout, postgres_account()) is None:
         return checkout / ".holdfast"
@@ -111,7 +110,7 @@ def default_data_dir(checkout: Path) -> Path:
 
 @contextmanager
 def _locked(data_dir: Path, account: Account | None) -> Iterator[None]:
-    """Create the folder if need be, see that it can be used, and hold it against a second start."""
+    """Create the folder if necessary, check that it can be used, and lock it against a second start."""
     try:
         if not data_dir.exists():
             data_dir.mkdir(parents=True)
@@ -122,7 +121,7 @@ def _locked(data_dir: Path, account: Account | None) -> Iterator[None]:
     try:
         if account and (closed := closed_folder(data_dir, account)):
             raise ServiceError(
-                f"PostgreSQL refuses to run as root, and the account it runs as instead, {account.pw_name}, "
+                f"PostgreSQL refuses to run as root, and the account that it uses instead, {account.pw_name}, "
                 f"cannot enter {closed}: choose a data folder outside it, or run as another user."
             )
         try:

@@ -1,4 +1,4 @@
-"""What a service needs of this machine: a free port, a program that a wheel brings, a folder that it can enter."""
+"""What a server needs from this machine: a free port, the folder of a wheel, a folder that its account can enter."""
 
 import socket
 import subprocess
@@ -9,14 +9,14 @@ from worker.local.process import Account, ServiceError, run_as
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody uses now."""
+    """A port of the loopback interface that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def wheel(package: str) -> Path:
-    """Where a wheel's files are, without running its code."""
+    """The folder of a wheel's files, found without running its code."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ServiceError(f"The package {package} is missing: pip install 'holdfast[embedded]'.")

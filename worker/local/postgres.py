@@ -25,7 +25,7 @@ from worker.local.process import Account, Process, ServiceError, die_with_us, en
 
 POSTGRES_MAJOR = "18"
 OWNER = "holdfast"
-# Built in: the same order of text on every system, whatever locales it has. The encoding is else guessed from LANG.
+# The built-in locale sorts text the same on every system. Without an encoding, initdb would guess it from LANG.
 INITDB_OPTIONS = ("--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8")
 SOCKET_PATH_BYTES = 103  # the shortest limit (macOS); Linux has 107
 
@@ -46,15 +46,15 @@ class Postgres(Process):
             "log_timezone": "UTC",
         }
         if not durable:
-            # Not synchronous_commit: without it a killed server forgets what it had committed.
+            # Not synchronous_commit: without it a killed server loses commits.
             settings |= {"fsync": "off", "full_page_writes": "off"}
         super().__init__(
             "postgres",
             [str(self._bin / "postgres"), "-D", str(self.data), *(f"--{k}={v}" for k, v in settings.items())],
             folder,
-            # Nothing of the caller's: PGDATA, PGOPTIONS or a locale unknown here could break it.
+            # Nothing of the caller's: PGDATA, PGOPTIONS or an unknown locale could break it.
             env={"LC_ALL": "C", "PATH": os.defpath},
-            cwd=folder,  # ours may be closed to the account
+            cwd=folder,  # the account may not be able to enter ours
             account=account,
             stop_signal=signal.SIGINT,  # fast shutdown: roll back open transactions, write a checkpoint
             stop_timeout_s=30.0,
@@ -67,7 +67,7 @@ class Postgres(Process):
         version = _read(self.data / "PG_VERSION").strip()
         if version != POSTGRES_MAJOR:
             raise ServiceError(
-                f"{self.data} was made by PostgreSQL {version or '(unknown)'}, and this is {POSTGRES_MAJOR}: "
+                f"{self.data} was made by PostgreSQL {version or '(unknown)'}, but this is {POSTGRES_MAJOR}: "
                 "move the folder away, or dump it with the version that made it and restore it here."
             )
         super().start()
@@ -80,11 +80,11 @@ class Postgres(Process):
 
     def url(self, role: str, database: str) -> str:
         """The URL of `database` for `role`."""
-        # With its port, or PGPORT of the reader's environment would count.
+        # With its port, or the environment's PGPORT would count.
         return f"postgresql+psycopg://{role}@/{database}?host={quote(str(self.sockets))}&port=5432"
 
     def _create_data(self) -> None:
-        """Initialize under another name, then rename: an interrupted start leaves nothing half-made."""
+        """Initialize under another name, then rename, so that an interrupted start leaves nothing half-made."""
         new = self.data.with_suffix(".new")
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(mode=0o700)
@@ -106,7 +106,7 @@ class Postgres(Process):
         with process:
             try:
                 output, _ = process.communicate()
-            finally:  # also when a Ctrl-C ends the wait: what it has started must not go on writing
+            finally:  # also when a Ctrl-C ends the wait: its children must not go on writing
                 end_family(process.pid, signal.SIGKILL, 0)
         if process.returncode != 0:
             raise ServiceError(f"PostgreSQL could not create its data in {new}: {output.strip()}")
@@ -127,7 +127,7 @@ class Postgres(Process):
 
 
 def postgres_account() -> Account | None:
-    """Whom PostgreSQL runs as: None means us; it refuses to run as root."""
+    """The account for PostgreSQL, which refuses to run as root. None: the user of this process."""
     if os.geteuid() != 0:
         return None
     with suppress(KeyError):
@@ -157,7 +157,7 @@ def socket_folder(data_dir: Path, account: Account | None) -> Iterator[Path]:
 
 def _remove_socket_folder(link: Path) -> None:
     if link.is_symlink():
-        with suppress(OSError):  # gone, or not only ours: then it stays
+        with suppress(OSError):  # gone, or it has files of others: then it stays
             for name in (".s.PGSQL.5432", ".s.PGSQL.5432.lock"):
                 (link / name).unlink(missing_ok=True)
             link.readlink().rmdir()
@@ -191,7 +191,7 @@ def _give(folder: Path, account: Account | None) -> None:
 
 
 def _read(path: Path) -> str:
-    """The file's text, or nothing while there is no such file."""
+    """The file's text, or nothing if there is no such file."""
     with suppress(FileNotFoundError):
         return path.read_text()
     return ""

@@ -1,7 +1,7 @@
-"""A child process that is started, watched and stopped, and that never outlives us.
+"""A child process that is started, watched and stopped, and that never outlives this one.
 
-Guarantee: it ends with this process. `stop` ends it in order; if this process is killed instead, Linux ends it at once,
-and on any system the next start in the same folder ends what survived. Does not: restart what died by itself.
+Guarantee: it ends with this process. `stop` ends it in order. If this process is killed instead, Linux ends it at once,
+and on any system the next start in the same folder ends a survivor. Does not restart a child that died by itself.
 """
 
 import ctypes
@@ -28,16 +28,16 @@ Account = pwd.struct_passwd
 
 
 class ServiceError(Exception):
-    """Why a service cannot run, as one sentence for the person who started it."""
+    """A service cannot run; the text says why, in one sentence for the person who started it."""
 
 
 class Process:
     """A child process that is started, watched and stopped, with its descendants.
 
-    `<folder>/<name>.log` collects its output. `<folder>/<name>.pid` names it, so that the next `start` first
-    ends a survivor of a crash; the caller makes sure that nobody else uses the folder. It leads a session of
-    its own: Ctrl-C reaches only us, and we stop it in our order. On Linux it gets `stop_signal` when the
-    *thread* that called `start` ends, so start it from the main thread.
+    `<folder>/<name>.log` collects its output. `<folder>/<name>.pid` names it, so that the next `start` first ends a
+    survivor of a crash. The caller must make sure that nothing else uses the folder. The child leads a session of its
+    own: Ctrl-C reaches only this process, which stops it. On Linux it gets `stop_signal` when the *thread* that called
+    `start` ends, so call `start` from the main thread.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Process:
 
     @property
     def pid(self) -> int:
-        """The process id of the last start; raises ServiceError before the first."""
+        """The process id of the last start. Raises ServiceError before the first one."""
         if self._child is None:
             raise ServiceError(f"{self.name} was never started")
         return self._child.pid
@@ -77,7 +77,7 @@ class Process:
         return self._child is not None and self._child.poll() is None
 
     def start(self) -> None:
-        """Start it; return as soon as the program runs, which is before it is ready (see `wait_until`)."""
+        """Start it. Returns as soon as the program runs, which is before it is ready (see `wait_until`)."""
         if self.is_running:
             return
         self._end_survivor()
@@ -93,7 +93,7 @@ class Process:
                 self._child.stdin.write(self.stdin.encode())
 
     def wait_until(self, is_ready: Callable[[], bool], *, timeout_s: float = START_TIMEOUT_S) -> None:
-        """Wait until `is_ready`; raise ServiceError, with its last words, if it ends or takes longer."""
+        """Wait until `is_ready`. Raises ServiceError, with its last words, if it ends or takes longer."""
         deadline = time.monotonic() + timeout_s
         while not is_ready():
             if not self.is_running or time.monotonic() > deadline:
@@ -109,7 +109,7 @@ class Process:
         return (fatal or lines)[-1].strip()
 
     def stop(self) -> None:
-        """Ask it to stop, and kill it when it has not within `stop_timeout_s`."""
+        """Ask it to stop, and kill it if it has not stopped within `stop_timeout_s`."""
         self._end(self.stop_signal)
 
     def kill(self) -> None:
@@ -139,7 +139,7 @@ class Process:
     def _end_survivor(self) -> None:
         with suppress(OSError, ValueError, psutil.NoSuchProcess):
             pid, created_s = self.pid_file.read_text().split()
-            # As old as ours: it is ours. (A clock that is set shifts a little what the kernel reports.)
+            # The same age, so the same process. Setting the clock shifts the kernel's report a little.
             if abs(psutil.Process(int(pid)).create_time() - float(created_s)) < 2:
                 end_family(int(pid), self.stop_signal, self.stop_timeout_s)
         self.pid_file.unlink(missing_ok=True)
@@ -147,10 +147,10 @@ class Process:
 
 @contextmanager
 def signals_postponed() -> Iterator[None]:
-    """Postpone what the handlers of Ctrl-C, SIGTERM and SIGHUP do to the end of the block.
+    """Postpone the handlers of Ctrl-C, SIGTERM and SIGHUP to the end of the block.
 
-    A handler that raises inside Popen would leave a child that nobody knows; inside a hook of `fork`, where Python
-    drops the exception, it would leave logging's lock taken for ever.
+    A handler that raises inside Popen would leave an unknown child. One that raises inside a hook of `fork`, where
+    Python drops the exception, would leave logging's lock taken forever.
     """
     if threading.current_thread() is not threading.main_thread():  # no handler runs here
         yield
@@ -170,15 +170,15 @@ def signals_postponed() -> Iterator[None]:
 
 
 def run_as(account: Account | None) -> dict[str, Any]:
-    """The arguments of Popen that make a program run as `account`; None: as who runs this one."""
+    """The arguments of Popen that make a program run as `account`; None: as the user of this process."""
     return {} if account is None else {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
 
 
 def die_with_us(death_signal: signal.Signals) -> Callable[[], None] | None:
-    """What a child runs before its program, so that the kernel signals it when we die. Linux only.
+    """A function that a child runs before its program, so that the kernel signals it when we die. Linux only.
 
-    As Popen's `preexec_fn` it runs after the change of user, which would undo it. It takes no lock and
-    imports nothing, so threads of ours cannot block it.
+    As Popen's `preexec_fn` it runs after the change of user, which would undo it. It takes no lock and imports nothing,
+    so our threads cannot block it.
     """
     if sys.platform != "linux":
         return None
@@ -194,7 +194,7 @@ def die_with_us(death_signal: signal.Signals) -> Callable[[], None] | None:
 
 
 def end_family(pid: int, how: signal.Signals, grace_s: float) -> None:
-    """End a process with `how`, and by SIGKILL what of it and its descendants is left after `grace_s`."""
+    """End a process with `how`. After `grace_s`, SIGKILL it and its descendants if any are left."""
     family: list[psutil.Process] = []
     try:
         with suppress(psutil.NoSuchProcess):
@@ -217,7 +217,7 @@ def _wait_for_end(processes: list[psutil.Process], timeout_s: float) -> None:
 
 
 def _runs(process: psutil.Process) -> bool:
-    """Not so a zombie: in a container, whoever inherits it may never reap it."""
+    """A zombie does not count: in a container, it may never be reaped."""
     with suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False

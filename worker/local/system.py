@@ -1,7 +1,7 @@
-"""The whole of Holdfast on one machine: database, broker, worker, beat and API, as children of this process.
+"""All of Holdfast on one machine: database, broker, worker, beat and API, as children of this process.
 
-Guarantee: they stop together, in an order that lets the worker finish what it has in hand. A child that dies is started
-again; one that keeps dying ends the system with an error.
+Guarantee: they stop together, in an order that lets the worker finish its batch. A child that dies is started again;
+one that keeps dying ends the system with an error.
 """
 
 import os
@@ -25,11 +25,11 @@ from worker.local.process import Process, ServiceError
 
 HOST = "127.0.0.1"
 API_OPTIONS = ("--http", "api_stub.protocol:PromptProtocol", "--limit-concurrency", "500")
-"""How uvicorn is to treat slow clients. A file descriptor is one of usually 1,024: the others are for the servers."""
+"""How uvicorn treats slow clients. A process usually has 1,024 file descriptors; the others are for the servers."""
 
 POLL_S = 0.2
 MOST_RESTARTS = 5
-"""How often a child may die within `RESTART_WINDOW_S` before that is an error."""
+"""How often a child may die within `RESTART_WINDOW_S`; once more is an error."""
 RESTART_WINDOW_S = 60.0
 
 
@@ -79,16 +79,16 @@ class System:
 
     @property
     def metrics_urls(self) -> tuple[str, str]:
-        """Where the figures for Prometheus are: those of the system, and those of its worker."""
+        """The URLs of the metrics for Prometheus: the system's, and its worker's."""
         return f"{self.url}/metrics", f"http://{self._metrics_address}/metrics"
 
     @property
     def url(self) -> str:
-        """Where the API and the pages are."""
+        """The URL of the API and the pages."""
         return f"http://{HOST}:{self._port}"
 
     def supervise(self, *, until: Callable[[], bool]) -> None:
-        """Start again whatever dies, until `until` or an interrupt. Raises ServiceError when something keeps dying."""
+        """Start a child that dies again, until `until` or an interrupt. Raises ServiceError if one keeps dying."""
         restarts = defaultdict[str, list[float]](list)
         while not until():
             for process in (self.embedded.postgres, self.embedded.broker, *self._processes):

@@ -1,4 +1,4 @@
-"""Messages that wait for their organization, while everybody else goes on."""
+"""Messages that wait for their organization, while others go on."""
 
 from alembic import op
 

@@ -1,4 +1,4 @@
-"""An index that also says the type and the project of each event; 0007 makes it the key, in place of the one without."""
+"""An index that includes the type and the project of each event. 0007 makes it the primary key."""
 
 from alembic import op
 

@@ -303,6 +303,6 @@ def test_a_broker_that_refuses_is_asked_again_and_told_of_once(caplog: pytest.Lo
         worker.receive(1)
         worker.acknowledge()
     assert told(caplog) == [
-        "The broker lets nothing be taken, it is asked every second: NOREPLICAS Not enough good replicas to write.",
+        "The broker lets no message be taken; trying every second: NOREPLICAS Not enough good replicas to write.",
         "The broker lets messages be taken again",
     ]
