@@ -2,8 +2,8 @@
 
 Guarantee: a migration stops nobody. Each revision after 0002 is one short transaction, or builds one index without one:
 
-- A table that is in use is changed by one statement with one action that looks at no row: a CHECK or a foreign key is
-  `NOT VALID`, a column's default is a constant.
+- A table that is in use is changed by statements of one action each, which look at no row: a CHECK or a foreign key is
+  `NOT VALID`, a column's default is a constant. No second table is changed in the same revision.
 - The next revision says `VALIDATE CONSTRAINT` and nothing else, while everybody reads and writes. So does the one that
   says `CREATE INDEX CONCURRENTLY`, in an `autocommit_block`, after `DROP INDEX CONCURRENTLY IF EXISTS`: what an attempt
   that failed has left. Nobody waits behind these two, so both begin with `SET lock_timeout = 0`.
