@@ -2,8 +2,8 @@
 
 Guarantee: a migration stops nobody. Each revision after 0002 is one short transaction, or builds one index without one:
 
-- It changes a table that is in use by one statement with one action that reads no row: a CHECK or a foreign key is
-  `NOT VALID`, a column's default is a constant.
+- It changes a table that is in use by statements of one action each, which read no row: a CHECK or a foreign key is
+  `NOT VALID`, a column's default is a constant. It changes no second table.
 - `VALIDATE CONSTRAINT` is the only statement of the next revision, and runs while others read and write. So does
   `CREATE INDEX CONCURRENTLY`, in an `autocommit_block`. Before it, `DROP INDEX CONCURRENTLY IF EXISTS` removes what a
   failed attempt has left. Nobody waits behind these, so their revisions begin with `SET lock_timeout = 0`.
