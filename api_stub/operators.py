@@ -34,7 +34,7 @@ PAGE = 50
 ERROR_LISTED = 300
 """The most characters of an error that the list shows."""
 ANSWER_TIMEOUT_S = 5
-"""How long the page of a letter waits for what its message does."""
+"""How long, in seconds, the page of a letter waits for the result of a replay."""
 MAX_SHOWN = 64 * 1024
 """The most characters of a message or a traceback that are shown."""
 

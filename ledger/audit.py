@@ -19,7 +19,7 @@ MAX_OFFENDERS = 20
 class Check:
     """An invariant: what always holds, and a query for what breaks it, as (org_id, offender).
 
-    Where the offender belongs to no organization, `org_id` is the name of its table.
+    If an offender belongs to no organization, `org_id` is the name of its table.
     """
 
     name: str

@@ -138,12 +138,7 @@ OWN_REASONS = ("subscription_expired", "plan_change", "settled")
 # Few ids and few amounts: repetitions and contradictions come by themselves.
 
 
-SENT = set[str]()
-"""The tasks of all messages that `_sent` makes."""
-
-
 def _sent(task: str, **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Sent]:
-    SENT.add(task)
     metadata = st.sampled_from([{}, *({"reason": reason, "period_start": "x"} for reason in OWN_REASONS)])
     return st.tuples(st.just(task), st.fixed_dictionaries({**fields, "metadata": metadata}))
 

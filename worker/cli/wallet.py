@@ -104,7 +104,7 @@ def wallet_table(view: WalletView) -> Table:
     )
 
 
-# What is not named here is text, for a wide terminal.
+# Any other column is text, and is shown on a wide terminal only.
 _COLUMNS = (
     Column("created_at", keeps_line=True),
     Column("event_type", keeps_line=True),

@@ -1,4 +1,4 @@
-"""The sign of an event's credits is a rule for each type by its name, and an unknown type is refused by the same rule."""
+"""The sign of an event's credits has a rule for each type, by its name. The same constraint refuses an unknown type."""
 
 from alembic import op
 
@@ -30,7 +30,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    # On the way back nobody is at work: this may take its time.
+    # No worker runs during a downgrade, so this may take long.
     op.execute("""
         ALTER TABLE credit_events
         DROP CONSTRAINT credit_events_sign,

@@ -1,4 +1,4 @@
-"""The rule of 0008 holds for the events that were there before it, too."""
+"""The constraint of 0008 is validated for older events."""
 
 from alembic import op
 
@@ -14,4 +14,4 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    pass  # a rule that was checked holds in 0008 as well
+    pass  # a validated constraint is valid in 0008 too
