@@ -1,4 +1,4 @@
-"""Messages as they arrive from the broker. What a test does not care about has a value of ours."""
+"""Messages as they arrive from the broker. Fields that a test does not name have defaults."""
 
 import json
 from typing import Any
@@ -32,5 +32,5 @@ def subscribe(org_id: str, **terms: Any) -> Delivery:
 
 
 def grant(org_id: str, grant_id: str = "gift") -> dict[str, Any]:
-    """The fields of a grant, for who sends it."""
+    """The fields of a grant."""
     return {"org_id": org_id, "grant_id": grant_id, "credits": 1}

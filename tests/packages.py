@@ -1,4 +1,4 @@
-"""What packages lead to, as those that are installed here tell."""
+"""The dependencies of packages, read from those that are installed here."""
 
 import importlib.metadata
 
@@ -7,7 +7,7 @@ from packaging.utils import canonicalize_name
 
 
 def what_runs(requirements: list[str]) -> set[str]:
-    """The names of all packages that these requirements lead to."""
+    """The names of all packages that these requirements need, directly or not."""
     missing = [Requirement(line) for line in requirements]
     found: set[tuple[str, frozenset[str]]] = set()
     while missing:

@@ -1,4 +1,4 @@
-"""A field of an event is wherever events are: each test names the place that lacks one."""
+"""Every place that handles events has every field of an event. Each test names the place that lacks one."""
 
 import re
 from pathlib import Path

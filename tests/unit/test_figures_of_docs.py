@@ -1,4 +1,4 @@
-"""Figures of the documents that are constants of the code: who changes one is told where it is written."""
+"""Figures in the documents that are constants in the code: after a change, a test names the document to correct."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the pages make of values."""
+"""How the pages write values."""
 
 from api_stub.formats import pairs
 
