@@ -45,7 +45,7 @@ class Answers:
             with backend.client.pipeline(transaction=False) as pipe:
                 for task_id, answer in wanted:
                     key, stored = backend.get_key_for_task(task_id), _stored(backend, task_id, answer)
-                    pipe.setex(key, backend.expires, stored)
+                    pipe.set(key, stored, ex=backend.expires)
                     pipe.publish(key, stored)
                 pipe.execute()
         except (RedisError, OSError) as error:

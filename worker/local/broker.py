@@ -28,7 +28,7 @@ BROKER_USERS = {
         "&/*.holdfast.pidbox &/0.holdfast.pidbox &/*.celeryev* &/0.celeryev/* &celery-task-meta-* "
         "+ping +info +time +select +client|setinfo +client|setname +multi +exec +discard "
         "+eval +evalsha +script|load +script|exists "
-        "+exists +del +unlink +get +mget +setex "
+        "+exists +del +unlink +get +mget +set +setex "
         "+lpush +rpush +llen +lrange +lindex +ltrim +lmove +blmove "
         "+hset +hget +hdel +hlen +zadd +zrem +zrange +zrangebyscore +zcard +sadd +srem +smembers "
         "+publish +subscribe +unsubscribe +psubscribe +punsubscribe"
