@@ -161,5 +161,5 @@ class Settings(BaseSettings):
             ) from None
         for variable, field in names.items():
             if field in needed and getattr(settings, field) is None:
-                raise SettingsError(f"{variable} is not set; {cls.model_fields[field].description}")
+                raise SettingsError(f"{variable} is not set. {cls.model_fields[field].description}")
         return settings

@@ -9,9 +9,9 @@
         for run in runs:
             batch.finish(org_id="acme", workflow_id=run.id, credits=run.credits)
 
-A message is checked before it is sent. When a call returns, or a batch's block ends, the broker has it for good. When
-that raises NotSentError, the broker may or may not have it. **Sending the same message again is always safe**, from
-anywhere and at any time: it is applied once.
+A message is checked before it is sent. When a call returns, or a batch's block ends, the broker has it for good. After
+a NotSentError, the broker may or may not have it. **Sending the same message again is always safe**, from anywhere and
+at any time: it is applied once.
 """
 
 import json
@@ -218,7 +218,8 @@ class Messages(ABC):
             return
         if task not in WORKFLOW_TASKS:
             raise InvalidMessageError(
-                f"{task} is not taken from {ENGINE_QUEUE}, the queue of engines: send it to {QUEUE}, if you may"
+                f"{task} is not taken from {ENGINE_QUEUE}, the queue of engines: "
+                f"send it to {QUEUE}, if you have the right"
             )
         if isinstance(message, dict) and "source" in message:
             raise InvalidMessageError(f"{task}: an engine must not name a source: the worker sets it")

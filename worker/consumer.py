@@ -2,10 +2,10 @@
 
 Guarantee: every message goes into the batch, and no content ends the worker. A message that no task can take becomes a
 dead letter with its raw bytes: its task is unknown, its body is undecodable or not [args, kwargs, embed], or a header
-that Celery needs is unreadable. An ETA, an expiry or a revocation does not hold a message back: it counts all the same.
+that Celery needs is unreadable. A message with an ETA or an expiry, or one that was revoked, is applied like any other.
 
-From the queue of engines, only workflow messages have an effect, without the `source` that they name. That also holds
-after they have waited or were replayed. Any other message there becomes a dead letter that is never sent again.
+From the queue of engines, only workflow messages have an effect, without the `source` that they name. This also holds
+after a wait or a replay. Any other message there becomes a dead letter that is never sent again.
 """
 
 import hashlib
@@ -232,7 +232,7 @@ def _problem_of_engine(message: Message, problem: InvalidMessage) -> InvalidMess
 
 
 def _not_allowed(task: str) -> InvalidMessage:
-    error = f"{_ONLY_WORKFLOWS}: {task[:200]!a} must be sent to {QUEUE}, by a system that may"
+    error = f"{_ONLY_WORKFLOWS}: {task[:200]!a} must be sent to {QUEUE}, by a system that has the right"
     return InvalidMessage("not_allowed", error, None)
 
 

@@ -362,7 +362,7 @@ def test_a_schema_is_not_taken_back_where_that_would_lose_something(database_url
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        pytest.param({}, r"HOLDFAST_DATABASE_URL is not set; .*postgresql\+psycopg://user:password@.*", id="missing"),
+        pytest.param({}, r"HOLDFAST_DATABASE_URL is not set\. .*postgresql\+psycopg://user:password@.*", id="missing"),
         pytest.param(
             {"HOLDFAST_DATABASE_URL": "postgres://u:sekrit@h/d"},
             r"HOLDFAST_DATABASE_URL must begin with postgresql\+psycopg://, not postgres://",

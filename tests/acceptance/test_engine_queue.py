@@ -89,7 +89,7 @@ def test_nothing_else_is_taken_from_it_whatever_it_says_and_no_replay_lets_it_in
     errors = [error for (error,) in sql(installation.engine, "SELECT error FROM dead_letters ORDER BY id")]
     assert (
         "only workflow messages are taken from credits.engine: 'wallet.grant' must be sent to credits, "
-        "by a system that may"
+        "by a system that has the right"
     ) in errors
     replayed = replay_all(installation)
     assert replayed.returncode == 1

@@ -439,7 +439,7 @@ def test_a_token_says_what_the_settings_want_of_one() -> None:
 def test_a_token_needs_a_secret(desk: Desk) -> None:
     ended = desk.holdfast("token", "--all-orgs", "--scope", "operator")
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr.startswith("holdfast: HOLDFAST_JWT_SECRET is not set; ")
+    assert ended.stderr.startswith("holdfast: HOLDFAST_JWT_SECRET is not set. ")
 
 
 # Help

@@ -636,7 +636,7 @@ DATABASE, BROKER = "postgresql+psycopg://u:sekrit@127.0.0.1:1/d", "redis://:sekr
     [
         pytest.param(
             {"HOLDFAST_BROKER_URL": BROKER},
-            "holdfast: HOLDFAST_DATABASE_URL is not set; "
+            "holdfast: HOLDFAST_DATABASE_URL is not set. "
             "PostgreSQL: `postgresql+psycopg://user:password@host/database`\n",
             id="missing",
         ),

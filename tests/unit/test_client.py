@@ -180,7 +180,8 @@ def test_an_engine_sends_messages_about_workflows_alone_and_names_no_source() ->
             with pytest.raises(InvalidMessageError) as refused:
                 sender.grant(org_id="acme", grant_id="g", credits=10**9)
             assert str(refused.value) == (
-                "wallet.grant is not taken from credits.engine, the queue of engines: send it to credits, if you may"
+                "wallet.grant is not taken from credits.engine, the queue of engines: "
+                "send it to credits, if you have the right"
             )
             with pytest.raises(InvalidMessageError, match=r"workflow\.fail: an engine must not name a source"):
                 sender.fail(org_id="acme", workflow_id="run", source="billing")

@@ -53,14 +53,14 @@ def test_an_empty_setting_is_not_set(environment: Environment) -> None:
     environment(BROKER_URL="")
     assert Settings.load().broker_url is None
     assert refusal("broker_url") == (
-        "HOLDFAST_BROKER_URL is not set; The broker: `redis://`, `rediss://`, `amqp://` or `amqps://`; "
+        "HOLDFAST_BROKER_URL is not set. The broker: `redis://`, `rediss://`, `amqp://` or `amqps://`; "
         "for a RabbitMQ cluster, all nodes, separated by semicolons: `amqp://user:password@a//;amqp://user:password@b//`"
     )
 
 
 def test_a_missing_setting_says_what_it_is(environment: Environment) -> None:
     assert refusal("database_url") == (
-        "HOLDFAST_DATABASE_URL is not set; PostgreSQL: `postgresql+psycopg://user:password@host/database`"
+        "HOLDFAST_DATABASE_URL is not set. PostgreSQL: `postgresql+psycopg://user:password@host/database`"
     )
 
 

@@ -98,7 +98,9 @@ def demo() -> None:
 
 @app.command(epilog="Example: holdfast consuming celery@host-1")
 def consuming(
-    worker: Annotated[str, typer.Argument(help="Its name. Default: the worker of this host.")] = default_nodename(None),
+    worker: Annotated[
+        str, typer.Argument(metavar="WORKER", help="Its name. Default: the worker of this host.")
+    ] = default_nodename(None),
     wait_s: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="How long to wait for its answer.")] = 10,
 ) -> None:
     """Ask a worker whether it takes messages from all queues of the ledger. Exit code 1 if not."""
