@@ -1,4 +1,4 @@
-"""Which errors of PostgreSQL are transient, whether they concern everybody, and how they are told to a person."""
+"""Which errors of PostgreSQL are transient, which may concern a single organization, and their text for a person."""
 
 import psycopg
 from sqlalchemy.exc import DBAPIError

@@ -42,7 +42,7 @@ MOST_MESSAGES = 500
 """The most waiting messages that one transaction applies."""
 
 FIRST_DELAY_S, LONGEST_DELAY_S, LONGEST_PATIENT_DELAY_S = 0.5, 1.0, 30.0
-"""How long an organization is left alone after a failure: twice as long each time."""
+"""The pause of an organization after a failure. It doubles each time, up to a bound, which is larger for slow ones."""
 
 TOLD_AFTER_S = 2.0
 """After how long the log names an organization that waits."""
@@ -176,7 +176,7 @@ class Background:
             if time.monotonic() > looked_at + LOOK_S:
                 return True
             one = attempts[org_id]
-            # Most of many organizations that were put aside at once have no fault: they must not wait for the others.
+            # When many organizations were put aside at once, most have no fault, and must not wait for those that have.
             patience_s = SHORTEST_PATIENCE_S if one.reason is None else SHORT_PATIENCE_S
             is_busy |= self._go_on_with(org_id, one, one.pace, patience_s)
         return is_busy

@@ -1,7 +1,7 @@
 """Celery's remote control of a worker: it answers questions, and refuses every other command.
 
 By Celery's default, anybody who reaches the broker can stop a worker, end its consuming, or have it drop messages. Here
-SIGTERM stops a worker, and its start settles what it consumes and whether it sends events.
+only a signal stops a worker, and how it was started decides what it consumes and whether it sends events.
 """
 
 from typing import Any

@@ -10,7 +10,7 @@ from worker.transport import SetAside, read_json
 
 
 def raw_body(message: Message) -> bytes:
-    """The body as it arrived; without one, the value that kombu has in its place."""
+    """The body as it arrived. If kombu has a value other than bytes in its place: that value as text."""
     body = message.body
     if isinstance(body, bytes | bytearray | memoryview):
         return bytes(body)

@@ -4,7 +4,7 @@ Guarantee: when `publish` returns, the broker has every message, in this order. 
 of them; RabbitMQ confirms each one, and all confirms are awaited together. When `publish` raises, none, some or all
 have arrived. A message is the same as one of `Celery.send_task`: Celery and kombu themselves make its parts.
 
-Does not: send a message at most once. A message that may not have arrived is sent again, up to three times.
+The broker may get a message more than once: one that may not have arrived is sent again, up to three times.
 """
 
 import os

@@ -12,7 +12,7 @@ from worker.client import Client, DeadLetteredError, InvalidMessageError, NoAnsw
 
 
 class Replayer:
-    """Replays dead letters one by one, and waits for each answer. After a late answer, it waits for no other."""
+    """Replays dead letters one by one, and waits for each answer, until one is late: then it waits for no more."""
 
     def __init__(self, engine: Engine, client: Client, *, by: str, wait_s: float) -> None:
         self._engine = engine

@@ -75,7 +75,7 @@ WAIT_S = 1
 in lists of their own."""
 
 OVERDUE_S = 30
-"""A wait without a reply for so long has lost its server."""
+"""A wait that has no reply after this long has lost its server."""
 
 _PRIORITIES = (3, 6, 9)
 
@@ -394,8 +394,8 @@ class Channel(kombu_redis.Channel):
         """Begin a wait for every queue that has none."""
         if self.connection is None or self.connection.client is None:
             return  # the connection is lost, and this channel with it
-        # A suspect that waits to be taken alone is next. So is a queue that waited behind a suspect of another queue.
-        # So neither can delay the other forever.
+        # A suspect that waits to be taken alone comes next, and so does a queue that waited behind another queue's
+        # suspect: neither can delay the other forever.
         queues = self.active_queues if self._next_in is None else [self._next_in]
         for queue in queues if self.qos.can_consume() else ():
             client = self._waiting.get(queue)
@@ -411,7 +411,7 @@ class Channel(kombu_redis.Channel):
                 self._asked_at[queue] = time.monotonic()
 
     def ask_again(self) -> None:
-        """Wait again at once, as there is room, not when the event loop comes by a second later."""
+        """Wait again at once, as there is room now. The event loop might do so only a second later."""
         if self.connection is not None and self._waiting:
             self.wait(self.connection.cycle)
 
@@ -518,7 +518,7 @@ class Channel(kombu_redis.Channel):
             raise ConnectionError("the connection to the broker is closed")
         unacked, unacked_index = self._kept_keys()
         with self._redis.pipeline(transaction=bool(large)) as pipe:
-            # In this order, so that a removal that ends halfway leaves nothing that no timeout finds.
+            # In this order, so that the timeout finds whatever an interrupted removal leaves.
             pipe.hdel(unacked, *delivery_tags)
             pipe.zrem(unacked_index, *delivery_tags)
             if large:
@@ -526,7 +526,7 @@ class Channel(kombu_redis.Channel):
             pipe.execute()
 
     def keep_alive(self, delivery_tags: Sequence[Any]) -> None:
-        """Begin the visibility timeout of these messages again."""
+        """Restart the visibility timeout of these messages."""
         if delivery_tags:
             self._begin_again(keys=self._kept_keys(), args=list(delivery_tags))
 
