@@ -278,7 +278,7 @@ def test_a_terminal_may_be_narrow_but_no_figure_is_ever_cut_off(installation: In
 def test_verify_on_sound_books_is_exit_code_0(holdfast: Any) -> None:
     plain, as_json = holdfast("verify"), holdfast("verify", "--json")
     assert (plain.returncode, plain.stderr, as_json.returncode) == (0, "", 0)
-    assert "Verified: every invariant holds (2 wallets, 6 events, 0 open dead letters)." in plain.stdout
+    assert "Verified: every invariant holds (wallets: 2, events: 6, open dead letters: 0)." in plain.stdout
     verdict = json.loads(as_json.stdout)
     assert {name: verdict[name] for name in ("clean", "wallets", "events", "open_dead_letters")} == {
         "clean": True,
@@ -486,7 +486,7 @@ def test_two_demos_at_once_tell_their_story_and_leave_nothing_behind(folder: Pat
         assert (one.exit_code(), other.exit_code()) == (0, 0), one.said() + other.said()
     for demo in (one, other):
         assert "finish train-3, which used 710: over its estimate    → settled; 20 available" in demo.said()
-        assert "Verified: every invariant holds (1 wallets, 15 events, 0 open dead letters)." in demo.said()
+        assert "Verified: every invariant holds (wallets: 1, events: 15, open dead letters: 0)." in demo.said()
         assert "Traceback" not in demo.said()
     assert left_in(folder) == []
     assert eventually(lambda: processes_in(folder) == [])

@@ -38,7 +38,7 @@ esac
 """
 GIT = '#!/bin/sh\necho "git $*" >> "$NOTES"\n'
 
-CLEAN = "Verified: every invariant holds (1 wallets, 1 events, 0 open dead letters)."
+CLEAN = "Verified: every invariant holds (wallets: 1, events: 1, open dead letters: 0)."
 
 
 @dataclass(frozen=True, slots=True)

@@ -356,7 +356,7 @@ def warning(role: str, what: str) -> str:
 
 
 def test_verify_warns_of_the_owner_and_of_nobody_who_has_what_they_need(database_url: str, holdfast: Any) -> None:
-    verified = "Verified: every invariant holds (0 wallets, 0 events, 0 open dead letters)."
+    verified = "Verified: every invariant holds (wallets: 0, events: 0, open dead letters: 0)."
     code, out, error = holdfast(database_url, "verify")
     assert (code, error) == (0, warning("holdfast", "change and drop every table"))
     assert verified in out

@@ -92,7 +92,7 @@ def print_verdict(verdict: audit.Verdict) -> None:
         for org_id, offender in finding.offenders:
             console.print(Text(f"    {org_id}: {offender}"))
     looked_at = (
-        f"{verdict.wallets:,} wallets, {verdict.events:,} events, {verdict.open_dead_letters:,} open dead letters"
+        f"wallets: {verdict.wallets:,}, events: {verdict.events:,}, open dead letters: {verdict.open_dead_letters:,}"
     )
     if verdict.is_clean:
         console.print(f"[bold green]Verified:[/] every invariant holds ({looked_at}).")

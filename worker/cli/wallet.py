@@ -121,5 +121,5 @@ _HISTORY_COLUMNS = [_BY_NAME.get(name, Column(name, needs_width=160)) for name i
 
 def history_table(page: Page, org_id: str) -> Table:
     """A page of events, newest first."""
-    shown = f"{len(page.events)} of {page.total} events" if len(page.events) < page.total else f"{page.total} events"
+    shown = f"{len(page.events)} of {page.total}" if len(page.events) < page.total else str(page.total)
     return table(f"Credit history of {org_id}, newest first: {shown}", _HISTORY_COLUMNS, page.events)
