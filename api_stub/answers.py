@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, PlainSerializer, WithJsonSchema
 
 from ledger.state import EventType, WorkflowState
+from ledger.views import MOST_ENDS
 
 
 def _text(moment: datetime) -> str:
@@ -61,6 +62,24 @@ class Period(_Answer):
     end: Moment
 
 
+class Ending(_Answer):
+    """Credits that end by themselves, besides those of the current period."""
+
+    credits: int
+    expires_at: Annotated[
+        Moment, Field(description="When they end. In the past: they stay as long as a reservation needs them.")
+    ]
+    origin: Annotated[str, Field(alias="from", description="What brought them, and its id, as in `grant:welcome`.")]
+
+
+class NextPlan(_Answer):
+    """The plan after the current period's."""
+
+    plan: str
+    monthly_credits: int
+    starts_at: Moment
+
+
 class Wallet(_Answer):
     """The wallet, now."""
 
@@ -71,11 +90,18 @@ class Wallet(_Answer):
     subscription_balance: int
     reserved_credits: int
     credit_limit: Annotated[int, Field(description="How far below zero reservations may take `available`.")]
-    period_cap: Annotated[int | None, Field(description="The most usage of one period; null: no limit.")]
+    period_cap: Annotated[
+        int | None,
+        Field(
+            description="The most usage of one period, or of all time while there is no subscription; null: no limit."
+        ),
+    ]
     used_this_period: int
     included_this_period: int
     plan: str | None
+    next_plan: Annotated[NextPlan | None, Field(description="The plan that comes next; null: the same, or none.")]
     current_period: Period | None
+    ending: Annotated[list[Ending], Field(description=f"What ends by itself, at most {MOST_ENDS}, soonest first.")]
 
 
 class WalletThen(_Answer):

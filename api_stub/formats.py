@@ -49,13 +49,16 @@ def label(name: str) -> str:
 
 def pairs(metadata: Mapping[str, Any]) -> list[tuple[str, str]] | None:
     """The names and values of `metadata`, or None if they are too long to be shown without a click."""
-    if any(isinstance(value, dict | list) for value in metadata.values()) or len(metadata) > 4:
+    parts = [part for value in metadata.values() for part in (value.values() if isinstance(value, dict) else [value])]
+    if any(isinstance(part, dict | list) for part in parts) or max(len(metadata), len(parts)) > 4:
         return None
     shown = [(name, _readable(value)) for name, value in metadata.items()]
     return shown if sum(len(name) + len(value) for name, value in shown) <= SHORT_METADATA else None
 
 
 def _readable(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_readable(part)}" for name, part in value.items())
     if not isinstance(value, str):
         return as_json(value)
     if not _MOMENT.fullmatch(value):

@@ -105,4 +105,7 @@ def add(app: FastAPI) -> None:
 def _wallet_json(view: WalletView) -> dict[str, Any]:
     fields = asdict(view)
     start, end = fields.pop("current_period_start"), fields.pop("current_period_end")
-    return {**fields, "current_period": None if start is None else {"start": start, "end": end}}
+    for part in fields["ending"]:
+        part["from"] = part.pop("origin")
+    period = None if start is None else {"start": start, "end": end}
+    return {**fields, "current_period": period}

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from ledger.messages import (
     DELIVERY_LIMIT,
+    MAX_AMOUNT,
     MAX_BODY_BYTES,
     MAX_CREDITS,
     MAX_METADATA_BYTES,
@@ -49,7 +50,14 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "workflow.cancel": {"org_id": "acme", "workflow_id": "run-2", "reason": "cancelled by its owner"},
     "workflow.fail": {"org_id": "acme", "workflow_id": "run-3", "reason": "out of memory"},
     "wallet.purchase": {"org_id": "acme", "purchase_id": "order-1", "credits": 500},
-    "wallet.grant": {"org_id": "acme", "grant_id": "welcome", "credits": 100, "reason": "welcome", "source": "signup"},
+    "wallet.grant": {
+        "org_id": "acme",
+        "grant_id": "welcome",
+        "credits": 100,
+        "reason": "welcome",
+        "expires_at": "2026-12-31T00:00:00Z",
+        "source": "signup",
+    },
     "wallet.adjust": {
         "org_id": "acme",
         "adjustment_id": "fix-1",
@@ -58,6 +66,13 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     },
     "wallet.refund": {"org_id": "acme", "refund_id": "refund-1", "credits": 30, "workflow_id": "run-1"},
     "wallet.bill": {"org_id": "acme", "billing_id": "bill-1", "credits": 0, "invoice_id": "2026-0001"},
+    "wallet.reverse": {
+        "org_id": "acme",
+        "reversal_id": "chargeback-1",
+        "purchase_id": "order-1",
+        "credits": 200,
+        "reason": "disputed",
+    },
     "wallet.subscribe": {
         "org_id": "acme",
         "subscription_id": "sub-1",
@@ -66,10 +81,45 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "monthly_credits": 1000,
         "rollover_limit": 200,
         "anchor": "2026-01-31T00:00:00Z",
+        "first_credits": 500,
     },
     "wallet.unsubscribe": {"org_id": "acme", "subscription_id": "sub-1", "version": 2},
     "wallet.configure": {"org_id": "acme", "version": 1, "credit_limit": 50, "period_cap": 5000},
 }
+
+TAKES = {
+    "workflow.start": "nothing. It holds `credits` of what is available until the workflow ends or its time is over.",
+    "workflow.finish": "what was used; and what is past its end and only the reservation had kept.",
+    "workflow.cancel": "nothing but what is past its end and only the reservation had kept.",
+    "workflow.fail": "nothing but what is past its end and only the reservation had kept.",
+    "wallet.purchase": "nothing; if `expires_at` is past, what it brought ends at once.",
+    "wallet.grant": "nothing; if `expires_at` is past, what it brought ends at once.",
+    "wallet.adjust": (
+        "with negative `credits`, so many prepaid credits: first those that end. Without `allow_negative`, neither "
+        "more than there are nor what a workflow holds."
+    ),
+    "wallet.refund": "nothing.",
+    "wallet.bill": (
+        "with negative `credits`, so many prepaid credits: first those that end; neither more than there are nor what "
+        "a workflow holds."
+    ),
+    "wallet.reverse": (
+        "at most what the purchase brought, although it was used or a workflow holds it: the prepaid balance may go "
+        "below zero, and new starts are rejected while too little is available. What is left of the purchase itself "
+        "goes first, if that has an end; then what ends first."
+    ),
+    "wallet.subscribe": (
+        "nothing at once. The plan that it replaces gives no more; what that has left ends with its own period, and "
+        "does not roll over. A subscription that was scheduled never begins. Fewer `monthly_credits` take effect with "
+        "the next period."
+    ),
+    "wallet.unsubscribe": (
+        "nothing at once. What the current subscription has left ends with its period, whatever its `rollover_limit`. "
+        "A scheduled one never begins, and the current one goes on."
+    ),
+    "wallet.configure": "no credits. With a lower limit, starts are rejected that were not before; holds stay.",
+}
+"""What each message can take away."""
 
 ANSWER = {
     "outcome": "What the message did: the table below.",
@@ -83,6 +133,11 @@ ANSWER = {
     ),
     "event_seqs": "The numbers of the events that this delivery wrote; none for a duplicate.",
     "available": "The credits that a workflow may reserve, after this delivery.",
+    "limit": (
+        "Of a start that is rejected now, the limit that rejects it: an object with `kind` (the `reason`), `limit` "
+        "(the credits that may be held in all; or used and held within the period), `used` (within the period), "
+        "`reserved`, and `resets_at` (when the period ends; null: there is no period, and it stays). Else null."
+    ),
 }
 
 OUTCOMES = {
@@ -91,7 +146,7 @@ OUTCOMES = {
         "The credits were reserved. Run it only if `state` is `reserved` too; the workflow may have ended since.",
     ),
     ("rejected", "insufficient_credits"): ("workflow.start", "Too few credits are available: do not run it."),
-    ("rejected", "period_cap"): ("workflow.start", "It would exceed the wallet's cap for the period: do not run it."),
+    ("rejected", "period_cap"): ("workflow.start", "It would exceed the wallet's `period_cap`: do not run it."),
     ("settled", None): ("workflow.finish", "What it used is charged, and what it held is released."),
     ("released", None): ("workflow.cancel, workflow.fail", "What it held is released."),
     ("ignored", "not_started"): (
@@ -105,11 +160,11 @@ OUTCOMES = {
     ("posted", None): ("every wallet message", "It is applied."),
     ("ignored", "stale_version"): (
         ", ".join(task for task, model in MESSAGES.items() if issubclass(model, VersionedMessage)),
-        "The same version or a higher one came before.",
+        "The same version or a higher one came before; for a plan, of any of the organization's subscriptions.",
     ),
     ("ignored", "not_subscribed"): (
         "wallet.unsubscribe",
-        "There is no such subscription. One that comes later with a lower version is stale.",
+        "The subscription is neither current nor scheduled. A later subscribe with a lower version is stale.",
     ),
 }
 
@@ -123,32 +178,66 @@ EVENTS = {
     "usage": (
         "−u",
         (
-            "Charges u credits: to the subscription's balance first, the rest to the prepaid balance. Adds u to the "
-            "period's usage. `overrun`: what the prepaid balance lacked. `unreserved`: true if nothing was ever "
-            "reserved."
+            "Charges u credits, in the [order of use](#credits-that-end), and adds u to the period's usage. `paid_by`: "
+            "how many of them the `subscription`, prepaid credits that end (`ending`), and permanent ones (`prepaid`) "
+            "paid. `overrun`: what the prepaid balance did not have. `not_charged`: see [bounds](#bounds). "
+            "`unreserved`: true if nothing was ever reserved."
         ),
-        ("overrun", "unreserved"),
+        ("paid_by", "overrun", "not_charged", "unreserved"),
     ),
     "subscription_credit": (
         "+n",
         (
-            "A period begins: adds n to the subscription's balance, and the period's usage starts at 0. With `reason` "
-            "`plan_change`: what a larger plan adds within the period. `not_granted`: what a full wallet cannot hold."
+            "A period begins: n to the subscription's balance, and the period's usage starts at 0. `debt_settled`: how "
+            "many of them went to the prepaid balance, which was below zero. `not_granted`: what a full wallet cannot "
+            "hold. With `reason` `plan_change`: what a larger plan adds within the period, or 0; `replaced_plan`: the "
+            "plan before, if it had another name. Of a smaller plan, `monthly_credits` is what it gives from "
+            "`effective_at` on."
         ),
-        ("subscription_id", "plan", "period_start", "period_end", "reason", "not_granted"),
+        (
+            *("subscription_id", "plan", "period_start", "period_end", "debt_settled", "not_granted"),
+            *("reason", "replaced_plan", "monthly_credits", "effective_at"),
+        ),
     ),
-    "prepaid_purchase": ("+n", "Adds n to the prepaid balance.", ("purchase_id",)),
-    "grant": ("+n", "Adds n to the prepaid balance.", ("grant_id", "reason")),
-    "refund": ("+n", "Adds n to the prepaid balance.", ("refund_id", "workflow_id")),
+    "prepaid_purchase": (
+        "+n",
+        "n to the prepaid balance. `expires_at`: when what is left of them ends. `debt_settled`: as above.",
+        ("purchase_id", "expires_at", "debt_settled"),
+    ),
+    "grant": (
+        "+n",
+        "n to the prepaid balance. `expires_at`, `debt_settled`: as above.",
+        ("grant_id", "reason", "expires_at", "debt_settled"),
+    ),
+    "refund": (
+        "+n",
+        (
+            "n to the prepaid balance. `ending`: those of them that end, a list of `credits` and `expires_at`. "
+            "`debt_settled`: as above."
+        ),
+        ("refund_id", "workflow_id", "ending", "debt_settled"),
+    ),
     "adjustment": (
         "±n",
         (
-            "Adds ±n to the prepaid balance. With `reason` `subscription_expired`: takes n from the subscription's "
-            "balance, which is what a period left beyond the rollover limit."
+            "±n to the prepaid balance; `from_ending`: how many of those taken had an end. Or, with `reason` "
+            "`grant_expired`, `purchase_expired` or `refund_expired`, what ended of that grant, purchase or refund at "
+            "`expires_at`. Or, with `subscription_expired`, −n to the subscription's balance: what a period of that "
+            "`plan` left beyond the rollover limit, or all of it if the plan was replaced or ended."
         ),
-        ("adjustment_id", "reason", "subscription_id"),
+        (
+            *("adjustment_id", "reason", "from_ending", "debt_settled"),
+            *("expires_at", "grant_id", "purchase_id", "refund_id", "subscription_id", "plan"),
+        ),
     ),
-    "billing": ("0, ±n", "Adds the same to the prepaid balance.", ("billing_id", "invoice_id")),
+    "billing": (
+        "0, ±n",
+        (
+            "The same to the prepaid balance. Of a reversal: `reversal_id`, the `purchase_id` that it is of, and the "
+            "`reason`. `from_ending`, `debt_settled`: as above."
+        ),
+        ("billing_id", "invoice_id", "reversal_id", "purchase_id", "reason", "from_ending", "debt_settled"),
+    ),
 }
 
 DEAD_LETTERS = {
@@ -191,15 +280,23 @@ DEAD_LETTERS = {
         ),
     ),
     "insufficient_credits": (
-        "An adjustment or a billing entry would take the prepaid balance below zero.",
+        "An adjustment or a billing entry would take the prepaid balance below zero, or what a workflow holds.",
         "Replay it once there are credits; or send the adjustment with `allow_negative` and a new id.",
     ),
     "refund_exceeds_usage": (
         "Together with earlier refunds, it is more than the workflow used; or the workflow has not finished yet.",
         "Replay it after the finish; or refund less, with a new id.",
     ),
+    "unknown_purchase": (
+        "A reversal names a purchase that has not come.",
+        "Replay it once the purchase is there; if its id is wrong, send the right one under a new id and discard this.",
+    ),
+    "reversal_exceeds_purchase": (
+        "With the reversals before it, more would be taken back than the purchase brought.",
+        "Reverse less, under a new id; discard this one.",
+    ),
     "balance_out_of_range": (
-        "A balance, or what is reserved or used, would exceed ±(2^53−1).",
+        "A balance, or what is reserved, would exceed ±(2^53−1).",
         "The amount is wrong: send the right one, and discard this one.",
     ),
     "unexpected_error": (
@@ -212,6 +309,7 @@ DEAD_LETTERS = {
 def render() -> str:
     """The whole page."""
     _must_be_the_same(EXAMPLES, MESSAGES)
+    _must_be_the_same(TAKES, MESSAGES)
     _must_be_the_same(ANSWER, list(Result._fields))
     _must_be_the_same(EVENTS, get_args(EventType))
     return (
@@ -221,6 +319,8 @@ def render() -> str:
                 "## Fields of every message",
                 _table(("field", "type", "default", "meaning"), [_field(Message, name) for name in COMMON]),
                 *(_message(model) for model in MESSAGES.values()),
+                _ENDING,
+                _BOUNDS,
                 _ANSWERS,
                 _table(("field", "meaning"), [(f"`{name}`", meaning) for name, meaning in ANSWER.items()]),
                 _table(
@@ -273,8 +373,9 @@ if sent.get(timeout=10)["state"] == "reserved":
 ```
 
 - **Send again when in doubt.** A repeated message is known by the ids that are named with each message. It is applied
-  once, and answered as the first time; only the workflow's `state` is the current one. A message with the same ids and
-  other `credits`, or with any other difference in a wallet message's own fields, is a [conflict](#dead-letters).
+  once. Its `outcome` and `reason` are as the first time; `state` and `available` are the current ones. A message with
+  the same ids and other `credits`, or with any other difference in a wallet message's own fields, is a
+  [conflict](#dead-letters).
 - **The order does not matter within a workflow.** What a workflow does to the balances depends only on the set of its
   messages: a finish always charges, once; without a finish, a cancel or a fail leaves nothing behind, even if it comes
   before the start. Holdfast keeps no order, either: several workers may apply two messages that are under way at once
@@ -290,12 +391,36 @@ if sent.get(timeout=10)["state"] == "reserved":
 | type | what it is |
 |---|---|
 | id | text, 1–128 characters of `A–Z a–z 0–9 _ . : -` |
-| integer | an integer, never `75.0`, `"75"` or `true`; at most {MAX_CREDITS:,} (2^53−1) either way |
+| integer | an integer, never `75.0`, `"75"` or `true`; at most {MAX_CREDITS:,} (2^53−1) |
+| amount | an integer as well; at most {MAX_AMOUNT:,} (10^12) either way |
 | time | text: ISO 8601 with an offset from UTC, such as `2026-01-31T09:00:00Z` |
 | text | without the NUL character |
 | object | at most {MAX_METADATA_BYTES // 1024} KiB as JSON, nested at most {MAX_METADATA_DEPTH} deep |
 
 Credits are integers. An unknown field is refused, so a typing error never goes unnoticed."""
+
+_ENDING = """## Credits that end
+
+What a subscription gives ends with its period; a grant or a purchase with `expires_at` ends then; what a refund gives
+back ends if what had paid would have ended, but not within 30 days. All other credits are permanent.
+
+- **Order of use**: what is past its end and still held; then what ends first (at the same time, the subscription's);
+  then the permanent ones, which alone may go below zero.
+- **An end takes nothing from under a reservation.** What is past its end stays as long as open reservations cover it,
+  and ends with the message, or the expiry, that releases them.
+- **A debt comes first.** Whatever comes in, a period's credits too, brings a prepaid balance below zero back towards
+  zero.
+
+[credits.md](credits.md) tells the same with examples."""
+
+_BOUNDS = f"""## Bounds
+
+- One message moves at most {MAX_AMOUNT:,} credits (10^12): a larger amount is an `invalid_message`.
+- A balance, what is reserved, a limit and a version are at most {MAX_CREDITS:,} (2^53−1), which every JSON client reads
+  exactly: that is nine thousand of the largest messages.
+- A message that would take a balance past that is a dead letter, `balance_out_of_range`. But **a finish is always
+  applied**: the period's usage stays at the bound, and what would take the debt past it is not charged (`not_charged`).
+  And a period always begins: what the wallet cannot hold is not granted (`not_granted`)."""
 
 _ANSWERS = """## Answers
 
@@ -323,7 +448,7 @@ def _message(model: type[Message]) -> str:
         [
             f"## `{model.task}`",
             " ".join(summary.split()),
-            f"Known by {_identity(model)}. Default `source`: `{source}`.",
+            f"Known by {_identity(model)}. Default `source`: `{source}`. Takes away: {TAKES[model.task]}",
             _table(("field", "type", "default", "meaning"), [_field(model, name) for name in own]),
             f"```json\n{json.dumps(EXAMPLES[model.task], ensure_ascii=False)}\n```",
         ]
@@ -363,6 +488,8 @@ def _type(schema: Mapping[str, Any]) -> str:
             return "boolean"
         case {"format": "date-time"}:
             return "time"
+        case {"enum": [*choices]}:
+            return " or ".join(f"`{choice}`" for choice in choices)
         case {"minLength": least, "maxLength": most}:
             return f"text, {least}–{most} characters"
         case {"pattern": str()}:
@@ -375,11 +502,12 @@ def _type(schema: Mapping[str, Any]) -> str:
 
 def _integer(schema: Mapping[str, Any]) -> str:
     least, most = schema.get("minimum"), schema["maximum"]
+    kind = {MAX_CREDITS: "integer", MAX_AMOUNT: "amount"}.get(most)
+    if kind is None:
+        return f"integer, {least:,} to {most:,}"
     if "exclusiveMinimum" in schema:
-        return f"integer > {schema['exclusiveMinimum']}"
-    if least == -MAX_CREDITS:
-        return "integer"
-    return f"integer ≥ {least}" if most == MAX_CREDITS else f"integer, {least:,} to {most:,}"
+        return f"{kind} > {schema['exclusiveMinimum']}"
+    return kind if least == -most else f"{kind} ≥ {least}"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

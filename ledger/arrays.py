@@ -52,9 +52,10 @@ def timestamptz(values: Sequence[datetime | None]) -> Array:
     return _array(_TIMESTAMPTZ_OID, len(values), map(elements.__getitem__, values))
 
 
-def jsonb(values: Sequence[Mapping[str, Any]]) -> Array:
+def jsonb(values: Sequence[Mapping[str, Any] | None]) -> Array:
     """An array of type `jsonb[]`."""
-    return _array(_JSONB_OID, len(values), [_element(_JSONB_VERSION + to_json(value)) for value in values])
+    elements = [_NULL if value is None else _element(_JSONB_VERSION + to_json(value)) for value in values]
+    return _array(_JSONB_OID, len(values), elements)
 
 
 # The wire format: `array_send`, `int8send`, `timestamptz_send` and `jsonb_send` in PostgreSQL's sources.

@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy import Engine, text
 
+from ledger.messages import MAX_CREDITS
 from ledger.tables import metadata
 
 MAX_OFFENDERS = 20
@@ -74,6 +75,8 @@ def verify(engine: Engine) -> Verdict:
 _STEPS = """
     SELECT org_id, seq, event_type, credits, idempotency_key, created_at,
            subscription_balance_after - subscription_change AS subscription_before,
+           prepaid_balance_after - prepaid_change AS prepaid_before,
+           period_usage_after - usage_change AS usage_before, metadata,
            prepaid_change, subscription_change, reserved_change, usage_change, period_usage_after,
            seq - lag(seq, 1, 0::bigint) OVER wallet AS seq_step,
            lag(created_at) OVER wallet AS created_before
@@ -88,6 +91,13 @@ _STEPS = """
     ) AS changes
     WINDOW wallet AS (PARTITION BY org_id ORDER BY seq)
 """
+
+
+def _number(*path: str) -> str:
+    """The number at `path` in an event's metadata, or 0: older events have what their sender said there."""
+    value = f"metadata #> '{{{','.join(path)}}}'"
+    return f"CASE WHEN jsonb_typeof({value}) = 'number' THEN ({value})::numeric ELSE 0 END"
+
 
 _CONSTRAINTS = ", ".join(
     f"('{table.name}', '{constraint.name}')" for table in metadata.sorted_tables for constraint in table.constraints
@@ -130,10 +140,13 @@ CHECKS = (
           WHEN event_type IN ('reservation', 'reservation_released')
             THEN reserved_change = -credits AND prepaid_change = 0 AND subscription_change = 0 AND usage_change = 0
           WHEN event_type = 'usage'
-            THEN subscription_change = -LEAST(-credits, subscription_before)
-             AND prepaid_change = credits - subscription_change AND reserved_change = 0 AND usage_change = -credits
+            THEN subscription_change = CASE WHEN {_number("paid_by", "ending")} = 0
+                   THEN -LEAST(-credits, subscription_before) ELSE -{_number("paid_by", "subscription")} END
+             AND prepaid_change = credits - subscription_change AND prepaid_change <= 0 AND reserved_change = 0
+             AND usage_change = LEAST(-credits, {MAX_CREDITS} - usage_before)
           WHEN event_type = 'subscription_credit'
-            THEN subscription_change = credits AND prepaid_change = 0 AND reserved_change = 0
+            THEN prepaid_change = {_number("debt_settled")} AND subscription_change = credits - prepaid_change
+             AND prepaid_change BETWEEN 0 AND LEAST(credits, GREATEST(0, -prepaid_before)) AND reserved_change = 0
              AND CASE WHEN strpos(idempotency_key, '/') > 0 THEN usage_change = 0 ELSE period_usage_after = 0 END
           WHEN event_type = 'adjustment' AND starts_with(idempotency_key, 'subscription:')
             THEN subscription_change = credits AND prepaid_change = 0 AND reserved_change = 0 AND usage_change = 0
@@ -189,14 +202,14 @@ CHECKS = (
     Check(
         "workflows",
         "A workflow is reserved, released and charged at most once, as its state and its messages' amounts require.",
-        """
+        f"""
         SELECT org_id, 'workflow ' || workflow_id AS offender
         FROM (SELECT org_id, workflow_id, state, start_credits, start_answer, finish_credits FROM workflows) AS workflow
         FULL JOIN (
             SELECT org_id, workflow_id,
                    sum(-credits) FILTER (WHERE event_type = 'reservation') AS reserved,
                    sum(credits) FILTER (WHERE event_type = 'reservation_released') AS released,
-                   sum(-credits) FILTER (WHERE event_type = 'usage') AS used,
+                   sum(-credits + {_number("not_charged")}) FILTER (WHERE event_type = 'usage') AS used,
                    max(metadata ->> 'reason') FILTER (WHERE event_type = 'reservation_released') AS release_reason,
                    count(*) = count(DISTINCT event_type) AS once
             FROM credit_events WHERE workflow_id IS NOT NULL GROUP BY org_id, workflow_id
@@ -213,7 +226,7 @@ CHECKS = (
     Check(
         "refunds",
         "A workflow records the sum of its refunds, which never exceeds its usage.",
-        """
+        f"""
         SELECT org_id, 'workflow ' || workflow_id AS offender
         FROM (SELECT org_id, workflow_id, refunded, finish_credits FROM workflows) AS workflow
         FULL JOIN (
@@ -221,6 +234,12 @@ CHECKS = (
             FROM posted_messages AS posted WHERE kind = 'refund' AND terms ->> 'workflow_id' IS NOT NULL GROUP BY 1, 2
         ) AS refunds USING (org_id, workflow_id)
         WHERE COALESCE(refunded, 0) <> COALESCE(given, 0) OR COALESCE(given, 0) > COALESCE(finish_credits, 0)
+        UNION ALL
+        SELECT org_id, 'workflow ' || workflow_id || ' was paid by other credits'
+        FROM workflows JOIN credit_events AS event USING (org_id, workflow_id)
+        WHERE event_type = 'usage' AND paid_by_ending IS NOT NULL AND (
+            SELECT COALESCE(sum(paid::bigint), 0) FROM jsonb_each_text(paid_by_ending) AS part (by, paid)
+        ) <> {_number("paid_by", "subscription")} + {_number("paid_by", "ending")}
         """,
     ),
     Check(
@@ -229,19 +248,110 @@ CHECKS = (
         """
         SELECT COALESCE(message.org_id, event.org_id) AS org_id, COALESCE(key, idempotency_key) AS offender
         FROM (
-            SELECT org_id, kind || ':' || message_id AS key, (terms ->> 'credits')::bigint AS credits
-            FROM posted_messages WHERE terms ->> 'credits' IS NOT NULL
+            SELECT org_id, kind || ':' || message_id AS key, kind,
+                   (terms ->> 'credits')::bigint * CASE kind WHEN 'reversal' THEN -1 ELSE 1 END AS credits
+            FROM posted_messages WHERE terms ? 'credits'
         ) AS message
         FULL JOIN (
             SELECT org_id, idempotency_key, credits FROM credit_events
             WHERE workflow_id IS NULL AND NOT starts_with(idempotency_key, 'subscription:')
+              AND strpos(idempotency_key, '/ended/') = 0
         ) AS event ON event.org_id = message.org_id AND idempotency_key = key
-        WHERE message.credits IS DISTINCT FROM event.credits
+        WHERE CASE WHEN kind = 'reversal' AND message.credits IS NULL THEN COALESCE(event.credits, 0) >= 0
+              ELSE message.credits IS DISTINCT FROM event.credits END
+        """,
+    ),
+    Check(
+        "reversals",
+        "What was reversed of a purchase is remembered, and is not more than it brought.",
+        """
+        SELECT org_id, 'purchase ' || purchase_id AS offender
+        FROM (
+            SELECT org_id, message_id AS purchase_id, (terms ->> 'credits')::bigint AS brought, reversed
+            FROM posted_messages WHERE kind = 'purchase'
+        ) AS purchase
+        FULL JOIN (
+            SELECT org_id, terms ->> 'purchase_id' AS purchase_id, sum(-credits) AS taken
+            FROM posted_messages JOIN credit_events USING (org_id)
+            WHERE kind = 'reversal' AND idempotency_key = 'reversal:' || message_id GROUP BY 1, 2
+        ) AS reversals USING (org_id, purchase_id)
+        WHERE COALESCE(reversed, 0) <> COALESCE(taken, 0) OR COALESCE(taken, 0) > COALESCE(brought, 0)
+        """,
+    ),
+    Check(
+        "ending",
+        "Credits with an end are part of the balances, and the wallet knows when the next of them end.",
+        """
+        SELECT org_id, 'its credits with an end' AS offender
+        FROM (
+            SELECT wallets.org_id, prepaid_balance, subscription_balance, next_ending_at, held_past_end,
+                   COALESCE(sum(remaining) FILTER (WHERE NOT of_plan), 0) AS prepaid,
+                   COALESCE(sum(remaining) FILTER (WHERE of_plan), 0) AS subscription,
+                   COALESCE(sum(remaining) FILTER (WHERE expires_at < COALESCE(next_ending_at, 'infinity')), 0) AS held,
+                   min(expires_at) FILTER (WHERE expires_at >= next_ending_at) AS next
+            FROM wallets LEFT JOIN (
+                SELECT *, starts_with(origin, 'subscription:') AS of_plan FROM ending_credits
+            ) AS ending USING (org_id)
+            GROUP BY wallets.org_id
+        ) AS wallet
+        WHERE prepaid > GREATEST(prepaid_balance, 0) OR subscription > subscription_balance
+           OR held <> held_past_end OR next IS DISTINCT FROM next_ending_at
+        UNION ALL
+        SELECT org_id, 'its credits with an end have no wallet'
+        FROM ending_credits LEFT JOIN wallets USING (org_id) WHERE wallets.last_seq IS NULL GROUP BY org_id
+        """,
+    ),
+    Check(
+        "origins",
+        "Credits with an end come from an event, and what is left or has ended of them is not more than it brought.",
+        """
+        SELECT org_id, origin AS offender
+        FROM (
+            SELECT org_id, origin, sum(credits) AS credits FROM (
+                SELECT org_id, origin, remaining AS credits FROM ending_credits
+                UNION ALL
+                SELECT org_id, split_part(idempotency_key, '/ended/', 1), -credits FROM credit_events
+                WHERE strpos(idempotency_key, '/ended/') > 0
+            ) AS part GROUP BY org_id, origin
+        ) AS ending
+        LEFT JOIN (SELECT org_id, idempotency_key AS origin, credits AS brought FROM credit_events) AS event
+          USING (org_id, origin)
+        WHERE brought IS NULL OR (credits > brought AND NOT starts_with(origin, 'subscription:'))
+        """,
+    ),
+    Check(
+        "uses",
+        "Of the prepaid credits with an end, as many are left as came in and were neither used nor ended.",
+        f"""
+        SELECT org_id, 'came in and left: ' || moved || ', there are ' || remaining AS offender
+        FROM (
+            SELECT org_id, sum(CASE
+                WHEN strpos(idempotency_key, '/ended/') > 0 THEN credits
+                WHEN event_type = 'usage' THEN -{_number("paid_by", "ending")}
+                WHEN event_type IN ('adjustment', 'billing') THEN -{_number("from_ending")}
+                WHEN event_type = 'refund' THEN (
+                    SELECT COALESCE(sum((part)::numeric), 0)
+                    FROM jsonb_path_query(metadata, '$.ending[*].credits ? (@.type() == "number")') AS part
+                )
+                WHEN event_type IN ('grant', 'prepaid_purchase') AND EXISTS (
+                    SELECT FROM posted_messages AS sent
+                    WHERE sent.org_id = event.org_id AND kind || ':' || message_id = idempotency_key
+                      AND kind = split_part(idempotency_key, ':', 1) AND terms ->> 'expires_at' IS NOT NULL
+                ) THEN credits - {_number("debt_settled")}
+                ELSE 0
+            END) AS moved
+            FROM credit_events AS event WHERE NOT starts_with(idempotency_key, 'subscription:') GROUP BY org_id
+        ) AS history
+        FULL JOIN (
+            SELECT org_id, sum(remaining) AS remaining FROM ending_credits
+            WHERE NOT starts_with(origin, 'subscription:') GROUP BY org_id
+        ) AS there USING (org_id)
+        WHERE COALESCE(moved, 0) <> COALESCE(remaining, 0)
         """,
     ),
     Check(
         "periods",
-        "A wallet's subscription exists, and its current period began with a subscription credit.",
+        "A wallet's subscriptions, current and scheduled, exist, and its period began with a subscription credit.",
         """
         SELECT wallet.org_id, 'subscription ' || wallet.subscription_id AS offender
         FROM wallets AS wallet
@@ -252,6 +362,16 @@ CHECKS = (
          AND begun.idempotency_key = concat('subscription:', wallet.subscription_id, ':', current.period)
         WHERE wallet.subscription_id IS NOT NULL
           AND (current.org_id IS NULL OR (current.period IS NOT NULL AND begun.org_id IS NULL))
+        UNION ALL
+        SELECT org_id, 'scheduled subscription ' || scheduled_id
+        FROM wallets LEFT JOIN subscriptions AS scheduled USING (org_id)
+        WHERE scheduled_id IS NOT NULL AND scheduled.subscription_id = scheduled_id
+          AND (NOT active OR period IS NOT NULL OR anchor <> scheduled_at)
+        UNION ALL
+        SELECT org_id, 'scheduled subscription ' || scheduled_id FROM wallets
+        WHERE scheduled_id IS NOT NULL AND NOT EXISTS (
+            SELECT FROM subscriptions WHERE org_id = wallets.org_id AND subscription_id = scheduled_id
+        )
         """,
     ),
     Check(

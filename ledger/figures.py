@@ -1,7 +1,8 @@
 """Figures about the whole ledger, for monitoring. Only reads."""
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, func, select, union
 
+from ledger.due import DUE, POST_DUE
 from ledger.tables import credit_events, dead_letters, waiting_messages, wallets, workflows
 from ledger.views import STARTED
 
@@ -15,11 +16,12 @@ def system_figures(connection: Connection) -> dict[str, tuple[str, float]]:
     )
     longest_wait = select(func.min(waiting_messages.c.waiting_since))
     now = func.clock_timestamp()
+    overdue = union(*(select(wallets.c.org_id).where(due_at <= now, which) for due_at, which in DUE[POST_DUE]))
     row = connection.execute(
         select(
             select(func.count()).select_from(dead_letters).where(dead_letters.c.status == "open").scalar_subquery(),
             func.coalesce(func.extract("epoch", now - oldest_hold.scalar_subquery()), 0),
-            select(func.count()).select_from(wallets).where(wallets.c.next_period_at <= now).scalar_subquery(),
+            select(func.count()).select_from(overdue.subquery()).scalar_subquery(),
             select(func.count()).select_from(wallets).where(wallets.c.next_hold_expiry <= now).scalar_subquery(),
             select(func.count()).select_from(waiting_messages).scalar_subquery(),
             func.coalesce(func.extract("epoch", now - longest_wait.scalar_subquery()), 0),
@@ -28,7 +30,10 @@ def system_figures(connection: Connection) -> dict[str, tuple[str, float]]:
     return {
         "dead_letters_open": ("Open dead letters.", float(row[0])),
         "oldest_hold_age_seconds": ("Age of the oldest open reservation; 0 if there is none.", float(row[1])),
-        "wallets_overdue_period": ("Wallets whose next period should have begun.", float(row[2])),
+        "wallets_overdue_period": (
+            "Wallets in which a period should have begun, or credits have ended.",
+            float(row[2]),
+        ),
         "wallets_overdue_hold": ("Wallets in which a reservation may have expired.", float(row[3])),
         "waiting_messages": ("Messages that wait for their organization.", float(row[4])),
         "waiting_oldest_age_seconds": ("Age of the oldest waiting message; 0 if there is none.", float(row[5])),

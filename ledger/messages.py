@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Annotated, Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -22,6 +22,7 @@ from pydantic import (
     PlainValidator,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
     WithJsonSchema,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError, to_json
@@ -29,7 +30,10 @@ from pydantic_core import ErrorDetails, PydanticCustomError, to_json
 from ledger.state import ErrorCode
 
 MAX_CREDITS = 2**53 - 1
-"""The largest amount or balance, in credits: every JSON client reads it exactly."""
+"""The largest balance or limit, in credits: every JSON client reads it exactly."""
+
+MAX_AMOUNT = 10**12
+"""The most credits that one message moves. Nine thousand times as much is the largest balance."""
 
 MAX_BODY_BYTES = 64 * 1024
 """The largest body of a message, as it is sent. A valid one has at most 24 KiB, even with every character escaped."""
@@ -49,7 +53,7 @@ MAX_METADATA_DEPTH = 20
 MAX_METADATA_INTEGER_BITS = 1_024
 """The longest integer in metadata."""
 
-OWN_REASONS = frozenset({"subscription_expired"})
+OWN_REASONS = frozenset({"subscription_expired", "grant_expired", "purchase_expired", "refund_expired"})
 """Reasons for an adjustment that only the ledger gives."""
 
 
@@ -160,10 +164,23 @@ Instant = Annotated[
 
 Metadata = Annotated[dict[str, Any], PlainValidator(_metadata), WithJsonSchema({"type": "object"})]
 
-Credits = Annotated[int, Field(ge=0, le=MAX_CREDITS)]
-PositiveCredits = Annotated[int, Field(gt=0, le=MAX_CREDITS)]
-SignedCredits = Annotated[int, Field(ge=-MAX_CREDITS, le=MAX_CREDITS)]
+Credits = Annotated[int, Field(ge=0, le=MAX_AMOUNT)]
+PositiveCredits = Annotated[int, Field(gt=0, le=MAX_AMOUNT)]
+SignedCredits = Annotated[int, Field(ge=-MAX_AMOUNT, le=MAX_AMOUNT)]
+MostCredits = Annotated[int, Field(ge=0, le=MAX_CREDITS)]
+"""What nobody is given or charged: it bounds balances, so it may be as large as they."""
 Version = Annotated[int, Field(ge=1, le=MAX_CREDITS)]
+
+
+def _at_most_monthly(credits: int | None, info: ValidationInfo) -> int | None:
+    monthly: int | None = info.data.get("monthly_credits")
+    if credits is not None and monthly is not None and credits > monthly:
+        raise PydanticCustomError(
+            "above_monthly",
+            "must not be above monthly_credits, {monthly}, got {credits}",
+            {"monthly": monthly, "credits": credits},
+        )
+    return credits
 
 
 def _not_zero(credits: int) -> int:
@@ -174,6 +191,7 @@ def _not_zero(credits: int) -> int:
 
 _PROJECT = "The project, for the credit history."
 _ACTIVITY = "The activity's name, for the credit history."
+_EXPIRES_AT = "When the credits end. Default: never. Credits with a time in the past end at once."
 _GIVEN_REASON = "The reason; kept as `given_reason` in the event's metadata."
 
 
@@ -279,6 +297,7 @@ class Purchase(WalletMessage):
     task, kind, id_field = "wallet.purchase", "purchase", "purchase_id"
     purchase_id: Id = Field(description="The purchase.")
     credits: PositiveCredits = Field(description="The credits bought.")
+    expires_at: Instant | None = Field(None, description=_EXPIRES_AT)
     source: Source = "billing"
 
 
@@ -289,28 +308,36 @@ class Grant(WalletMessage):
     grant_id: Id = Field(description="The grant.")
     credits: PositiveCredits = Field(description="The credits given.")
     reason: Reason | None = Field(None, description="The reason; kept in the event's metadata.")
+    expires_at: Instant | None = Field(None, description=_EXPIRES_AT)
     source: Source = "admin"
 
 
 class Adjust(WalletMessage):
-    """Correct the prepaid balance by `credits`; below zero only with `allow_negative`."""
+    """Correct the prepaid balance by `credits`.
+
+    Without `allow_negative` it takes neither the prepaid balance nor what is available below zero.
+    """
 
     task, kind, id_field = "wallet.adjust", "adjustment", "adjustment_id"
     adjustment_id: Id = Field(description="The adjustment.")
     credits: Annotated[SignedCredits, AfterValidator(_not_zero)] = Field(description="The correction; not 0.")
     reason: Annotated[Reason, AfterValidator(_given_reason)] = Field(
-        description="The reason; kept in the event's metadata. Not `subscription_expired`, which only the ledger gives."
+        description="The reason; kept in the event's metadata. Not one that only the ledger gives, such as "
+        "`subscription_expired`."
     )
-    allow_negative: bool = Field(False, description="Whether the prepaid balance may end below zero.")
+    allow_negative: bool = Field(False, description="Whether the balance may end below zero.")
     source: Source = "admin"
 
 
 class Refund(WalletMessage):
-    """Give `credits` back; for a named workflow never more, in total, than it used."""
+    """Give `credits` back; for a named workflow never more, in total, than it used, and to where they came from.
+
+    What permanent credits paid is permanent again. The rest ends as it would have ended, but not within 30 days.
+    """
 
     task, kind, id_field = "wallet.refund", "refund", "refund_id"
     refund_id: Id = Field(description="The refund.")
-    credits: PositiveCredits = Field(description="The credits given back, to the prepaid balance.")
+    credits: PositiveCredits = Field(description="The credits given back.")
     workflow_id: Id | None = Field(None, description="The workflow whose usage is refunded.")
     source: Source = "billing"
 
@@ -325,9 +352,29 @@ class Bill(WalletMessage):
 
     task, kind, id_field = "wallet.bill", "billing", "billing_id"
     billing_id: Id = Field(description="The entry.")
-    credits: SignedCredits = Field(description="The effect on the prepaid balance, which it cannot take below zero.")
+    credits: SignedCredits = Field(
+        description="The effect on the prepaid balance. It takes neither that nor the available balance below zero."
+    )
     invoice_id: Id | None = Field(None, description="The invoice that the entry belongs to.")
     source: Source = "billing"
+
+
+class Reverse(WalletMessage):
+    """The payment of a purchase was taken back: take its `credits` back, even below zero."""
+
+    task, kind, id_field = "wallet.reverse", "reversal", "reversal_id"
+    reversal_id: Id = Field(description="The reversal.")
+    purchase_id: Id = Field(description="The purchase.")
+    credits: PositiveCredits | None = Field(
+        None, description="How much of it. Default: all of it that was not reversed before."
+    )
+    reason: Literal["refunded", "disputed"] = Field(description="Why; kept in the event's metadata.")
+    source: Source = "billing"
+
+    @property
+    def purchase_key(self) -> tuple[str, str, str]:
+        """The (org_id, kind, message_id) of the purchase."""
+        return self.org_id, Purchase.kind, self.purchase_id
 
 
 class VersionedMessage(WalletMessage):
@@ -337,7 +384,7 @@ class VersionedMessage(WalletMessage):
 
 
 class SubscriptionMessage(VersionedMessage):
-    """A change of one subscription."""
+    """A change of one subscription. Its version only grows within the organization, across its subscriptions."""
 
     id_field = "subscription_id"
     subscription_id: Id = Field(description="The subscription.")
@@ -357,15 +404,21 @@ class SubscriptionMessage(VersionedMessage):
 class Subscribe(SubscriptionMessage):
     """The organization gets `monthly_credits` every month, counted from `anchor` (default: when first applied).
 
-    At the end of a period, up to `rollover_limit` of the credits left are kept.
+    At the end of a period, up to `rollover_limit` of the credits left are kept. An anchor in the future schedules the
+    subscription: until then, the current one goes on.
     """
 
     task, kind = "wallet.subscribe", "subscribe"
     plan: Name = Field(description="The plan's name, as customers read it.")
     monthly_credits: Credits = Field(description="The credits granted in each period.")
-    rollover_limit: Credits = Field(0, description="The most credits kept at the end of a period.")
+    rollover_limit: MostCredits = Field(0, description="The most credits kept at the end of a period.")
     anchor: Instant | None = Field(
         None, description="When the first period starts; it sets the day of the month for all others. It never changes."
+    )
+    first_credits: Annotated[Credits | None, AfterValidator(_at_most_monthly)] = Field(
+        None,
+        description="What its first period is given, for a trial or a part of a month; at most `monthly_credits`. "
+        "Default: as any other; in a later version, with as much less as before.",
     )
 
 
@@ -379,15 +432,17 @@ class Configure(VersionedMessage):
     """Set both limits of the wallet: a field left out goes back to its default."""
 
     task, kind, id_field = "wallet.configure", "configure", "version"
-    credit_limit: Credits = Field(0, description="How far below zero reservations may take the available balance.")
-    period_cap: Credits | None = Field(
-        None, description="The most credits used and reserved within one subscription period. Null: no cap."
+    credit_limit: MostCredits = Field(0, description="How far below zero reservations may take the available balance.")
+    period_cap: MostCredits | None = Field(
+        None,
+        description="The most credits used and reserved within one subscription period, or at all while there is no "
+        "subscription. Null: no cap.",
     )
     source: Source = "admin"
 
 
 AnyWorkflowMessage = Start | Finish | Cancel | Fail
-AnyWalletMessage = Purchase | Grant | Adjust | Refund | Bill | Subscribe | Unsubscribe | Configure
+AnyWalletMessage = Purchase | Grant | Adjust | Refund | Bill | Reverse | Subscribe | Unsubscribe | Configure
 AnyMessage = AnyWorkflowMessage | AnyWalletMessage
 """Every message. `rules.decide` has a rule for each; mypy names one without a rule."""
 
@@ -466,7 +521,7 @@ def _sentence(detail: ErrorDetails) -> str:
             return f"{field} must not contain half a surrogate pair"
         case "string_pattern_mismatch":
             return f"{field} must be 1-{MAX_ID_LENGTH} characters of A-Z a-z 0-9 _ . : -, got {_shown(detail['input'])}"
-        case "metadata" | "reason" | "zero":
+        case "metadata" | "reason" | "zero" | "above_monthly":
             return f"{field} {detail['msg']}"
         case _:
             problem = detail["msg"].removeprefix("Input ").removeprefix("String ").replace("should ", "must ", 1)

@@ -14,6 +14,7 @@ _TABLES = (
     "wallets",
     "workflows",
     "subscriptions",
+    "ending_credits",
     "posted_messages",
     "credit_events",
     "dead_letters",
@@ -27,7 +28,8 @@ PRIVILEGES: dict[str, dict[str, tuple[str, ...]]] = {
         "wallets": ("SELECT", "INSERT", "UPDATE"),
         "workflows": ("SELECT", "INSERT", "UPDATE"),
         "subscriptions": ("SELECT", "INSERT", "UPDATE"),
-        "posted_messages": ("SELECT", "INSERT"),
+        "ending_credits": ("SELECT", "INSERT", "UPDATE", "DELETE"),
+        "posted_messages": ("SELECT", "INSERT", "UPDATE (reversed)"),
         "credit_events": ("INSERT",),
         "dead_letters": ("SELECT", "INSERT", "UPDATE"),
         "waiting_messages": ("SELECT", "INSERT", "UPDATE", "DELETE"),
@@ -62,16 +64,17 @@ def grant(connection: Connection) -> None:
     """
     refuse_unprepared(connection)
     tables = list(connection.execute(_FOUND, {"tables": list(_TABLES)}))
-    if not all(is_owned for _, is_owned in tables):
+    if not all(is_owned for _, is_owned, _ in tables):
         raise NotGrantedError(
             f"{connection.scalar(text('SELECT current_user'))} does not own the ledger's tables: "
             "run `holdfast migrate --roles` as the role that does"
         )
-    for name, _ in tables:
+    for name, _, columns in tables:
         connection.execute(text(f"REVOKE ALL ON {name} FROM {', '.join(PRIVILEGES)} CASCADE"))
         for role, needed in PRIVILEGES.items():
-            if name in needed:
-                connection.execute(text(f"GRANT {', '.join(needed[name])} ON {name} TO {role}"))
+            # An older schema lacks what came later.
+            if there := [may for may in needed.get(name, ()) if set(_columns(may)).issubset(columns)]:
+                connection.execute(text(f"GRANT {', '.join(there)} ON {name} TO {role}"))
 
 
 TOLD = 'see docs/operating.md, "Roles", to connect with less'
@@ -109,7 +112,7 @@ def excess(connection: Connection, role: str) -> str | None:
 
 def _beyond(needed: list[tuple[str, ...]], table: str, privilege: str, columns: list[str] | None) -> str | None:
     """The part of `privilege` on `table` that is not needed. None: all of it is. `columns`: held on these only."""
-    of_columns = {name for each in needed for may in each for name in _columns(may, privilege)}
+    of_columns = {name for each in needed for may in each if may.startswith(privilege) for name in _columns(may)}
     if any(privilege in each for each in needed):
         return None
     if columns is None:
@@ -118,10 +121,10 @@ def _beyond(needed: list[tuple[str, ...]], table: str, privilege: str, columns: 
     return f"{privilege} ({', '.join(too_many)}) {table}" if too_many else None
 
 
-def _columns(may: str, privilege: str) -> list[str]:
-    """The columns in `UPDATE (a, b)`, if it is the `privilege`."""
-    name, _, columns = may.partition(" (")
-    return columns.rstrip(")").split(", ") if name == privilege and columns else []
+def _columns(may: str) -> list[str]:
+    """The columns in `UPDATE (a, b)`; in `UPDATE` there are none."""
+    _, _, columns = may.partition(" (")
+    return columns.rstrip(")").split(", ") if columns else []
 
 
 _NEEDED = text("""
@@ -134,7 +137,9 @@ _NEEDED = text("""
     ) AS needed (place, is_there, statement) WHERE NOT is_there ORDER BY place
 """)
 _FOUND = text("""
-    SELECT name, pg_has_role(relowner, 'USAGE') FROM unnest(CAST(:tables AS text[])) AS name
+    SELECT name, pg_has_role(relowner, 'USAGE'),
+           ARRAY(SELECT CAST(attname AS text) FROM pg_attribute WHERE attrelid = pg_class.oid AND NOT attisdropped)
+    FROM unnest(CAST(:tables AS text[])) AS name
     JOIN pg_class ON oid = to_regclass(name)
 """)
 _OWNS = text("""
@@ -146,7 +151,7 @@ _OWNS = text("""
 # NULL instead of columns: the whole table.
 _MAY_DO = text("""
     SELECT name, privilege, CASE WHEN NOT of_all THEN columns END
-    FROM pg_roles AS me CROSS JOIN unnest(CAST(:tables AS text[])) AS name
+    FROM pg_roles AS me CROSS JOIN unnest(CAST(:tables AS text[])) WITH ORDINALITY AS owned (name, place)
     JOIN pg_class ON pg_class.oid = to_regclass(name)
     CROSS JOIN unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE', 'REFERENCES', 'TRIGGER']) AS privilege
     CROSS JOIN LATERAL (SELECT has_table_privilege(me.oid, pg_class.oid, privilege) AS of_all) AS whole
@@ -156,7 +161,7 @@ _MAY_DO = text("""
           AND CASE WHEN privilege IN ('SELECT', 'INSERT', 'UPDATE', 'REFERENCES')
                    THEN has_column_privilege(me.oid, attrelid, attnum, privilege) END
     ) AS part
-    WHERE me.rolname = :role AND (of_all OR columns IS NOT NULL)
+    WHERE me.rolname = :role AND (of_all OR columns IS NOT NULL) ORDER BY place, privilege
 """)
 _GENERAL = text("""
     SELECT what FROM pg_roles AS me CROSS JOIN LATERAL (

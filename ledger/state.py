@@ -38,6 +38,8 @@ ErrorCode = Literal[
     "conflict",
     "insufficient_credits",
     "refund_exceeds_usage",
+    "unknown_purchase",
+    "reversal_exceeds_purchase",
     "balance_out_of_range",
     "unexpected_error",
 ]
@@ -52,6 +54,37 @@ OUTCOMES: dict[StepAnswer, tuple[OutcomeName, Reason | None]] = {
     "already_ended": ("ignored", "already_ended"),
 }
 """The outcome and the reason for each answer to a start, a cancel or a fail."""
+
+
+class EndingCredits(NamedTuple):
+    """Credits of a wallet with an end of their own: what is left of one grant, purchase, refund or ended period."""
+
+    org_id: str
+    origin: str
+    """The idempotency key of the event that brought them: its type, and the id of the message or the period."""
+    expires_at: datetime
+    seq: int
+    """No event after this one brought any of them."""
+    remaining: int
+    """Always above 0: what is used up is no row."""
+    plan: str | None = None
+    """The plan, if a subscription brought them."""
+
+    @property
+    def is_from_subscription(self) -> bool:
+        """Whether they are part of the subscription balance, not of the prepaid balance."""
+        return self.origin.startswith("subscription:")
+
+
+class Cover(NamedTuple):
+    """What keeps credits that are past their end: the reservations that were made before that."""
+
+    until: datetime
+    """It covers what ended until then, together with the covers before it."""
+    seq: int
+    """The wallet's last event at that time: later reservations cover nothing of it."""
+    credits: int
+    """The credits of those of the reservations that are open still."""
 
 
 class Wallet(NamedTuple):
@@ -73,6 +106,26 @@ class Wallet(NamedTuple):
     """When its next period begins (or, once unsubscribed, when the credits left expire)."""
     next_hold_expiry: datetime | None = None
     """No open reservation expires before this. None: there is none."""
+    plan_version: int = 0
+    """The version of the newest `wallet.subscribe`, whichever subscription it named."""
+    scheduled_id: str | None = None
+    """The subscription that takes over at `scheduled_at`, if one is scheduled."""
+    scheduled_at: datetime | None = None
+    next_ending_at: datetime | None = None
+    """When the next of the credits with an end of their own end. None: there are none, or all are past their end."""
+    held_past_end: int = 0
+    """The credits in these rows that are past their end, and stay as long as reservations cover them."""
+    covers: tuple[Cover, ...] | None = None
+    """What covers the credits that are past their end, oldest first. None: there are none."""
+    ending: tuple[EndingCredits, ...] = ()
+    """The prepaid credits with an end of their own, in the order of use: rows of `ending_credits`, no column."""
+    set_aside: tuple[EndingCredits, ...] = ()
+    """The same for what ended periods and replaced plans have left of the subscription balance."""
+
+    @property
+    def has_ending(self) -> bool:
+        """Whether there are rows in `ending_credits`."""
+        return self.next_ending_at is not None or self.held_past_end > 0
 
     @property
     def balance(self) -> int:
@@ -85,9 +138,12 @@ class Wallet(NamedTuple):
         return self.balance - self.reserved
 
     def is_due(self, now: datetime) -> bool:
-        """Whether a period begins or a reservation expires by `now`."""
-        return (self.next_period_at is not None and self.next_period_at <= now) or (
-            self.next_hold_expiry is not None and self.next_hold_expiry <= now
+        """Whether time alone does something by `now`."""
+        return (
+            (self.next_period_at is not None and self.next_period_at <= now)
+            or (self.next_hold_expiry is not None and self.next_hold_expiry <= now)
+            or (self.next_ending_at is not None and self.next_ending_at <= now)
+            or (self.scheduled_at is not None and self.scheduled_at <= now)
         )
 
 
@@ -106,6 +162,10 @@ class Workflow(NamedTuple):
     refunded: int = 0
     project_id: str | None = None
     activity_name: str | None = None
+    reserved_seq: int | None = None
+    """The event of its reservation."""
+    paid_by_ending: Mapping[str, int] | None = None
+    """What credits that end paid of its usage: how much, by their end. None: nothing."""
 
 
 class Subscription(NamedTuple):
@@ -124,6 +184,12 @@ class Subscription(NamedTuple):
     """The number of the last period that began."""
     period_granted: int = 0
     """The most credits that were granted in that period."""
+    first_lacks: int = 0
+    """By how much less than any other its first period is given."""
+    first_period: int | None = None
+    """The number of the first period that it began."""
+    period_plan: str | None = None
+    """The plan that the last period was granted by: after a downgrade, not yet `plan`."""
 
 
 class PostedMessage(NamedTuple):
@@ -135,6 +201,8 @@ class PostedMessage(NamedTuple):
     terms: Mapping[str, Any]
     outcome: OutcomeName
     reason: Reason | None
+    reversed: int = 0
+    """Of a purchase: how much of it was reversed."""
 
 
 class Event(NamedTuple):
@@ -167,6 +235,18 @@ class Refusal:
     error: str
 
 
+class Limit(NamedTuple):
+    """The limit that rejected a start."""
+
+    kind: Reason
+    limit: int
+    """Credits: what may be reserved in all, or used and reserved within the period."""
+    used: int
+    reserved: int
+    resets_at: datetime | None
+    """When `used` is 0 again. None: never, as there is no period."""
+
+
 class Decision(NamedTuple):
     """What a message does: its answer, the changed records, and the events to append.
 
@@ -179,8 +259,9 @@ class Decision(NamedTuple):
     duplicate: bool = False
     events: tuple[Event, ...] = ()
     workflow: Workflow | None = None
-    subscription: Subscription | None = None
-    posted: PostedMessage | None = None
+    subscriptions: tuple[Subscription, ...] = ()
+    posted: tuple[PostedMessage, ...] = ()
+    limit: Limit | None = None
     refusal: Refusal | None = None
 
 
@@ -198,6 +279,8 @@ class Result(NamedTuple):
     """The numbers of the events that this delivery wrote: none for a duplicate."""
     available: int
     """The wallet's available credits after the message."""
+    limit: Limit | None = None
+    """The limit that rejected the start; None for a repetition."""
 
     @property
     def holds(self) -> bool:

@@ -1,6 +1,6 @@
 """Generates statements for sets of records, which are sent as one array for each column.
 
-The fields of a record are the columns of its table, in the same order.
+The fields of a record are the columns of its table; those of `Wallet` also have its rows of another table, last.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +41,8 @@ class Write(NamedTuple):
     def of(self, rows: Sequence[Any]) -> tuple[str, list[object]]:
         """The statement that writes `rows`, and its parameters."""
         columns = zip(*sorted(rows), strict=True)  # in the order of the index, which costs less
-        return self.sql, [encode(column) for encode, column in zip(self.encoders, columns, strict=True)]
+        # A field after the columns is no column.
+        return self.sql, [encode(column) for encode, column in zip(self.encoders, columns, strict=False)]
 
 
 # Other types are rare: psycopg finds out how to send them.
@@ -54,32 +55,36 @@ _ENCODERS: dict[type, Callable[[Any], object]] = {
 _DIALECT: Dialect = postgresql.dialect()
 
 
-def column_names(record: type[Any]) -> str:
-    """The columns of `record`, for a statement."""
-    return ", ".join(record._fields)
+def _columns(table: Table, record: type[Any]) -> list[str]:
+    return [name for name in record._fields if name in table.c]
+
+
+def column_names(table: Table, record: type[Any]) -> str:
+    """The columns of `table` that `record` has, for a statement."""
+    return ", ".join(_columns(table, record))
 
 
 def write(table: Table, record: type[Any], statement: str) -> Write:
     """`statement` with `{rows}` replaced by rows of `record`, which are sent as arrays."""
-    types = [table.c[name].type for name in record._fields]
+    types = [table.c[name].type for name in _columns(table, record)]
     columns = ", ".join(f"%b::{column_type.compile(_DIALECT)}[]" for column_type in types)
-    rows = f"unnest({columns}) AS new ({column_names(record)})"
+    rows = f"unnest({columns}) AS new ({column_names(table, record)})"
     return Write(statement.format(rows=rows), tuple(_ENCODERS.get(type(column_type), list) for column_type in types))
 
 
 def insert(table: Table, record: type[Any], on_conflict: str = "") -> Write:
     """Insert records into `table`."""
-    assert record._fields == tuple(table.c.keys()), (
+    assert _columns(table, record) == list(table.c.keys()), (
         f"{record.__name__} in ledger.state and {table.name} in ledger.tables must have the same fields"
     )
-    names = column_names(record)
+    names = column_names(table, record)
     return write(table, record, f"INSERT INTO {table.name} ({names}) SELECT {names} FROM {{rows}} {on_conflict}")
 
 
 def update(table: Table, record: type[Any]) -> Write:
     """Replace the rows of `table` that have the keys of the records."""
     same = " AND ".join(f"{table.name}.{key.name} = new.{key.name}" for key in table.primary_key)
-    changes = ", ".join(f"{name} = new.{name}" for name in record._fields if not table.c[name].primary_key)
+    changes = ", ".join(f"{name} = new.{name}" for name in _columns(table, record) if not table.c[name].primary_key)
     return write(table, record, f"UPDATE {table.name} SET {changes} FROM {{rows}} WHERE {same}")
 
 
@@ -88,7 +93,7 @@ def by_key(table: Table, record: type[Any]) -> str:
     keys = [column.name for column in table.primary_key]
     columns = ", ".join("%b::text[]" for _ in keys)
     return (
-        f"SELECT {column_names(record)} FROM {table.name}"
+        f"SELECT {column_names(table, record)} FROM {table.name}"
         f" JOIN unnest({columns}) AS named ({', '.join(keys)}) USING ({', '.join(keys)})"
     )
 

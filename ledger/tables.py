@@ -84,6 +84,12 @@ wallets = Table(
     _optional("subscription_id", Text),
     _optional("next_period_at", Timestamp),
     _optional("next_hold_expiry", Timestamp),
+    Column("plan_version", BigInteger, nullable=False, server_default=text("0")),
+    _optional("scheduled_id", Text),
+    _optional("scheduled_at", Timestamp),
+    _optional("next_ending_at", Timestamp),
+    Column("held_past_end", BigInteger, nullable=False, server_default=text("0")),
+    _optional("covers", JSONB),
     PrimaryKeyConstraint("org_id", name="wallets_pkey"),
     *(_check(f"wallets_{name}", rule.format("")) for name, rule in _BALANCE_RULES.items()),
     _check("wallets_org_id", _ids("org_id")),
@@ -93,6 +99,9 @@ wallets = Table(
     _check("wallets_config_version", f"config_version BETWEEN 0 AND {MAX_CREDITS}"),
     _check("wallets_subscription", "(subscription_id IS NULL) = (next_period_at IS NULL)"),
     _check("wallets_next_hold_expiry", "reserved = 0 OR next_hold_expiry IS NOT NULL"),
+    _check("wallets_scheduled", "(scheduled_id IS NULL) = (scheduled_at IS NULL)"),
+    _check("wallets_held_past_end", "held_past_end = 0 OR held_past_end BETWEEN 0 AND reserved"),
+    _check("wallets_plan_version", f"plan_version BETWEEN 0 AND {MAX_CREDITS}"),
     # The scheduler finds due wallets by these two.
     Index("wallets_due_periods", "next_period_at", "org_id", postgresql_where=text("next_period_at IS NOT NULL")),
     Index(
@@ -118,6 +127,8 @@ workflows = Table(
     _column("refunded", BigInteger),
     _optional("project_id", Text),
     _optional("activity_name", Text),
+    _optional("reserved_seq", BigInteger),
+    _optional("paid_by_ending", JSONB),
     PrimaryKeyConstraint("org_id", "workflow_id", name="workflows_pkey"),
     _check("workflows_ids", _ids("org_id", "workflow_id", "project_id")),
     _check("workflows_state", _one_of("state", WorkflowState)),
@@ -147,6 +158,9 @@ subscriptions = Table(
     _optional("anchor", Timestamp),
     _optional("period", Integer),
     _column("period_granted", BigInteger),
+    Column("first_lacks", BigInteger, nullable=False, server_default=text("0")),
+    _optional("first_period", Integer),
+    _optional("period_plan", Text),
     PrimaryKeyConstraint("org_id", "subscription_id", name="subscriptions_pkey"),
     _check("subscriptions_ids", _ids("org_id", "subscription_id")),
     _check("subscriptions_version", f"version BETWEEN 1 AND {MAX_CREDITS}"),
@@ -155,6 +169,32 @@ subscriptions = Table(
     _check("subscriptions_period_granted", f"period_granted BETWEEN 0 AND {MAX_CREDITS}"),
     _check("subscriptions_active", "NOT active OR (plan IS NOT NULL AND anchor IS NOT NULL)"),
     _check("subscriptions_period", "period IS NULL OR (period >= 0 AND anchor IS NOT NULL)"),
+    _check("subscriptions_first_lacks", f"first_lacks BETWEEN 0 AND {MAX_CREDITS}"),
+    # Those that a wallet has scheduled are among them.
+    Index(
+        "subscriptions_to_begin",
+        "anchor",
+        "org_id",
+        postgresql_where=text("active AND period IS NULL"),
+    ),
+)
+
+ending_credits = Table(
+    "ending_credits",
+    metadata,
+    _column("org_id", Text),
+    _column("origin", Text),
+    _column("expires_at", Timestamp),
+    _column("seq", BigInteger),
+    _column("remaining", BigInteger),
+    _optional("plan", Text),
+    PrimaryKeyConstraint("org_id", "origin", "expires_at", name="ending_credits_pkey"),
+    _check("ending_credits_origin", "origin ~ '^(grant|purchase|refund|subscription):'"),
+    _check("ending_credits_plan", "(plan IS NOT NULL) = starts_with(origin, 'subscription:')"),
+    _check("ending_credits_seq", "seq >= 1"),
+    _check("ending_credits_remaining", f"remaining BETWEEN 1 AND {MAX_CREDITS}"),
+    # What time alone ends is found through this.
+    Index("ending_credits_due", "expires_at", "org_id"),
 )
 
 posted_messages = Table(
@@ -166,9 +206,11 @@ posted_messages = Table(
     _column("terms", JSONB),
     _column("outcome", Text),
     _optional("reason", Text),
+    Column("reversed", BigInteger, nullable=False, server_default=text("0")),
     PrimaryKeyConstraint("org_id", "kind", "message_id", name="posted_messages_pkey"),
     _check("posted_messages_terms", "jsonb_typeof(terms) = 'object'"),
     _check("posted_messages_outcome", _one_of("outcome", OutcomeName)),
+    _check("posted_messages_reversed", "reversed = 0 OR reversed BETWEEN 0 AND (terms ->> 'credits')::bigint"),
 )
 
 
@@ -218,7 +260,11 @@ credit_events = Table(
     _check("credit_events_credits", f"credits BETWEEN -{MAX_CREDITS} AND {MAX_CREDITS}"),
     _check("credit_events_sign", f"CASE event_type {_SIGNS} ELSE false END"),
     _check("credit_events_workflow_id", f"(workflow_id IS NOT NULL) = (event_type IN {_WORKFLOW_EVENTS})"),
-    _check("credit_events_overdraft", "event_type <> 'billing' OR credits >= 0 OR prepaid_balance_after >= 0"),
+    _check(
+        "credit_events_overdraft",
+        "event_type <> 'billing' OR credits >= 0 OR prepaid_balance_after >= 0"
+        " OR starts_with(idempotency_key, 'reversal:')",
+    ),
     _check("credit_events_usage", "event_type <> 'usage' OR period_usage_after >= -credits"),
     _check("credit_events_hold", "event_type <> 'reservation' OR reserved_after >= -credits"),
     _check("credit_events_metadata", "jsonb_typeof(metadata) = 'object'"),

@@ -2,18 +2,47 @@
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
 from sqlalchemy import Connection, RowMapping, and_, func, select
 
 from ledger.periods import period_start
 from ledger.state import WorkflowState
-from ledger.tables import credit_events, posted_messages, subscriptions, wallets, workflows
+from ledger.tables import credit_events, ending_credits, posted_messages, subscriptions, wallets, workflows
 
 # Joins a workflow with the event of its reservation.
 STARTED = and_(
     credit_events.c.org_id == workflows.c.org_id,
     credit_events.c.idempotency_key == func.concat("start:", workflows.c.workflow_id),
 )
+
+
+MOST_ENDS = 100
+"""The most ends of credits that a wallet's view lists."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Credits that end by themselves, besides those of the current period."""
+
+    credits: int
+    expires_at: datetime
+    origin: str
+    """What brought them, and its id: `grant:welcome`, or `subscription:team:3` for what period 3 has left."""
+
+    @property
+    def is_from_subscription(self) -> bool:
+        """Whether they are part of the subscription balance."""
+        return self.origin.startswith("subscription:")
+
+
+@dataclass(frozen=True, slots=True)
+class NextPlan:
+    """The plan that comes after the current period's, if it is another one."""
+
+    plan: str
+    monthly_credits: int
+    starts_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +60,12 @@ class WalletView:
     used_this_period: int = 0
     included_this_period: int = 0
     plan: str | None = None
+    """The plan of the current period."""
+    next_plan: NextPlan | None = None
     current_period_start: datetime | None = None
     current_period_end: datetime | None = None
+    ending: tuple[Ending, ...] = ()
+    """The first `MOST_ENDS` that end, in the order in which they do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +98,12 @@ class WorkflowView:
 
 def wallet(connection: Connection, org_id: str) -> WalletView | None:
     """The wallet of `org_id`, or None if no message has ever named it."""
-    current = and_(
-        subscriptions.c.org_id == wallets.c.org_id,
-        subscriptions.c.subscription_id == wallets.c.subscription_id,
-    )
-    columns = subscriptions.c
-    query = select(wallets, columns.plan, columns.period_granted, columns.anchor, columns.period)
-    row = connection.execute(
-        query.select_from(wallets.outerjoin(subscriptions, current)).where(wallets.c.org_id == org_id)
-    ).first()
+    row = connection.execute(select(wallets).where(wallets.c.org_id == org_id)).first()
     if row is None:
         return None
+    current = _subscription(connection, org_id, row.subscription_id)
     balance = row.prepaid_balance + row.subscription_balance
-    has_period = row.period is not None
+    has_period = current is not None and current.period is not None
     return WalletView(
         org_id=row.org_id,
         balance=balance,
@@ -88,11 +114,35 @@ def wallet(connection: Connection, org_id: str) -> WalletView | None:
         credit_limit=row.credit_limit,
         period_cap=row.period_cap,
         used_this_period=row.period_usage,
-        included_this_period=row.period_granted or 0,
-        plan=row.plan,
-        current_period_start=period_start(row.anchor, row.period) if has_period else None,
+        included_this_period=current.period_granted if has_period else 0,
+        plan=None if current is None else current.period_plan or current.plan,
+        next_plan=_next_plan(connection, row, current),
+        current_period_start=period_start(current.anchor, current.period) if has_period else None,
         current_period_end=row.next_period_at if has_period else None,
+        ending=_ending(connection, org_id) if row.next_ending_at is not None or row.held_past_end else (),
     )
+
+
+def _subscription(connection: Connection, org_id: str, subscription_id: str | None) -> Any:
+    columns = subscriptions.c
+    known = select(subscriptions).where(columns.org_id == org_id, columns.subscription_id == subscription_id)
+    return None if subscription_id is None else connection.execute(known).first()
+
+
+def _next_plan(connection: Connection, wallet: Any, current: Any) -> NextPlan | None:
+    scheduled = _subscription(connection, wallet.org_id, wallet.scheduled_id)
+    if scheduled is not None:
+        return NextPlan(scheduled.plan, scheduled.monthly_credits, wallet.scheduled_at)
+    if current is None or not current.active or current.plan == (current.period_plan or current.plan):
+        return None
+    return NextPlan(current.plan, current.monthly_credits, wallet.next_period_at)
+
+
+def _ending(connection: Connection, org_id: str) -> tuple[Ending, ...]:
+    columns = ending_credits.c
+    query = select(columns.remaining, columns.expires_at, columns.origin).where(columns.org_id == org_id)
+    rows = connection.execute(query.order_by(columns.expires_at, columns.origin).limit(MOST_ENDS))
+    return tuple(Ending(*row) for row in rows)
 
 
 def open_reservations(

@@ -1,7 +1,7 @@
 """What one transaction locks, loads, decides and writes, set by set.
 
 The number of statements does not depend on the number of messages. They take two round trips: one to load, one to
-write.
+write; and another one if something is due or has an end, or a message names a subscription.
 """
 
 import time
@@ -14,9 +14,19 @@ from psycopg.errors import LockNotAvailable, QueryCanceled
 
 from ledger import arrays, clocks, rules, tables, waiting
 from ledger.database import LOCK_TIMEOUT_S
-from ledger.messages import AnyMessage, InvalidMessage, WalletMessage
-from ledger.state import Event, PostedMessage, Refusal, Result, Subscription, Wallet, Workflow
-from ledger.statements import Connection, by_key, column_names, find, insert, lock_that_can_be, select, update
+from ledger.messages import AnyMessage, InvalidMessage, Reverse, WalletMessage
+from ledger.state import Cover, EndingCredits, Event, PostedMessage, Refusal, Result, Subscription, Wallet, Workflow
+from ledger.statements import (
+    Connection,
+    by_key,
+    column_names,
+    find,
+    insert,
+    lock_that_can_be,
+    select,
+    update,
+    write,
+)
 from ledger.waiting import BEHIND, BEING_CREATED, LOCKED, MUCH_DUE, RECORD_LOCKED, Waits
 
 MOST_DUE = 1_000
@@ -55,6 +65,8 @@ class _Named:
                 self.subscriptions.add(subscription)
             if isinstance(message, WalletMessage):
                 self.posted.add(message.posted_key)
+            if isinstance(message, Reverse):
+                self.posted.add(message.purchase_key)
 
 
 class WorkingSet:
@@ -77,7 +89,7 @@ class WorkingSet:
         self._loaded_wallets = dict(self.wallets)
         self._loaded_workflows: dict[tuple[str, str], Workflow] = {}
         self._loaded_subscriptions: dict[tuple[str, str], Subscription] = {}
-        self._new_posted: list[PostedMessage] = []
+        self._loaded_posted: dict[tuple[str, str, str], PostedMessage] = {}
 
     @classmethod
     def load(
@@ -163,6 +175,11 @@ class WorkingSet:
             if keys := sorted(key for key in loaded if key[0] in self.wallets):
                 can_be = connection.execute(lock, [arrays.text(column) for column in zip(*keys, strict=True)])
                 stuck |= {org_id for org_id, _ in set(keys).difference(can_be)}
+        if ending := {_ending_key(row) for wallet in self._loaded_wallets.values() for row in _ending(wallet)}:
+            org_ids = arrays.text(sorted({org_id for org_id, *_ in ending}))
+            stuck |= {
+                org_id for org_id, *_ in ending.difference(connection.execute(_LOCK_ENDING_THAT_CAN_BE, [org_ids]))
+            }
         return stuck
 
     @staticmethod
@@ -194,8 +211,15 @@ class WorkingSet:
         with connection.pipeline():
             workflows = find(connection, Workflow, _WORKFLOWS, named.workflows)
             posted = find(connection, PostedMessage, _POSTED, named.posted)
-            subscriptions = find(connection, Subscription, _SUBSCRIPTIONS, named.subscriptions)
+            subscriptions = find(
+                connection, Subscription, _SUBSCRIPTIONS, self._with_the_wallets_own(named.subscriptions)
+            )
         self._keep_loaded(workflows(), posted(), subscriptions())
+
+    def _with_the_wallets_own(self, named: set[tuple[str, str]]) -> set[tuple[str, str]]:
+        """The subscriptions that are `named`, and those that their wallets have now or have scheduled."""
+        org_ids = {org_id for org_id, _ in named}
+        return named | _own_subscriptions(self.wallets[org_id] for org_id in org_ids & self.wallets.keys())
 
     def _keep_loaded(
         self,
@@ -211,7 +235,13 @@ class WorkingSet:
         }
         self._loaded_workflows |= new_workflows
         self.workflows |= new_workflows
-        self.posted |= {(known.org_id, known.kind, known.message_id): known for known in posted}
+        new_posted = {
+            (known.org_id, known.kind, known.message_id): known
+            for known in posted
+            if (known.org_id, known.kind, known.message_id) not in self._loaded_posted
+        }
+        self._loaded_posted |= new_posted
+        self.posted |= new_posted
         new_subscriptions = {
             key: known
             for known in subscriptions
@@ -222,24 +252,30 @@ class WorkingSet:
 
     def _post_due(self, connection: Connection, named_subscriptions: set[tuple[str, str]]) -> None:
         """Post what is due, before any message. Load the subscriptions that this or a message needs."""
-        due = [wallet for wallet in self.wallets.values() if wallet.is_due(self.now[wallet.org_id])]
-        if not due and not named_subscriptions:
+        due = [wallet.org_id for wallet in self.wallets.values() if wallet.is_due(self.now[wallet.org_id])]
+        with_ending = [wallet.org_id for wallet in self.wallets.values() if wallet.has_ending]
+        if not due and not named_subscriptions and not with_ending:
             return
-        current = {(wallet.org_id, wallet.subscription_id) for wallet in due if wallet.subscription_id is not None}
-        holding = [wallet.org_id for wallet in due if wallet.next_hold_expiry is not None]
+        current = _own_subscriptions(self.wallets[org_id] for org_id in due)
+        holding = [org_id for org_id in due if self.wallets[org_id].next_hold_expiry is not None]
         holding_at = [arrays.text(holding), arrays.timestamptz([self.now[org_id] for org_id in holding])]
         with connection.pipeline():
-            subscriptions = find(connection, Subscription, _SUBSCRIPTIONS, current | named_subscriptions)
+            named = self._with_the_wallets_own(named_subscriptions)
+            subscriptions = find(connection, Subscription, _SUBSCRIPTIONS, current | named)
+            ending = select(connection, EndingCredits, _ENDING, [arrays.text(with_ending)])
             found = select(connection, Workflow, _EXPIRED_HOLDS, [*holding_at, MOST_DUE])
             next_expiry = connection.execute(_NEXT_HOLD_EXPIRY, holding_at)
         expired = sorted(found.fetchall(), key=lambda workflow: (workflow.expires_at, workflow.workflow_id))
         self._keep_loaded(expired, subscriptions=subscriptions())
-        for wallet in due:
-            self._begin_due_periods(wallet)
+        self._keep_ending(ending.fetchall())
+        for org_id in due:
+            self._begin_due(org_id)
         # Periods first: while more of them are due, a wallet's reservations are released in a later transaction.
-        overdue = {org_id for org_id, wallet in self.wallets.items() if self._period_is_due(wallet)}
+        overdue = {org_id for org_id, wallet in self.wallets.items() if self._more_is_due(wallet)}
         for workflow in expired:
-            if workflow.org_id not in overdue:
+            if len(self.events) >= MOST_DUE:
+                overdue.add(workflow.org_id)
+            elif workflow.org_id not in overdue:
                 self._release_expired(workflow)
         if len(expired) < MOST_DUE:  # otherwise, there may be more of them
             for org_id, expires_at in next_expiry.fetchall():
@@ -249,22 +285,42 @@ class WorkingSet:
             if wallet.is_due(self.now[org_id]):
                 self.reasons_to_wait[org_id] = MUCH_DUE
 
-    def _period_is_due(self, wallet: Wallet) -> bool:
-        return wallet.next_period_at is not None and wallet.next_period_at <= self.now[wallet.org_id]
+    def _keep_ending(self, loaded: Sequence[EndingCredits]) -> None:
+        rows: dict[str, list[EndingCredits]] = {}
+        for row in loaded:  # in the order of use
+            rows.setdefault(row.org_id, []).append(row)
+        for org_id, known in rows.items():
+            covers: Any = self.wallets[org_id].covers  # JSON
+            self._loaded_wallets[org_id] = self.wallets[org_id] = self.wallets[org_id]._replace(
+                covers=covers and tuple(Cover(datetime.fromisoformat(until), *rest) for until, *rest in covers),
+                ending=tuple(row for row in known if not row.is_from_subscription),
+                set_aside=tuple(row for row in known if row.is_from_subscription),
+            )
 
-    def _begin_due_periods(self, wallet: Wallet) -> None:
-        if wallet.subscription_id is None:
-            return
-        subscription = self.subscriptions[wallet.org_id, wallet.subscription_id]
-        wallet, subscription, events = rules.begin_due_periods(
-            wallet, subscription, self.now[wallet.org_id], most_events=MOST_DUE - len(self.events)
+    def _more_is_due(self, wallet: Wallet) -> bool:
+        return wallet._replace(next_hold_expiry=None).is_due(self.now[wallet.org_id])
+
+    def _begin_due(self, org_id: str) -> None:
+        wallet, subscriptions, events = rules.begin_due(
+            self.wallets[org_id],
+            self._subscriptions_of(self.wallets[org_id]),
+            self.now[org_id],
+            most_events=max(0, MOST_DUE - len(self.events)),
         )
-        self._keep(wallet, events, subscription=subscription)
+        self._keep(wallet, events, subscriptions=subscriptions)
+
+    def _subscriptions_of(self, wallet: Wallet, named: str | None = None) -> dict[str, Subscription]:
+        """The subscription that is `named`, and those that the wallet has now or has scheduled, by id."""
+        ids = (wallet.subscription_id, wallet.scheduled_id, named)
+        keys = [(wallet.org_id, subscription_id) for subscription_id in ids if subscription_id is not None]
+        return {key[1]: self.subscriptions[key] for key in keys if key in self.subscriptions}
 
     def _release_expired(self, workflow: Workflow) -> None:
         org_id = workflow.org_id
-        wallet, workflow, event = rules.release_expired(self.wallets[org_id], workflow, self.now[org_id])
-        self._keep(wallet, (event,), workflow=workflow)
+        wallet, workflow, events = rules.release_expired(
+            self.wallets[org_id], workflow, self.now[org_id], most_events=max(0, MOST_DUE - len(self.events))
+        )
+        self._keep(wallet, events, workflow=workflow)
 
     def decide(self, messages: Sequence[AnyMessage | InvalidMessage]) -> list[Decided]:
         """Decide `messages` in order. Those that have to wait change nothing."""
@@ -281,19 +337,20 @@ class WorkingSet:
     def apply(self, message: AnyMessage) -> Result | Refusal:
         """Decide `message` on the state after the messages before it."""
         org_id, key = message.org_id, message.workflow_key
-        subscription_key = message.subscription_key
-        decision = rules.decide(
-            self.wallets[org_id],
-            message,
-            self.now[org_id],
-            workflow=None if key is None else self.workflows.get(key),
-            subscription=None if subscription_key is None else self.subscriptions.get(subscription_key),
-            posted=self.posted.get(message.posted_key) if isinstance(message, WalletMessage) else None,
-        )
+        wallet, subscription_key = self.wallets[org_id], message.subscription_key
+        named: dict[str, Any] = {}
+        if isinstance(message, WalletMessage):
+            named["posted"] = self.posted.get(message.posted_key)
+            if subscription_key is not None:
+                named["subscriptions"] = self._subscriptions_of(wallet, subscription_key[1])
+            if isinstance(message, Reverse):
+                named["purchase"] = self.posted.get(message.purchase_key)
+        workflow = None if key is None else self.workflows.get(key)
+        decision = rules.decide(wallet, message, self.now[org_id], workflow=workflow, **named)
         if decision.refusal is not None:
             return decision.refusal
         if not decision.duplicate:
-            self._keep(decision.wallet, decision.events, decision.workflow, decision.subscription, decision.posted)
+            self._keep(decision.wallet, decision.events, decision.workflow, decision.subscriptions, decision.posted)
         workflow = None if key is None else self.workflows[key]
         return Result(
             decision.outcome,
@@ -304,6 +361,7 @@ class WorkingSet:
             None if workflow is None else workflow.state,
             tuple([event.seq for event in decision.events]),
             decision.wallet.available,
+            decision.limit,
         )
 
     def _keep(
@@ -311,23 +369,23 @@ class WorkingSet:
         wallet: Wallet,
         events: Sequence[Event],
         workflow: Workflow | None = None,
-        subscription: Subscription | None = None,
-        posted: PostedMessage | None = None,
+        subscriptions: Sequence[Subscription] = (),
+        posted: Sequence[PostedMessage] = (),
     ) -> None:
         self.wallets[wallet.org_id] = wallet
         self.events += events
         if workflow is not None:
             self.workflows[workflow.org_id, workflow.workflow_id] = workflow
-        if subscription is not None:
+        for subscription in subscriptions:
             self.subscriptions[subscription.org_id, subscription.subscription_id] = subscription
-        if posted is not None:
-            self.posted[posted.org_id, posted.kind, posted.message_id] = posted
-            self._new_posted.append(posted)
+        for message in posted:
+            self.posted[message.org_id, message.kind, message.message_id] = message
 
     def write_and_commit(self, connection: Connection) -> None:
         """Write everything that changed, set by set, and commit."""
         # Not psycopg's own `commit()`: it waits for the answers before it has sent everything, so once the sockets'
         # buffers are full it waits forever.
+        ended, ending = _changes_of_ending(self.wallets, self._loaded_wallets)
         with connection.pipeline():
             # PostgreSQL begins while the rest is being encoded, so the largest set comes last.
             for write, rows in (
@@ -335,8 +393,11 @@ class WorkingSet:
                 (_UPDATE_WORKFLOWS, _changed(self.workflows, self._loaded_workflows)),
                 (_INSERT_SUBSCRIPTIONS, _new(self.subscriptions, self._loaded_subscriptions)),
                 (_UPDATE_SUBSCRIPTIONS, _changed(self.subscriptions, self._loaded_subscriptions)),
+                (_DELETE_ENDING, ended),
+                (_WRITE_ENDING, ending),
                 (_UPDATE_WALLETS, _changed(self.wallets, self._loaded_wallets)),
-                (_INSERT_POSTED, self._new_posted),
+                (_INSERT_POSTED, _new(self.posted, self._loaded_posted)),
+                (_UPDATE_POSTED, _changed(self.posted, self._loaded_posted)),
                 (_INSERT_EVENTS, self.events),
             ):
                 if rows:
@@ -358,6 +419,39 @@ def _changed(records: Mapping[Any, Any], loaded: Mapping[Any, Any]) -> list[Any]
     return [records[key] for key, as_loaded in loaded.items() if records[key] is not as_loaded]
 
 
+def _own_subscriptions(wallets: Iterable[Wallet]) -> set[tuple[str, str]]:
+    return {
+        (wallet.org_id, subscription_id)
+        for wallet in wallets
+        for subscription_id in (wallet.subscription_id, wallet.scheduled_id)
+        if subscription_id is not None
+    }
+
+
+def _ending(wallet: Wallet) -> tuple[EndingCredits, ...]:
+    return (*wallet.ending, *wallet.set_aside)
+
+
+def _ending_key(row: EndingCredits) -> tuple[str, str, datetime]:
+    return row.org_id, row.origin, row.expires_at
+
+
+def _changes_of_ending(
+    wallets: Mapping[str, Wallet], loaded: Mapping[str, Wallet]
+) -> tuple[list[EndingCredits], list[EndingCredits]]:
+    """The rows of `ending_credits` to delete, and those to write."""
+    ended: list[EndingCredits] = []
+    written: list[EndingCredits] = []
+    for org_id, as_loaded in loaded.items():
+        wallet = wallets[org_id]
+        if wallet.ending is not as_loaded.ending or wallet.set_aside is not as_loaded.set_aside:
+            before = {_ending_key(row): row for row in _ending(as_loaded)}
+            after = {_ending_key(row): row for row in _ending(wallet)}
+            ended += [row for key, row in before.items() if key not in after]
+            written += [row for key, row in after.items() if before.get(key) != row]
+    return ended, written
+
+
 def _clock(statement_timeout_s: float) -> str:
     # Rows are looked up by their keys. The planner overestimates the cost of that, and would rather read all of a table
     # of some hundred thousand rows.
@@ -375,7 +469,10 @@ def _clock(statement_timeout_s: float) -> str:
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 # Sent once the locks are held: the time, whether any message waits, and settings for the statements that follow.
 _CLOCK = _clock(PATIENCE_S)
-_LOCK_WALLETS = f"SELECT {column_names(Wallet)} FROM wallets WHERE org_id = ANY(%b::text[]) ORDER BY org_id FOR UPDATE"
+_LOCK_WALLETS = f"""
+    SELECT {column_names(tables.wallets, Wallet)} FROM wallets WHERE org_id = ANY(%b::text[])
+    ORDER BY org_id FOR UPDATE
+"""
 _LOCK_WALLETS_THAT_CAN_BE = f"{_LOCK_WALLETS} SKIP LOCKED"
 _THERE = "SELECT org_id FROM wallets WHERE org_id = ANY(%b::text[])"
 _WAITING = "SELECT DISTINCT org_id FROM waiting_messages WHERE org_id = ANY(%b::text[])"
@@ -386,10 +483,18 @@ _SUBSCRIPTIONS = by_key(tables.subscriptions, Subscription)
 # OFFSET 0 keeps this from becoming a join, which would read every organization's open reservations.
 _EXPIRED_HOLDS = f"""
     SELECT expired.* FROM unnest(%b::text[], %b::timestamptz[]) AS due (org_id, now) CROSS JOIN LATERAL (
-        SELECT {column_names(Workflow)} FROM workflows
+        SELECT {column_names(tables.workflows, Workflow)} FROM workflows
         WHERE workflows.org_id = due.org_id AND state = 'reserved' AND expires_at <= due.now
         ORDER BY expires_at OFFSET 0
     ) AS expired LIMIT %b
+"""
+_ENDING = f"""
+    SELECT {column_names(tables.ending_credits, EndingCredits)} FROM ending_credits WHERE org_id = ANY(%b::text[])
+    ORDER BY expires_at, NOT starts_with(origin, 'subscription:'), seq, origin
+"""
+_LOCK_ENDING_THAT_CAN_BE = """
+    SELECT org_id, origin, expires_at FROM ending_credits WHERE org_id = ANY(%b::text[])
+    FOR NO KEY UPDATE SKIP LOCKED
 """
 _LOCK_WORKFLOWS_THAT_CAN_BE = lock_that_can_be(tables.workflows)
 _LOCK_SUBSCRIPTIONS_THAT_CAN_BE = lock_that_can_be(tables.subscriptions)
@@ -405,4 +510,21 @@ _UPDATE_WORKFLOWS = update(tables.workflows, Workflow)
 _INSERT_SUBSCRIPTIONS = insert(tables.subscriptions, Subscription)
 _UPDATE_SUBSCRIPTIONS = update(tables.subscriptions, Subscription)
 _INSERT_POSTED = insert(tables.posted_messages, PostedMessage)
+_UPDATE_POSTED = write(
+    tables.posted_messages,
+    PostedMessage,
+    "UPDATE posted_messages AS old SET reversed = new.reversed FROM {rows}"
+    " WHERE old.org_id = new.org_id AND old.kind = new.kind AND old.message_id = new.message_id",
+)
+_WRITE_ENDING = insert(
+    tables.ending_credits,
+    EndingCredits,
+    "ON CONFLICT ON CONSTRAINT ending_credits_pkey DO UPDATE SET remaining = excluded.remaining, seq = excluded.seq",
+)
+_DELETE_ENDING = write(
+    tables.ending_credits,
+    EndingCredits,
+    "DELETE FROM ending_credits AS old USING {rows}"
+    " WHERE old.org_id = new.org_id AND old.origin = new.origin AND old.expires_at = new.expires_at",
+)
 _INSERT_EVENTS = insert(tables.credit_events, Event)

@@ -4,7 +4,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from ledger import rules
-from ledger.messages import InvalidMessage, Subscribe, Unsubscribe, WalletMessage, parse
+from ledger.messages import InvalidMessage, Purchase, Reverse, WalletMessage, parse
 from ledger.state import Decision, Event, PostedMessage, Refusal, Subscription, Wallet, Workflow
 
 Row = tuple[str, int, int, int, int, int]
@@ -51,18 +51,16 @@ class MemoryLedger:
         before = len(self.events)
         if not self.wallet.is_due(self.now):
             return []
-        if self.wallet.subscription_id is not None:
-            known = self.subscriptions[self.wallet.subscription_id]
-            self.wallet, known, events = rules.begin_due_periods(self.wallet, known, self.now)
-            self.subscriptions[known.subscription_id] = known
-            self.events += events
+        self.wallet, changed, events = rules.begin_due(self.wallet, self.subscriptions, self.now)
+        self.subscriptions |= {known.subscription_id: known for known in changed}
+        self.events += events
         held = sorted(_hold(workflow) for workflow in self.workflows.values() if workflow.state == "reserved")
         for expires_at, workflow_id in held:
             if expires_at <= self.now:
                 workflow = self.workflows[workflow_id]
-                self.wallet, expired, event = rules.release_expired(self.wallet, workflow, self.now)
+                self.wallet, expired, events = rules.release_expired(self.wallet, workflow, self.now)
                 self.workflows[workflow_id] = expired
-                self.events.append(event)
+                self.events += events
         open_until = [expires_at for expires_at, _ in held if expires_at > self.now]
         self.wallet = self.wallet._replace(next_hold_expiry=min(open_until, default=None))
         return self.events[before:]
@@ -76,21 +74,21 @@ class MemoryLedger:
         named: dict[str, Any] = {"workflow": self.workflows.get(getattr(message, "workflow_id", None) or "")}
         if isinstance(message, WalletMessage):
             named["posted"] = self.posted.get((message.kind, message.message_id))
-        if isinstance(message, Subscribe | Unsubscribe):
-            named["subscription"] = self.subscriptions.get(message.subscription_id)
+            named["subscriptions"] = self.subscriptions
+        if isinstance(message, Reverse):
+            named["purchase"] = self.posted.get((Purchase.kind, message.purchase_id))
         decision = rules.decide(self.wallet, message, self.now, **named)
         if decision.refusal is not None or decision.duplicate:
             assert decision.wallet == self.wallet
+            assert decision.posted == ()
             assert decision.events == ()
             return decision
         self.wallet = decision.wallet
         self.events += decision.events
         if decision.workflow is not None:
             self.workflows[decision.workflow.workflow_id] = decision.workflow
-        if decision.subscription is not None:
-            self.subscriptions[decision.subscription.subscription_id] = decision.subscription
-        if decision.posted is not None:
-            self.posted[decision.posted.kind, decision.posted.message_id] = decision.posted
+        self.subscriptions |= {known.subscription_id: known for known in decision.subscriptions}
+        self.posted |= {(posted.kind, posted.message_id): posted for posted in decision.posted}
         return decision
 
 

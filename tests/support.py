@@ -57,6 +57,19 @@ def sql(engine: Engine, statement: str, **parameters: Any) -> list[tuple[Any, ..
         return [tuple(row) for row in result] if result.returns_rows else []
 
 
+def begin_schedules(engine: Engine, since: str, **parameters: Any) -> None:
+    """What is scheduled was to begin at `since`, an expression of SQL; nothing has noticed yet."""
+    statement = f"""
+        WITH begun AS (
+            UPDATE subscriptions SET anchor = {since} WHERE active AND period IS NULL
+            RETURNING org_id, subscription_id, anchor
+        )
+        UPDATE wallets SET scheduled_at = anchor FROM begun
+        WHERE wallets.org_id = begun.org_id AND wallets.scheduled_id = begun.subscription_id
+    """
+    sql(engine, statement, **parameters)
+
+
 def on_insert_into(engine: Engine, table: str, act: str, *, when: str = "true") -> None:
     """Have PostgreSQL do something for every row."""
     sql(

@@ -49,12 +49,13 @@ from ledger.messages import (
     InvalidMessage,
     Purchase,
     Refund,
+    Reverse,
     Start,
     Subscribe,
     Unsubscribe,
     parse,
 )
-from ledger.state import Result
+from ledger.state import Limit, Result
 from worker.broker import ENGINE_QUEUE, QUEUE, create_celery
 from worker.publishing import BROKER_ERRORS, TIMEOUT_S, Encoded, Publisher, connect, leave
 from worker.redis_server import UnsupportedServerError
@@ -172,6 +173,9 @@ class _Refund(_Asked, Refund): ...
 class _Bill(_Asked, Bill): ...
 
 
+class _Reverse(_Asked, Reverse): ...
+
+
 class _Subscribe(_Asked, Subscribe): ...
 
 
@@ -193,6 +197,7 @@ class Messages(ABC):
     adjust = Method(Adjust, _Adjust)
     refund = Method(Refund, _Refund)
     bill = Method(Bill, _Bill)
+    reverse = Method(Reverse, _Reverse)
     subscribe = Method(Subscribe, _Subscribe)
     unsubscribe = Method(Unsubscribe, _Unsubscribe)
     configure = Method(Configure, _Configure)
@@ -384,9 +389,16 @@ def _encoded(
 
 
 def _result(answer: dict[str, Any]) -> Result:
-    """The answer of a worker of any version: it may lack `state`, or have fields that are not known here."""
+    """The answer of a worker of any version: it may lack a field, or have some that are not known here."""
     known = {name: value for name, value in answer.items() if name in Result._fields}
-    return Result(**{"state": None, **known, "event_seqs": tuple(answer["event_seqs"])})
+    limit = _limit(answer["limit"]) if answer.get("limit") else None
+    return Result(**{"state": None, **known, "event_seqs": tuple(answer["event_seqs"]), "limit": limit})
+
+
+def _limit(told: dict[str, Any]) -> Limit:
+    known = {name: value for name, value in told.items() if name in Limit._fields}
+    resets_at = told["resets_at"]
+    return Limit(**{**known, "resets_at": None if resets_at is None else datetime.fromisoformat(resets_at)})
 
 
 def _refuse(check: Callable[[str], None], url: str, what: str) -> None:

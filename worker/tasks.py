@@ -10,15 +10,15 @@ from typing import Any
 from celery import Celery
 from sqlalchemy import Engine
 
-from ledger import bodies, scheduler
+from ledger import bodies, due, scheduler
 from ledger.messages import MESSAGES
-from ledger.state import Result
+from ledger.state import Limit, Result
 from ledger.store import DeadLettered, Delivery, apply_batch
 from ledger.waiting import Waits
 
 SCHEDULER_TASKS = {
-    scheduler.POST_DUE: scheduler.post_due,
-    scheduler.RELEASE_EXPIRED: scheduler.release_expired,
+    due.POST_DUE: scheduler.post_due,
+    due.RELEASE_EXPIRED: scheduler.release_expired,
 }
 
 TASKS = frozenset([*MESSAGES, *SCHEDULER_TASKS])
@@ -36,7 +36,13 @@ def as_value(answer: Result | DeadLettered) -> dict[str, Any] | MessageDeadLette
     """The value for a caller that waits: the result as a JSON object, or the exception."""
     if isinstance(answer, DeadLettered):
         return MessageDeadLetteredError(f"{answer.error} (dead letter {answer.letter_id}, {answer.code})")
-    return {**answer._asdict(), "event_seqs": list(answer.event_seqs)}
+    return {**answer._asdict(), "event_seqs": list(answer.event_seqs), "limit": _limit_as_value(answer.limit)}
+
+
+def _limit_as_value(limit: Limit | None) -> dict[str, Any] | None:
+    if limit is None:
+        return None
+    return {**limit._asdict(), "resets_at": None if limit.resets_at is None else limit.resets_at.isoformat()}
 
 
 def register(app: Celery, engine: Engine) -> None:

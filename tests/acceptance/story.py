@@ -6,7 +6,7 @@ Step = tuple[str, dict[str, Any], dict[str, Any]]
 
 
 def _answer(outcome: str, event_seqs: list[int], available: int, **rest: Any) -> dict[str, Any]:
-    unnamed = {"reason": None, "duplicate": False, "workflow_id": None, "state": None}
+    unnamed = {"reason": None, "duplicate": False, "workflow_id": None, "state": None, "limit": None}
     return {"outcome": outcome, **unnamed, "event_seqs": event_seqs, "available": available, **rest}
 
 
@@ -49,7 +49,15 @@ STORY: list[Step] = [
     (
         "workflow.start",
         {"workflow_id": "run-3", "credits": 1441},
-        _answer("rejected", [], 1390, workflow_id="run-3", state="rejected", reason="insufficient_credits"),
+        _answer(
+            "rejected",
+            [],
+            1390,
+            workflow_id="run-3",
+            state="rejected",
+            reason="insufficient_credits",
+            limit={"kind": "insufficient_credits", "limit": 1440, "used": 0, "reserved": 0, "resets_at": None},
+        ),
     ),
     (
         "workflow.start",
@@ -61,7 +69,12 @@ STORY: list[Step] = [
         {"workflow_id": "run-4", "reason": "crashed"},
         _answer("released", [13], 1390, workflow_id="run-4", state="failed"),
     ),
-    ("wallet.unsubscribe", {"subscription_id": "sub", "version": 2}, _answer("posted", [], 1390)),
+    (
+        "wallet.reverse",
+        {"reversal_id": "chargeback", "purchase_id": "order", "credits": 90, "reason": "disputed"},
+        _answer("posted", [14], 1300),
+    ),
+    ("wallet.unsubscribe", {"subscription_id": "sub", "version": 2}, _answer("posted", [], 1300)),
 ]
 STATES = {answer["workflow_id"]: answer["state"] for _, _, answer in STORY}
 """The state of each workflow at the end."""

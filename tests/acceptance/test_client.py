@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from ledger.messages import MESSAGES
-from ledger.state import Result, WorkflowState
+from ledger.state import Limit, Result, WorkflowState
 from tests.acceptance.story import STORY
 from tests.cut import cut_way_to
 from tests.installation import SENT_BY_FORKS, Installation, Producer, send_from_forks
@@ -45,7 +45,8 @@ def test_every_method_sends_its_message_and_returns_the_answer(client: Client) -
     for task, fields, expected in STORY:
         method = getattr(client, task.split(".")[1])
         answer = method(org_id="acme", wait_s=PATIENCE_S, **fields)
-        values = {**expected, "event_seqs": tuple(expected["event_seqs"])}
+        limit = None if expected["limit"] is None else Limit(**expected["limit"])
+        values = {**expected, "event_seqs": tuple(expected["event_seqs"]), "limit": limit}
         assert (task, answer) == (task, Result(org_id="acme", **values))
 
 
@@ -55,7 +56,8 @@ def test_a_start_is_reserved_rejected_or_a_duplicate(client: Client) -> None:
     rejected = client.start(org_id="engine", workflow_id="run-2", credits=60, wait_s=PATIENCE_S)
     again = client.start(org_id="engine", workflow_id="run-1", credits=60, wait_s=PATIENCE_S)
     assert reserved == Result("reserved", None, False, "engine", "run-1", "reserved", (2,), 40)
-    assert rejected == Result("rejected", "insufficient_credits", False, "engine", "run-2", "rejected", (), 40)
+    limit = Limit("insufficient_credits", limit=100, used=0, reserved=60, resets_at=None)
+    assert rejected == Result("rejected", limit.kind, False, "engine", "run-2", "rejected", (), 40, limit)
     assert again == Result("reserved", None, True, "engine", "run-1", "reserved", (), 40)
     assert [answer.holds for answer in (reserved, rejected, again)] == [True, False, True]
 

@@ -68,7 +68,16 @@ def test_the_page_shows_the_nine_columns_in_the_order_of_the_contract(
     assert ",".join(re.findall(r'data-column="(\w+)"', page.text)) == COLUMNS
     usage, purchase = rows(page)
     assert re.fullmatch(r"\d{1,2} [A-Z][a-z]{2} 20\d\d \d\d:\d\d:\d\d", usage[0])
-    assert usage[1:] == ["Usage", "workflow-engine", "web", "Crawl", "−1,250", "3,750", "1,250", "unreserved true"]
+    assert usage[1:] == [
+        "Usage",
+        "workflow-engine",
+        "web",
+        "Crawl",
+        "−1,250",
+        "3,750",
+        "1,250",
+        "paid_by prepaid 1250 unreserved true",
+    ]
     assert purchase[1:] == ["Prepaid purchase", "billing", "", "", "+5,000", "5,000", "0", "purchase_id p"]
 
 

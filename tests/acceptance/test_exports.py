@@ -47,7 +47,7 @@ def test_the_file_has_every_event_that_matches(ledger: Installation, customer: V
         "credits": "-120",
         "prepaid_balance_after": "380",
         "period_usage_after": "120",
-        "metadata": '{"unreserved":true}',
+        "metadata": '{"paid_by":{"prepaid":120},"unreserved":true}',
         "id": "2",
         "workflow_id": "w",
     }

@@ -32,7 +32,7 @@ from tests.installation import (
     terminate,
     wait_for_workers,
 )
-from tests.support import PATIENCE_S, eventually, sql
+from tests.support import PATIENCE_S, begin_schedules, eventually, sql
 from worker.app import create_app
 from worker.compression import UNKNOWN_COMPRESSION
 from worker.local.process import Process
@@ -104,6 +104,7 @@ def test_every_message_has_the_default_source_of_its_task(running: Installation,
         ("reservation_released", "workflow-engine"),
         ("reservation", "workflow-engine"),
         ("reservation_released", "workflow-engine"),
+        ("billing", "billing"),
     ]
 
 
@@ -114,7 +115,7 @@ def test_what_a_message_carries_is_on_its_event(running: Installation, workflow_
         {
             "org_id": "carrier",
             "grant_id": "gift",
-            "credits": 9007199254740991,
+            "credits": 1_000_000_000_000,
             "source": "a campaign",
             "occurred_at": "2026-01-31T10:00:00+01:00",
             "metadata": metadata,
@@ -122,7 +123,7 @@ def test_what_a_message_carries_is_on_its_event(running: Installation, workflow_
     )
     kept = {**metadata, "grant_id": "gift", "occurred_at": "2026-01-31T09:00:00+00:00"}
     events = sql(running.engine, "SELECT credits, source, metadata FROM credit_events WHERE org_id = 'carrier'")
-    assert events == [(9007199254740991, "a campaign", kept)]
+    assert events == [(1_000_000_000_000, "a campaign", kept)]
 
 
 def test_every_message_that_comes_again_is_a_duplicate_and_writes_nothing(
@@ -132,10 +133,10 @@ def test_every_message_that_comes_again_is_a_duplicate_and_writes_nothing(
         workflow_engine.answer(task, {"org_id": "twice", **fields})
     for task, fields, first in STORY:
         answer = workflow_engine.answer(task, {"org_id": "twice", **fields})
-        now = {"state": STATES[first["workflow_id"]], "event_seqs": [], "available": 1390}
+        now = {"state": STATES[first["workflow_id"]], "event_seqs": [], "available": 1300, "limit": None}
         expected = {"org_id": "twice", **first, "duplicate": True, **now}
         assert (task, answer) == (task, expected)
-    assert sql(running.engine, "SELECT count(*) FROM credit_events WHERE org_id = 'twice'") == [(13,)]
+    assert sql(running.engine, "SELECT count(*) FROM credit_events WHERE org_id = 'twice'") == [(14,)]
 
 
 def test_who_does_not_ask_gets_no_result_stored(running: Installation) -> None:
@@ -468,13 +469,7 @@ def subscribe_and_begin(installation: Installation, producer: Producer, org_ids:
     for org_id in org_ids:
         subscription = {"subscription_id": "sub", "version": 1, "plan": "team", "monthly_credits": 100}
         producer.answer("wallet.subscribe", {"org_id": org_id, **subscription, "anchor": tomorrow})
-    past = "clock_timestamp() - interval '1 second'"
-    sql(
-        installation.engine,
-        f"""WITH began AS (UPDATE subscriptions SET anchor = {past} WHERE org_id = ANY(:ids) RETURNING org_id, anchor)
-            UPDATE wallets SET next_period_at = anchor FROM began WHERE wallets.org_id = began.org_id""",
-        ids=org_ids,
-    )
+    begin_schedules(installation.engine, "clock_timestamp() - interval '1 second'")
 
 
 def hold_and_expire(installation: Installation, producer: Producer, org_ids: list[str]) -> None:

@@ -10,8 +10,9 @@ from ledger import audit
 from ledger.messages import MESSAGES
 from ledger.state import EventType
 from ledger.store import Delivery, apply_batch
+from ledger.tables import metadata
 from tests.messages import delivery
-from tests.support import sql
+from tests.support import begin_schedules, sql
 
 
 def acme(task: str, **fields: object) -> Delivery:
@@ -20,6 +21,10 @@ def acme(task: str, **fields: object) -> Delivery:
 
 def globex(task: str, **fields: object) -> Delivery:
     return delivery(task, org_id="globex", **fields)
+
+
+def umbrella(task: str, **fields: object) -> Delivery:
+    return delivery(task, org_id="umbrella", **fields)
 
 
 # Every message and every type of event; with the numbers of Acme's events.
@@ -42,7 +47,7 @@ LEDGER = [
     acme("workflow.start", workflow_id="rejected", credits=5_000),
     acme("workflow.fail", workflow_id="never-started"),
     acme("wallet.configure", version=1, credit_limit=10, period_cap=10_000),
-    acme("wallet.unsubscribe", subscription_id="never-subscribed", version=1),
+    acme("wallet.unsubscribe", subscription_id="never-subscribed", version=3),
     # Globex has overrun its credits, lost a hold to time and the rest of its subscription to the next period.
     globex(
         "wallet.subscribe",
@@ -54,6 +59,23 @@ LEDGER = [
     ),
     globex("wallet.purchase", purchase_id="p1", credits=40),
     globex("workflow.start", workflow_id="expired", credits=20),
+    # Umbrella has credits with an end, of which some were used, some have ended and some were taken back.
+    umbrella("wallet.purchase", purchase_id="p1", credits=100, expires_at="2999-01-01T00:00:00Z"),  # 1 prepaid_purchase
+    umbrella("wallet.grant", grant_id="g1", credits=10, expires_at="2020-01-01T00:00:00Z"),  # 2 grant, 3 adjustment
+    umbrella("workflow.finish", workflow_id="used", credits=30),  # 4 usage
+    umbrella("wallet.refund", refund_id="r1", credits=5, workflow_id="used"),  # 5 refund
+    umbrella("wallet.reverse", reversal_id="v1", purchase_id="p1", credits=20, reason="disputed"),  # 6 billing
+    umbrella("wallet.bill", billing_id="b1", credits=-5),  # 7 billing
+    umbrella("wallet.subscribe", subscription_id="s1", version=1, plan="team", monthly_credits=10),  # 8
+    umbrella("wallet.subscribe", subscription_id="s2", version=2, plan="big", monthly_credits=20),  # 9
+    umbrella(
+        "wallet.subscribe",
+        subscription_id="s3",
+        version=3,
+        plan="next",
+        monthly_credits=1,
+        anchor="2999-01-01T00:00:00Z",
+    ),
     # Initech has a wallet and no event.
     delivery("workflow.start", org_id="initech", workflow_id="rejected", credits=1),
 ]
@@ -63,8 +85,7 @@ LEDGER = [
 def ledger(engine: Engine) -> Engine:
     """A realistic ledger."""
     apply_batch(engine, LEDGER)
-    sql(engine, "UPDATE subscriptions SET anchor = now() - interval '40 days' WHERE org_id = 'globex'")
-    sql(engine, "UPDATE wallets SET next_period_at = now() - interval '40 days' WHERE org_id = 'globex'")
+    begin_schedules(engine, "CASE org_id WHEN 'globex' THEN now() - interval '40 days' ELSE anchor END")
     sql(engine, "UPDATE workflows SET expires_at = expires_at - interval '9 days' WHERE org_id = 'globex'")
     sql(engine, "UPDATE wallets SET next_hold_expiry = now() - interval '8 days' WHERE org_id = 'globex'")
     apply_batch(engine, [globex("workflow.finish", workflow_id="w1", credits=70)])
@@ -89,7 +110,7 @@ def test_a_ledger_that_is_well_is_clean(ledger: Engine) -> None:
     verdict = audit.verify(ledger)
     assert found(ledger) == {}
     assert verdict.is_clean
-    assert (verdict.wallets, verdict.events, verdict.open_dead_letters) == (3, 21, 0)
+    assert (verdict.wallets, verdict.events, verdict.open_dead_letters) == (4, 30, 0)
     assert [finding.check for finding in verdict.findings] == list(audit.CHECKS)
     types = {event_type for (event_type,) in sql(ledger, "SELECT DISTINCT event_type FROM credit_events")}
     assert (types, {sent.task for sent in LEDGER}) == (set(get_args(EventType)), set(MESSAGES))
@@ -116,9 +137,9 @@ def test_a_ledger_that_is_well_is_clean(ledger: Engine) -> None:
         (1, "prepaid_purchase", None),
         (2, "reservation", None),
         (3, "subscription_credit", None),
-        (4, "adjustment", "subscription_expired"),
-        (5, "subscription_credit", None),
-        (6, "reservation_released", "expired"),
+        (4, "subscription_credit", None),
+        (5, "reservation_released", "expired"),
+        (6, "adjustment", "subscription_expired"),
         (7, "usage", None),
     ]
 
@@ -179,21 +200,22 @@ HARMS = {
         "owner",
         "DELETE FROM wallets WHERE org_id = 'acme'",
         [("acme", "its events have no wallet"), ("acme", "its workflows have no wallet")],
+        also={"ending": [("acme", "its credits with an end have no wallet")]},
     ),
     "an event is older than the one before": Harm(
         "clock", event(5, "created_at = created_at - interval '1 second'"), [("acme", "event 5")]
     ),
     "what expires is not the subscription's": Harm(
         "arithmetic",
-        "UPDATE credit_events SET prepaid_balance_after = 30, subscription_balance_after = 10"
-        " WHERE org_id = 'globex' AND seq = 4",
-        [("globex", "event 4, adjustment"), ("globex", "event 5, subscription_credit")],
+        "UPDATE credit_events SET prepaid_balance_after = 30, subscription_balance_after = 20"
+        " WHERE org_id = 'globex' AND seq = 6",
+        [("globex", "event 6, adjustment")],
     ),
     "a new period does not reset the period usage": Harm(
         "arithmetic",
-        "UPDATE credit_events SET period_usage_after = period_usage_after + 3 WHERE org_id = 'globex' AND seq >= 5;"
+        "UPDATE credit_events SET period_usage_after = period_usage_after + 3 WHERE org_id = 'globex' AND seq >= 4;"
         "UPDATE wallets SET period_usage = period_usage + 3 WHERE org_id = 'globex'",
-        [("globex", "event 5, subscription_credit")],
+        [("globex", "event 4, subscription_credit")],
     ),
     "credits appear in a wallet without an event": Harm(
         "sum",
@@ -314,7 +336,8 @@ HARMS = {
     ),
     "a refund names a workflow that does not exist": Harm(
         "refunds",
-        "UPDATE posted_messages SET terms = terms || '{\"workflow_id\": \"unknown\"}' WHERE kind = 'refund'",
+        'UPDATE posted_messages SET terms = terms || \'{"workflow_id": "unknown"}\''
+        " WHERE kind = 'refund' AND org_id = 'acme'",
         [("acme", "workflow settled"), ("acme", "workflow unknown")],
     ),
     **{
@@ -342,11 +365,52 @@ HARMS = {
     },
     "a message asked for other credits than were posted": Harm(
         "messages",
-        "UPDATE posted_messages SET terms = terms || '{\"credits\": 49}' WHERE kind = 'grant'",
+        "UPDATE posted_messages SET terms = terms || '{\"credits\": 49}' WHERE kind = 'grant' AND org_id = 'acme'",
         [("acme", "grant:g1")],
     ),
     "an event of a message has another key": Harm(
         "messages", event(4, "idempotency_key = 'grant:g2'"), [("acme", "grant:g1"), ("acme", "grant:g2")]
+    ),
+    "other credits paid for a workflow than its usage says": Harm(
+        "refunds",
+        "UPDATE workflows SET paid_by_ending = '{}' WHERE org_id = 'umbrella'",
+        [("umbrella", "workflow used was paid by other credits")],
+    ),
+    "a reversal has an event and no message": Harm(
+        "messages",
+        "DELETE FROM posted_messages WHERE kind = 'reversal'",
+        [("umbrella", "reversal:v1")],
+        also={"reversals": [("umbrella", "purchase p1")]},
+    ),
+    "a reversal is forgotten": Harm(
+        "reversals",
+        "UPDATE posted_messages SET reversed = 0 WHERE org_id = 'umbrella'",
+        [("umbrella", "purchase p1")],
+    ),
+    "a wallet does not know when its next credits end": Harm(
+        "ending",
+        "UPDATE wallets SET next_ending_at = NULL WHERE org_id = 'umbrella'",
+        [("umbrella", "its credits with an end")],
+    ),
+    "credits with an end come from nowhere": Harm(
+        "origins",
+        "UPDATE ending_credits SET origin = 'purchase:p9' WHERE org_id = 'umbrella' AND origin = 'purchase:p1'",
+        [("umbrella", "purchase:p9")],
+    ),
+    "a credit with an end is lost": Harm(
+        "uses",
+        "UPDATE ending_credits SET remaining = remaining - 1 WHERE org_id = 'umbrella' AND origin = 'purchase:p1'",
+        [("umbrella", "came in and left: 50, there are 49")],
+    ),
+    "the subscription that is scheduled is unknown": Harm(
+        "periods",
+        "UPDATE wallets SET scheduled_id = 's9' WHERE org_id = 'umbrella'",
+        [("umbrella", "scheduled subscription s9")],
+    ),
+    "the subscription that is scheduled was called off": Harm(
+        "periods",
+        "UPDATE subscriptions SET active = false WHERE org_id = 'umbrella' AND subscription_id = 's3'",
+        [("umbrella", "scheduled subscription s3")],
     ),
     "the subscription that allocates is unknown": Harm(
         "periods", wallet("subscription_id = 's9'"), [("acme", "subscription s9")]
@@ -497,8 +561,10 @@ def test_words_of_a_message_do_not_mislead_the_checker(engine: Engine) -> None:
 
 
 def test_what_passed_the_highest_balance_is_clean(engine: Engine) -> None:
-    subscribe = acme("wallet.subscribe", subscription_id="s1", version=1, plan="team", monthly_credits=2**53 - 1)
-    apply_batch(engine, [acme("wallet.purchase", purchase_id="p1", credits=2**53 - 1), subscribe])
+    purchases = [acme("wallet.purchase", purchase_id=f"p{number}", credits=10**12) for number in range(9_007)]
+    subscribe = acme("wallet.subscribe", subscription_id="s1", version=1, plan="team", monthly_credits=10**12)
+    apply_batch(engine, [*purchases, subscribe])
+    assert sql(engine, "SELECT prepaid_balance + subscription_balance FROM wallets") == [(2**53 - 1,)]
     assert found(engine) == {}
 
 
@@ -515,7 +581,7 @@ def test_open_dead_letters_are_counted(engine: Engine) -> None:
 
 def test_verify_neither_writes_nor_waits_for_a_writer(ledger: Engine) -> None:
     sql(ledger, wallet("period_usage = period_usage + 1"))
-    tables = ("wallets", "workflows", "subscriptions", "posted_messages", "credit_events", "dead_letters")
+    tables = [table.name for table in metadata.sorted_tables]
     # A new row version would have a new xmin or ctid.
     contents = [f"SELECT xmin::text, ctid::text, t.* FROM {table} AS t ORDER BY ctid" for table in tables]
     before = [sql(ledger, query) for query in contents]

@@ -15,7 +15,7 @@ from ledger.state import Result
 from ledger.store import DeadLettered, Delivery, apply_batch
 from ledger.waiting import Waits
 from tests.messages import delivery, purchase
-from tests.support import PATIENCE_S, sql
+from tests.support import PATIENCE_S, begin_schedules, sql
 
 Answer = TypeVar("Answer")
 
@@ -180,8 +180,7 @@ def subscribe_due(engine: Engine, organizations: Sequence[str]) -> None:
             for org_id in organizations
         ],
     )
-    sql(engine, "UPDATE subscriptions SET anchor = now() - interval '40 days'")
-    sql(engine, "UPDATE wallets SET next_period_at = now() - interval '40 days'")
+    begin_schedules(engine, "now() - interval '40 days'")
 
 
 def test_the_scheduler_leaves_out_a_wallet_that_a_writer_holds(engine: Engine, database_url: str) -> None:
@@ -218,5 +217,5 @@ def test_schedulers_and_a_writer_at_once_post_each_period_once(engine: Engine, d
         engine,
         "SELECT idempotency_key, count(*) FROM credit_events WHERE event_type <> 'prepaid_purchase'"
         " GROUP BY idempotency_key ORDER BY idempotency_key",
-    ) == [("subscription:s1:0", 600), ("subscription:s1:1", 600), ("subscription:s1:1/v1/expired", 600)]
+    ) == [("subscription:s1:0", 600), ("subscription:s1:0/ended/2", 600), ("subscription:s1:1", 600)]
     assert audit.verify(engine).is_clean

@@ -140,7 +140,7 @@ def test_a_subscription_that_has_not_begun_includes_nothing_yet(engine: Engine) 
     apply_batch(engine, [subscribe("acme", anchor="2999-01-01T00:00:00Z")])
     seen = wallet(engine)
     assert seen is not None
-    assert (seen.plan, seen.balance, seen.included_this_period) == ("team", 0, 0)
+    assert (seen.plan, seen.balance, seen.included_this_period) == (None, 0, 0)
     assert (seen.current_period_start, seen.current_period_end) == (None, None)
 
 
@@ -159,7 +159,8 @@ def test_an_ended_subscription_is_shown_until_its_period_ends(engine: Engine) ->
 
 
 def test_the_wallet_shows_the_subscription_that_allocates_now(engine: Engine) -> None:
-    apply_batch(engine, [subscribe("acme"), subscribe("acme", subscription_id="s2", plan="other", monthly_credits=70)])
+    other = {"subscription_id": "s2", "version": 2, "plan": "other", "monthly_credits": 70}
+    apply_batch(engine, [subscribe("acme"), subscribe("acme", **other)])
     seen = wallet(engine)
     assert seen is not None
     assert (seen.plan, seen.included_this_period) == ("other", 70)
@@ -237,7 +238,7 @@ def test_an_event_has_the_columns_that_a_customer_sees(ledger: Engine) -> None:
         -80,
         500,
         80,
-        {"pages": 3},
+        {"pages": 3, "paid_by": {"subscription": 80}},
     ]
     assert (usage["seq"], usage["workflow_id"], usage["subscription_balance_after"]) == (5, "w1", 120)
     assert usage["created_at"].utcoffset() == timedelta(0)

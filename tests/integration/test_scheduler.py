@@ -10,7 +10,7 @@ from sqlalchemy import Engine
 from ledger import audit, scheduler
 from ledger.store import Delivery, apply_batch
 from tests.messages import delivery, purchase, start, subscribe
-from tests.support import sql
+from tests.support import begin_schedules, sql
 
 EVENTS = """
     SELECT event_type, credits, subscription_balance_after, idempotency_key
@@ -19,7 +19,7 @@ EVENTS = """
 
 
 def subscribe_later(org_id: str, **terms: Any) -> Delivery:
-    """A subscription that has not begun: `move_anchor` decides when it did."""
+    """A subscription that is scheduled: `begin` decides when it was to begin."""
     return subscribe(org_id, monthly_credits=100, anchor="2999-01-01T00:00:00Z", **terms)
 
 
@@ -27,9 +27,8 @@ def unsubscribe(org_id: str) -> Delivery:
     return delivery("wallet.unsubscribe", org_id=org_id, subscription_id="s1", version=2)
 
 
-def move_anchor(engine: Engine, anchor: datetime) -> None:
-    sql(engine, "UPDATE subscriptions SET anchor = :anchor", anchor=anchor)
-    sql(engine, "UPDATE wallets SET next_period_at = :anchor WHERE subscription_id IS NOT NULL", anchor=anchor)
+def begin(engine: Engine, anchor: datetime) -> None:
+    begin_schedules(engine, ":anchor", anchor=anchor)
 
 
 def days_ago(days: int) -> datetime:
@@ -43,13 +42,13 @@ def shift_holds(engine: Engine, shift: str) -> None:
 
 def test_missed_periods_begin_one_by_one_as_if_on_time(engine: Engine) -> None:
     apply_batch(engine, [subscribe_later("acme", rollover_limit=40)])
-    move_anchor(engine, days_ago(70))  # two whole months and a part of the third, whichever months they are
+    begin(engine, days_ago(70))  # two whole months and a part of the third, whichever months they are
     assert scheduler.post_due(engine) == 5
     assert sql(engine, EVENTS, org_id="acme") == [
         ("subscription_credit", 100, 100, "subscription:s1:0"),
-        ("adjustment", -60, 40, "subscription:s1:1/v1/expired"),
+        ("adjustment", -60, 40, "subscription:s1:0/ended/2"),
         ("subscription_credit", 100, 140, "subscription:s1:1"),
-        ("adjustment", -100, 40, "subscription:s1:2/v1/expired"),
+        ("adjustment", -100, 40, "subscription:s1:1/ended/4"),
         ("subscription_credit", 100, 140, "subscription:s1:2"),
     ]
     assert sql(engine, "SELECT DISTINCT source FROM credit_events") == [("scheduler",)]
@@ -60,7 +59,7 @@ def test_missed_periods_begin_one_by_one_as_if_on_time(engine: Engine) -> None:
 
 def test_periods_of_an_anchor_at_a_month_end_are_clamped_and_counted_from_the_anchor(engine: Engine) -> None:
     apply_batch(engine, [subscribe_later("acme")])
-    move_anchor(engine, datetime(2024, 1, 31, 9, 30, tzinfo=UTC))
+    begin(engine, datetime(2024, 1, 31, 9, 30, tzinfo=UTC))
     scheduler.post_due(engine)
     periods = sql(
         engine,
@@ -94,7 +93,7 @@ def test_more_wallets_than_one_chunk_are_all_caught_up(engine: Engine) -> None:
     assert scheduler.CHUNK == 500
     organizations = [f"org-{n:04}" for n in range(1_100)]
     apply_batch(engine, [subscribe_later(org_id) for org_id in organizations])
-    move_anchor(engine, days_ago(40))
+    begin(engine, days_ago(40))
     assert scheduler.post_due(engine) == 3_300
     assert sql(engine, "SELECT last_seq, subscription_balance, count(*) FROM wallets GROUP BY 1, 2") == [
         (3, 100, 1_100)
@@ -107,9 +106,7 @@ def test_chunks_of_wallets_due_at_different_times_leave_nobody_out(engine: Engin
     organizations = [f"org-{n:04}" for n in range(1_100)]
     apply_batch(engine, [subscribe_later(org_id) for org_id in organizations])
     # Groups of seven share a moment, and the moments run against the order of the names.
-    due = "now() - interval '40 days' - (right({}.org_id, 4)::int / 7) * interval '1 second'"
-    sql(engine, f"UPDATE subscriptions SET anchor = {due.format('subscriptions')}")
-    sql(engine, f"UPDATE wallets SET next_period_at = {due.format('wallets')}")
+    begin_schedules(engine, "now() - interval '40 days' - (right(org_id, 4)::int / 7) * interval '1 second'")
     assert scheduler.post_due(engine) == 3_300
 
 
@@ -117,7 +114,7 @@ def test_a_second_run_finds_nothing_to_do(engine: Engine) -> None:
     apply_batch(
         engine, [subscribe_later("acme"), purchase("globex", credits=100), start("globex", "w1", expires_in_s=60)]
     )
-    move_anchor(engine, days_ago(40))
+    begin(engine, days_ago(40))
     shift_holds(engine, "-1 day")
     assert (scheduler.post_due(engine), scheduler.release_expired(engine)) == (3, 1)
     before = sql(engine, "SELECT * FROM wallets ORDER BY org_id")
@@ -133,7 +130,7 @@ def test_nothing_is_due_before_its_time(engine: Engine) -> None:
 
 def test_what_is_left_of_an_ended_subscription_expires_with_its_period(engine: Engine) -> None:
     apply_batch(engine, [subscribe_later("acme", rollover_limit=1_000)])
-    move_anchor(engine, days_ago(10))
+    begin(engine, days_ago(10))
     assert scheduler.post_due(engine) == 1
     apply_batch(engine, [unsubscribe("acme")])
     assert scheduler.post_due(engine) == 0  # until the period ends, the credits stay
@@ -142,7 +139,7 @@ def test_what_is_left_of_an_ended_subscription_expires_with_its_period(engine: E
     assert scheduler.post_due(engine) == 1
     assert sql(engine, EVENTS, org_id="acme") == [
         ("subscription_credit", 100, 100, "subscription:s1:0"),
-        ("adjustment", -100, 0, "subscription:s1:1/v2/expired"),
+        ("adjustment", -100, 0, "subscription:s1:0/ended/2"),
     ]
     assert sql(engine, "SELECT subscription_id, next_period_at FROM wallets") == [(None, None)]
     assert scheduler.post_due(engine) == 0
@@ -152,8 +149,15 @@ def test_what_is_left_of_an_ended_subscription_expires_with_its_period(engine: E
 def test_a_wallet_that_cannot_be_caught_up_becomes_a_dead_letter_and_stops_nobody(engine: Engine) -> None:
     organizations = ["acme", "broken", "globex", "initech"]
     apply_batch(engine, [subscribe_later(org_id) for org_id in organizations])
-    move_anchor(engine, days_ago(40))
-    sql(engine, "DELETE FROM subscriptions WHERE org_id = 'broken'")
+    begin(engine, days_ago(40))
+    sql(
+        engine,
+        """
+        UPDATE wallets SET subscription_id = scheduled_id, next_period_at = scheduled_at,
+          scheduled_id = NULL, scheduled_at = NULL WHERE org_id = 'broken';
+        DELETE FROM subscriptions WHERE org_id = 'broken'
+        """,
+    )
     assert scheduler.post_due(engine) == 9
     assert sql(engine, "SELECT org_id, last_seq FROM wallets ORDER BY org_id") == [
         ("acme", 3),
@@ -221,7 +225,7 @@ def test_a_wallet_with_a_period_and_a_hold_due_gets_both_from_either_run(
     engine: Engine, run: Callable[[Engine], int]
 ) -> None:
     apply_batch(engine, [purchase("acme", credits=100), start("acme", "w1", expires_in_s=60), subscribe_later("acme")])
-    move_anchor(engine, days_ago(10))
+    begin(engine, days_ago(10))
     shift_holds(engine, "-1 day")
     assert run(engine) == 2
     assert [row[0] for row in sql(engine, EVENTS, org_id="acme")] == [

@@ -16,11 +16,12 @@ from ledger import audit, rules, store
 from ledger.database import connect, raw_connection
 from ledger.faults import is_transient
 from ledger.messages import MESSAGES, AnyMessage
-from ledger.state import Decision, Result
+from ledger.periods import period_start
+from ledger.state import Decision, Limit, Result
 from ledger.store import Applied, DeadLettered, Delivery, apply_batch, apply_waiting
 from ledger.waiting import LOCKED, Waits
 from tests.messages import delivery, finish, purchase, start
-from tests.support import PATIENCE_S, eventually, sql
+from tests.support import PATIENCE_S, begin_schedules, eventually, sql
 from worker.local.embedded import Embedded
 
 EVENTS = """
@@ -30,18 +31,29 @@ EVENTS = """
 """
 
 
+def reverse(reversal_id: str, **fields: Any) -> Delivery:
+    return delivery("wallet.reverse", org_id="acme", reversal_id=reversal_id, reason="refunded", **fields)
+
+
 def posted(*seqs: int, available: int, org_id: str = "acme") -> Result:
     return Result("posted", None, False, org_id, None, None, seqs, available)
 
 
 def repeated(result: Result, *, available: int) -> Result:
     """What the repetition of a message that was answered with `result` is answered with."""
-    return result._replace(duplicate=True, event_seqs=(), available=available)
+    return result._replace(duplicate=True, event_seqs=(), available=available, limit=None)
 
 
 def event_types(engine: Engine, org_id: str = "acme") -> list[str]:
     return [row[1] for row in sql(engine, EVENTS, org_id=org_id)]
 
+
+def rejected(workflow_id: str, available: int, limit: Limit) -> Result:
+    return Result("rejected", limit.kind, False, "acme", workflow_id, "rejected", (), available, limit)
+
+
+ANCHOR = datetime.now(UTC) - timedelta(days=5)
+PERIOD_END = period_start(ANCHOR, 1)
 
 # Every message kind, in an order in which each finds what it needs, and its answer.
 CONVERSATION = [
@@ -60,7 +72,15 @@ CONVERSATION = [
         posted(available=520),
     ),
     (
-        delivery("wallet.subscribe", org_id="acme", subscription_id="s1", version=1, plan="team", monthly_credits=200),
+        delivery(
+            "wallet.subscribe",
+            org_id="acme",
+            subscription_id="s1",
+            version=1,
+            plan="team",
+            monthly_credits=200,
+            anchor=ANCHOR.isoformat(),
+        ),
         posted(5, available=720),
     ),
     (start("acme", "w1", 100), Result("reserved", None, False, "acme", "w1", "reserved", (6,), 620)),
@@ -69,7 +89,7 @@ CONVERSATION = [
         delivery("wallet.refund", org_id="acme", refund_id="r1", credits=20, workflow_id="w1"),
         Result("posted", None, False, "acme", "w1", "settled", (9,), 660),
     ),
-    (start("acme", "w2", 671), Result("rejected", "insufficient_credits", False, "acme", "w2", "rejected", (), 660)),
+    (start("acme", "w2", 671), rejected("w2", 660, Limit("insufficient_credits", 670, 0, 0, None))),
     (start("acme", "w3", 670), Result("reserved", None, False, "acme", "w3", "reserved", (10,), -10)),
     (
         delivery("workflow.cancel", org_id="acme", workflow_id="w3", reason="stopped"),
@@ -86,16 +106,17 @@ CONVERSATION = [
     ),
     (start("acme", "w5", 10), Result("ignored", "already_ended", False, "acme", "w5", "cancelled", (), 660)),
     (delivery("wallet.configure", org_id="acme", version=3, period_cap=100), posted(available=660)),
-    (start("acme", "w6", 21), Result("rejected", "period_cap", False, "acme", "w6", "rejected", (), 660)),
+    (start("acme", "w6", 21), rejected("w6", 660, Limit("period_cap", 100, 80, 0, PERIOD_END))),
     (
         delivery("wallet.configure", org_id="acme", version=2, period_cap=None),
         Result("ignored", "stale_version", False, "acme", None, None, (), 660),
     ),
     (
-        delivery("wallet.unsubscribe", org_id="acme", subscription_id="s9", version=1),
+        delivery("wallet.unsubscribe", org_id="acme", subscription_id="s9", version=2),
         Result("ignored", "not_subscribed", False, "acme", None, None, (), 660),
     ),
     (delivery("wallet.unsubscribe", org_id="acme", subscription_id="s1", version=2), posted(available=660)),
+    (reverse("v1", purchase_id="p1", credits=60), posted(14, available=600)),
 ]
 CONVERSATION_EVENTS = [
     (1, "prepaid_purchase", 500, 500, 0, 0, 0),
@@ -111,6 +132,7 @@ CONVERSATION_EVENTS = [
     (11, "reservation_released", 670, 540, 120, 0, 80),
     (12, "reservation", -60, 540, 120, 60, 80),
     (13, "reservation_released", 60, 540, 120, 0, 80),
+    (14, "billing", -60, 480, 120, 0, 80),
 ]
 
 
@@ -134,7 +156,7 @@ def test_a_repeated_batch_gets_the_first_answers_and_writes_nothing(engine: Engi
     again = apply_batch(engine, messages)
     states = {answer.workflow_id: answer.state for _, answer in CONVERSATION}  # the last of each
     assert again == [
-        repeated(answer, available=660)._replace(state=states[answer.workflow_id]) for _, answer in CONVERSATION
+        repeated(answer, available=600)._replace(state=states[answer.workflow_id]) for _, answer in CONVERSATION
     ]
     assert sql(engine, EVENTS, org_id="acme") == CONVERSATION_EVENTS
 
@@ -205,10 +227,10 @@ def test_a_message_counts_on_those_before_it_in_its_batch_and_on_no_other(engine
         start("acme", "w4", 75),
     ]
     assert apply_batch(engine, messages) == [
-        Result("rejected", "insufficient_credits", False, "acme", "w1", "rejected", (), 0),
+        rejected("w1", 0, Limit("insufficient_credits", 0, 0, 0, None)),
         posted(1, available=100),
         Result("reserved", None, False, "acme", "w2", "reserved", (2,), 25),
-        Result("rejected", "insufficient_credits", False, "acme", "w3", "rejected", (), 25),
+        rejected("w3", 25, Limit("insufficient_credits", 100, 0, 75, None)),
         Result("settled", None, False, "acme", "w2", "settled", (3, 4), 95),
         Result("reserved", None, False, "acme", "w4", "reserved", (5,), 20),
     ]
@@ -276,7 +298,11 @@ def test_what_the_rules_refuse_changes_nothing(engine: Engine) -> None:
             delivery("wallet.bill", org_id="acme", billing_id="b1", credits=-61),
             delivery("wallet.refund", org_id="acme", refund_id="r1", credits=41, workflow_id="w1"),
             delivery("wallet.refund", org_id="acme", refund_id="r2", credits=1, workflow_id="unknown"),
-            purchase("acme", "p2", 2**53 - 1),
+            delivery(
+                "wallet.reverse", org_id="acme", reversal_id="v1", purchase_id="p1", credits=101, reason="refunded"
+            ),
+            delivery("wallet.reverse", org_id="acme", reversal_id="v2", purchase_id="p2", reason="refunded"),
+            purchase("acme", "p2", 10**12 + 1),
             delivery("wallet.no_such", org_id="acme"),
             delivery("wallet.purchase", org_id="acme", purchase_id="p3", credits=1.5),
         ],
@@ -286,7 +312,9 @@ def test_what_the_rules_refuse_changes_nothing(engine: Engine) -> None:
         "insufficient_credits",
         "refund_exceeds_usage",
         "refund_exceeds_usage",
-        "balance_out_of_range",
+        "reversal_exceeds_purchase",
+        "unknown_purchase",
+        "invalid_message",
         "unknown_task",
         "invalid_message",
     ]
@@ -369,13 +397,21 @@ def test_an_event_keeps_everything_its_message_said(engine: Engine) -> None:
 
 
 def test_the_largest_amounts_pass_through_exactly(engine: Engine) -> None:
-    assert apply_batch(engine, [purchase("acme", credits=2**53 - 1), start("acme", "w1", 2**53 - 1)]) == [
-        posted(1, available=9_007_199_254_740_991),
-        Result("reserved", None, False, "acme", "w1", "reserved", (2,), 0),
+    apply_batch(engine, [purchase("acme", credits=1), finish("globex", "w1", 1)])
+    as_after_thousands = "UPDATE wallets SET prepaid_balance = {} WHERE org_id = '{}'"
+    sql(engine, as_after_thousands.format(2**53 - 1 - 10**12, "acme"))
+    sql(engine, as_after_thousands.format(10**12 - 2**53 + 1, "globex"))
+    assert apply_batch(engine, [purchase("acme", "p2", 10**12), start("acme", "w1", 10**12)]) == [
+        posted(2, available=9_007_199_254_740_991),
+        Result("reserved", None, False, "acme", "w1", "reserved", (3,), 9_006_199_254_740_991),
     ]
-    assert apply_batch(engine, [finish("globex", "w1", 2**53 - 1)]) == [
-        Result("settled", None, False, "globex", "w1", "settled", (1,), -9_007_199_254_740_991)
-    ]
+    [letter] = apply_batch(engine, [purchase("acme", "p3", 1)])
+    assert isinstance(letter, DeadLettered)
+    assert letter.code == "balance_out_of_range"
+    for workflow_id in ("w2", "w3"):  # a finish is never refused
+        [answer] = apply_batch(engine, [finish("globex", workflow_id, 10**12)])
+        assert isinstance(answer, Result)
+        assert (answer.outcome, answer.available) == ("settled", -9_007_199_254_740_991)
 
 
 def test_ids_of_every_legal_character_and_length_do_not_meet(engine: Engine) -> None:
@@ -407,7 +443,7 @@ def test_two_subscriptions_whose_ids_look_like_each_others_periods_do_not_meet(e
         [
             subscribe("s", 1, 100, age_days=40),  # in its period 1
             subscribe("s", 2, 150, age_days=40),  # version 2 within period 1
-            subscribe("s:1", 1, 70, age_days=70),  # in its period 2
+            subscribe("s:1", 3, 70, age_days=70),  # in its period 2
         ],
     )
     assert answers == [posted(1, available=100), posted(2, available=150), posted(3, available=220)]
@@ -792,8 +828,7 @@ def test_periods_that_are_due_begin_before_the_message(engine: Engine) -> None:
     )
     assert apply_batch(engine, [subscribe]) == [posted(available=0)]
     # 70 days are two whole months and a part of the third, whichever months they are.
-    sql(engine, "UPDATE subscriptions SET anchor = now() - interval '70 days'")
-    sql(engine, "UPDATE wallets SET next_period_at = now() - interval '70 days'")
+    begin_schedules(engine, "now() - interval '70 days'")
     assert apply_batch(engine, [finish("acme", "w1", 110)]) == [
         Result("settled", None, False, "acme", "w1", "settled", (6,), 20)
     ]

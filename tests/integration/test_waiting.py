@@ -8,7 +8,7 @@ import psycopg
 import pytest
 from sqlalchemy import Engine, text
 
-from ledger import audit, rules, scheduler, waiting, working_set
+from ledger import audit, due, rules, scheduler, waiting, working_set
 from ledger.database import connect
 from ledger.faults import is_transient
 from ledger.messages import DELIVERY_LIMIT, InvalidMessage
@@ -17,7 +17,7 @@ from ledger.store import Applied, Delivery, apply_batch, apply_waiting
 from ledger.waiting import BEHIND, BLOCKED, LOCKED, MUCH_DUE, RECORD_LOCKED, SLOW, Waits
 from ledger.working_set import LONG_PATIENCE_S, PATIENCE_S
 from tests.messages import delivery, purchase, start
-from tests.support import no_more_acting, on_insert_into, sql
+from tests.support import begin_schedules, no_more_acting, on_insert_into, sql
 
 pytestmark = pytest.mark.timeout(300)  # seconds, on a slow machine
 
@@ -541,7 +541,7 @@ def test_an_organization_with_more_expired_holds_than_a_transaction_releases_wai
 def test_a_run_releases_any_number_of_holds_in_bounded_steps(engine: Engine, most_due: int) -> None:
     with_expired_holds(engine, "acme", 95)
     with_expired_holds(engine, "globex", 5)
-    written = list(scheduler.steps(engine, scheduler.RELEASE_EXPIRED))
+    written = list(scheduler.steps(engine, due.RELEASE_EXPIRED))
     assert sum(written) == 100
     assert max(written) == most_due
     assert sql(engine, "SELECT reserved, next_hold_expiry FROM wallets") == [(0, None)] * 2
@@ -560,13 +560,27 @@ def test_a_run_begins_any_number_of_periods_in_bounded_steps(engine: Engine, mos
         ],
     )
     with_expired_holds(engine, "org-0", 3)
-    sql(engine, "UPDATE subscriptions SET anchor = now() - interval '500 days'")
-    sql(engine, "UPDATE wallets SET next_period_at = now() - interval '500 days'")
-    written = list(scheduler.steps(engine, scheduler.POST_DUE))
+    begin_schedules(engine, "now() - interval '500 days'")
+    written = list(scheduler.steps(engine, due.POST_DUE))
     periods = sql(engine, "SELECT DISTINCT period + 1 FROM subscriptions")[0][0]
     assert periods in (16, 17, 18)
-    assert sum(written) == 4 * (2 * periods - 1) + 3
     assert max(written) <= most_due + 1  # a period is one event or two
+    posted = sql(
+        engine,
+        "SELECT org_id, event_type, count(*), sum(credits) FROM credit_events WHERE source = 'scheduler'"
+        " GROUP BY 1, 2 ORDER BY 1, 2",
+    )
+    assert sum(written) == sum(count for _, _, count, _ in posted)
+    ended = periods - 1
+    # What the expired holds covered ended once they were released, in a few more events.
+    assert [(of_type, total) for _, of_type, _, total in posted[:3]] == [
+        ("adjustment", -100 * ended),
+        ("reservation_released", 6),
+        ("subscription_credit", 100 * periods),
+    ]
+    for org_id, adjusted, credited in zip(organizations[1:], posted[3::2], posted[4::2], strict=True):
+        assert adjusted == (org_id, "adjustment", ended, -100 * ended)
+        assert credited == (org_id, "subscription_credit", periods, 100 * periods)
     assert sql(engine, "SELECT DISTINCT next_period_at > now(), reserved, next_hold_expiry FROM wallets") == [
         (True, 0, None)
     ]
@@ -578,8 +592,7 @@ def test_an_organization_with_many_missed_periods_is_caught_up_before_its_messag
 ) -> None:
     fields = {"subscription_id": "s1", "version": 1, "plan": "team", "monthly_credits": 100}
     apply_batch(engine, [delivery("wallet.subscribe", org_id="acme", **fields, anchor="2999-01-01T00:00:00Z")])
-    sql(engine, "UPDATE subscriptions SET anchor = now() - interval '500 days'")
-    sql(engine, "UPDATE wallets SET next_period_at = now() - interval '500 days'")
+    begin_schedules(engine, "now() - interval '500 days'")
     assert apply_batch(engine, [start("acme", "w1", 100)]) == [Waits("acme", MUCH_DUE)]
     assert outcomes(apply_all_waiting(engine, "acme")) == ["reserved"]
     assert is_sound(engine)

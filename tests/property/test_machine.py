@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 from sqlalchemy import Engine, select, text
 
 from ledger import audit, clocks, messages, scheduler, store, tables
-from ledger.state import Event, Result
+from ledger.state import EndingCredits, Event, Result
 from tests.memory import MemoryLedger
 from tests.messages import delivery
 from tests.property.model import Answer, Model, check_history
@@ -41,6 +41,7 @@ class Driver(Protocol):
     def send(self, messages: Sequence[Sent]) -> list[Told]: ...
     def beat(self) -> None: ...
     def wallet(self) -> dict[str, Any]: ...
+    def ending(self) -> Sequence[EndingCredits]: ...
     def events(self) -> Sequence[Event]: ...
     def check(self) -> None: ...
 
@@ -72,6 +73,9 @@ class RulesDriver:
     def wallet(self) -> dict[str, Any]:
         wallet = self.ledger.wallet
         return {name: getattr(wallet, name) for name in WALLET}
+
+    def ending(self) -> Sequence[EndingCredits]:
+        return (*self.ledger.wallet.ending, *self.ledger.wallet.set_aside)
 
     def events(self) -> Sequence[Event]:
         return self.ledger.events
@@ -117,6 +121,12 @@ class PostgresDriver:
             row = connection.execute(query).mappings().one_or_none()
         return EMPTY if row is None else dict(row)
 
+    def ending(self) -> Sequence[EndingCredits]:
+        rows = tables.ending_credits
+        with self.engine.connect() as connection:
+            found = connection.execute(select(rows).where(rows.c.org_id == self.org_id)).mappings()
+            return [EndingCredits(**row) for row in found]
+
     def events(self) -> Sequence[Event]:
         events = tables.credit_events
         with self.engine.connect() as connection:
@@ -128,8 +138,18 @@ class PostgresDriver:
         assert verdict.is_clean, [finding for finding in verdict.findings if finding.offenders]
 
 
-WALLET = ("prepaid_balance", "subscription_balance", "reserved", "period_usage", "credit_limit", "period_cap")
-EMPTY = {**dict.fromkeys(WALLET, 0), "period_cap": None}
+WALLET = (
+    "prepaid_balance",
+    "subscription_balance",
+    "reserved",
+    "period_usage",
+    "credit_limit",
+    "period_cap",
+    "subscription_id",
+    "scheduled_id",
+    "plan_version",
+)
+EMPTY = {**dict.fromkeys(WALLET, 0), "period_cap": None, "subscription_id": None, "scheduled_id": None}
 
 
 OWN_REASONS = ("subscription_expired", "plan_change", "settled")
@@ -152,6 +172,16 @@ workflow_id = st.sampled_from([f"w{number}" for number in range(1, 10)])
 anchor = st.sampled_from(
     [None, None, "2026-01-31T00:00:00Z", "2025-12-31T09:00:00Z", "2025-08-29T12:00:00Z", "2026-03-31T00:00:00Z"]
 )
+end = st.sampled_from(
+    [
+        None,
+        "2026-01-01T00:00:00Z",
+        "2026-01-31T00:00:00Z",
+        "2026-02-09T09:00:00Z",
+        "2026-03-01T00:00:00Z",
+        "2026-05-01T00:00:00Z",
+    ]
+)
 SUBSCRIPTION_MESSAGES = st.one_of(
     _sent(
         "wallet.subscribe",
@@ -161,7 +191,8 @@ SUBSCRIPTION_MESSAGES = st.one_of(
         monthly_credits=st.sampled_from([0, 50, 80, 200]),
         rollover_limit=st.sampled_from([0, 20, 1_000]),
         anchor=anchor,
-    ),
+        first_credits=st.sampled_from([None, None, 0, 30]),
+    ).filter(lambda sent: (sent[1]["first_credits"] or 0) <= sent[1]["monthly_credits"]),
     _sent("wallet.unsubscribe", subscription_id=some_id, version=version),
 )
 MESSAGES = st.one_of(
@@ -170,8 +201,16 @@ MESSAGES = st.one_of(
     _sent("workflow.finish", workflow_id=workflow_id, credits=some_credits),
     _sent("workflow.cancel", workflow_id=workflow_id),
     _sent("workflow.fail", workflow_id=workflow_id),
-    _sent("wallet.purchase", purchase_id=some_id, credits=more_credits),
-    _sent("wallet.grant", grant_id=some_id, credits=more_credits),
+    _sent("wallet.purchase", purchase_id=some_id, credits=more_credits, expires_at=end),
+    _sent("wallet.grant", grant_id=some_id, credits=more_credits, expires_at=end),
+    _sent("wallet.grant", grant_id=workflow_id, credits=more_credits, expires_at=end),
+    _sent(
+        "wallet.reverse",
+        reversal_id=some_id,
+        purchase_id=some_id,
+        credits=st.sampled_from([None, 1, 20]),
+        reason=st.just("refunded"),
+    ),
     _sent(
         "wallet.adjust",
         adjustment_id=some_id,
@@ -181,6 +220,7 @@ MESSAGES = st.one_of(
     ),
     _sent("wallet.refund", refund_id=some_id, credits=more_credits, workflow_id=st.none()),
     _sent("wallet.refund", refund_id=workflow_id, credits=st.sampled_from([4, 30]), workflow_id=workflow_id),
+    _sent("wallet.refund", refund_id=some_id, credits=st.sampled_from([3, 10]), workflow_id=workflow_id),
     _sent("wallet.bill", billing_id=some_id, credits=signed_credits | st.just(0)),
     SUBSCRIPTION_MESSAGES,
     _sent(
@@ -215,7 +255,7 @@ class LedgerMachine(RuleBasedStateMachine):
         limits = {"version": 1, "credit_limit": 0, "period_cap": period_cap}
         messages: list[Sent] = [("wallet.configure", limits)]
         if prepaid:
-            messages.append(("wallet.purchase", {"purchase_id": "first", "credits": prepaid}))
+            messages.append(("wallet.purchase", {"purchase_id": "first", "credits": prepaid, "expires_at": None}))
         self.deliver(messages)
 
     @rule(messages=st.lists(MESSAGES, min_size=1, max_size=8))
@@ -280,7 +320,15 @@ class LedgerMachine(RuleBasedStateMachine):
             "period_usage": balances["usage"],
             "credit_limit": self.model.limits["credit_limit"],
             "period_cap": self.model.limits["period_cap"],
+            "subscription_id": self.model.current,
+            "scheduled_id": self.model.scheduled,
+            "plan_version": self.model.plan_version,
         }
+        ending: dict[tuple[datetime, bool], int] = {}
+        for row in self.driver.ending():
+            key = row.expires_at, row.is_from_subscription
+            ending[key] = ending.get(key, 0) + row.remaining
+        assert ending == self.model.ending
 
     def teardown(self) -> None:
         check_history(self.driver.events())

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from ledger.messages import MESSAGES
+from ledger.state import Limit, Result
 from worker.broker import ENGINE_QUEUE
-from worker.client import Client, InvalidMessageError, Method
+from worker.client import Client, InvalidMessageError, Method, _result
 from worker.publishing import Encoded
+from worker.tasks import as_value
 
 NOWHERE = "redis://127.0.0.1:1/0"
 
@@ -78,6 +80,37 @@ def test_a_moment_is_sent_as_text_with_its_offset(client: Client, sent: Sent) ->
     client.subscribe(org_id="acme", anchor=moment, occurred_at=as_text, **plan)  # type: ignore[call-overload]
     times = {"anchor": "2026-01-31T09:00:00+00:00", "occurred_at": "2026-01-31T10:00:00+01:00"}
     assert sent == [("wallet.subscribe", {"org_id": "acme", **plan, **times}, True)]
+
+
+def test_the_end_of_credits_may_be_given_as_a_moment(client: Client, sent: Sent) -> None:
+    moment = datetime(2026, 1, 31, 9, tzinfo=UTC)
+    client.grant(org_id="acme", grant_id="g", credits=5, expires_at=moment)
+    client.purchase(org_id="acme", purchase_id="p", credits=5, expires_at=moment)
+    assert [message["expires_at"] for _, message, _ in sent] == ["2026-01-31T09:00:00+00:00"] * 2
+
+
+REJECTED = Result("rejected", "period_cap", False, "acme", "run", "rejected", (), 500)
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        None,
+        Limit("insufficient_credits", 500, 0, 450, None),
+        Limit("period_cap", 1000, 900, 50, datetime(2026, 2, 28, 9, tzinfo=UTC)),
+    ],
+)
+def test_an_answer_is_read_as_the_worker_gave_it(limit: Limit | None) -> None:
+    result = REJECTED._replace(limit=limit)
+    assert _result(json.loads(json.dumps(as_value(result)))) == result
+
+
+def test_the_answer_of_a_worker_of_another_version_is_read() -> None:
+    older = {"outcome": "rejected", "reason": "period_cap", "duplicate": False, "org_id": "acme", "workflow_id": "run"}
+    assert _result({**older, "event_seqs": [], "available": 500}) == REJECTED._replace(state=None)
+    limit = {"kind": "period_cap", "limit": 9, "used": 8, "reserved": 1, "resets_at": None, "colour": "red"}
+    newer = _result({**older, "event_seqs": [], "available": 500, "limit": limit, "size": 5})
+    assert newer.limit == Limit("period_cap", 9, 8, 1, None)
 
 
 def test_source_and_metadata_are_sent_along(client: Client, sent: Sent) -> None:

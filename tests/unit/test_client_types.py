@@ -32,6 +32,10 @@ def _each_message(client: Client) -> None:
     assert_type(client.refund(org_id="acme", refund_id="back", credits=5, wait_s=1), Result)
     assert_type(client.bill(org_id="acme", billing_id="bill", credits=5), None)
     assert_type(client.bill(org_id="acme", billing_id="bill", credits=5, wait_s=1), Result)
+    assert_type(client.reverse(org_id="acme", reversal_id="back", purchase_id="order", reason="disputed"), None)
+    assert_type(
+        client.reverse(org_id="acme", reversal_id="back", purchase_id="order", reason="disputed", wait_s=1), Result
+    )
     assert_type(client.subscribe(org_id="acme", subscription_id="sub", version=1, plan="team", monthly_credits=5), None)
     assert_type(
         client.subscribe(org_id="acme", subscription_id="sub", version=1, plan="team", monthly_credits=5, wait_s=1),

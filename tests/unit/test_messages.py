@@ -15,6 +15,7 @@ from ledger.messages import (
     AnyMessage,
     InvalidMessage,
     Message,
+    Reverse,
     WalletMessage,
     parse,
     too_large_body,
@@ -27,8 +28,12 @@ CARRIED_READ = {
     "occurred_at": datetime(2026, 1, 31, 9, tzinfo=UTC),
     "metadata": {"run": 7},
 }
+END = "2026-12-31T00:00:00Z"
+END_READ = datetime(2026, 12, 31, tzinfo=UTC)
 NOT_AN_ID = "must be 1-128 characters of A-Z a-z 0-9 _ . : -, got"
 MAX = 9_007_199_254_740_991
+AMOUNT = 1_000_000_000_000
+"""The most credits that one message moves."""
 
 
 def start(**fields: Any) -> dict[str, Any]:
@@ -39,6 +44,11 @@ def start(**fields: Any) -> dict[str, Any]:
 def adjust(**fields: Any) -> dict[str, Any]:
     """The smallest wallet.adjust, changed by `fields`."""
     return {"org_id": "acme", "adjustment_id": "a1", "credits": 5, "reason": "promise", **fields}
+
+
+def reverse(**fields: Any) -> dict[str, Any]:
+    """The smallest wallet.reverse, changed by `fields`."""
+    return {"org_id": "acme", "reversal_id": "r1", "purchase_id": "p1", "reason": "disputed", **fields}
 
 
 def subscribe(**fields: Any) -> dict[str, Any]:
@@ -70,7 +80,7 @@ FORMS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ),
     (
         "workflow.finish",
-        {"org_id": "acme", "workflow_id": "w1", "credits": MAX},
+        {"org_id": "acme", "workflow_id": "w1", "credits": AMOUNT},
         {"project_id": "p1", "activity_name": "Résumé 1"},
         {"project_id": None, "activity_name": None, "source": "workflow-engine"},
     ),
@@ -86,16 +96,21 @@ FORMS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         {"reason": "crashed"},
         {"reason": None, "source": "workflow-engine"},
     ),
-    ("wallet.purchase", {"org_id": "acme", "purchase_id": "x1", "credits": 1}, {}, {"source": "billing"}),
+    (
+        "wallet.purchase",
+        {"org_id": "acme", "purchase_id": "x1", "credits": 1},
+        {"expires_at": END},
+        {"expires_at": None, "source": "billing"},
+    ),
     (
         "wallet.grant",
         {"org_id": "acme", "grant_id": "x1", "credits": 1},
-        {"reason": "welcome"},
-        {"reason": None, "source": "admin"},
+        {"reason": "welcome", "expires_at": END},
+        {"reason": None, "expires_at": None, "source": "admin"},
     ),
     (
         "wallet.adjust",
-        {"org_id": "acme", "adjustment_id": "x1", "credits": -MAX, "reason": "typo"},
+        {"org_id": "acme", "adjustment_id": "x1", "credits": -AMOUNT, "reason": "typo"},
         {"allow_negative": True},
         {"allow_negative": False, "source": "admin"},
     ),
@@ -112,10 +127,16 @@ FORMS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         {"invoice_id": None, "source": "billing"},
     ),
     (
+        "wallet.reverse",
+        {"org_id": "acme", "reversal_id": "x1", "purchase_id": "p1", "reason": "disputed"},
+        {"credits": 1},
+        {"credits": None, "source": "billing"},
+    ),
+    (
         "wallet.subscribe",
-        {"org_id": "acme", "subscription_id": "x1", "version": 1, "plan": "pro", "monthly_credits": 0},
-        {"rollover_limit": 3},
-        {"rollover_limit": 0, "anchor": None, "source": "billing"},
+        {"org_id": "acme", "subscription_id": "x1", "version": 1, "plan": "pro", "monthly_credits": 5},
+        {"rollover_limit": MAX, "anchor": END, "first_credits": 0},
+        {"rollover_limit": 0, "anchor": None, "first_credits": None, "source": "billing"},
     ),
     (
         "wallet.unsubscribe",
@@ -126,7 +147,7 @@ FORMS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     (
         "wallet.configure",
         {"org_id": "acme", "version": MAX},
-        {"credit_limit": 100, "period_cap": 0},
+        {"credit_limit": MAX, "period_cap": 0},
         {"credit_limit": 0, "period_cap": None, "source": "admin"},
     ),
 ]
@@ -151,7 +172,8 @@ def test_the_full_form_keeps_every_field(
     task: str, required: dict[str, Any], optional: dict[str, Any], defaults: dict[str, Any]
 ) -> None:
     full = {**required, **optional, **CARRIED}
-    assert read(task, full).model_dump() == {**defaults, **full, **CARRIED_READ}
+    times = dict.fromkeys((name for name, value in full.items() if value is END), END_READ)
+    assert read(task, full).model_dump() == {**defaults, **full, **times, **CARRIED_READ}
 
 
 @pytest.mark.parametrize(("task", "required", "optional", "defaults"), FORMS, ids=TASKS)
@@ -185,8 +207,8 @@ def test_every_problem_is_named_in_one_sentence_each() -> None:
         ([], "credits must be an integer, got a list of 0"),
         ({"a": 1, "b": 2}, "credits must be an integer, got an object of 2"),
         (-1, "credits must be greater than or equal to 0, got -1"),
-        (2**53, "credits must be less than or equal to 9007199254740991, got 9007199254740992"),
-        (2**64, "credits must be less than or equal to 9007199254740991, got 18446744073709551616"),
+        (10**12 + 1, "credits must be less than or equal to 1000000000000, got 1000000000001"),
+        (2**64, "credits must be less than or equal to 1000000000000, got 18446744073709551616"),
     ],
 )
 def test_credits_are_integers_within_bounds(value: object, problem: str) -> None:
@@ -206,12 +228,84 @@ def test_an_adjustment_changes_something() -> None:
     assert refused("wallet.adjust", adjust(credits=0)) == "wallet.adjust: credits must not be 0"
 
 
-@pytest.mark.parametrize("credits", [2**53, -(2**53)])
+@pytest.mark.parametrize("credits", [10**12 + 1, -(10**12) - 1])
 def test_signed_credits_are_bounded_on_both_sides(credits: int) -> None:
-    bound = f"greater than or equal to -{MAX}" if credits < 0 else f"less than or equal to {MAX}"
+    bound = f"greater than or equal to -{AMOUNT}" if credits < 0 else f"less than or equal to {AMOUNT}"
     bill = {"org_id": "acme", "billing_id": "b1", "credits": credits}
     assert refused("wallet.bill", bill) == f"wallet.bill: credits must be {bound}, got {credits}"
     assert refused("wallet.adjust", adjust(credits=credits)) == f"wallet.adjust: credits must be {bound}, got {credits}"
+
+
+BOUNDED: list[tuple[str, dict[str, Any], str, int]] = [
+    ("workflow.start", start(), "credits", AMOUNT),
+    ("workflow.finish", start(), "credits", AMOUNT),
+    ("wallet.purchase", {"org_id": "acme", "purchase_id": "p1"}, "credits", AMOUNT),
+    ("wallet.grant", {"org_id": "acme", "grant_id": "g1"}, "credits", AMOUNT),
+    ("wallet.refund", {"org_id": "acme", "refund_id": "r1"}, "credits", AMOUNT),
+    ("wallet.reverse", reverse(), "credits", AMOUNT),
+    ("wallet.subscribe", subscribe(), "monthly_credits", AMOUNT),
+    ("wallet.subscribe", subscribe(monthly_credits=AMOUNT), "first_credits", AMOUNT),
+    ("wallet.subscribe", subscribe(), "rollover_limit", MAX),
+    ("wallet.subscribe", subscribe(), "version", MAX),
+    ("wallet.configure", {"org_id": "acme", "version": 1}, "credit_limit", MAX),
+    ("wallet.configure", {"org_id": "acme", "version": 1}, "period_cap", MAX),
+]
+
+
+@pytest.mark.parametrize(("task", "fields", "field", "most"), BOUNDED)
+def test_one_message_moves_a_million_million_credits_and_a_limit_is_any_balance(
+    task: str, fields: dict[str, Any], field: str, most: int
+) -> None:
+    assert read(task, {**fields, field: most}).model_dump()[field] == most
+    assert refused(task, {**fields, field: most + 1}) == (
+        f"{task}: {field} must be less than or equal to {most}, got {most + 1}"
+    )
+
+
+def test_every_amount_and_limit_is_bounded() -> None:
+    amounts = {
+        (task, name)
+        for task, model in MESSAGES.items()
+        for name, schema in model.model_json_schema()["properties"].items()
+        if '"integer"' in json.dumps(schema) and name != "expires_in_s"
+    }
+    signed = {("wallet.adjust", "credits"), ("wallet.bill", "credits")}
+    versions = {("wallet.unsubscribe", "version"), ("wallet.configure", "version")}
+    assert amounts == {(task, field) for task, _, field, _ in BOUNDED} | signed | versions
+
+
+@pytest.mark.parametrize("first_credits", [0, 8, 9])
+def test_a_first_period_is_given_at_most_what_any_other_is(first_credits: int) -> None:
+    assert read("wallet.subscribe", subscribe(first_credits=first_credits)).model_dump()["monthly_credits"] == 9
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"first_credits": 10}, "first_credits must not be above monthly_credits, 9, got 10"),
+        ({"first_credits": -1}, "first_credits must be greater than or equal to 0, got -1"),
+        ({"first_credits": "9"}, "first_credits must be an integer, got '9'"),
+        (
+            {"first_credits": 10, "monthly_credits": -1},
+            "monthly_credits must be greater than or equal to 0, got -1",
+        ),
+    ],
+)
+def test_what_a_first_period_cannot_be_given(fields: dict[str, Any], problem: str) -> None:
+    assert refused("wallet.subscribe", subscribe(**fields)) == f"wallet.subscribe: {problem}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"credits": 0}, "credits must be greater than 0, got 0"),
+        ({"credits": -5}, "credits must be greater than 0, got -5"),
+        ({"reason": "typo"}, "reason must be 'refunded' or 'disputed', got 'typo'"),
+        ({"purchase_id": "a b"}, f"purchase_id {NOT_AN_ID} 'a b'"),
+    ],
+)
+def test_what_a_reversal_cannot_be(fields: dict[str, Any], problem: str) -> None:
+    assert refused("wallet.reverse", reverse(**fields)) == f"wallet.reverse: {problem}"
 
 
 @pytest.mark.parametrize("version", [0, -1])
@@ -243,8 +337,9 @@ def test_allow_negative_is_a_boolean_and_nothing_like_it(allow: object) -> None:
     )
 
 
-def test_only_the_ledger_says_that_a_subscription_expired() -> None:
-    assert refused("wallet.adjust", adjust(reason="subscription_expired")) == (
+@pytest.mark.parametrize("what", ["subscription", "grant", "purchase", "refund"])
+def test_only_the_ledger_says_that_credits_expired(what: str) -> None:
+    assert refused("wallet.adjust", adjust(reason=f"{what}_expired")) == (
         "wallet.adjust: reason must not be a reason that only the ledger gives"
     )
 
@@ -280,6 +375,8 @@ ID_FIELDS = [
     ("wallet.refund", "workflow_id"),
     ("wallet.bill", "billing_id"),
     ("wallet.bill", "invoice_id"),
+    ("wallet.reverse", "reversal_id"),
+    ("wallet.reverse", "purchase_id"),
     ("wallet.subscribe", "subscription_id"),
     ("wallet.unsubscribe", "subscription_id"),
 ]
@@ -433,6 +530,9 @@ NOT_AN_INSTANT = [
 def test_a_point_in_time_is_iso_8601_with_an_offset(text: object, problem: str) -> None:
     assert refused("workflow.start", start(occurred_at=text)) == f"workflow.start: occurred_at {problem}"
     assert refused("wallet.subscribe", subscribe(anchor=text)) == f"wallet.subscribe: anchor {problem}"
+    for task, id_field in (("wallet.grant", "grant_id"), ("wallet.purchase", "purchase_id")):
+        given = {"org_id": "acme", id_field: "x1", "credits": 1, "expires_at": text}
+        assert refused(task, given) == f"{task}: expires_at {problem}"
 
 
 @pytest.mark.parametrize(
@@ -562,8 +662,13 @@ def test_an_integer_too_long_to_print_is_refused_like_any_other(field: str) -> N
 @pytest.mark.parametrize(
     ("task", "fields", "message_id", "terms"),
     [
-        ("wallet.purchase", {"purchase_id": "p1", "credits": 5}, "p1", {"credits": 5}),
-        ("wallet.grant", {"grant_id": "g1", "credits": 5}, "g1", {"credits": 5, "reason": None}),
+        ("wallet.purchase", {"purchase_id": "p1", "credits": 5}, "p1", {"credits": 5, "expires_at": None}),
+        (
+            "wallet.grant",
+            {"grant_id": "g1", "credits": 5, "expires_at": "2026-01-31T11:00:00+02:00"},
+            "g1",
+            {"credits": 5, "reason": None, "expires_at": "2026-01-31T09:00:00Z"},
+        ),
         (
             "wallet.adjust",
             {"adjustment_id": "a1", "credits": -5, "reason": "typo"},
@@ -577,6 +682,12 @@ def test_an_integer_too_long_to_print_is_refused_like_any_other(field: str) -> N
             {"credits": 5, "workflow_id": "w1"},
         ),
         ("wallet.bill", {"billing_id": "b1", "credits": 0}, "b1", {"credits": 0, "invoice_id": None}),
+        (
+            "wallet.reverse",
+            {"reversal_id": "r1", "purchase_id": "p1", "reason": "refunded"},
+            "r1",
+            {"purchase_id": "p1", "credits": None, "reason": "refunded"},
+        ),
         (
             "wallet.subscribe",
             {
@@ -593,6 +704,7 @@ def test_an_integer_too_long_to_print_is_refused_like_any_other(field: str) -> N
                 "monthly_credits": 9,
                 "rollover_limit": 0,
                 "anchor": "2026-01-31T09:00:00Z",
+                "first_credits": None,
             },
         ),
         ("wallet.unsubscribe", {"subscription_id": "s1", "version": 4}, "s1:4", {"version": 4}),
@@ -629,7 +741,7 @@ def test_no_valid_message_is_too_large_however_it_is_escaped() -> None:
     largest = {
         "org_id": "o" * 128,
         "workflow_id": "w" * 128,
-        "credits": MAX,
+        "credits": AMOUNT,
         "project_id": "p" * 128,
         "activity_name": "📄" * 256,
         "source": "📄" * 64,
@@ -647,6 +759,12 @@ def subclasses(model: type[Message]) -> set[type[Message]]:
     """All below `model` that this project defines."""
     own = {each for each in model.__subclasses__() if each.__module__ == Message.__module__}
     return own.union(*map(subclasses, own))
+
+
+def test_a_reversal_names_its_purchase() -> None:
+    message = read("wallet.reverse", reverse(purchase_id="p7"))
+    assert isinstance(message, Reverse)
+    assert message.purchase_key == ("acme", "purchase", "p7")
 
 
 @pytest.mark.parametrize(
@@ -670,6 +788,7 @@ def subclasses(model: type[Message]) -> set[type[Message]]:
             ("acme", "refund", "r1"),
         ),
         ("wallet.refund", {"org_id": "acme", "refund_id": "r1", "credits": 1}, None, None, ("acme", "refund", "r1")),
+        ("wallet.reverse", reverse(), None, None, ("acme", "reversal", "r1")),
     ],
 )
 def test_a_message_says_which_records_it_names(

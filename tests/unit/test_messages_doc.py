@@ -13,10 +13,10 @@ import pytest
 from api_stub.app import create_app
 from api_stub.workflows import STEPS
 from docs.generate_messages import DEAD_LETTERS, EVENTS, EXAMPLES, HTTP_PATH, OUTCOMES, PAGE, render
-from ledger.messages import MAX_CREDITS, MESSAGES, Message, parse
+from ledger.messages import MAX_AMOUNT, MAX_CREDITS, MESSAGES, Message, parse
 from ledger.settings import Settings
 from ledger.state import OUTCOMES as WORKFLOW_OUTCOMES
-from ledger.state import ErrorCode, OutcomeName, Reason, WorkflowState
+from ledger.state import ErrorCode, Limit, OutcomeName, Reason, WorkflowState
 from tests.memory import MemoryLedger
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +35,7 @@ STORY = [
     ("workflow.fail", "released"),
     ("wallet.refund", "posted"),
     ("wallet.bill", "posted"),
+    ("wallet.reverse", "posted"),
     ("wallet.unsubscribe", "posted"),
 ]
 
@@ -52,23 +53,42 @@ def example(task: str) -> dict[str, Any]:
 def own_metadata() -> dict[str, set[str]]:
     """What metadata each type of event has, in a story in which everything happens; the sender gives none."""
     ledger = MemoryLedger(datetime(2026, 3, 1, 9, tzinfo=UTC))
-    for task, fields in [
-        ("workflow.finish", {"workflow_id": "never-started", "credits": 10}),
-        ("wallet.subscribe", {**EXAMPLES["wallet.subscribe"], "monthly_credits": 50, "rollover_limit": 0}),
-        ("wallet.subscribe", {**EXAMPLES["wallet.subscribe"], "version": 2}),
-        ("wallet.purchase", {"purchase_id": "order-1", "credits": 500}),
-        ("wallet.grant", EXAMPLES["wallet.grant"]),
-        ("wallet.adjust", EXAMPLES["wallet.adjust"]),
-        ("wallet.bill", EXAMPLES["wallet.bill"]),
-        ("workflow.start", {"workflow_id": "run-1", "credits": 75}),
-        ("workflow.finish", {"workflow_id": "run-1", "credits": 80}),
-        ("wallet.refund", EXAMPLES["wallet.refund"]),
-        ("workflow.start", {"workflow_id": "run-2", "credits": 10}),
-        ("workflow.cancel", EXAMPLES["workflow.cancel"]),
-    ]:
+
+    def send(task: str, **fields: Any) -> None:
         assert ledger.send(task, **fields).refusal is None, task
-    assert ledger.send("wallet.grant", grant_id="full", credits=MAX_CREDITS - ledger.wallet.balance).refusal is None
-    ledger.wait(days=40)
+
+    def owe_one() -> None:
+        fields = {"adjustment_id": f"owe-{len(ledger.events)}", "reason": "typo", "allow_negative": True}
+        send("wallet.adjust", credits=-1 - ledger.wallet.prepaid_balance, **fields)
+
+    plan = {**EXAMPLES["wallet.subscribe"], "rollover_limit": 0, "first_credits": 20}
+    send("workflow.finish", workflow_id="never-started", credits=10)
+    send("wallet.subscribe", **{**plan, "monthly_credits": 50})
+    send("wallet.subscribe", **{**plan, "version": 2, "plan": "small", "monthly_credits": 10, "first_credits": 10})
+    ends = {"expires_at": "2026-03-20T00:00:00Z"}
+    for task, fields in [
+        ("wallet.adjust", {"adjustment_id": "found", "credits": 5, "reason": "found"}),
+        ("wallet.bill", {"billing_id": "bonus", "credits": 5, "invoice_id": "2026-0001"}),
+        ("wallet.refund", {"refund_id": "sorry", "credits": 5}),
+        ("wallet.grant", {**EXAMPLES["wallet.grant"], **ends}),
+        ("wallet.purchase", {"purchase_id": "order-1", "credits": 500, **ends}),
+    ]:
+        owe_one()
+        send(task, **fields)
+    send("wallet.grant", grant_id="late", credits=5, expires_at="2026-01-01T00:00:00Z")
+    send("wallet.bill", billing_id="fee", credits=-5)
+    send("workflow.start", workflow_id="run-1", credits=75)
+    send("workflow.finish", workflow_id="run-1", credits=80)
+    send("wallet.refund", **EXAMPLES["wallet.refund"])
+    send("workflow.start", workflow_id="run-2", credits=10)
+    send("workflow.cancel", **EXAMPLES["workflow.cancel"])
+    send("wallet.reverse", **EXAMPLES["wallet.reverse"])
+    # Full, and as deep in debt as can be: as after thousands of messages.
+    ledger.wallet = ledger.wallet._replace(prepaid_balance=MAX_CREDITS - ledger.wallet.subscription_balance)
+    send("wallet.subscribe", **{**plan, "version": 3, "plan": "large", "monthly_credits": 500, "first_credits": 500})
+    ledger.wait(days=60)
+    ledger.wallet = ledger.wallet._replace(prepaid_balance=5 - MAX_CREDITS)
+    send("workflow.finish", workflow_id="run-3", credits=1000)
     keys: dict[str, set[str]] = defaultdict(set)
     for event in ledger.events:
         keys[event.event_type] |= set(event.metadata)
@@ -94,9 +114,16 @@ def test_every_field_of_a_message_has_its_row_with_a_meaning(task: str) -> None:
 
 def test_bounds_and_defaults_are_told_as_they_are() -> None:
     assert "| `expires_in_s` | integer, 60 to 2,592,000 | `86400` | Seconds after which " in section("workflow.start")
-    assert "| `credits` | integer ≥ 0 | required |" in section("workflow.finish")
-    assert "| `credits` | integer > 0 | required |" in section("wallet.purchase")
-    assert "| `credits` | integer | required |" in section("wallet.bill")
+    assert "| `credits` | amount ≥ 0 | required |" in section("workflow.finish")
+    assert "| `credits` | amount > 0 | required |" in section("wallet.purchase")
+    assert "| `credits` | amount | required |" in section("wallet.bill")
+    assert "| `credits` | amount > 0, or null | `null` |" in section("wallet.reverse")
+    assert "| `reason` | `refunded` or `disputed` | required |" in section("wallet.reverse")
+    assert "| `expires_at` | time, or null | `null` |" in section("wallet.grant")
+    assert "| `first_credits` | amount ≥ 0, or null | `null` |" in section("wallet.subscribe")
+    assert "| `rollover_limit` | integer ≥ 0 | `0` |" in section("wallet.subscribe")
+    assert f"at most {MAX_AMOUNT:,} (10^12) either way" in TEXT
+    assert "at most 9,007,199,254,740,991 (2^53−1)" in TEXT
     assert "| `period_cap` | integer ≥ 0, or null | `null` |" in section("wallet.configure")
     assert "| `allow_negative` | boolean | `false` |" in section("wallet.adjust")
     assert "| `plan` | text, 1–256 characters | required |" in section("wallet.subscribe")
@@ -107,6 +134,16 @@ def test_every_message_tells_what_it_is_known_by_and_its_default_source() -> Non
     assert "Known by `org_id` and `grant_id`. Default `source`: `admin`." in section("wallet.grant")
     assert "Known by `org_id`, `subscription_id` and `version`." in section("wallet.unsubscribe")
     assert "Known by `org_id` and `version`." in section("wallet.configure")
+
+
+@pytest.mark.parametrize("task", MESSAGES)
+def test_every_message_tells_what_it_can_take_away(task: str) -> None:
+    assert len(re.findall(r" Takes away: .+\.$", section(task), re.MULTILINE)) == 1
+
+
+def test_an_answers_limit_has_the_parts_that_the_page_names() -> None:
+    [meaning] = re.findall(r"^\| `limit` \| (.*) \|$", TEXT, re.MULTILINE)
+    assert [name for name in re.findall(r"`(\w+)`", meaning) if name != "reason"] == list(Limit._fields)
 
 
 @pytest.mark.parametrize("task", MESSAGES)

@@ -11,6 +11,8 @@ from tests.memory import MemoryLedger, Row, row, rows
 
 NOW = datetime(2026, 1, 31, 9, tzinfo=UTC)
 MAX = 9_007_199_254_740_991
+AMOUNT = 1_000_000_000_000
+"""The most credits that one message moves."""
 
 
 def at(month: int, day: int, hour: int = 9, year: int = 2026) -> datetime:
@@ -64,7 +66,17 @@ def test_subscribing_posts_the_period_that_begins_now() -> None:
         "period_end": "2026-02-28T09:00:00+00:00",
     }
     assert ledger.subscriptions["s1"] == Subscription(
-        "acme", "s1", 1, active=True, plan="pro", monthly_credits=100, anchor=NOW, period=0, period_granted=100
+        "acme",
+        "s1",
+        1,
+        active=True,
+        plan="pro",
+        monthly_credits=100,
+        anchor=NOW,
+        period=0,
+        period_granted=100,
+        first_period=0,
+        period_plan="pro",
     )
     assert (ledger.wallet.subscription_id, ledger.wallet.next_period_at) == ("s1", at(2, 28))
 
@@ -152,9 +164,9 @@ def test_missed_periods_are_posted_one_by_one_in_order() -> None:
     ]
     assert keys(events) == [
         "subscription:s1:1",
-        "subscription:s1:2/v1/expired",
+        "subscription:s1:1/ended/4",
         "subscription:s1:2",
-        "subscription:s1:3/v1/expired",
+        "subscription:s1:2/ended/6",
         "subscription:s1:3",
     ]
     assert [event.metadata.get("period_start") for event in events] == [
@@ -204,33 +216,38 @@ def test_what_expires_says_so() -> None:
         subscription_balance_after=0,
         reserved_after=0,
         period_usage_after=0,
-        idempotency_key="subscription:s1:1/v1/expired",
-        metadata={"reason": "subscription_expired", "subscription_id": "s1"},
+        idempotency_key="subscription:s1:0/ended/2",
+        metadata={
+            "reason": "subscription_expired",
+            "subscription_id": "s1",
+            "plan": "pro",
+            "expires_at": "2026-02-28T09:00:00+00:00",
+        },
     )
 
 
-def test_a_hold_outlives_the_credits_it_was_made_on() -> None:
+def test_credits_outlive_their_period_under_the_hold_that_was_made_on_them() -> None:
     ledger = MemoryLedger(NOW)
     subscribe(ledger, monthly_credits=100)
     ledger.send("workflow.start", workflow_id="w1", credits=100, expires_in_s=2_592_000)
-    assert [row(event) for event in ledger.wait_until(at(2, 28))] == [
-        ("adjustment", -100, 0, 0, 100, 0),
-        ("subscription_credit", 100, 0, 100, 100, 0),
-    ]
+    assert [row(event) for event in ledger.wait_until(at(2, 28))] == [("subscription_credit", 100, 0, 200, 100, 0)]
     assert rows(ledger.send("workflow.finish", workflow_id="w1", credits=70)) == [
-        ("reservation_released", 100, 0, 100, 0, 0),
-        ("usage", -70, 0, 30, 0, 70),
+        ("reservation_released", 100, 0, 200, 0, 0),
+        ("usage", -70, 0, 130, 0, 70),
+        ("adjustment", -30, 0, 100, 0, 70),
     ]
+    assert ledger.events[-2].metadata["paid_by"] == {"subscription": 70}
 
 
 def test_a_period_begins_before_the_holds_that_expired_are_released() -> None:
     ledger = MemoryLedger(NOW)
     subscribe(ledger)
     ledger.send("workflow.start", workflow_id="w1", credits=10)
-    assert [event.event_type for event in ledger.wait_until(at(2, 28))] == [
-        "adjustment",
-        "subscription_credit",
-        "reservation_released",
+    assert [row(event) for event in ledger.wait_until(at(2, 28))] == [
+        ("adjustment", -90, 0, 10, 10, 0),
+        ("subscription_credit", 100, 0, 110, 10, 0),
+        ("reservation_released", 10, 0, 110, 0, 0),
+        ("adjustment", -10, 0, 100, 0, 0),
     ]
 
 
@@ -255,7 +272,13 @@ def test_a_higher_plan_adds_the_difference_now() -> None:
     assert rows(decision) == [("subscription_credit", 50, 0, 110, 0, 40)]
     [event] = decision.events
     assert (event.source, event.idempotency_key) == ("shop", "subscription:s1:0/v2")
-    assert event.metadata == {"n": 1, "reason": "plan_change", "subscription_id": "s1", "plan": "max"}
+    assert event.metadata == {
+        "n": 1,
+        "reason": "plan_change",
+        "subscription_id": "s1",
+        "plan": "max",
+        "replaced_plan": "pro",
+    }
 
 
 def test_a_plan_raised_twice_adds_each_difference() -> None:
@@ -269,18 +292,27 @@ def test_a_plan_raised_twice_adds_each_difference() -> None:
 def test_a_lower_plan_begins_with_the_next_period() -> None:
     ledger = MemoryLedger(NOW)
     subscribe(ledger)
-    assert rows(subscribe(ledger, 2, 60)) == []
-    assert [row(event) for event in ledger.wait_until(at(2, 28))] == [
-        ("adjustment", -100, 0, 0, 0, 0),
-        ("subscription_credit", 60, 0, 60, 0, 0),
-    ]
+    decision = subscribe(ledger, 2, 60, plan="min")
+    assert rows(decision) == [("subscription_credit", 0, 0, 100, 0, 0)]
+    assert decision.events[0].metadata == {
+        "reason": "plan_change",
+        "subscription_id": "s1",
+        "plan": "min",
+        "replaced_plan": "pro",
+        "monthly_credits": 60,
+        "effective_at": "2026-02-28T09:00:00+00:00",
+    }
+    ended, begun = ledger.wait_until(at(2, 28))
+    assert row(ended) == ("adjustment", -100, 0, 0, 0, 0)
+    assert row(begun) == ("subscription_credit", 60, 0, 60, 0, 0)
+    assert (ended.metadata["plan"], begun.metadata["plan"]) == ("pro", "min")
 
 
 def test_toggling_plans_mints_nothing() -> None:
     ledger = MemoryLedger(NOW)
     subscribe(ledger)
     for version, monthly_credits in enumerate([10, 100, 0, 100, 99, 100], start=2):
-        assert rows(subscribe(ledger, version, monthly_credits)) == []
+        assert rows(subscribe(ledger, version, monthly_credits)) == [("subscription_credit", 0, 0, 100, 0, 0)]
     assert rows(subscribe(ledger, 8, 101)) == [("subscription_credit", 1, 0, 101, 0, 0)]
 
 
@@ -327,10 +359,13 @@ def test_the_same_version_again_is_a_duplicate_whatever_came_since() -> None:
         assert (again.outcome, again.reason, again.duplicate) == ("posted", None, True)
 
 
-def test_the_versions_of_one_subscription_say_nothing_about_another() -> None:
+def test_the_versions_of_an_organizations_subscriptions_are_one_sequence() -> None:
     ledger = MemoryLedger(NOW)
     subscribe(ledger, 9)
-    assert answer(subscribe(ledger, 1, subscription_id="s2")) == ("posted", None)
+    assert answer(subscribe(ledger, 8, subscription_id="s2")) == ("ignored", "stale_version")
+    assert ledger.wallet.subscription_id == "s1"
+    assert answer(subscribe(ledger, 10, subscription_id="s2")) == ("posted", None)
+    assert ledger.wallet.subscription_id == "s2"
 
 
 def test_a_subscription_keeps_its_anchor() -> None:
@@ -360,7 +395,7 @@ def test_what_is_left_after_an_unsubscription_expires_when_the_period_ends() -> 
     assert ledger.wait_until(at(2, 28, 8)) == []
     [event] = ledger.wait_until(at(2, 28))
     assert row(event) == ("adjustment", -60, 0, 0, 0, 40)
-    assert event.idempotency_key == "subscription:s1:1/v2/expired"
+    assert event.idempotency_key == "subscription:s1:0/ended/5"
     assert (ledger.wallet.subscription_id, ledger.wallet.next_period_at) == (None, None)
     assert ledger.wait_until(at(1, 31, year=2030)) == []
 
@@ -390,7 +425,7 @@ def test_subscribing_again_after_the_period_counts_from_the_old_anchor() -> None
     unsubscribe(ledger, 2)
     ledger.wait_until(at(3, 10))
     assert rows(subscribe(ledger, 3)) == [("subscription_credit", 100, 0, 100, 0, 0)]
-    assert keys(ledger.events) == ["subscription:s1:0", "subscription:s1:1/v2/expired", "subscription:s1:1"]
+    assert keys(ledger.events) == ["subscription:s1:0", "subscription:s1:0/ended/2", "subscription:s1:1"]
     assert ledger.wallet.next_period_at == at(3, 31)
 
 
@@ -417,40 +452,43 @@ def test_a_subscription_undone_before_it_began_never_begins() -> None:
 # More than one subscription
 
 
-def test_another_subscription_takes_the_place_of_the_first() -> None:
+def test_another_subscription_takes_the_place_of_the_first_whose_credits_end_with_their_period() -> None:
     ledger = MemoryLedger(NOW)
     subscribe(ledger)
     use(ledger, 40)
     ledger.wait(days=5)
-    assert rows(subscribe(ledger, subscription_id="s2", monthly_credits=300, rollover_limit=10)) == [
-        ("adjustment", -50, 0, 10, 0, 40),
-        ("subscription_credit", 300, 0, 310, 0, 0),
+    assert rows(subscribe(ledger, 2, 300, subscription_id="s2", plan="max", rollover_limit=10)) == [
+        ("subscription_credit", 300, 0, 360, 0, 0)
     ]
-    assert keys(ledger.events[-2:]) == ["subscription:s2:0/v1/expired", "subscription:s2:0"]
-    assert ledger.wait_until(at(2, 28)) == []
-    assert keys(ledger.wait_until(at(3, 5))) == ["subscription:s2:1/v1/expired", "subscription:s2:1"]
+    [event] = ledger.wait_until(at(2, 28))
+    assert (row(event), event.idempotency_key) == (("adjustment", -60, 0, 300, 0, 0), "subscription:s1:0/ended/4")
+    assert (event.metadata["subscription_id"], event.metadata["plan"]) == ("s1", "pro")
+    events = ledger.wait_until(at(3, 5))
+    assert keys(events) == ["subscription:s2:0/ended/5", "subscription:s2:1"]
+    assert [event.credits for event in events] == [-290, 300]
 
 
 def test_going_back_and_forth_between_subscriptions_mints_nothing() -> None:
     ledger = MemoryLedger(NOW)
     subscribe(ledger)
-    subscribe(ledger, 1, 300, subscription_id="s2")
+    subscribe(ledger, 2, 300, subscription_id="s2")
     use(ledger, 300)
-    for version in (2, 3, 4):
+    for version in (3, 5, 7):
         assert rows(subscribe(ledger, version)) == []
         assert ledger.wallet.subscription_id == "s1"
-        assert rows(subscribe(ledger, version, 300, subscription_id="s2")) == []
+        assert rows(subscribe(ledger, version + 1, 300, subscription_id="s2")) == []
         assert ledger.wallet.subscription_id == "s2"
+    assert ledger.wallet.available == 100
 
 
 def test_going_back_after_some_periods_posts_only_the_one_of_now() -> None:
     ledger = MemoryLedger(NOW)
     subscribe(ledger)
     ledger.wait(days=5)
-    subscribe(ledger, 1, 300, subscription_id="s2")
+    subscribe(ledger, 2, 300, subscription_id="s2")
     ledger.wait_until(at(4, 2))
     use(ledger, 300)
-    assert rows(subscribe(ledger, 2)) == [("subscription_credit", 100, 0, 100, 0, 0)]
+    assert rows(subscribe(ledger, 3)) == [("subscription_credit", 100, 0, 100, 0, 0)]
     assert ledger.events[-1].idempotency_key == "subscription:s1:2"
     assert ledger.wallet.next_period_at == at(4, 30)
 
@@ -458,54 +496,62 @@ def test_going_back_after_some_periods_posts_only_the_one_of_now() -> None:
 def test_unsubscribing_what_was_replaced_leaves_the_other_alone() -> None:
     ledger = MemoryLedger(NOW)
     subscribe(ledger)
-    subscribe(ledger, subscription_id="s2")
+    subscribe(ledger, 2, subscription_id="s2")
     wallet = ledger.wallet
-    assert answer(unsubscribe(ledger, 2)) == ("posted", None)
+    assert answer(unsubscribe(ledger, 3)) == ("ignored", "not_subscribed")
     assert ledger.wallet == wallet
-    assert [event.credits for event in ledger.wait_until(at(2, 28))] == [-100, 100]
+    assert [event.credits for event in ledger.wait_until(at(2, 28))] == [-100, -100, 100]
 
 
-def test_what_is_left_expires_although_the_next_subscription_never_began() -> None:
+def test_calling_off_what_is_scheduled_leaves_the_current_one_as_it_is() -> None:
     ledger = MemoryLedger(NOW)
     subscribe(ledger)
-    subscribe(ledger, subscription_id="s2", anchor="2026-02-10T00:00:00Z")
-    unsubscribe(ledger, 2, "s2")
-    ledger.wait_until(at(2, 28))
-    assert ledger.wallet.subscription_balance == 0
-
-
-def test_what_is_left_expires_with_its_own_period_before_the_next_subscription_begins() -> None:
-    ledger = MemoryLedger(NOW)
-    subscribe(ledger)
-    subscribe(ledger, subscription_id="s2", anchor="2026-04-10T00:00:00Z", rollover_limit=500)
-    [event] = ledger.wait_until(at(2, 28))
-    assert (row(event), event.metadata["reason"]) == (("adjustment", -100, 0, 0, 0, 0), "subscription_expired")
-    assert ledger.wait_until(at(4, 9)) == []
-    assert [row(event) for event in ledger.wait_until(at(4, 10))] == [("subscription_credit", 100, 0, 100, 0, 0)]
-
-
-def test_what_is_left_rolls_over_into_a_subscription_that_begins_before_it_expires() -> None:
-    ledger = MemoryLedger(NOW)
-    subscribe(ledger)
-    subscribe(ledger, subscription_id="s2", anchor="2026-02-10T00:00:00Z", rollover_limit=30)
+    subscribe(ledger, 2, subscription_id="s2", anchor="2026-02-10T00:00:00Z")
+    assert answer(unsubscribe(ledger, 3, "s2")) == ("posted", None)
     assert [row(event) for event in ledger.wait_until(at(2, 28))] == [
-        ("adjustment", -70, 0, 30, 0, 0),
-        ("subscription_credit", 100, 0, 130, 0, 0),
+        ("adjustment", -100, 0, 0, 0, 0),
+        ("subscription_credit", 100, 0, 100, 0, 0),
     ]
+    assert ledger.wallet.subscription_id == "s1"
+
+
+def test_the_current_one_goes_on_until_the_one_that_is_scheduled_begins() -> None:
+    ledger = MemoryLedger(NOW)
+    subscribe(ledger)
+    subscribe(ledger, 2, subscription_id="s2", anchor="2026-04-10T00:00:00Z", rollover_limit=500)
+    assert keys(ledger.wait_until(at(4, 9))) == [
+        "subscription:s1:0/ended/2",
+        "subscription:s1:1",
+        "subscription:s1:1/ended/4",
+        "subscription:s1:2",
+    ]
+    assert [row(event) for event in ledger.wait_until(at(4, 10))] == [("subscription_credit", 100, 0, 200, 0, 0)]
+    assert keys(ledger.wait_until(at(4, 30))) == ["subscription:s1:2/ended/7"]
+    assert [row(event) for event in ledger.wait_until(at(5, 10))] == [("subscription_credit", 100, 0, 200, 0, 0)]
+
+
+def test_nothing_rolls_over_into_another_subscription() -> None:
+    ledger = MemoryLedger(NOW)
+    subscribe(ledger, rollover_limit=500)
+    subscribe(ledger, 2, subscription_id="s2", anchor="2026-02-10T00:00:00Z", rollover_limit=500)
+    assert [row(event) for event in ledger.wait_until(at(2, 10))] == [("subscription_credit", 100, 0, 200, 0, 0)]
+    assert [row(event) for event in ledger.wait_until(at(2, 28))] == [("adjustment", -100, 0, 100, 0, 0)]
 
 
 def test_no_two_subscriptions_share_an_idempotency_key() -> None:
     ledger = MemoryLedger(NOW)
     subscribe(ledger, 1, 10, subscription_id="s", anchor="2025-12-31T00:00:00Z")
     subscribe(ledger, 2, 20, subscription_id="s")
-    subscribe(ledger, 1, 10, subscription_id="s:1", anchor="2025-11-30T00:00:00Z")
-    assert len(set(keys(ledger.events))) == len(ledger.events)
+    subscribe(ledger, 3, 10, subscription_id="s:1", anchor="2025-11-30T00:00:00Z")
+    ledger.wait_until(at(3, 10))
+    assert len(set(keys(ledger.events))) == len(ledger.events) == 6
 
 
 def test_no_message_says_what_only_the_ledger_says_of_a_subscription_credit() -> None:
     ledger = MemoryLedger(NOW)
-    own = ("not_granted", "reason", "period_start", "period_end", "plan", "subscription_id")
-    claims = {**dict.fromkeys(own, "mine"), "n": 1}
+    of_all = ("not_granted", "debt_settled", "reason", "period_start", "period_end", "plan", "subscription_id")
+    of_changes = ("replaced_plan", "monthly_credits", "effective_at")
+    claims = {**dict.fromkeys(of_all + of_changes, "mine"), "n": 1}
     [begun] = subscribe(ledger, 1, 100, metadata=claims).events
     assert begun.metadata == {
         "n": 1,
@@ -523,7 +569,7 @@ def test_no_message_says_what_only_the_ledger_says_of_a_subscription_credit() ->
 
 def test_a_full_wallet_takes_what_fits_and_says_what_did_not() -> None:
     ledger = MemoryLedger(NOW)
-    ledger.send("wallet.purchase", purchase_id="p1", credits=MAX - 60)
+    ledger.wallet = ledger.wallet._replace(prepaid_balance=MAX - 60)
     decision = subscribe(ledger)
     assert rows(decision) == [("subscription_credit", 60, MAX - 60, 60, 0, 0)]
     assert decision.events[0].metadata["not_granted"] == 40
@@ -531,61 +577,67 @@ def test_a_full_wallet_takes_what_fits_and_says_what_did_not() -> None:
 
 def test_no_period_that_is_due_ever_sticks() -> None:
     ledger = MemoryLedger(NOW)
-    subscribe(ledger, monthly_credits=MAX, rollover_limit=MAX)
+    subscribe(ledger, monthly_credits=AMOUNT, rollover_limit=MAX)
+    ledger.wallet = ledger.wallet._replace(subscription_balance=MAX)
     events = ledger.wait_until(at(3, 31))
     assert [row(event) for event in events] == [("subscription_credit", 0, 0, MAX, 0, 0)] * 2
-    assert [event.metadata["not_granted"] for event in events] == [MAX, MAX]
+    assert [event.metadata["not_granted"] for event in events] == [AMOUNT, AMOUNT]
     assert ledger.send("workflow.start", workflow_id="w1", credits=1).outcome == "reserved"
 
 
-def test_a_deep_debt_does_not_let_the_subscription_balance_pass_the_bound() -> None:
+def test_a_full_subscription_balance_does_not_keep_a_debt_from_being_settled() -> None:
     ledger = MemoryLedger(NOW)
-    ledger.send("wallet.adjust", adjustment_id="a1", credits=-500, reason="test", allow_negative=True)
-    subscribe(ledger, monthly_credits=MAX, rollover_limit=MAX)
+    subscribe(ledger, monthly_credits=AMOUNT, rollover_limit=MAX)
+    ledger.wallet = ledger.wallet._replace(subscription_balance=MAX, prepaid_balance=-500)
     [event] = ledger.wait_until(at(2, 28))
-    assert (row(event), event.metadata["not_granted"]) == (("subscription_credit", 0, -500, MAX, 0, 0), MAX)
+    assert row(event) == ("subscription_credit", 500, 0, MAX, 0, 0)
+    assert (event.metadata["debt_settled"], event.metadata["not_granted"]) == (500, AMOUNT - 500)
 
 
 def test_a_plan_raised_in_a_full_wallet_takes_what_fits() -> None:
     ledger = MemoryLedger(NOW)
     subscribe(ledger)
-    ledger.send("wallet.purchase", purchase_id="p1", credits=MAX - 130)
+    ledger.wallet = ledger.wallet._replace(prepaid_balance=MAX - 130)
     decision = subscribe(ledger, 2, 200)
     assert rows(decision) == [("subscription_credit", 30, MAX - 130, 130, 0, 0)]
     assert decision.events[0].metadata["not_granted"] == 70
 
 
-def test_expiring_credits_never_break_the_lower_bound() -> None:
+def test_nothing_is_taken_from_under_a_hold_when_the_last_period_ends() -> None:
     ledger = MemoryLedger(NOW)
-    subscribe(ledger, monthly_credits=MAX)
-    ledger.send("workflow.start", workflow_id="w1", credits=MAX)
+    subscribe(ledger, monthly_credits=AMOUNT)
+    ledger.send("workflow.start", workflow_id="w1", credits=AMOUNT, expires_in_s=2_592_000)
     unsubscribe(ledger, 2)
-    ledger.now = at(2, 28)
-    ledger.catch_up()
-    assert (ledger.wallet.available, ledger.wallet.subscription_balance) == (0, 0)
+    assert ledger.wait_until(at(2, 28)) == []
+    assert (ledger.wallet.available, ledger.wallet.subscription_balance) == (0, AMOUNT)
+    assert [row(event) for event in ledger.wait_until(at(3, 2))] == [
+        ("reservation_released", AMOUNT, 0, AMOUNT, 0, 0),
+        ("adjustment", -AMOUNT, 0, 0, 0, 0),
+    ]
 
 
 def test_periods_begin_only_for_the_wallets_own_subscription() -> None:
     other = Subscription("acme", "s2", 1, active=True, plan="pro", anchor=NOW)
-    with pytest.raises(AssertionError):
-        rules.begin_due_periods(Wallet("acme", subscription_id="s1", next_period_at=NOW), other, NOW)
+    with pytest.raises(KeyError):
+        rules.begin_due(Wallet("acme", subscription_id="s1", next_period_at=NOW), {"s2": other}, NOW)
 
 
 @pytest.mark.parametrize("most_events", [0, 1, 2, 3, 100])
 def test_periods_begun_a_few_at_a_time_are_the_same_as_all_at_once(most_events: int) -> None:
     ledger = MemoryLedger(NOW)
     subscribe(ledger)
-    subscription, now = ledger.subscriptions["s1"], at(12, 31)
-    at_once = rules.begin_due_periods(ledger.wallet, subscription, now)
+    known, now = dict(ledger.subscriptions), at(12, 31)
+    at_once = rules.begin_due(ledger.wallet, known, now)
     events: list[Event] = []
     wallet, steps = ledger.wallet, 0
     while wallet.is_due(now) and steps < 100:
-        wallet, subscription, begun = rules.begin_due_periods(wallet, subscription, now, most_events=most_events)
+        wallet, changed, begun = rules.begin_due(wallet, known, now, most_events=most_events)
+        known |= {subscription.subscription_id: subscription for subscription in changed}
         assert len(begun) <= most_events + 1
         events += begun
         steps += 1
     if most_events == 0:
         assert (wallet, events) == (ledger.wallet, [])
     else:
-        assert (wallet, subscription, tuple(events)) == at_once
+        assert (wallet, tuple(known.values()), tuple(events)) == at_once
         assert len(events) > 10

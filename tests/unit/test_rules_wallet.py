@@ -10,6 +10,8 @@ from tests.memory import MemoryLedger, rows
 
 NOW = datetime(2026, 1, 31, 9, tzinfo=UTC)
 MAX = 9_007_199_254_740_991
+AMOUNT = 1_000_000_000_000
+"""The most credits that one message moves."""
 
 
 def ledger_with(prepaid: int = 100) -> MemoryLedger:
@@ -90,7 +92,11 @@ POSTED: list[tuple[str, dict[str, Any], str, int, int, str, str, dict[str, Any]]
         105,
         "billing",
         "refund:x1",
-        {"refund_id": "x1", "workflow_id": "used"},
+        {
+            "refund_id": "x1",
+            "workflow_id": "used",
+            "ending": [{"credits": 5, "expires_at": "2026-03-02T09:00:00+00:00"}],
+        },
     ),
     (
         "wallet.bill",
@@ -121,6 +127,16 @@ POSTED: list[tuple[str, dict[str, Any], str, int, int, str, str, dict[str, Any]]
         "billing",
         "billing:x1",
         {"billing_id": "x1"},
+    ),
+    (
+        "wallet.reverse",
+        {"reversal_id": "x1", "purchase_id": "p1", "reason": "disputed"},
+        "billing",
+        -100,
+        0,
+        "billing",
+        "reversal:x1",
+        {"reversal_id": "x1", "purchase_id": "p1", "reason": "disputed"},
     ),
 ]
 
@@ -255,6 +271,18 @@ def test_the_same_id_of_another_kind_is_another_message() -> None:
             'x1 was applied with invoice_id "i1", so this message contradicts it',
         ),
         (
+            "wallet.purchase",
+            {"purchase_id": "x1", "credits": 5, "expires_at": "2026-12-31T01:00:00+01:00"},
+            {"expires_at": "2027-12-31T00:00:00Z"},
+            'x1 was applied with expires_at "2026-12-31T00:00:00Z", so this message contradicts it',
+        ),
+        (
+            "wallet.reverse",
+            {"reversal_id": "x1", "purchase_id": "p1", "reason": "disputed"},
+            {"credits": 50, "reason": "refunded"},
+            'x1 was applied with credits null, reason "disputed", so this message contradicts it',
+        ),
+        (
             "wallet.subscribe",
             {"subscription_id": "x1", "version": 1, "plan": "pro", "monthly_credits": 5},
             {"plan": "max", "monthly_credits": 9},
@@ -303,6 +331,62 @@ def test_what_is_below_zero_may_rise_but_not_sink() -> None:
     ledger.send("wallet.adjust", adjustment_id="a2", credits=-5, reason="typo", allow_negative=True)
     assert ledger.wallet.prepaid_balance == -20
     assert ledger.send("workflow.start", workflow_id="w2", credits=0).reason == "insufficient_credits"
+
+
+@pytest.mark.parametrize(("task", "id_field"), [("wallet.adjust", "adjustment_id"), ("wallet.bill", "billing_id")])
+def test_nobody_takes_what_a_workflow_holds(task: str, id_field: str) -> None:
+    ledger = ledger_with(100)
+    ledger.send("workflow.start", workflow_id="w1", credits=90)
+    fields = {id_field: "x1", "credits": -11, **({"reason": "typo"} if task == "wallet.adjust" else {})}
+    assert refusal(ledger, task, **fields) == Refusal(
+        "insufficient_credits", f"{task}: -11 would take what is available, 10, below zero"
+    )
+    ledger.send("workflow.finish", workflow_id="w1", credits=89)
+    assert ledger.send(task, **fields).outcome == "posted"
+    assert ledger.wallet.available == 0
+
+
+# Reversals
+
+
+def test_reversals_of_a_purchase_never_exceed_it() -> None:
+    ledger = ledger_with(100)
+    dispute = {"purchase_id": "p1", "reason": "disputed"}
+    assert rows(ledger.send("wallet.reverse", reversal_id="r1", credits=30, **dispute)) == [
+        ("billing", -30, 70, 0, 0, 0)
+    ]
+    assert refusal(ledger, "wallet.reverse", reversal_id="r2", credits=71, **dispute) == Refusal(
+        "reversal_exceeds_purchase",
+        "wallet.reverse: purchase p1 brought 100 credits and 30 of them were reversed already, "
+        "so 71 cannot be reversed",
+    )
+    assert rows(ledger.send("wallet.reverse", reversal_id="r3", **dispute)) == [("billing", -70, 0, 0, 0, 0)]
+    assert refusal(ledger, "wallet.reverse", reversal_id="r4", **dispute) == Refusal(
+        "reversal_exceeds_purchase",
+        "wallet.reverse: purchase p1 brought 100 credits and 100 of them were reversed already, so nothing is left",
+    )
+    assert ledger.send("wallet.reverse", reversal_id="r1", credits=30, **dispute).duplicate
+    assert ledger.send("wallet.reverse", reversal_id="r3", **dispute).duplicate
+
+
+def test_a_reversal_waits_as_a_dead_letter_for_its_purchase() -> None:
+    ledger = ledger_with(100)
+    reversal = {"reversal_id": "r1", "purchase_id": "p2", "reason": "refunded"}
+    assert refusal(ledger, "wallet.reverse", **reversal) == Refusal(
+        "unknown_purchase",
+        "wallet.reverse: there is no purchase p2; if it is still to come, replay this after it",
+    )
+    ledger.send("wallet.purchase", purchase_id="p2", credits=40)
+    assert rows(ledger.send("wallet.reverse", **reversal)) == [("billing", -40, 100, 0, 0, 0)]
+
+
+def test_what_was_used_and_is_reversed_is_a_debt() -> None:
+    ledger = ledger_with(100)
+    ledger.send("workflow.finish", workflow_id="w1", credits=60)
+    ledger.send("workflow.start", workflow_id="w2", credits=40)
+    ledger.send("wallet.reverse", reversal_id="r1", purchase_id="p1", reason="refunded")
+    assert (ledger.wallet.prepaid_balance, ledger.wallet.available) == (-60, -100)
+    assert ledger.send("workflow.start", workflow_id="w3", credits=0).reason == "insufficient_credits"
 
 
 # Refunds
@@ -376,38 +460,43 @@ def test_an_older_configuration_is_ignored() -> None:
     ("task", "fields"),
     [
         ("wallet.purchase", {"purchase_id": "x1", "credits": 1}),
-        ("wallet.grant", {"grant_id": "x1", "credits": MAX}),
+        ("wallet.grant", {"grant_id": "x1", "credits": AMOUNT}),
         ("wallet.adjust", {"adjustment_id": "x1", "credits": 1, "reason": "typo"}),
         ("wallet.refund", {"refund_id": "x1", "credits": 1}),
         ("wallet.bill", {"billing_id": "x1", "credits": 1}),
     ],
 )
 def test_a_full_wallet_takes_no_more(task: str, fields: dict[str, Any]) -> None:
-    ledger = ledger_with(MAX)
+    ledger = ledger_with(1)
+    ledger.wallet = ledger.wallet._replace(prepaid_balance=MAX)
     assert refusal(ledger, task, **fields) == Refusal(
         "balance_out_of_range", f"{task}: a balance would pass 2^53-1 credits"
     )
-    ledger.send("workflow.finish", workflow_id="w1", credits=MAX)
+    ledger.send("workflow.finish", workflow_id="w1", credits=AMOUNT)
     assert ledger.send(task, **fields).outcome == "posted"
+
+
+DEEP = {"credits": -AMOUNT, "reason": "test", "allow_negative": True}
 
 
 def test_a_wallet_sinks_no_deeper_than_the_bound() -> None:
     ledger = ledger_with(1)
-    deep = {"credits": -MAX, "reason": "test", "allow_negative": True}
-    assert ledger.send("wallet.adjust", adjustment_id="a1", **deep).outcome == "posted"
-    assert ledger.send("wallet.adjust", adjustment_id="a2", **{**deep, "credits": -1}).outcome == "posted"
+    ledger.wallet = ledger.wallet._replace(prepaid_balance=AMOUNT - MAX)
+    assert ledger.send("wallet.adjust", adjustment_id="a1", **DEEP).outcome == "posted"
     assert ledger.wallet.prepaid_balance == -MAX
-    assert refusal(ledger, "wallet.adjust", adjustment_id="a3", **{**deep, "credits": -1}) == Refusal(
-        "balance_out_of_range", "wallet.adjust: a balance would pass 2^53-1 credits"
-    )
+    for task, fields in (
+        ("wallet.adjust", {**DEEP, "adjustment_id": "a2", "credits": -1}),
+        ("wallet.reverse", {"reversal_id": "r1", "purchase_id": "p1", "reason": "refunded"}),
+    ):
+        assert refusal(ledger, task, **fields) == Refusal(
+            "balance_out_of_range", f"{task}: a balance would pass 2^53-1 credits"
+        )
 
 
 def test_what_is_reserved_counts_for_the_lower_bound() -> None:
     ledger = ledger_with(10)
     ledger.send("workflow.start", workflow_id="w1", credits=10)
-    deep = {"credits": -MAX, "reason": "test", "allow_negative": True}
-    assert ledger.send("wallet.adjust", adjustment_id="a1", **deep).outcome == "posted"
+    ledger.wallet = ledger.wallet._replace(prepaid_balance=10 + AMOUNT - MAX)
+    assert ledger.send("wallet.adjust", adjustment_id="a1", **DEEP).outcome == "posted"
     assert ledger.wallet.available == -MAX
-    assert (
-        refusal(ledger, "wallet.adjust", adjustment_id="a2", **{**deep, "credits": -1}).code == "balance_out_of_range"
-    )
+    assert refusal(ledger, "wallet.adjust", adjustment_id="a2", **DEEP | {"credits": -1}).code == "balance_out_of_range"

@@ -7,11 +7,13 @@ import pytest
 
 from ledger import rules
 from ledger.messages import Cancel, Message, WalletMessage, WorkflowMessage
-from ledger.state import Event, Refusal, Wallet, Workflow
+from ledger.state import Event, Limit, Refusal, Wallet, Workflow
 from tests.memory import MemoryLedger, Row, row, rows
 
 NOW = datetime(2026, 1, 31, 9, tzinfo=UTC)
 MAX = 9_007_199_254_740_991
+AMOUNT = 1_000_000_000_000
+"""The most credits that one message moves."""
 
 
 def ledger_with(prepaid: int = 100, **limits: Any) -> MemoryLedger:
@@ -320,7 +322,7 @@ def test_a_finish_releases_and_then_charges_in_one_go() -> None:
         event_type="usage",
         credits=-30,
         idempotency_key="finish:w1",
-        metadata={"run": 7, "reason": "mine"},
+        metadata={"run": 7, "reason": "mine", "paid_by": {"prepaid": 30}},
     )
     assert decision.events == (released, used)
     assert decision.wallet == ledger.wallet
@@ -361,30 +363,30 @@ def test_a_finish_may_name_another_project_than_the_start() -> None:
 )
 def test_usage_that_nobody_reserved_says_so(history: str, unreserved: bool | None) -> None:
     decision = in_state(history).send("workflow.finish", workflow_id="w1", credits=30, metadata={"n": 1})
-    expected = {"n": 1} if unreserved is None else {"n": 1, "unreserved": True}
+    expected = {"n": 1, "paid_by": {"prepaid": 30}, **({} if unreserved is None else {"unreserved": True})}
     assert decision.events[-1].metadata == expected
 
 
 @pytest.mark.parametrize(
-    ("used", "usage", "overrun"),
+    ("used", "usage", "own"),
     [
-        (0, ("usage", 0, 50, 30, 0, 0), None),
-        (20, ("usage", -20, 50, 10, 0, 20), None),
-        (30, ("usage", -30, 50, 0, 0, 30), None),
-        (31, ("usage", -31, 49, 0, 0, 31), None),
-        (80, ("usage", -80, 0, 0, 0, 80), None),
-        (81, ("usage", -81, -1, 0, 0, 81), 1),
-        (200, ("usage", -200, -120, 0, 0, 200), 120),
+        (0, ("usage", 0, 50, 30, 0, 0), {}),
+        (20, ("usage", -20, 50, 10, 0, 20), {"paid_by": {"subscription": 20}}),
+        (30, ("usage", -30, 50, 0, 0, 30), {"paid_by": {"subscription": 30}}),
+        (31, ("usage", -31, 49, 0, 0, 31), {"paid_by": {"subscription": 30, "prepaid": 1}}),
+        (80, ("usage", -80, 0, 0, 0, 80), {"paid_by": {"subscription": 30, "prepaid": 50}}),
+        (81, ("usage", -81, -1, 0, 0, 81), {"paid_by": {"subscription": 30, "prepaid": 51}, "overrun": 1}),
+        (200, ("usage", -200, -120, 0, 0, 200), {"paid_by": {"subscription": 30, "prepaid": 170}, "overrun": 120}),
     ],
 )
-def test_usage_draws_the_subscription_first_and_is_charged_in_full(used: int, usage: Row, overrun: int | None) -> None:
+def test_usage_draws_the_subscription_first_and_is_charged_in_full(used: int, usage: Row, own: dict[str, Any]) -> None:
     ledger = ledger_with(50)
     ledger.send("wallet.subscribe", subscription_id="s1", version=1, plan="pro", monthly_credits=30)
     ledger.send("workflow.start", workflow_id="w1", credits=10)
     released, event = ledger.send("workflow.finish", workflow_id="w1", credits=used).events
     assert row(released) == ("reservation_released", 10, 50, 30, 0, 0)
     assert row(event) == usage
-    assert event.metadata.get("overrun") == overrun
+    assert event.metadata == own
 
 
 def test_an_overrun_counts_what_this_usage_took_too_much() -> None:
@@ -392,7 +394,7 @@ def test_an_overrun_counts_what_this_usage_took_too_much() -> None:
     ledger.send("workflow.finish", workflow_id="w1", credits=25)
     [event] = ledger.send("workflow.finish", workflow_id="w2", credits=7, metadata={"overrun": 1}).events
     assert row(event) == ("usage", -7, -22, 0, 0, 32)
-    assert event.metadata == {"unreserved": True, "overrun": 7}
+    assert event.metadata == {"unreserved": True, "overrun": 7, "paid_by": {"prepaid": 7}}
 
 
 def test_an_overrun_does_not_touch_what_others_have_reserved() -> None:
@@ -445,6 +447,35 @@ def test_the_cap_counts_what_was_used_and_what_is_reserved() -> None:
     assert ledger.send("workflow.start", workflow_id="w3", credits=16).reason == "period_cap"
 
 
+def test_a_rejected_start_is_told_the_limit_and_what_counts() -> None:
+    ledger = ledger_with(100, period_cap=60, credit_limit=10)
+    ledger.send("workflow.finish", workflow_id="w1", credits=20)
+    ledger.send("workflow.start", workflow_id="w2", credits=25)
+    assert ledger.send("workflow.start", workflow_id="w3", credits=66).limit == Limit(
+        "insufficient_credits", limit=90, used=0, reserved=25, resets_at=None
+    )
+    assert ledger.send("workflow.start", workflow_id="w4", credits=65).limit == Limit(
+        "period_cap", limit=60, used=20, reserved=25, resets_at=None
+    )
+    assert ledger.send("workflow.start", workflow_id="w4", credits=65).limit is None
+    assert ledger.send("workflow.start", workflow_id="w5", credits=15).limit is None
+
+
+def test_the_cap_of_a_period_ends_with_it_and_without_a_subscription_never() -> None:
+    ledger = ledger_with(200, period_cap=60)
+    ledger.send("workflow.finish", workflow_id="w1", credits=60)
+    ledger.wait(days=400)
+    assert ledger.send("workflow.start", workflow_id="w2", credits=1).reason == "period_cap"
+    ledger.send("wallet.subscribe", subscription_id="s1", version=1, plan="pro", monthly_credits=30)
+    ledger.send("workflow.finish", workflow_id="w3", credits=60)
+    limit = ledger.send("workflow.start", workflow_id="w4", credits=1).limit
+    assert limit == Limit("period_cap", limit=60, used=60, reserved=0, resets_at=ledger.wallet.next_period_at)
+    assert limit is not None
+    assert limit.resets_at is not None
+    ledger.wait_until(limit.resets_at)
+    assert ledger.send("workflow.start", workflow_id="w5", credits=60).outcome == "reserved"
+
+
 def test_a_rejection_stands_although_credits_came_later() -> None:
     ledger = ledger_with(0)
     ledger.send("workflow.start", workflow_id="w1", credits=40)
@@ -485,30 +516,43 @@ def test_only_another_amount_is_a_conflict(task: str, first: dict[str, Any], aga
 # Bounds
 
 
-def test_usage_beyond_the_bounds_is_refused_and_changes_nothing() -> None:
+def test_a_finish_is_charged_down_to_the_deepest_debt_and_says_what_was_not() -> None:
     ledger = ledger_with(0)
-    ledger.send("workflow.finish", workflow_id="w1", credits=MAX)
-    assert ledger.wallet.prepaid_balance == -MAX
-    before = ledger.wallet
-    decision = ledger.send("workflow.finish", workflow_id="w2", credits=1)
-    assert decision.refusal == Refusal("balance_out_of_range", "workflow.finish: a balance would pass 2^53-1 credits")
-    assert ledger.wallet == before
-    assert "w2" not in ledger.workflows
+    ledger.wallet = ledger.wallet._replace(prepaid_balance=30 - MAX)
+    decision = ledger.send("workflow.finish", workflow_id="w1", credits=50)
+    assert rows(decision) == [("usage", -30, -MAX, 0, 0, 30)]
+    own = {"unreserved": True, "overrun": 30, "not_charged": 20, "paid_by": {"prepaid": 30}}
+    assert decision.events[0].metadata == own
+    [usage] = ledger.send("workflow.finish", workflow_id="w2", credits=1).events
+    assert (row(usage), usage.metadata["not_charged"]) == (("usage", 0, -MAX, 0, 0, 30), 1)
+    assert ledger.send("workflow.finish", workflow_id="w1", credits=50).duplicate
+    assert ledger.send("workflow.finish", workflow_id="w1", credits=30).refusal is not None
 
 
-def test_a_period_cannot_count_more_usage_than_the_bound() -> None:
-    ledger = ledger_with(MAX)
-    ledger.send("workflow.finish", workflow_id="w1", credits=MAX)
-    ledger.send("wallet.purchase", purchase_id="p2", credits=1)
-    decision = ledger.send("workflow.finish", workflow_id="w2", credits=1)
-    assert decision.refusal is not None
-    assert decision.refusal.code == "balance_out_of_range"
+def test_what_others_hold_counts_for_the_deepest_debt() -> None:
+    ledger = ledger_with(100)
+    ledger.send("workflow.start", workflow_id="w1", credits=60)
+    ledger.send("workflow.start", workflow_id="w2", credits=40)
+    ledger.wallet = ledger.wallet._replace(prepaid_balance=70 - MAX)
+    assert rows(ledger.send("workflow.finish", workflow_id="w1", credits=50)) == [
+        ("reservation_released", 60, 70 - MAX, 0, 40, 0),
+        ("usage", -30, 40 - MAX, 0, 40, 30),
+    ]
+    assert ledger.wallet.available == -MAX
+
+
+def test_the_usage_of_a_period_stays_at_the_bound() -> None:
+    ledger = ledger_with(500)
+    ledger.wallet = ledger.wallet._replace(period_usage=MAX - 10)
+    assert rows(ledger.send("workflow.finish", workflow_id="w1", credits=401)) == [("usage", -401, 99, 0, 0, MAX)]
+    assert rows(ledger.send("workflow.finish", workflow_id="w2", credits=9)) == [("usage", -9, 90, 0, 0, MAX)]
 
 
 def test_a_reservation_beyond_the_bound_is_refused() -> None:
-    ledger = ledger_with(MAX, credit_limit=MAX)
-    assert ledger.send("workflow.start", workflow_id="w1", credits=MAX).outcome == "reserved"
-    assert ledger.wallet.available == 0
+    ledger = ledger_with(0, credit_limit=MAX)
+    ledger.wallet = ledger.wallet._replace(prepaid_balance=MAX)
+    ledger.send("workflow.start", workflow_id="w1", credits=AMOUNT)
+    ledger.wallet = ledger.wallet._replace(reserved=MAX)
     decision = ledger.send("workflow.start", workflow_id="w2", credits=1)
     assert decision.refusal is not None
     assert decision.refusal.code == "balance_out_of_range"
@@ -564,7 +608,7 @@ def test_only_an_open_hold_that_is_due_is_released() -> None:
 def test_a_message_cannot_say_in_the_ledgers_own_words_what_the_ledger_does_not_say() -> None:
     ledger = ledger_with(prepaid=100)
     ledger.send("workflow.start", workflow_id="w1", credits=40)
-    claims = {"overrun": 5, "unreserved": True, "reason": "mine"}
+    claims = {"overrun": 5, "unreserved": True, "not_charged": 5, "paid_by": {"ending": 5}, "reason": "mine"}
     released, usage = ledger.send("workflow.finish", workflow_id="w1", credits=40, metadata=claims).events
     assert released.metadata["reason"] == "settled"
-    assert usage.metadata == {"reason": "mine"}
+    assert usage.metadata == {"reason": "mine", "paid_by": {"prepaid": 40}}

@@ -20,6 +20,13 @@ PACKAGES = ("ledger", "worker", "api_stub")
 TIERS = ("acceptance", "integration", "nemesis", "property", "unit")
 """The folders of tests. What two of them share is in `tests` itself."""
 
+
+def where(module: str) -> str:
+    """The sources of `module`, below ROOT: of a package, those of all its modules."""
+    path = module.replace(".", "/")
+    return f"{path}/**/*.py" if (ROOT / path).is_dir() else f"{path}.py"
+
+
 # In the sources of …, nothing but … may be imported of …
 Rule = tuple[str, tuple[str, ...], tuple[str, ...]]
 RULES: list[Rule] = [
@@ -34,7 +41,7 @@ RULES: list[Rule] = [
     ),
     *(
         (
-            f"{module.replace('.', '/')}.py",
+            where(module),
             PURE,
             ("ledger", "sqlalchemy", "psycopg", "random", "secrets", "uuid", "os", "time", "pathlib", "socket"),
         )
@@ -124,7 +131,9 @@ def test_no_module_imports_what_it_may_not(rule: Rule) -> None:
 
 @pytest.mark.parametrize("module", PURE)
 def test_the_pure_core_reads_no_clock(module: str) -> None:
-    assert clocks_read((ROOT / f"{module.replace('.', '/')}.py").read_text()) == set()
+    sources = list(ROOT.glob(where(module)))
+    assert sources
+    assert set().union(*(clocks_read(path.read_text()) for path in sources)) == set()
 
 
 def test_the_rules_are_about_sources_that_exist() -> None:
@@ -139,9 +148,11 @@ def test_the_rules_are_about_sources_that_exist() -> None:
         ("ledger/deep/x.py", "import celery.result", "celery.result"),
         ("ledger/x.py", "def f():\n    from urllib.request import urlopen", "urllib.request.urlopen"),
         ("ledger/x.py", "from worker import client", "worker.client"),
-        ("ledger/rules.py", "from ledger import store", "ledger.store"),
-        ("ledger/rules.py", "from . import store", "ledger.store"),
-        ("ledger/rules.py", "from .store import apply_batch", "ledger.store.apply_batch"),
+        ("ledger/messages.py", "from . import store", "ledger.store"),
+        ("ledger/messages.py", "from .store import apply_batch", "ledger.store.apply_batch"),
+        ("ledger/rules/__init__.py", "from ledger import store", "ledger.store"),
+        ("ledger/rules/x.py", "from ..store import apply_batch", "ledger.store.apply_batch"),
+        ("ledger/rules/deep/x.py", "import random", "random"),
         ("ledger/state.py", "import os.path", "os.path"),
         ("worker/client.py", "from ledger.store import apply_batch", "ledger.store.apply_batch"),
         ("worker/x.py", "from tests.support import delivery", "tests.support.delivery"),
@@ -168,7 +179,11 @@ def test_a_forbidden_import_is_found(tmp_path: Path, path: str, source: str, fou
         ("api_stub/x.py", "from worker import client\nfrom worker.client import Client\nimport worker.client"),
         ("worker/client.py", "from ledger import messages, state\nfrom ledger.messages import parse"),
         ("worker/x.py", "from ledger.store import apply_batch\nimport celery"),
-        ("ledger/rules.py", "from datetime import datetime\nfrom .state import Wallet\nimport timeit"),
+        ("ledger/messages.py", "from datetime import datetime\nfrom .state import Wallet\nimport timeit"),
+        (
+            "ledger/rules/x.py",
+            "from ledger.rules.posting import post\nfrom . import ending\nfrom ..state import Wallet",
+        ),
         ("ledger/deep/x.py", "from ..state import Wallet\nfrom . import sibling"),
         ("worker/cli/x.py", "from api_stub.auth import sign\nfrom worker.local.system import System"),
         ("tests/unit/x.py", "from tests.support import eventually\nfrom tests.unit.y import z"),

@@ -97,6 +97,8 @@ def wallet_table(view: WalletView) -> Table:
             ("included this period", view.included_this_period),
             ("plan", view.plan or "none"),
             ("period ends", view.current_period_end),
+            *((f"plan from {part.starts_at:%Y-%m-%d}", part.plan) for part in [view.next_plan] if part is not None),
+            *((f"ends {part.expires_at:%Y-%m-%d}", part.credits) for part in view.ending[:3]),
             ("credit limit", view.credit_limit),
             ("period cap", "none" if view.period_cap is None else view.period_cap),
         ],
