@@ -13,7 +13,7 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from ledger.readable import escaped
+from ledger.readable import as_json, escaped
 from worker.cli.terminal import console
 
 NARROWEST = 10
@@ -124,6 +124,7 @@ def _cell(value: Any, *, is_amount: bool) -> Text:
         case datetime():
             return Text(value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S"))
         case dict():
-            return Text(escaped(", ".join(f"{name}: {item}" for name, item in value.items())))
+            parts = (f"{name}: {item if isinstance(item, str) else as_json(item)}" for name, item in value.items())
+            return Text(escaped(", ".join(parts)))
         case _:
             return Text(escaped(str(value)))
