@@ -278,17 +278,24 @@ class _Organization:
     def _check_posting(self, message: Message) -> Iterator[Finding]:
         model = MESSAGES[message.task]
         assert issubclass(model, WalletMessage)
-        message_id, effect = message.fields[model.id_field], message.fields["credits"]
+        message_id, amount = message.fields[model.id_field], message.fields["credits"]
         terms = self.seen.posted.get((self.org_id, model.kind, message_id))
         if message.fate == "either" and terms is None:
             if not self.seen.letters[message.number]:
                 yield Finding("lost", f"{message.task} {message_id} was neither applied nor refused", (message.number,))
             return
-        if terms is None or terms["credits"] != effect:
-            what = f"{self.org_id}: {message.task} {message_id} with {effect} credits is known as {terms}"
+        if terms is None or terms["credits"] != amount:
+            what = f"{self.org_id}: {message.task} {message_id} with {amount} credits is known as {terms}"
             yield Finding("lost", what, (message.number,))
+        effect = -amount if message.task == "wallet.reverse" else amount
+        key = f"{model.kind}:{message_id}"
         self.balance += effect
-        yield from self._event(f"{model.kind}:{message_id}", effect, message)
+        yield from self._event(key, effect, message)
+        ends_at = message.fields.get("expires_at")
+        if ends_at is not None and datetime.fromisoformat(ends_at) <= self.seen.due_until:
+            self.balance -= effect
+            [ended] = [other for other in self.events if other.startswith(f"{key}/ended/")] or [f"{key}/ended/2"]
+            yield from self._event(ended, -effect, message)
 
     def _check_workflow(self, workflow_id: str, said: Mapping[str, Message]) -> Iterator[Finding]:
         row = self.seen.workflows.get((self.org_id, workflow_id), {})

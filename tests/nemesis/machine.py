@@ -177,7 +177,8 @@ class Machine:
         """Whether no period and no expiry waits to be posted."""
         [(due,)] = sql(
             self.engine,
-            "SELECT count(*) FROM wallets WHERE least(next_period_at, next_hold_expiry) <= clock_timestamp()",
+            "SELECT count(*) FROM wallets WHERE least(next_period_at, next_hold_expiry, "
+            "next_ending_at, scheduled_at) <= clock_timestamp()",
         )
         return bool(due == 0)
 

@@ -149,6 +149,7 @@ KINDS = [
     ("wallet.bill", "applied", "task"),
     ("wallet.bill", "either", "task"),
     ("wallet.adjust", "applied", "task"),
+    ("wallet.reverse", "applied", "task"),
     ("wallet.subscribe", "applied", "task"),
     ("wallet.configure", "applied", "task"),
     ("wallet.grant", "undecodable_message", "body"),
@@ -198,6 +199,14 @@ def test_each_reservation_of_a_flood_that_was_not_released_is_found(sound: Ledge
     assert [finding.kind for finding in sound.findings()] == ["lost"] * expired
 
 
+def test_a_grant_that_should_have_ended_is_found(sound: Ledger) -> None:
+    grant = sound.first("wallet.grant", org_id="ending")
+    change_history(
+        sound.engine, f"DELETE FROM credit_events WHERE org_id = '{grant.org_id}' AND event_type = 'adjustment'"
+    )
+    assert found(sound.findings(), "lost", grant)
+
+
 # Applied twice
 
 
@@ -207,6 +216,7 @@ def test_each_reservation_of_a_flood_that_was_not_released_is_found(sound: Ledge
         ("wallet.grant", "grant_id"),
         ("wallet.purchase", "purchase_id"),
         ("wallet.adjust", "adjustment_id"),
+        ("wallet.reverse", "reversal_id"),
         ("workflow.finish", "workflow_id"),
     ],
 )
@@ -223,7 +233,8 @@ def test_a_message_that_was_applied_twice_is_found(sound: Ledger, task: str, id_
 
 def test_a_period_that_began_twice_is_found(sound: Ledger) -> None:
     plan = sound.first("wallet.subscribe", org_id="idle")
-    apply_batch(sound.engine, [Delivery(plan.task, {**plan.fields, "subscription_id": "again"}, b"")])
+    another = {**plan.fields, "subscription_id": "again", "version": plan.fields["version"] + 1}
+    apply_batch(sound.engine, [Delivery(plan.task, another, b"")])
     assert audit.verify(sound.engine).is_clean
     assert any(finding.kind == "applied twice" and plan.org_id in finding.what for finding in sound.findings())
 

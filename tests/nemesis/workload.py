@@ -1,8 +1,9 @@
 """What the nemesis sends: messages whose effect on the balances depends on their set alone, so that it is known.
 
-Four groups of organizations. `ample-…` can always reserve. `scarce-…` often cannot: which of their starts are
+Five groups of organizations. `ample-…` can always reserve. `scarce-…` often cannot: which of their starts are
 rejected depends on the order, what their finishes charge does not. `idle-…` have a subscription that begins by
-itself, and nobody else ever mentions them. `flood-1` has very many open reservations.
+itself, `ending-…` a grant that ends by itself, and nobody else ever mentions them. `flood-1` has very many open
+reservations.
 
 Every message carries a mark, `nemesis-<number>`, that its dead letter keeps.
 """
@@ -38,6 +39,7 @@ WORKFLOWS = {
 SHORT_HOLD_S, LONG_HOLD_S, FLOOD_HOLD_S = 60, 86_400, 43_200
 """The last one ends by a fault."""
 MOST_KEPT = 500
+NEVER = "2999-12-31T00:00:00+00:00"
 
 Form = Literal["task", "body", "entry"]
 
@@ -100,7 +102,7 @@ class Workload:
         """A hundred messages and more, in any order, some of them repeated, now or from earlier chunks."""
         messages = [message for _ in range(40) for message in self._workflow()]
         messages += [self._posting() for _ in range(20)]
-        messages += [self._subscribe(), self._configure(), self._idle_subscription(now)]
+        messages += [self._subscribe(), self._configure(), self._idle_subscription(now), self._ending_grant(now)]
         messages += [self._contradiction(), self._garbage(), self._garbage()]
         messages += self._flood_workflows()
         again = self._random.choices(messages, k=10)
@@ -157,7 +159,15 @@ class Workload:
     def _posting(self) -> Message:
         org_id, random = self._org_id(), self._random
         message_id, amount = f"posting-{next(self._numbers)}", random.randint(1, 50)
-        match random.randint(1, 6):
+        match random.randint(1, 8):
+            case 7:  # usage draws it first, and it never ends
+                return self._message(
+                    "wallet.grant", org_id=org_id, grant_id=message_id, credits=amount, expires_at=NEVER
+                )
+            case 8:
+                org_id = f"ample-{random.randrange(AMPLE)}"
+                of = {"purchase_id": "opening", "reason": "disputed"}
+                return self._message("wallet.reverse", org_id=org_id, reversal_id=message_id, credits=amount, **of)
             case 1:
                 return self._message("wallet.purchase", org_id=org_id, purchase_id=message_id, credits=amount)
             case 2:
@@ -183,6 +193,18 @@ class Workload:
         self.last_anchor = max(self.last_anchor, anchor)
         return self._subscription(
             f"idle-{next(self._idle)}", anchor, version=1, monthly_credits=self._random.randint(0, 50)
+        )
+
+    def _ending_grant(self, now: datetime) -> Message:
+        """It ends by itself, or at once if it comes later than that."""
+        ends_at = now + timedelta(seconds=self._random.uniform(0.5, 5))
+        self.last_anchor = max(self.last_anchor, ends_at)
+        return self._message(
+            "wallet.grant",
+            org_id=f"ending-{next(self._idle)}",
+            grant_id="soon",
+            credits=self._random.randint(1, 50),
+            expires_at=ends_at.isoformat(),
         )
 
     def _subscription(self, org_id: str, anchor: datetime, **fields: Any) -> Message:
