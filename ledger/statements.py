@@ -55,37 +55,41 @@ _ENCODERS: dict[type, Callable[[Any], object]] = {
 _DIALECT: Dialect = postgresql.dialect()
 
 
-def _columns(table: Table, record: type[Any]) -> list[str]:
-    return [name for name in record._fields if name in table.c]
+def _columns(table: Table, record: type[Any], until: str | None = None) -> list[str]:
+    fields = record._fields if until is None else record._fields[: record._fields.index(until) + 1]
+    return [name for name in fields if name in table.c]
 
 
-def column_names(table: Table, record: type[Any]) -> str:
-    """The columns of `table` that `record` has, for a statement."""
-    return ", ".join(_columns(table, record))
+def column_names(table: Table, record: type[Any], until: str | None = None) -> str:
+    """The columns of `table` that `record` has, for a statement: all, or the first ones `until` a name."""
+    return ", ".join(_columns(table, record, until))
 
 
-def write(table: Table, record: type[Any], statement: str) -> Write:
-    """`statement` with `{rows}` replaced by rows of `record`, which are sent as arrays."""
-    types = [table.c[name].type for name in _columns(table, record)]
+def write(table: Table, record: type[Any], statement: str, until: str | None = None) -> Write:
+    """`statement` with `{rows}` replaced by rows of `record`, sent as arrays; only of the columns `until` a name."""
+    types = [table.c[name].type for name in _columns(table, record, until)]
     columns = ", ".join(f"%b::{column_type.compile(_DIALECT)}[]" for column_type in types)
-    rows = f"unnest({columns}) AS new ({column_names(table, record)})"
+    rows = f"unnest({columns}) AS new ({column_names(table, record, until)})"
     return Write(statement.format(rows=rows), tuple(_ENCODERS.get(type(column_type), list) for column_type in types))
 
 
-def insert(table: Table, record: type[Any], on_conflict: str = "") -> Write:
-    """Insert records into `table`."""
+def insert(table: Table, record: type[Any], on_conflict: str = "", until: str | None = None) -> Write:
+    """Insert records into `table`; of the columns `until` a name, others have their defaults."""
     assert _columns(table, record) == list(table.c.keys()), (
         f"{record.__name__} in ledger.state and {table.name} in ledger.tables must have the same fields"
     )
-    names = column_names(table, record)
-    return write(table, record, f"INSERT INTO {table.name} ({names}) SELECT {names} FROM {{rows}} {on_conflict}")
+    names = column_names(table, record, until)
+    statement = f"INSERT INTO {table.name} ({names}) SELECT {names} FROM {{rows}} {on_conflict}"
+    return write(table, record, statement, until)
 
 
-def update(table: Table, record: type[Any]) -> Write:
-    """Replace the rows of `table` that have the keys of the records."""
+def update(table: Table, record: type[Any], until: str | None = None) -> Write:
+    """Replace the rows of `table` that have the keys of the records, or of them the columns `until` a name."""
     same = " AND ".join(f"{table.name}.{key.name} = new.{key.name}" for key in table.primary_key)
-    changes = ", ".join(f"{name} = new.{name}" for name in _columns(table, record) if not table.c[name].primary_key)
-    return write(table, record, f"UPDATE {table.name} SET {changes} FROM {{rows}} WHERE {same}")
+    changes = ", ".join(
+        f"{name} = new.{name}" for name in _columns(table, record, until) if not table.c[name].primary_key
+    )
+    return write(table, record, f"UPDATE {table.name} SET {changes} FROM {{rows}} WHERE {same}", until)
 
 
 def by_key(table: Table, record: type[Any]) -> str:

@@ -386,16 +386,23 @@ class WorkingSet:
         # Not psycopg's own `commit()`: it waits for the answers before it has sent everything, so once the sockets'
         # buffers are full it waits forever.
         ended, ending = _changes_of_ending(self.wallets, self._loaded_wallets)
+        balances, wallets = _changes_of_wallets(self.wallets, self._loaded_wallets)
+        # As nearly always, nothing is written that is not new: each column costs.
+        new, changed = _new(self.workflows, self._loaded_workflows), _changed(self.workflows, self._loaded_workflows)
+        insert_workflows, update_workflows = _INSERT_WORKFLOWS, _UPDATE_WORKFLOWS
+        if any(workflow.paid_by_ending is not None for workflow in (*new, *changed)):
+            insert_workflows, update_workflows = _INSERT_PAID_WORKFLOWS, _UPDATE_PAID_WORKFLOWS
         with connection.pipeline():
             # PostgreSQL begins while the rest is being encoded, so the largest set comes last.
             for write, rows in (
-                (_INSERT_WORKFLOWS, _new(self.workflows, self._loaded_workflows)),
-                (_UPDATE_WORKFLOWS, _changed(self.workflows, self._loaded_workflows)),
+                (insert_workflows, new),
+                (update_workflows, changed),
                 (_INSERT_SUBSCRIPTIONS, _new(self.subscriptions, self._loaded_subscriptions)),
                 (_UPDATE_SUBSCRIPTIONS, _changed(self.subscriptions, self._loaded_subscriptions)),
                 (_DELETE_ENDING, ended),
                 (_WRITE_ENDING, ending),
-                (_UPDATE_WALLETS, _changed(self.wallets, self._loaded_wallets)),
+                (_UPDATE_WALLETS, wallets),
+                (_UPDATE_BALANCES, balances),
                 (_INSERT_POSTED, _new(self.posted, self._loaded_posted)),
                 (_UPDATE_POSTED, _changed(self.posted, self._loaded_posted)),
                 (_INSERT_EVENTS, self.events),
@@ -452,6 +459,24 @@ def _changes_of_ending(
     return ended, written
 
 
+def _changes_of_wallets(
+    wallets: Mapping[str, Wallet], loaded: Mapping[str, Wallet]
+) -> tuple[list[Wallet], list[Wallet]]:
+    """The wallets of which only balances have changed, as nearly always, and the others."""
+    balances: list[Wallet] = []
+    others: list[Wallet] = []
+    for org_id, as_loaded in loaded.items():
+        wallet = wallets[org_id]
+        if wallet is not as_loaded:
+            is_same = wallet[_BALANCES:] == as_loaded[_BALANCES:]
+            (balances if is_same else others).append(wallet)
+    return balances, others
+
+
+_BALANCES = Wallet._fields.index("next_hold_expiry") + 1
+"""How many fields of a wallet ordinary messages change."""
+
+
 def _clock(statement_timeout_s: float) -> str:
     # Rows are looked up by their keys. The planner overestimates the cost of that, and would rather read all of a table
     # of some hundred thousand rows.
@@ -505,8 +530,11 @@ _NEXT_HOLD_EXPIRY = """
     ) FROM unnest(%b::text[], %b::timestamptz[]) AS due (org_id, now)
 """
 _UPDATE_WALLETS = update(tables.wallets, Wallet)
-_INSERT_WORKFLOWS = insert(tables.workflows, Workflow)
-_UPDATE_WORKFLOWS = update(tables.workflows, Workflow)
+_UPDATE_BALANCES = update(tables.wallets, Wallet, until="next_hold_expiry")
+_INSERT_WORKFLOWS = insert(tables.workflows, Workflow, until="reserved_seq")
+_UPDATE_WORKFLOWS = update(tables.workflows, Workflow, until="activity_name")
+_INSERT_PAID_WORKFLOWS = insert(tables.workflows, Workflow)
+_UPDATE_PAID_WORKFLOWS = update(tables.workflows, Workflow)
 _INSERT_SUBSCRIPTIONS = insert(tables.subscriptions, Subscription)
 _UPDATE_SUBSCRIPTIONS = update(tables.subscriptions, Subscription)
 _INSERT_POSTED = insert(tables.posted_messages, PostedMessage)
