@@ -81,17 +81,11 @@ class Api(Patient):
 
 
 @pytest.fixture(scope="module")
-def shared(services: Embedded) -> Iterator[Installation]:
+def ledger(services: Embedded) -> Iterator[Installation]:
     """A ledger with some history, which no test changes."""
     with installed(services) as own:
         apply_batch(own.engine, HISTORY_OF_ACME)
         yield own
-
-
-@pytest.fixture(scope="module")
-def address(shared: Installation) -> Iterator[str]:
-    with served(shared.database_url, shared.broker_url) as address:
-        yield address
 
 
 @pytest.fixture
@@ -411,10 +405,10 @@ def test_an_engine_reports_through_the_broker(api: Api) -> None:
     assert _waiting(api) == before + 1
 
 
-def test_the_metrics_count_what_waits_in_the_queue_of_engines_too(api: Api, shared: Installation) -> None:
+def test_the_metrics_count_what_waits_in_the_queue_of_engines_too(api: Api, ledger: Installation) -> None:
     of_engines = 'holdfast_queue_messages{queue="credits.engine"}'
     before = _metric(api, of_engines)
-    with Client(shared.broker_url, queue=ENGINE_QUEUE) as engine:
+    with Client(ledger.broker_url, queue=ENGINE_QUEUE) as engine:
         engine.cancel(org_id="acme", workflow_id="w1")
     assert _metric(api, of_engines) == before + 1
 
@@ -832,11 +826,11 @@ def test_the_openapi_document_describes_it(api: Api) -> None:
             assert "422" not in described["responses"]
 
 
-def test_every_answer_is_as_the_openapi_document_says(api: Api, shared: Installation) -> None:
+def test_every_answer_is_as_the_openapi_document_says(api: Api, ledger: Installation) -> None:
     plan: dict[str, Any] = {"subscription_id": "s1", "plan": "Pro", "monthly_credits": 5}
     later, of_ending = "2099-01-01T00:00:00Z", {"org_id": "ending"}
     apply_batch(
-        shared.engine,
+        ledger.engine,
         [
             delivery("wallet.grant", **of_ending, grant_id="g1", credits=5, expires_at=later),
             delivery("wallet.subscribe", **of_ending, **plan, version=1),
