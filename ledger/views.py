@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, and_, func, select
+from sqlalchemy import ColumnElement, Connection, RowMapping, and_, func, select
 
 from ledger.periods import period_start
 from ledger.state import WorkflowState
@@ -98,12 +98,11 @@ class WorkflowView:
 
 def wallet(connection: Connection, org_id: str) -> WalletView | None:
     """The wallet of `org_id`, or None if no message has ever named it."""
-    row = connection.execute(select(wallets).where(wallets.c.org_id == org_id)).first()
+    row = connection.execute(_WALLET.where(wallets.c.org_id == org_id)).first()
     if row is None:
         return None
-    current = _subscription(connection, org_id, row.subscription_id)
     balance = row.prepaid_balance + row.subscription_balance
-    has_period = current is not None and current.period is not None
+    has_period = row.period is not None
     return WalletView(
         org_id=row.org_id,
         balance=balance,
@@ -114,28 +113,39 @@ def wallet(connection: Connection, org_id: str) -> WalletView | None:
         credit_limit=row.credit_limit,
         period_cap=row.period_cap,
         used_this_period=row.period_usage,
-        included_this_period=current.period_granted if has_period else 0,
-        plan=None if current is None else current.period_plan or current.plan,
-        next_plan=_next_plan(connection, row, current),
-        current_period_start=period_start(current.anchor, current.period) if has_period else None,
+        included_this_period=row.period_granted if has_period else 0,
+        plan=row.period_plan or row.plan,
+        next_plan=_next_plan(row),
+        current_period_start=period_start(row.anchor, row.period) if has_period else None,
         current_period_end=row.next_period_at if has_period else None,
         ending=_ending(connection, org_id) if row.next_ending_at is not None or row.held_past_end else (),
     )
 
 
-def _subscription(connection: Connection, org_id: str, subscription_id: str | None) -> Any:
-    columns = subscriptions.c
-    known = select(subscriptions).where(columns.org_id == org_id, columns.subscription_id == subscription_id)
-    return None if subscription_id is None else connection.execute(known).first()
+def _subscription_of(wallets_column: ColumnElement[Any], subscription: Any) -> ColumnElement[bool]:
+    return and_(subscription.c.org_id == wallets.c.org_id, subscription.c.subscription_id == wallets_column)
 
 
-def _next_plan(connection: Connection, wallet: Any, current: Any) -> NextPlan | None:
-    scheduled = _subscription(connection, wallet.org_id, wallet.scheduled_id)
-    if scheduled is not None:
-        return NextPlan(scheduled.plan, scheduled.monthly_credits, wallet.scheduled_at)
-    if current is None or not current.active or current.plan == (current.period_plan or current.plan):
+_CURRENT, _SCHEDULED = subscriptions.alias("current"), subscriptions.alias("scheduled")
+_WALLET = select(
+    wallets,
+    *(_CURRENT.c[name] for name in ("active", "plan", "period_plan", "monthly_credits", "period_granted")),
+    *(_CURRENT.c.anchor, _CURRENT.c.period),
+    _SCHEDULED.c.plan.label("scheduled_plan"),
+    _SCHEDULED.c.monthly_credits.label("scheduled_credits"),
+).select_from(
+    wallets.outerjoin(_CURRENT, _subscription_of(wallets.c.subscription_id, _CURRENT)).outerjoin(
+        _SCHEDULED, _subscription_of(wallets.c.scheduled_id, _SCHEDULED)
+    )
+)
+
+
+def _next_plan(row: Any) -> NextPlan | None:
+    if row.scheduled_plan is not None:
+        return NextPlan(row.scheduled_plan, row.scheduled_credits, row.scheduled_at)
+    if not row.active or row.plan == (row.period_plan or row.plan):
         return None
-    return NextPlan(current.plan, current.monthly_credits, wallet.next_period_at)
+    return NextPlan(row.plan, row.monthly_credits, row.next_period_at)
 
 
 def _ending(connection: Connection, org_id: str) -> tuple[Ending, ...]:
