@@ -1,9 +1,9 @@
 """Figures about the whole ledger, for monitoring. Only reads."""
 
-from sqlalchemy import Connection, func, select, union
+from sqlalchemy import Connection, func, select
 
-from ledger.due import DUE, POST_DUE
-from ledger.tables import credit_events, dead_letters, waiting_messages, wallets, workflows
+from ledger.due import DUE, overdue
+from ledger.tables import credit_events, dead_letters, waiting_messages, workflows
 from ledger.views import STARTED
 
 
@@ -16,13 +16,11 @@ def system_figures(connection: Connection) -> dict[str, tuple[str, float]]:
     )
     longest_wait = select(func.min(waiting_messages.c.waiting_since))
     now = func.clock_timestamp()
-    overdue = union(*(select(wallets.c.org_id).where(due_at <= now, which) for due_at, which in DUE[POST_DUE]))
     row = connection.execute(
         select(
             select(func.count()).select_from(dead_letters).where(dead_letters.c.status == "open").scalar_subquery(),
             func.coalesce(func.extract("epoch", now - oldest_hold.scalar_subquery()), 0),
-            select(func.count()).select_from(overdue.subquery()).scalar_subquery(),
-            select(func.count()).select_from(wallets).where(wallets.c.next_hold_expiry <= now).scalar_subquery(),
+            *(select(func.count()).select_from(overdue(task).subquery()).scalar_subquery() for task in DUE),
             select(func.count()).select_from(waiting_messages).scalar_subquery(),
             func.coalesce(func.extract("epoch", now - longest_wait.scalar_subquery()), 0),
         )

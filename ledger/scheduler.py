@@ -7,7 +7,7 @@ ledger ends up the same. A run is a series of steps of a few transactions each, 
 from collections.abc import Iterator
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, Engine, and_, func, select, tuple_
+from sqlalchemy import ColumnElement, Engine, select, tuple_
 
 from ledger.due import DUE, POST_DUE, RELEASE_EXPIRED
 from ledger.store import catch_up
@@ -38,12 +38,11 @@ def steps(engine: Engine, task: str) -> Iterator[int]:
 
     Raises transient database errors; the steps yielded before are committed.
     """
-    for due_at, condition in DUE[task]:
-        yield from _steps(engine, task, due_at, condition)
+    for due_at, is_due in DUE[task]:
+        yield from _steps(engine, task, due_at, is_due)
 
 
-def _steps(engine: Engine, task: str, due_at: ColumnElement[datetime], condition: ColumnElement[bool]) -> Iterator[int]:
-    is_due = and_(due_at <= func.clock_timestamp(), condition)
+def _steps(engine: Engine, task: str, due_at: ColumnElement[datetime], is_due: ColumnElement[bool]) -> Iterator[int]:
     due = select(due_at, wallets.c.org_id).where(is_due).order_by(due_at, wallets.c.org_id)
     after: tuple[datetime, str] | None = None
     while True:
