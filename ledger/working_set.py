@@ -5,9 +5,10 @@ write; and another one if something is due or has an end, or a message names a s
 """
 
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 from psycopg.errors import LockNotAvailable, QueryCanceled
@@ -175,7 +176,7 @@ class WorkingSet:
             if keys := sorted(key for key in loaded if key[0] in self.wallets):
                 can_be = connection.execute(lock, [arrays.text(column) for column in zip(*keys, strict=True)])
                 stuck |= {org_id for org_id, _ in set(keys).difference(can_be)}
-        if ending := {_ending_key(row) for wallet in self._loaded_wallets.values() for row in _ending(wallet)}:
+        if ending := {_ENDING_KEY(row) for wallet in self._loaded_wallets.values() for row in _ending(wallet)}:
             org_ids = arrays.text(sorted({org_id for org_id, *_ in ending}))
             stuck |= {
                 org_id for org_id, *_ in ending.difference(connection.execute(_LOCK_ENDING_THAT_CAN_BE, [org_ids]))
@@ -227,28 +228,9 @@ class WorkingSet:
         posted: Iterable[PostedMessage] = (),
         subscriptions: Iterable[Subscription] = (),
     ) -> None:
-        # A record that was loaded before may have changed in this transaction.
-        new_workflows = {
-            key: workflow
-            for workflow in workflows
-            if (key := (workflow.org_id, workflow.workflow_id)) not in self._loaded_workflows
-        }
-        self._loaded_workflows |= new_workflows
-        self.workflows |= new_workflows
-        new_posted = {
-            (known.org_id, known.kind, known.message_id): known
-            for known in posted
-            if (known.org_id, known.kind, known.message_id) not in self._loaded_posted
-        }
-        self._loaded_posted |= new_posted
-        self.posted |= new_posted
-        new_subscriptions = {
-            key: known
-            for known in subscriptions
-            if (key := (known.org_id, known.subscription_id)) not in self._loaded_subscriptions
-        }
-        self._loaded_subscriptions |= new_subscriptions
-        self.subscriptions |= new_subscriptions
+        _add(workflows, _WORKFLOW_KEY, self._loaded_workflows, self.workflows)
+        _add(posted, _POSTED_KEY, self._loaded_posted, self.posted)
+        _add(subscriptions, _SUBSCRIPTION_KEY, self._loaded_subscriptions, self.subscriptions)
 
     def _post_due(self, connection: Connection, named_subscriptions: set[tuple[str, str]]) -> None:
         """Post what is due, before any message. Load the subscriptions that this or a message needs."""
@@ -439,8 +421,17 @@ def _ending(wallet: Wallet) -> tuple[EndingCredits, ...]:
     return (*wallet.ending, *wallet.set_aside)
 
 
-def _ending_key(row: EndingCredits) -> tuple[str, str, datetime]:
-    return row.org_id, row.origin, row.expires_at
+def _add(found: Iterable[Any], key: Callable[[Any], Any], loaded: dict[Any, Any], current: dict[Any, Any]) -> None:
+    """Keep the records that are `found`. One that was loaded before may have changed in this transaction."""
+    for record in found:
+        if (known_by := key(record)) not in loaded:
+            loaded[known_by] = current[known_by] = record
+
+
+_WORKFLOW_KEY = attrgetter("org_id", "workflow_id")
+_SUBSCRIPTION_KEY = attrgetter("org_id", "subscription_id")
+_POSTED_KEY = attrgetter("org_id", "kind", "message_id")
+_ENDING_KEY = attrgetter("org_id", "origin", "expires_at")
 
 
 def _changes_of_ending(
@@ -452,8 +443,8 @@ def _changes_of_ending(
     for org_id, as_loaded in loaded.items():
         wallet = wallets[org_id]
         if wallet.ending is not as_loaded.ending or wallet.set_aside is not as_loaded.set_aside:
-            before = {_ending_key(row): row for row in _ending(as_loaded)}
-            after = {_ending_key(row): row for row in _ending(wallet)}
+            before = {_ENDING_KEY(row): row for row in _ending(as_loaded)}
+            after = {_ENDING_KEY(row): row for row in _ending(wallet)}
             ended += [row for key, row in before.items() if key not in after]
             written += [row for key, row in after.items() if before.get(key) != row]
     return ended, written

@@ -49,8 +49,8 @@ def decide(
             decision = decide_wallet(wallet, message, now, workflow, subscriptions, purchase)
     except OutOfRangeError:
         return refuse(wallet, "balance_out_of_range", f"{message.task}: a balance would pass 2^53-1 credits")
-    if not (decision.wallet.ending or decision.wallet.set_aside):  # as nearly always
-        return decision
     # After the whole message: between a release and its usage, what was held is not uncovered.
     wallet, ended = end_uncovered(decision.wallet, now)
+    if wallet is decision.wallet:  # as nearly always
+        return decision
     return decision._replace(wallet=wallet, events=(*decision.events, *ended))

@@ -8,7 +8,7 @@ made before the end. A wallet without such credits pays for none of this.
 """
 
 from bisect import bisect_right, insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from heapq import merge
 from typing import Any, NamedTuple
@@ -41,15 +41,36 @@ class Drawn(NamedTuple):
         return self.from_ending + self.from_permanent
 
 
-def draw(wallet: Wallet, credits: int, *, prepaid_only: bool = False) -> Drawn:
+def draw(wallet: Wallet, credits: int) -> Drawn:
     """Where `credits` of `wallet` come from, in the order of use. Looks at no more rows than it takes from."""
     if not (wallet.ending or wallet.set_aside):  # as nearly always
-        from_subscription = 0 if prepaid_only else min(credits, wallet.subscription_balance)
+        from_subscription = min(credits, wallet.subscription_balance)
         ends = {wallet.next_period_at: from_subscription} if from_subscription and wallet.next_period_at else {}
         return Drawn(from_subscription, 0, credits - from_subscription, ends, (), ())
-    left, ends = credits, {}
-    ending, set_aside, from_subscription = _Taking(wallet.ending), _Taking(wallet.set_aside), 0
-    for row in wallet.ending if prepaid_only else merge(wallet.set_aside, _period(wallet), wallet.ending, key=_order):
+    return _draw(wallet, credits, merge(wallet.set_aside, _period(wallet), wallet.ending, key=_order))
+
+
+def draw_prepaid(wallet: Wallet, credits: int, *, first: str | None = None) -> Drawn:
+    """Where `credits` of the prepaid balance come from: what the origin `first` brought, then in the order of use."""
+    own = next((row for row in wallet.ending if row.origin == first), None)
+    if own is None:
+        return _draw(wallet, credits, wallet.ending)
+    taken = min(own.remaining, credits)
+    others = wallet._replace(ending=tuple(row for row in wallet.ending if row is not own))
+    drawn = _draw(others, credits - taken, others.ending)
+    ending = drawn.ending
+    if own.remaining > taken:
+        ending = _placed(ending, own._replace(remaining=own.remaining - taken))
+    drawn.ends[own.expires_at] = drawn.ends.get(own.expires_at, 0) + taken
+    return drawn._replace(from_ending=drawn.from_ending + taken, ending=ending)
+
+
+def _draw(wallet: Wallet, credits: int, rows: Iterable[EndingCredits]) -> Drawn:
+    """Take `credits` from `rows` of the wallet, one after the other, and the rest from the permanent ones."""
+    left, from_subscription = credits, 0
+    ends: dict[datetime, int] = {}
+    ending, set_aside = _Taking(wallet.ending), _Taking(wallet.set_aside)
+    for row in rows:
         if not left:
             break
         taken = min(left, row.remaining)
@@ -62,21 +83,6 @@ def draw(wallet: Wallet, credits: int, *, prepaid_only: bool = False) -> Drawn:
         if row.origin != _PERIOD:
             set_aside.take(taken)
     return Drawn(from_subscription, credits - left - from_subscription, left, ends, ending.left(), set_aside.left())
-
-
-def draw_first(wallet: Wallet, credits: int, origin: str) -> Drawn:
-    """Where `credits` of the prepaid balance come from: from what `origin` brought, then in the order of use."""
-    own = next((row for row in wallet.ending if row.origin == origin), None)
-    if own is None:
-        return draw(wallet, credits, prepaid_only=True)
-    first = min(own.remaining, credits)
-    others = tuple(row for row in wallet.ending if row is not own)
-    drawn = draw(wallet._replace(ending=others), credits - first, prepaid_only=True)
-    ending = list(drawn.ending)
-    if own.remaining > first:
-        insort(ending, own._replace(remaining=own.remaining - first), key=_order)
-    drawn.ends[own.expires_at] = drawn.ends.get(own.expires_at, 0) + first
-    return drawn._replace(from_ending=drawn.from_ending + first, ending=tuple(ending), set_aside=wallet.set_aside)
 
 
 class _Taking:
@@ -122,49 +128,52 @@ def _past(rows: Rows, now: datetime) -> Rows:
     return rows[: bisect_right(rows, now, key=lambda row: row.expires_at)] if rows else ()
 
 
-def _next_end(wallet: Wallet, now: datetime) -> datetime | None:
-    upcoming = [
-        rows[len(past)].expires_at
-        for rows in (wallet.ending, wallet.set_aside)
-        if len(past := _past(rows, now)) < len(rows)
-    ]
-    return min(upcoming, default=None)
+def _placed(rows: Rows, row: EndingCredits) -> Rows:
+    """The sorted `rows` and one more."""
+    placed = list(rows)
+    insort(placed, row, key=_order)
+    return tuple(placed)
+
+
+def _with_rows(wallet: Wallet, ending: Rows, set_aside: Rows, now: datetime, *, held: int) -> Wallet:
+    """`wallet` with these rows, of whose credits `held` are past their end."""
+    upcoming = [rows[len(past)].expires_at for rows in (ending, set_aside) if len(past := _past(rows, now)) < len(rows)]
+    return wallet._replace(
+        ending=ending,
+        set_aside=set_aside,
+        held_past_end=held,
+        next_ending_at=min(upcoming, default=None),
+    )
 
 
 def without(wallet: Wallet, drawn: Drawn, now: datetime) -> Wallet:
     """`wallet` when its rows are those that `drawn` leaves."""
-    if not (wallet.ending or wallet.set_aside):
+    if not (wallet.ending or wallet.set_aside):  # as nearly always
         return wallet
     held = wallet.held_past_end
     if held:
         held -= sum(taken for by, taken in drawn.ends.items() if by <= now)
-    wallet = wallet._replace(ending=drawn.ending, set_aside=drawn.set_aside, held_past_end=held)
-    return wallet._replace(next_ending_at=_next_end(wallet, now), covers=wallet.covers if held else None)
+    wallet = _with_rows(wallet, drawn.ending, drawn.set_aside, now, held=held)
+    return wallet if held else wallet._replace(covers=None)
 
 
 def with_row(wallet: Wallet, row: EndingCredits, now: datetime) -> Wallet:
     """`wallet` with some credits more that have an end. What one period sets aside in parts is one row."""
+    ending, set_aside = wallet.ending, wallet.set_aside
     if row.is_from_subscription:
-        others = [
-            other for other in wallet.set_aside if (other.origin, other.expires_at) != (row.origin, row.expires_at)
-        ]
-        in_all = row.remaining + of_period(wallet._replace(set_aside=tuple(others))) - of_period(wallet)
-        insort(others, row._replace(remaining=in_all), key=_order)
-        wallet = wallet._replace(set_aside=tuple(others))
+        same = [other for other in set_aside if (other.origin, other.expires_at) == (row.origin, row.expires_at)]
+        others = tuple(other for other in set_aside if other not in same)
+        in_all = row.remaining + sum(other.remaining for other in same)
+        set_aside = _placed(others, row._replace(remaining=in_all))
     else:
-        rows = list(wallet.ending)
-        insort(rows, row, key=_order)
-        wallet = wallet._replace(ending=tuple(rows))
-    return wallet._replace(next_ending_at=_next_end(wallet, now))
+        ending = _placed(ending, row)
+    return _with_rows(wallet, ending, set_aside, now, held=wallet.held_past_end)
 
 
 def without_origin(wallet: Wallet, origin: str, now: datetime) -> Wallet:
     """`wallet` without the rows that `origin` has set aside: they belong to the current period again."""
     kept = tuple(row for row in wallet.set_aside if row.origin != origin)
-    if len(kept) == len(wallet.set_aside):
-        return wallet
-    wallet = wallet._replace(set_aside=kept)
-    return wallet._replace(next_ending_at=_next_end(wallet, now))
+    return _with_rows(wallet, wallet.ending, kept, now, held=wallet.held_past_end)
 
 
 def uncover(wallet: Wallet, credits: int, reserved_seq: int | None) -> Wallet:
@@ -187,7 +196,7 @@ def _noted(wallet: Wallet, now: datetime) -> Wallet:
     if covers and covers[-1].credits == wallet.reserved:
         covers = covers[:-1]  # nothing was reserved since then
     covers = (*covers, Cover(now, wallet.last_seq, wallet.reserved))
-    return wallet._replace(held_past_end=held, covers=covers, next_ending_at=_next_end(wallet, now))
+    return _with_rows(wallet._replace(covers=covers), wallet.ending, wallet.set_aside, now, held=held)
 
 
 def _uncovered(wallet: Wallet) -> int:
@@ -225,10 +234,12 @@ def end_uncovered(wallet: Wallet, now: datetime, *, most_events: int | None = No
         left -= taken
         events.append(event)
     held = wallet.held_past_end + sum(event.credits for event in events)
-    wallet = wallet._replace(ending=ending.left(), set_aside=set_aside.left(), held_past_end=held)
+    wallet = _with_rows(wallet, ending.left(), set_aside.left(), now, held=held)
     if left:
-        return wallet._replace(held_past_end=0, next_ending_at=first), tuple(events)
-    return wallet._replace(next_ending_at=_next_end(wallet, now), covers=wallet.covers if held else None), tuple(events)
+        wallet = wallet._replace(held_past_end=0, next_ending_at=first)
+    elif not held:
+        wallet = wallet._replace(covers=None)
+    return wallet, tuple(events)
 
 
 def end(wallet: Wallet, row: EndingCredits, credits: int, now: datetime) -> tuple[Wallet, Event]:

@@ -18,7 +18,7 @@ from ledger.messages import (
     Unsubscribe,
     WalletMessage,
 )
-from ledger.rules.ending import Drawn, draw, draw_first, end, with_row, without
+from ledger.rules.ending import draw_prepaid, end, with_row, without
 from ledger.rules.posting import conflict, metadata_of, post, refuse
 from ledger.rules.subscriptions import subscribe, unsubscribe
 from ledger.state import (
@@ -158,28 +158,14 @@ def _adjust(wallet: Wallet, message: Adjust, now: datetime) -> Decision:
         return _bring(wallet, message, now, "adjustment", [(None, message.credits)], reason=message.reason)
     if not message.allow_negative and (refusal := _overdraft(wallet, message)):
         return refusal
-    return _take(
-        wallet,
-        message,
-        -message.credits,
-        now,
-        "adjustment",
-        draw(wallet, -message.credits, prepaid_only=True),
-        reason=message.reason,
-    )
+    return _take(wallet, message, -message.credits, now, "adjustment", reason=message.reason)
 
 
 def _bill(wallet: Wallet, message: Bill, now: datetime) -> Decision:
     if message.credits >= 0:
         return _bring(wallet, message, now, "billing", [(None, message.credits)], invoice_id=message.invoice_id)
     return _overdraft(wallet, message) or _take(
-        wallet,
-        message,
-        -message.credits,
-        now,
-        "billing",
-        draw(wallet, -message.credits, prepaid_only=True),
-        invoice_id=message.invoice_id,
+        wallet, message, -message.credits, now, "billing", invoice_id=message.invoice_id
     )
 
 
@@ -202,10 +188,12 @@ def _take(
     credits: int,
     now: datetime,
     event_type: EventType,
-    drawn: Drawn,
+    *,
+    first: str | None = None,
     **own: Any,
 ) -> Decision:
-    """Take `credits` out of the prepaid balance, as `drawn`, with the keys `own` in the event's metadata."""
+    """Take `credits` out of the prepaid balance, from the origin `first` before others; `own` as in `_bring`."""
+    drawn = draw_prepaid(wallet, credits, first=first)
     wallet = without(wallet, drawn, now)
     wallet, event = post(
         wallet,
@@ -276,9 +264,9 @@ def _reverse(wallet: Wallet, message: Reverse, now: datetime, purchase: PostedMe
             f"{purchase.reversed} of them were reversed already, so "
             f"{'nothing is left' if message.credits is None else f'{message.credits} cannot be reversed'}",
         )
-    drawn = draw_first(wallet, amount, f"{Purchase.kind}:{message.purchase_id}")
     own = {"purchase_id": message.purchase_id, "reason": message.reason}
-    decision = _take(wallet, message, amount, now, "billing", drawn, **own)
+    origin = f"{Purchase.kind}:{message.purchase_id}"
+    decision = _take(wallet, message, amount, now, "billing", first=origin, **own)
     return decision._replace(posted=(purchase._replace(reversed=purchase.reversed + amount),))
 
 
