@@ -99,7 +99,10 @@ class Wallet(_Answer):
     used_this_period: int
     included_this_period: int
     plan: str | None
-    next_plan: Annotated[NextPlan | None, Field(description="The plan that comes next; null: the same, or none.")]
+    plan_ends_at: Annotated[
+        Moment | None, Field(description="When the plan ends, as its subscription was ended; null: it goes on.")
+    ]
+    next_plan: Annotated[NextPlan | None, Field(description="The plan that comes next, if it is another one.")]
     current_period: Period | None
     ending: Annotated[list[Ending], Field(description=f"What ends by itself, at most {MOST_ENDS}, soonest first.")]
 

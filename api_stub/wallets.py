@@ -99,13 +99,4 @@ def add(app: FastAPI) -> None:
         with using.reading() as ledger:
             if at is not None:
                 return {"org_id": org_id, "at": at, **asdict(history.balances_at(ledger, org_id, at))}
-            return _wallet_json(views.wallet(ledger, org_id) or WalletView(org_id))
-
-
-def _wallet_json(view: WalletView) -> dict[str, Any]:
-    fields = asdict(view)
-    start, end = fields.pop("current_period_start"), fields.pop("current_period_end")
-    for part in fields["ending"]:
-        part["from"] = part.pop("origin")
-    period = None if start is None else {"start": start, "end": end}
-    return {**fields, "current_period": period}
+            return views.as_item(views.wallet(ledger, org_id) or WalletView(org_id))

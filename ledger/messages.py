@@ -123,7 +123,7 @@ _HALF_A_SURROGATE_PAIR = re.compile("[\ud800-\udfff]")
 
 
 def _given_reason(reason: str) -> str:
-    if reason in OWN_REASONS:
+    if reason.strip().casefold() in OWN_REASONS:
         raise PydanticCustomError("reason", "must not be a reason that only the ledger gives")
     return reason
 

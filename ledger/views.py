@@ -1,6 +1,6 @@
 """The current state: an organization's wallet, its workflows and its open reservations. Only reads."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -61,6 +61,8 @@ class WalletView:
     included_this_period: int = 0
     plan: str | None = None
     """The plan of the current period."""
+    plan_ends_at: datetime | None = None
+    """When it ends, if the subscription was ended: no further period of it begins."""
     next_plan: NextPlan | None = None
     current_period_start: datetime | None = None
     current_period_end: datetime | None = None
@@ -115,11 +117,21 @@ def wallet(connection: Connection, org_id: str) -> WalletView | None:
         used_this_period=row.period_usage,
         included_this_period=row.period_granted if has_period else 0,
         plan=row.period_plan or row.plan,
+        plan_ends_at=row.next_period_at if has_period and not row.active else None,
         next_plan=_next_plan(row),
         current_period_start=period_start(row.anchor, row.period) if has_period else None,
         current_period_end=row.next_period_at if has_period else None,
         ending=_ending(connection, org_id) if row.next_ending_at is not None or row.held_past_end else (),
     )
+
+
+def as_item(view: WalletView) -> dict[str, Any]:
+    """A wallet as its owner sees it: the fields of a JSON object."""
+    fields = asdict(view)
+    start, end = fields.pop("current_period_start"), fields.pop("current_period_end")
+    for part in fields["ending"]:
+        part["from"] = part.pop("origin")
+    return {**fields, "current_period": None if start is None else {"start": start, "end": end}}
 
 
 def _subscription_of(wallets_column: ColumnElement[Any], subscription: Any) -> ColumnElement[bool]:

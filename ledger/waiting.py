@@ -27,7 +27,7 @@ NOBODY = ""
 """Stands for the organization of a message that names none."""
 
 LOCKED = "its wallet is locked"
-RECORD_LOCKED = "one of its workflows or subscriptions is locked"
+RECORD_LOCKED = "one of its workflows, subscriptions or ending credits is locked"
 BEING_CREATED = "its wallet is being created"
 BEHIND = "its earlier messages wait"
 MUCH_DUE = "more is due in its wallet than one transaction does"

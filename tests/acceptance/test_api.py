@@ -230,6 +230,7 @@ def test_the_wallet_says_what_there_is(api: Api) -> None:
         "included_this_period": 100,
         "plan": "pro",
         "ending": [],
+        "plan_ends_at": None,
         "next_plan": None,
     }
 

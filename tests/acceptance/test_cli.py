@@ -134,8 +134,8 @@ def test_a_wallet_as_json_has_every_field(holdfast: Any) -> None:
         "used_this_period": 80,
         "included_this_period": 0,
         "plan": None,
-        "current_period_start": None,
-        "current_period_end": None,
+        "plan_ends_at": None,
+        "current_period": None,
         "ending": [],
         "next_plan": None,
     }

@@ -9,11 +9,11 @@ import httpx
 import pytest
 
 from api_stub.pages import PLACES
-from ledger import history
+from ledger import history, views
 from ledger.readable import escaped
 from tests.acceptance.website import Visitor, figures, history_of, link, rows, shown, text_of, write
 from tests.installation import Installation
-from tests.support import sql
+from tests.support import eventually, sql
 
 COLUMNS = (
     "created_at,event_type,source,project_id,activity_name,credits,prepaid_balance_after,period_usage_after,metadata"
@@ -53,6 +53,38 @@ def test_the_page_shows_the_wallet(ledger: Installation, customer: Visitor, org_
     assert "holding 300 credits" in page.text
     assert re.search(r'scope="row" class="mono">w2</th>.*?>web<.*?>Crawl<.*?>300<.*?>\d+ s ago<', page.text, re.DOTALL)
     assert "in 23 h 59 min" in page.text
+
+
+def test_the_page_says_when_a_plan_ends_and_what_is_owed(ledger: Installation, customer: Visitor, org_id: str) -> None:
+    plan = {"subscription_id": "s", "plan": "Team", "monthly_credits": 10, "anchor": "2026-01-31T00:00:00Z"}
+    write(
+        ledger.engine,
+        org_id,
+        ("wallet.subscribe", {**plan, "version": 1}),
+        ("wallet.unsubscribe", {"subscription_id": "s", "version": 2}),
+        ("workflow.finish", {"workflow_id": "w1", "credits": 17}),
+    )
+    text = text_of(customer.get(history_of(org_id)).text)
+    with ledger.engine.connect() as connection:
+        view = views.wallet(connection, org_id)
+    assert view is not None
+    assert view.plan_ends_at is not None
+    assert f"plan Team , ends {view.plan_ends_at.day} {view.plan_ends_at:%b %Y}" in text
+    assert "Prepaid -7 owed: what comes in settles it" in text.replace("−", "-")
+
+
+def test_the_page_says_that_credits_are_kept_past_their_end(
+    ledger: Installation, customer: Visitor, org_id: str
+) -> None:
+    soon = datetime.now(UTC) + timedelta(seconds=1)
+    write(
+        ledger.engine,
+        org_id,
+        ("wallet.grant", {"grant_id": "g", "credits": 20, "expires_at": soon.isoformat()}),
+        ("workflow.start", {"workflow_id": "w1", "credits": 20}),
+    )
+    assert f"20 end {soon.day} {soon:%b %Y}" in text_of(customer.get(history_of(org_id)).text)
+    eventually(lambda: "20 kept past their end by workflows" in text_of(customer.get(history_of(org_id)).text))
 
 
 def test_the_page_shows_the_nine_columns_in_the_order_of_the_contract(

@@ -170,16 +170,20 @@ def test_a_message_that_will_be_a_dead_letter_waits_behind_what_waits_for_the_de
 SUBSCRIBE = {"subscription_id": "s1", "version": 1, "plan": "team", "monthly_credits": 100}
 
 
-@pytest.mark.parametrize("table", ["workflows", "subscriptions"])
+@pytest.mark.parametrize("table", ["workflows", "subscriptions", "ending_credits"])
 def test_records_that_somebody_has_locked_in_many_organizations_delay_nobody_else(
     engine: Engine, other: Engine, table: str
 ) -> None:
     organizations = [f"org-{n:02}" for n in range(60)]
     for org_id in organizations:
         subscribe = delivery("wallet.subscribe", org_id=org_id, **SUBSCRIBE, anchor="2999-01-01T00:00:00Z")
-        apply_batch(engine, [purchase(org_id, "first"), start(org_id, "run", 5), subscribe])
+        grant = delivery("wallet.grant", org_id=org_id, grant_id="g1", credits=5, expires_at="2999-01-01T00:00:00Z")
+        apply_batch(engine, [purchase(org_id, "first"), start(org_id, "run", 5), subscribe, grant])
     if table == "workflows":
         messages = [delivery("workflow.cancel", org_id=org_id, workflow_id="run") for org_id in organizations]
+    elif table == "ending_credits":
+        run = {"workflow_id": "run", "credits": 2}
+        messages = [delivery("workflow.finish", org_id=org_id, **run) for org_id in organizations]
     else:
         end = {"subscription_id": "s1", "version": 2}
         messages = [delivery("wallet.unsubscribe", org_id=org_id, **end) for org_id in organizations]

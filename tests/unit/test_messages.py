@@ -12,6 +12,7 @@ from ledger.messages import (
     MAX_BODY_BYTES,
     MAX_METADATA_BYTES,
     MESSAGES,
+    OWN_REASONS,
     AnyMessage,
     InvalidMessage,
     Message,
@@ -337,9 +338,9 @@ def test_allow_negative_is_a_boolean_and_nothing_like_it(allow: object) -> None:
     )
 
 
-@pytest.mark.parametrize("what", ["subscription", "grant", "purchase", "refund"])
-def test_only_the_ledger_says_that_credits_expired(what: str) -> None:
-    assert refused("wallet.adjust", adjust(reason=f"{what}_expired")) == (
+@pytest.mark.parametrize("reason", [*sorted(OWN_REASONS), "Grant_Expired", " refund_expired "])
+def test_only_the_ledger_says_that_credits_expired(reason: str) -> None:
+    assert refused("wallet.adjust", adjust(reason=reason)) == (
         "wallet.adjust: reason must not be a reason that only the ledger gives"
     )
 

@@ -1,6 +1,6 @@
 """`holdfast wallet` and `holdfast history`: a customer's balances and credit history in a terminal."""
 
-from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Annotated, get_args
 
 import typer
@@ -11,7 +11,7 @@ from ledger.filters import EventFilter
 from ledger.history import Page
 from ledger.readable import escaped
 from ledger.state import EventType
-from ledger.views import WalletView
+from ledger.views import Ending, WalletView
 from worker.cli.tables import Column, properties, table
 from worker.cli.terminal import AsJson, Organization, console, fail, open_ledger, print_json, when
 
@@ -26,7 +26,7 @@ def wallet(org_id: Organization, as_json: AsJson = False) -> None:
     if view is None:
         fail(f"{org_id} has no wallet: no message has named it yet", code=1)
     if as_json:
-        print_json(asdict(view))
+        print_json(views.as_item(view))
     else:
         console.print(wallet_table(view))
 
@@ -96,14 +96,20 @@ def wallet_table(view: WalletView) -> Table:
             ("used this period", view.used_this_period),
             ("included this period", view.included_this_period),
             ("plan", view.plan or "none"),
-            ("period ends", view.current_period_end),
+            ("period ends" if view.plan_ends_at is None else "plan ends", view.current_period_end),
             *((f"plan from {part.starts_at:%Y-%m-%d}", part.plan) for part in [view.next_plan] if part is not None),
-            *((f"ends {part.expires_at:%Y-%m-%d}", part.credits) for part in view.ending[:3]),
+            *((_end_of(part), part.credits) for part in view.ending[:3]),
             ("credit limit", view.credit_limit),
             ("period cap", "none" if view.period_cap is None else view.period_cap),
         ],
         amounts=True,
     )
+
+
+def _end_of(part: Ending) -> str:
+    if part.expires_at <= datetime.now(UTC):
+        return "kept past their end"
+    return f"ends {part.expires_at:%Y-%m-%d}"
 
 
 # Any other column is text, and is shown on a wide terminal only.
