@@ -65,7 +65,7 @@ _PAST_EVENTS = """
     INSERT INTO credit_events (org_id, seq, created_at, event_type, source, workflow_id, project_id, activity_name,
                                credits, prepaid_balance_after, subscription_balance_after, reserved_after,
                                period_usage_after, idempotency_key, metadata)
-    SELECT org_id, seq, last_event_at - interval '300 days' * (last_seq - seq) / last_seq,
+    SELECT org_id, seq, last_event_at - interval '300 days' * (CAST(last_seq - seq AS float) / last_seq),
            event_type, source, workflow_id, project_id, activity_name,
            credits, :funds - used, 0, reserved, used, concat(key, workflow_id), metadata
     FROM (

@@ -375,6 +375,21 @@ CHECKS = (
         """,
     ),
     Check(
+        "usage sums",
+        "The sums of usage by day are those of the events that have been summed.",
+        """
+        SELECT org_id, 'the usage of ' || day AS offender
+        FROM usage_days FULL JOIN (
+            SELECT org_id, CAST(timezone('UTC', created_at) AS date) AS day, COALESCE(project_id, '') AS project_id,
+                   COALESCE(activity_name, '') AS activity_name, source,
+                   sum(-event.credits) AS used, count(*) AS counted
+            FROM credit_events AS event JOIN usage_summed AS summed USING (org_id)
+            WHERE event_type = 'usage' AND event.seq <= summed.seq GROUP BY 1, 2, 3, 4, 5
+        ) AS history USING (org_id, day, project_id, activity_name, source)
+        WHERE credits IS DISTINCT FROM used OR runs IS DISTINCT FROM counted
+        """,
+    ),
+    Check(
         "append-only",
         "The database refuses to change or delete an event.",
         """

@@ -12,11 +12,13 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Date,
     Identity,
     Index,
     Integer,
     LargeBinary,
     MetaData,
+    Numeric,
     PrimaryKeyConstraint,
     Table,
     Text,
@@ -273,6 +275,31 @@ credit_events = Table(
         "event_type <> 'reservation_released'"
         " OR COALESCE(metadata ->> 'reason' IN ('settled', 'cancelled', 'failed', 'expired'), false)",
     ),
+)
+
+# Sums of usage for each UTC day: of the events up to `usage_summed.seq`. An empty text stands for none.
+usage_days = Table(
+    "usage_days",
+    metadata,
+    _column("org_id", Text),
+    _column("day", Date),
+    _column("project_id", Text),
+    _column("activity_name", Text),
+    _column("source", Text),
+    _column("credits", Numeric),
+    _column("runs", BigInteger),
+    PrimaryKeyConstraint("org_id", "day", "project_id", "activity_name", "source", name="usage_days_pkey"),
+    _check("usage_days_credits", "credits >= 0"),
+    _check("usage_days_runs", "runs >= 1"),
+)
+
+usage_summed = Table(
+    "usage_summed",
+    metadata,
+    _column("org_id", Text),
+    _column("seq", BigInteger),
+    PrimaryKeyConstraint("org_id", name="usage_summed_pkey"),
+    _check("usage_summed_seq", "seq >= 0"),
 )
 
 dead_letters = Table(

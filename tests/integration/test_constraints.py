@@ -83,6 +83,16 @@ GOOD: dict[str, Row] = {
         "remaining": 5,
         "plan": None,
     },
+    "usage_days": {
+        "org_id": "acme",
+        "day": "2026-01-31",
+        "project_id": "",
+        "activity_name": "",
+        "source": "workflow-engine",
+        "credits": 5,
+        "runs": 1,
+    },
+    "usage_summed": {"org_id": "acme", "seq": 1},
     "posted_messages": {
         "org_id": "acme",
         "kind": "purchase",
@@ -223,6 +233,12 @@ BAD: dict[str, dict[str, list[Row]]] = {
         "ending_credits_seq": [{"origin": "grant:g2", "seq": 0}],
         "ending_credits_remaining": [{"origin": "grant:g2", "remaining": bad} for bad in (0, -1, OVER)],
     },
+    "usage_days": {
+        "usage_days_pkey": [{}, {"runs": 2}],
+        "usage_days_credits": [{"day": "2026-02-01", "credits": -1}],
+        "usage_days_runs": [{"day": "2026-02-01", "runs": 0}],
+    },
+    "usage_summed": {"usage_summed_pkey": [{}], "usage_summed_seq": [{"org_id": "globex", "seq": -1}]},
     "posted_messages": {
         "posted_messages_pkey": [{}, {"terms": '{"credits": 1}'}],
         "posted_messages_terms": [{"terms": bad} for bad in ("[]", "null", "1", '"text"')],
@@ -319,6 +335,8 @@ ALSO_GOOD: dict[str, list[Row]] = {
         {"origin": "subscription:s1:0", "plan": "team"},
         {"org_id": "globex"},
     ],
+    "usage_days": [{"day": "2026-02-01", "credits": 0}, {"project_id": "p1"}, {"activity_name": "Crawl"}],
+    "usage_summed": [{"org_id": "globex", "seq": 0}],
     "posted_messages": [
         {"message_id": "p2", "outcome": "ignored", "reason": "stale_version"},
         {"message_id": "p3", "terms": "{}"},
@@ -373,6 +391,8 @@ OPTIONAL_COLUMNS = {
     },
     "subscriptions": {"plan", "anchor", "period", "first_period", "period_plan"},
     "ending_credits": {"plan"},
+    "usage_days": set(),
+    "usage_summed": set(),
     "posted_messages": {"reason"},
     "credit_events": {"workflow_id", "project_id", "activity_name"},
     "dead_letters": {"org_id", "traceback", "resolved_at", "resolved_by", "resolution"},

@@ -22,11 +22,13 @@ from worker.local.embedded import Embedded
 # Every table, and what each role may do to it: all or some of SELECT, INSERT, UPDATE, DELETE. Never more than that.
 WORKER = {
     "alembic_version": "",
-    "credit_events": "I",
+    "credit_events": "(S)I",
     "dead_letters": "SIU",
     "ending_credits": "SIUD",
     "posted_messages": "SI(U)",
     "subscriptions": "SIU",
+    "usage_days": "SIU",
+    "usage_summed": "SIU",
     "waiting_messages": "SIUD",
     "wallets": "SIU",
     "workflows": "SIU",
@@ -156,7 +158,7 @@ def test_what_a_role_has_passed_on_is_taken_too(engine: Engine, database_url: st
 def test_an_older_schema_has_its_grants_too_and_the_tables_that_come_later_theirs(engine: Engine) -> None:
     migrations.downgrade(engine, "0002")
     migrations.grant(engine)
-    later = {"waiting_messages", "ending_credits"}
+    later = {"waiting_messages", "ending_credits", "usage_days", "usage_summed"}
     before = {name: may for name, may in WORKER.items() if name not in later}
     assert may_do(engine, roles.WORKER) == {**before, "posted_messages": "SI"}
     migrations.upgrade(engine)
