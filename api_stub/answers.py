@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, PlainSerializer, WithJsonSchema
 
 from ledger.state import EventType, WorkflowState
+from ledger.usage import FEWEST_RATE_DAYS, MOST_GROUPS, RATE_DAYS
 from ledger.views import MOST_ENDS
 
 
@@ -105,6 +106,50 @@ class Wallet(_Answer):
     next_plan: Annotated[NextPlan | None, Field(description="The plan that comes next, if it is another one.")]
     current_period: Period | None
     ending: Annotated[list[Ending], Field(description=f"What ends by itself, at most {MOST_ENDS}, soonest first.")]
+
+
+class UsageGroup(_Answer):
+    """What was used by a project, an activity, a source, a day or a month: it has the names in `group_by`."""
+
+    project: Annotated[str | None, Field(description="null: the runs that named none.")] = None
+    activity: Annotated[str | None, Field(description="null: the runs that named none.")] = None
+    source: str = ""
+    day: Annotated[str, Field(description="In UTC, as in `2026-01-31`.")] = ""
+    month: Annotated[str, Field(description="In UTC, as in `2026-01`.")] = ""
+    credits: int
+    runs: int
+
+
+class UsageTotal(_Answer):
+    """What was used in all."""
+
+    credits: int
+    runs: int
+
+
+class UsageRate(_Answer):
+    """How quickly credits are used."""
+
+    credits_per_day: Annotated[
+        int, Field(description=f"The mean of the last {RATE_DAYS} full days in UTC, rounded up.")
+    ]
+    lasts_until: Annotated[
+        Moment | None, Field(description="When what is available now is used up at this rate; null: never.")
+    ]
+
+
+class Usage(_Answer):
+    """The usage of a range of time: by time, and then the largest first."""
+
+    groups: Annotated[list[UsageGroup], Field(description="None, if `group_by` is not given.")]
+    total: Annotated[UsageTotal, Field(description="Of all groups, also those that are left out.")]
+    truncated: Annotated[
+        bool, Field(description=f"Whether there are more than {MOST_GROUPS} groups, so that the smallest are left out.")
+    ]
+    rate: Annotated[
+        UsageRate | None,
+        Field(description=f"Now, whatever the range; null: the first event is less than {FEWEST_RATE_DAYS} days old."),
+    ]
 
 
 class WalletThen(_Answer):

@@ -40,7 +40,7 @@ MOST_GROUPED_BY = 2
 """The most of them at once."""
 
 MOST_GROUPS = 1_000
-"""The most groups of one result."""
+"""The most groups of one result, unless more are asked for."""
 
 NOT_SUMMED = 10_000
 """The fewest new events of an organization that the scheduler sums; fewer are read one by one, as quickly."""
@@ -62,7 +62,7 @@ class Usage:
     runs: int
     """What all groups together used, and in how many runs: also those that are left out."""
     truncated: bool
-    """Whether there are more groups than `MOST_GROUPS`, so that the smallest are left out."""
+    """Whether there are more groups than were asked for, so that the smallest are left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,7 @@ def usage(
     *,
     created_from: datetime | None = None,
     created_before: datetime | None = None,
+    most: int = MOST_GROUPS,
 ) -> Usage:
     """The usage of `org_id` in a range of time, summed by at most `MOST_GROUPED_BY` different groups."""
     assert len(set(group_by)) == len(group_by) <= MOST_GROUPED_BY
@@ -90,16 +91,16 @@ def usage(
     used, runs = func.sum(parts.c.credits).label("credits"), func.sum(parts.c.runs).label("runs")
     of_all = (func.sum(used).over().label("all_credits"), func.sum(runs).over().label("all_runs"))
     summed = select(*by, used, runs, *of_all).group_by(*by).order_by(used.desc(), *by)
-    rows = connection.execute(summed.limit(MOST_GROUPS + 1)).mappings().all()
+    rows = connection.execute(summed.limit(most + 1)).mappings().all()
     if not rows or rows[0]["all_runs"] is None:
         return Usage([], 0, 0, truncated=False)
     groups = [
         {**{name: row[name] for name in group_by}, "credits": int(row["credits"]), "runs": int(row["runs"])}
-        for row in (rows[:MOST_GROUPS] if group_by else ())
+        for row in (rows[:most] if group_by else ())
     ]
     if in_time := [name for name in group_by if name in ("day", "month")]:
         groups.sort(key=lambda group: [group[name] for name in in_time])
-    return Usage(groups, int(rows[0]["all_credits"]), int(rows[0]["all_runs"]), truncated=len(rows) > MOST_GROUPS)
+    return Usage(groups, int(rows[0]["all_credits"]), int(rows[0]["all_runs"]), truncated=len(rows) > most)
 
 
 def rate(connection: Connection, org_id: str, *, available: int, now: datetime) -> Rate | None:

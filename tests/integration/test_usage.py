@@ -177,11 +177,10 @@ def test_groups_come_by_time_and_then_the_largest_first(engine: Engine, used: li
 
 
 def test_too_many_groups_leave_out_the_smallest_and_the_total_has_all(
-    engine: Engine, used: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    engine: Engine, used: list[dict[str, Any]]
 ) -> None:
     every = of(engine, "day", "project")
-    monkeypatch.setattr(usage, "MOST_GROUPS", 5)
-    some = of(engine, "day", "project")
+    some = of(engine, "day", "project", most=5)
     assert some.truncated
     assert (some.credits, some.runs) == (every.credits, every.runs)
     largest = sorted((group["credits"] for group in every.groups), reverse=True)[:5]

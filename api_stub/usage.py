@@ -1,0 +1,120 @@
+"""What used the credits of an organization: for programs, and as a file for spreadsheets."""
+
+import csv
+import io
+import re
+from dataclasses import asdict
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Query, Response
+from sqlalchemy import Connection
+
+from api_stub import answers, errors
+from api_stub.exports import cell
+from api_stub.problems import Problem
+from api_stub.rights import ReadableOrg
+from api_stub.services import Using
+from api_stub.wallets import DayOrTime
+from ledger import filters, views
+from ledger.usage import MOST_GROUPED_BY, MOST_GROUPS, Group, Usage, rate, usage
+from ledger.views import WalletView
+
+MOST_LINES = 100_000
+"""The most groups of a file."""
+
+
+class Asked:
+    """What the query asks for."""
+
+    def __init__(
+        self,
+        group_by: Annotated[
+            list[Group] | None, Query(description=f"Repeatable: at most {MOST_GROUPED_BY} different ones.")
+        ] = None,
+        date_from: Annotated[DayOrTime | None, Query(description="First day or moment (ISO 8601).")] = None,
+        date_to: Annotated[
+            DayOrTime | None, Query(description="Last day, or the moment before which to end; not before `date_from`.")
+        ] = None,
+    ) -> None:
+        self.group_by = tuple(dict.fromkeys(group_by or ()))
+        if len(self.group_by) > MOST_GROUPED_BY:
+            raise Problem(
+                HTTPStatus.UNPROCESSABLE_ENTITY, f"group_by may be given at most {MOST_GROUPED_BY} times, not more"
+            )
+        try:
+            created_from, created_before = filters.time_range(date_from, date_to)
+        except ValueError:
+            raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "date_to must not be before date_from") from None
+        self.created_from, self.created_before = created_from, created_before
+
+    def of(self, ledger: Connection, org_id: str, *, most: int) -> Usage:
+        """The usage that is asked for."""
+        return usage(
+            ledger,
+            org_id,
+            self.group_by,
+            created_from=self.created_from,
+            created_before=self.created_before,
+            most=most,
+        )
+
+
+AskedFor = Annotated[Asked, Depends()]
+
+
+def add(app: FastAPI) -> None:
+    """Add the routes of the usage."""
+
+    @app.get(
+        "/api/organizations/{orgId}/usage",
+        tags=["credits"],
+        response_model=answers.Usage,
+        response_model_exclude_unset=True,
+        responses=errors.READ_RESPONSES,
+    )
+    def usage_of(org_id: ReadableOrg, using: Using, asked: AskedFor) -> dict[str, Any]:
+        """What used credits: usage by project, activity, source, day or month. Refunds are not subtracted."""
+        with using.reading() as ledger:
+            found = asked.of(ledger, org_id, most=MOST_GROUPS)
+            view = views.wallet(ledger, org_id) or WalletView(org_id)
+            speed = rate(ledger, org_id, available=view.available, now=datetime.now(UTC))
+        return {
+            "groups": found.groups,
+            "total": {"credits": found.credits, "runs": found.runs},
+            "truncated": found.truncated,
+            "rate": None if speed is None else asdict(speed),
+        }
+
+    @app.get(
+        "/api/organizations/{orgId}/usage.csv",
+        tags=["credits"],
+        response_class=Response,
+        responses={**errors.READ_RESPONSES, 200: {"content": {"text/csv": {"schema": {"type": "string"}}}}},
+    )
+    def usage_as_csv(org_id: ReadableOrg, using: Using, asked: AskedFor) -> Response:
+        """The same as a file: a line a group."""
+        with using.reading() as ledger:
+            found = asked.of(ledger, org_id, most=MOST_LINES)
+        if found.truncated:
+            raise Problem(
+                HTTPStatus.UNPROCESSABLE_ENTITY,
+                f"these are more than {MOST_LINES:,} groups: ask for a shorter range, or for fewer values of group_by",
+            )
+        name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"usage-{org_id}.csv")
+        return Response(
+            _file(asked, found),
+            media_type="text/csv; charset=utf-8; header=present",
+            headers={"Content-Disposition": f'attachment; filename="{name}"'},
+        )
+
+
+def _file(asked: Asked, found: Usage) -> str:
+    names = (*asked.group_by, "credits", "runs")
+    groups = found.groups or [{"credits": found.credits, "runs": found.runs}]
+    written = io.StringIO()
+    writer = csv.writer(written)
+    writer.writerow(names)
+    writer.writerows([cell(group[name]) for name in names] for group in (groups if found.runs else ()))
+    return written.getvalue()
