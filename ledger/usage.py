@@ -15,10 +15,8 @@ from sqlalchemy import (
     Connection,
     Engine,
     Select,
-    and_,
     cast,
     func,
-    or_,
     select,
     text,
     union_all,
@@ -149,16 +147,19 @@ def _parts(connection: Connection, org_id: str, created_from: datetime | None, c
         columns.source,
         cast(-columns.credits, Numeric).label("credits"),
         cast(1, BigInteger).label("runs"),
-    ).where(
-        columns.org_id == org_id, columns.event_type == "usage", columns.seq >= found.first, columns.seq < found.end
-    )
-    if days.first >= min(days.end, summed + 1):  # no event of a whole day is in the sums
-        return events
-    in_sums: list[ColumnElement[bool]] = [usage_days.c.org_id == org_id]
+    ).where(columns.org_id == org_id, columns.event_type == "usage")
+
+    def between(first: int, end: int) -> Select[Any]:
+        return events.where(columns.seq >= first, columns.seq < end)
+
+    in_sums_until = min(days.end, summed + 1)
+    if days.first >= in_sums_until:  # no event of a whole day is in the sums
+        return between(found.first, found.end)
+    of_days: list[ColumnElement[bool]] = [usage_days.c.org_id == org_id]
     if first_day is not None:
-        in_sums.append(usage_days.c.day >= first_day.date())
+        of_days.append(usage_days.c.day >= first_day.date())
     if end_day is not None:
-        in_sums.append(usage_days.c.day < end_day.date())
+        of_days.append(usage_days.c.day < end_day.date())
     sums: Select[Any] = select(
         usage_days.c.day,
         func.nullif(usage_days.c.project_id, "").label("project_id"),
@@ -166,9 +167,8 @@ def _parts(connection: Connection, org_id: str, created_from: datetime | None, c
         usage_days.c.source,
         usage_days.c.credits,
         usage_days.c.runs,
-    ).where(and_(*in_sums))
-    rest = events.where(or_(columns.seq < days.first, columns.seq >= min(days.end, summed + 1)))
-    return union_all(sums, rest)
+    ).where(*of_days)
+    return union_all(sums, between(found.first, days.first), between(in_sums_until, found.end))
 
 
 def _first_day(moment: datetime | None) -> datetime | None:

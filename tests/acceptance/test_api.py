@@ -885,7 +885,7 @@ def _reader(org_id: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token(orgs=[org_id])}"}
 
 
-TYPES = {"integer": int, "string": str, "null": type(None), "object": dict}
+TYPES = {"boolean": bool, "integer": int, "string": str, "null": type(None), "object": dict}
 
 
 def _fits(value: Any, schema: dict[str, Any], schemas: dict[str, Any]) -> bool:
