@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 from sqlalchemy import Engine, make_url
@@ -511,7 +512,7 @@ def test_ctrl_c_ends_a_demo_at_any_moment(folder: Path, moment: str) -> None:
 
 def exported(command: Command) -> dict[str, str]:
     """The settings that it tells for another terminal."""
-    return dict(re.findall(r'export (HOLDFAST_\w+)="([^"]+)"', command.said()))
+    return dict(re.findall(r'export ([A-Z]+_\w+)="([^"]+)"', command.said()))
 
 
 def settings_of(part: str, data_dir: Path) -> dict[str, str]:
@@ -539,7 +540,10 @@ def test_up_serves_until_ctrl_c_and_keeps_its_data(folder: Path) -> None:
         }
         assert [part for part, told in settings.items() if "HOLDFAST_JWT_SECRET" in told] == ["api"]
         assert make_url(exported(first)["HOLDFAST_DATABASE_URL"]).username == roles.READER
-        assert_one_line(run("up", "--data-dir", str(data_dir)), f"Holdfast already runs on the data folder {data_dir}.")
+        assert_one_line(
+            run("up", "--data-dir", str(data_dir)), f"Holdfast already runs on the data folder {data_dir}: stop it .*"
+        )
+        signed = run("token", "--org", "acme", "--scope", "credits:read", **exported(first)).stdout.strip()
 
         worker, _ = (data_dir / "worker.pid").read_text().split()
         os.kill(int(worker), signal.SIGKILL)
@@ -557,7 +561,15 @@ def test_up_serves_until_ctrl_c_and_keeps_its_data(folder: Path) -> None:
 
     with started(folder, "up", "--data-dir", str(data_dir)) as second:
         second.wait_to_say("Data and logs are in")
-        with Client(exported(second)["HOLDFAST_BROKER_URL"]) as client:
+        assert exported(second) == exported(first)
+        shown = run("wallet", "acme", "--json", HOLDFAST_DATABASE_URL=exported(first)["HOLDFAST_DATABASE_URL"])
+        assert json.loads(shown.stdout)["available"] == 550
+        over_http = httpx.get(
+            f"{exported(first)['API_URL']}/api/organizations/acme/credits",
+            headers={"Authorization": f"Bearer {signed}"},
+        )
+        assert over_http.json()["available"] == 550
+        with Client(exported(first)["HOLDFAST_BROKER_URL"]) as client:
             again = client.purchase(org_id="acme", purchase_id="p-2", credits=50, wait_s=PATIENCE_S)
         assert (again.duplicate, again.available) == (True, 550)
         second.process.terminate()  # as a service manager does
