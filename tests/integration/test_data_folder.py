@@ -113,8 +113,12 @@ def test_a_folder_with_something_else_in_it_is_refused_and_left_as_it_is(data_di
     assert files(data_dir) == [name]
 
 
-def test_the_root_of_a_file_system_counts_as_empty(data_dir: Path) -> None:
-    (data_dir / "lost+found").mkdir()
+@pytest.mark.parametrize("names", [["lost+found"], ["lock"], ["lock", f"{MARK}.new"]], ids=str)
+def test_the_root_of_a_file_system_and_what_a_first_start_on_a_full_disk_leaves_count_as_empty(
+    data_dir: Path, names: list[str]
+) -> None:
+    for name in names:
+        (data_dir / name).touch()
     assert kept(data_dir) == kept(data_dir)
 
 

@@ -26,8 +26,9 @@ FORMAT = 1
 
 MARK = "holdfast.json"
 _LOCK = "lock"
-_IN_AN_EMPTY_FOLDER = {_LOCK, "lost+found"}
-"""The lock is there before the mark; `lost+found` is in the root of a file system."""
+_NEW_MARK = f"{MARK}.new"
+_IN_AN_EMPTY_FOLDER = {_LOCK, _NEW_MARK, "lost+found"}
+"""The first two are there before the mark; `lost+found` is in the root of a file system."""
 _OF_OLDER_VERSIONS = re.compile(
     r"lock|sockets|postgres|postgres\.new|postgres-programs.*|broker|(postgres|broker|worker|beat|api)\.(log|pid)"
 )
@@ -81,7 +82,7 @@ class DataFolder:
 
     def _write(self) -> None:
         """Write the mark, under another name first, so that there is never half of it."""
-        new = self.path / f"{MARK}.new"
+        new = self.path / _NEW_MARK
         with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             os.fchmod(file.fileno(), 0o600)
             file.write(self._kept.model_dump_json(indent=2) + "\n")
