@@ -31,6 +31,7 @@ class Services:
         """Raises SettingsError."""
         assert settings.database_url is not None
         assert settings.broker_url is not None
+        self.product_name = settings.product_name or "Holdfast"
         self.authenticator = Authenticator.from_settings(settings)
         # A failed request is not repeated, unlike a worker's batch.
         self.engine = connect(settings.database_url, checks_connections=True, answer_timeout_s=READ_TIMEOUT_S)

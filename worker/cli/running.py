@@ -48,10 +48,11 @@ def up(
 
     Every start on a data folder has the same URLs, passwords and secrets.
     """
-    folder = data_dir or Settings.load().data_dir or default_data_dir(Path.cwd())
+    settings = Settings.load()
+    folder = data_dir or settings.data_dir or default_data_dir(Path.cwd())
     _stop_on_signals()
     try:
-        with System(folder, fresh=fresh, progress=_step) as system:
+        with System(folder, fresh=fresh, product_name=settings.product_name, progress=_step) as system:
             console.print("[bold green]Holdfast is ready.[/] Ctrl-C stops it.")
             print(_how_to_reach(system), flush=True)
             try:

@@ -35,11 +35,19 @@ RESTART_WINDOW_S = 60.0
 class System:
     """All services in one data folder, from `start` to `stop` (or as a context manager).
 
-    `fresh`: new ports and secrets, instead of those of earlier starts. `progress` gets one line before each step that
-    takes a moment. `start` raises ServiceError, with nothing left running.
+    `fresh`: new ports and secrets, instead of those of earlier starts. `product_name`: on the pages. `progress` gets
+    one line before each step that takes a moment. `start` raises ServiceError, with nothing left running.
     """
 
-    def __init__(self, data_dir: Path, *, fresh: bool = False, progress: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        fresh: bool = False,
+        product_name: str | None = None,
+        progress: Callable[[str], None],
+    ) -> None:
+        self._product_name = product_name
         self.embedded = Embedded(data_dir, fresh=fresh, progress=progress)
         self._progress = progress
         self._processes: list[Process] = []
@@ -63,7 +71,8 @@ class System:
                 "worker", as_worker, *celery, "worker", port=metrics_port, METRICS_ADDRESS=metrics_address
             )
             beat = self._process("beat", as_worker, *celery, "beat")
-            api = self._process("api", as_reader, *uvicorn, port=api_port, JWT_SECRET=self.jwt_secret)
+            shown = {"PRODUCT_NAME": self._product_name} if self._product_name else {}
+            api = self._process("api", as_reader, *uvicorn, port=api_port, JWT_SECRET=self.jwt_secret, **shown)
             self._processes = [worker, beat, api]
             for process in self._processes:
                 cleanup.callback(process.stop)
