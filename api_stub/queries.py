@@ -3,13 +3,14 @@
 import difflib
 from collections.abc import Collection, Iterator
 from http import HTTPStatus
+from itertools import islice
 from typing import Any
 
 from fastapi import Request
 from starlette.datastructures import QueryParams
 
 from api_stub.problems import Problem
-from ledger.messages import named
+from ledger.messages import MAX_PROBLEMS
 from ledger.readable import beginning, escaped
 
 MAX_NAME = 64
@@ -17,14 +18,19 @@ MAX_NAME = 64
 
 
 def problems(query: QueryParams, names: Collection[str], *, repeatable: Collection[str] = ()) -> dict[str, str]:
-    """What is wrong with the names in a query that takes `names`: by name, a sentence without its full stop."""
-    found = {}
+    """What is wrong with the names in a query that takes `names`: by name, a sentence without its full stop.
+
+    The first MAX_PROBLEMS, as looking for similar names takes time.
+    """
+    return dict(islice(_problems(query, names, repeatable), MAX_PROBLEMS))
+
+
+def _problems(query: QueryParams, names: Collection[str], repeatable: Collection[str]) -> Iterator[tuple[str, str]]:
     for name in query:
         if name not in names:
-            found[name] = _unknown(name, names)
+            yield name, _unknown(name, names)
         elif name not in repeatable and len(query.getlist(name)) > 1:
-            found[name] = f"{name} is given more than once"
-    return found
+            yield name, f"{name} is given more than once"
 
 
 def complaints(query: QueryParams, names: Collection[str], *, repeatable: Collection[str] = ()) -> dict[str, str]:
@@ -38,7 +44,7 @@ def refuse_others(request: Request) -> None:
     described = dict(_described(request))
     repeatable = [name for name, schema in described.items() if schema.get("type") == "array"]
     if found := problems(request.query_params, described, repeatable=repeatable):
-        raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, named(iter(found.values())))
+        raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(found.values()))
 
 
 def _described(request: Request) -> Iterator[tuple[str, dict[str, Any]]]:

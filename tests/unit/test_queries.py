@@ -39,6 +39,12 @@ def test_a_name_that_is_like_no_other_is_told_all_of_them(typed: str, shown: str
     assert complaints(QueryParams([(typed, "1")]), names.split(", ")) == expected
 
 
+def test_of_many_unknown_names_the_first_ten_are_told() -> None:
+    assert list(problems(QueryParams([(f"n{number}", "") for number in range(10_000)]), NAMES)) == [
+        f"n{number}" for number in range(10)
+    ]
+
+
 def test_a_parameter_with_one_value_is_not_repeated() -> None:
     query = QueryParams("limit=1&limit=1&event_type=usage&event_type=grant&q=1&q=2")
     found = problems(query, ("event_type", "limit"), repeatable=("event_type",))
