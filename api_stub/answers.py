@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, PlainSerializer, WithJsonSchema
 
-from ledger.state import EventType, WorkflowState
+from ledger.state import EventType, Reason, WorkflowState
 from ledger.views import MOST_ENDS
 
 
@@ -117,6 +117,33 @@ class WalletThen(_Answer):
     subscription_balance: int
     reserved_credits: int
     used_this_period: int
+
+
+class Limit(_Answer):
+    """A limit on what starts may reserve."""
+
+    kind: Annotated[Reason, Field(description="The reason that a start is given which this limit rejects.")]
+    limit: Annotated[int, Field(description="What may be reserved in all; or used and reserved within the period.")]
+    used: Annotated[int, Field(description="What was used within the period; of a limit without periods, 0.")]
+    reserved: int
+    resets_at: Annotated[Moment | None, Field(description="When `used` is 0 again; null: there is no period.")]
+
+
+class QuotedLimit(Limit):
+    """A limit on what starts may reserve, with what it still allows."""
+
+    remaining: Annotated[int, Field(description="What it still allows to reserve; may be below 0.")]
+
+
+class Quote(_Answer):
+    """What a start would be answered now."""
+
+    outcome: Literal["reserved", "rejected"]
+    reason: Annotated[Reason | None, Field(description="Why it would be rejected; null: it would not be.")]
+    available: int
+    shortfall: Annotated[int | None, Field(description="How many credits the limit lacks that would reject it.")]
+    limits: Annotated[list[QuotedLimit], Field(description="Every limit of the wallet.")]
+    as_of_seq: Annotated[int, Field(description="The wallet's last event that is counted; 0: it has none.")]
 
 
 class Workflow(_Answer):

@@ -14,7 +14,7 @@ from ledger import extras
 with extras.of_the_server():
     from fastapi import FastAPI
 
-    from api_stub import access_log, errors, operators, pages, probes, wallets, workflows
+    from api_stub import access_log, errors, operators, pages, probes, quotes, wallets, workflows
     from api_stub.middleware import around_every_answer
     from api_stub.openapi import DescribedAPI
     from api_stub.services import Services
@@ -49,7 +49,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(around_every_answer)
     errors.install(app)
     access_log.install()
-    for part in (wallets, workflows, probes, pages, operators):
+    for part in (wallets, workflows, quotes, probes, pages, operators):
         part.add(app)
     return app
 

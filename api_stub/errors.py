@@ -18,7 +18,7 @@ from starlette.routing import Match, Mount
 
 from api_stub.problems import BUSY, RETRY, Problem
 from api_stub.rendering import FOR_ALL, NotSignedInError, error_page, to_sign_in
-from ledger.faults import describe, is_transient, took_too_long
+from ledger.faults import WrongClockError, describe, is_transient, took_too_long
 from ledger.messages import named
 
 MEDIA_TYPE = "application/problem+json"
@@ -66,13 +66,14 @@ log = logging.getLogger("uvicorn.error")  # the server has set up its format and
 def install(app: FastAPI) -> None:
     """Make `app` answer every error in this way."""
     app.add_exception_handler(NotSignedInError, to_sign_in)
-    for kind in (Problem, RequestValidationError, HTTPException, DBAPIError, PoolTimeoutError, Exception):
+    of_the_ledger = DBAPIError, PoolTimeoutError, WrongClockError
+    for kind in (Problem, RequestValidationError, HTTPException, *of_the_ledger, Exception):
         app.add_exception_handler(kind, answer)
 
 
 async def answer(request: Request, error: Exception) -> Response:
     """Return the response that says what is wrong."""
-    if isinstance(error, DBAPIError | PoolTimeoutError):
+    if isinstance(error, DBAPIError | PoolTimeoutError | WrongClockError):
         is_fault = isinstance(error, PoolTimeoutError) or is_transient(error)
         log.error("The ledger could not be read: %s", describe(error), exc_info=None if is_fault else error)
     problem = _problem(request, error)
@@ -96,7 +97,7 @@ def _problem(request: Request, error: Exception) -> Problem:
         case DBAPIError() if took_too_long(error):
             # 503, not 4xx: the same query may be quick when the database is less busy.
             return Problem(HTTPStatus.SERVICE_UNAVAILABLE, TOO_LONG, RETRY)
-        case DBAPIError() if is_transient(error):
+        case DBAPIError() | WrongClockError() if is_transient(error):
             detail = "The ledger does not answer at the moment; try again."
             return Problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, RETRY)
         case _:

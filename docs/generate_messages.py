@@ -138,6 +138,7 @@ ANSWER = {
         "(the credits that may be held in all; or used and held within the period), `used` (within the period), "
         "`reserved`, and `resets_at` (when the period ends; null: there is no period, and it stays). Else null."
     ),
+    "shortfall": "Of a start that is rejected now, how many credits that limit lacks for it. Else null.",
 }
 
 OUTCOMES = {

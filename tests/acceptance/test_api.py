@@ -851,6 +851,7 @@ def test_every_answer_is_as_the_openapi_document_says(api: Api, ledger: Installa
         (CREDITS.replace("acme", "{orgId}"), ending),
         (CREDITS.replace("acme", "{orgId}"), api.get("/api/organizations/other/credits", headers=_reader("other"))),
         (CREDITS.replace("acme", "{orgId}"), api.get(CREDITS, params={"at": "2026-01-01"})),
+        ("/api/organizations/{orgId}/quote", api.get("/api/organizations/acme/quote", params={"credits": 501})),
         *((one, api.get(f"/api/organizations/acme/workflows/{workflow_id}")) for workflow_id in ("w1", "w2")),
         (f"{one}/cancel", api.post("/api/organizations/acme/workflows/w1/cancel", json={}, headers=write)),
         ("/healthz", api.get("/healthz")),
