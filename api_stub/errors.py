@@ -5,6 +5,7 @@ The texts of the database, and tracebacks, go to the log only.
 
 import logging
 import re
+from collections.abc import Mapping
 from http import HTTPMethod, HTTPStatus
 from typing import Any
 
@@ -33,6 +34,17 @@ _PROBLEM: dict[str, Any] = {
                 "title": {"type": "string", "description": "The name of the status."},
                 "status": {"type": "integer", "description": "The status of the response."},
                 "detail": {"type": "string", "description": "What is wrong, in one sentence for a person."},
+                "dead_letter": {"type": "integer", "description": "The number of the dead letter, if there is one."},
+                "code": {"type": "string", "description": "Of a dead letter: what is wrong, in one word."},
+                "lines": {
+                    "type": "array",
+                    "description": "Of a batch: what is wrong with each line.",
+                    "items": {
+                        "type": "object",
+                        "required": ["line", "detail"],
+                        "properties": {"line": {"type": "integer"}, "detail": {"type": "string"}},
+                    },
+                },
             },
         }
     }
@@ -54,6 +66,21 @@ READ_RESPONSES: dict[int | str, dict[str, Any]] = {
     }
 }
 """Further errors of requests that read."""
+
+
+def of_messages(own: Mapping[HTTPStatus, str]) -> dict[int | str, dict[str, Any]]:
+    """The errors of requests that send messages, in the description of the API. `own`: some more, or in other words."""
+    said = {
+        HTTPStatus.BAD_REQUEST: "The body cannot be read.",
+        HTTPStatus.UNAUTHORIZED: "There is no token, or it is not valid.",
+        HTTPStatus.FORBIDDEN: "The token lacks the scope.",
+        HTTPStatus.NOT_FOUND: "There is no such organization, or it is not the token's.",
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "The body is too large.",
+        HTTPStatus.SERVICE_UNAVAILABLE: "The broker cannot be reached; send it again.",
+        **own,
+    }
+    return {status.value: {"description": words, "content": _PROBLEM} for status, words in sorted(said.items())}
+
 
 FOR_PROGRAMS = re.compile(r"/(api|healthz|readyz|metrics|openapi\.json)(/.*)?", re.DOTALL)
 """The paths for programs. All others are for people, also those that lead nowhere."""
@@ -80,7 +107,7 @@ async def answer(request: Request, error: Exception) -> Response:
     if not FOR_PROGRAMS.fullmatch(request.scope["path"]):
         return error_page(request, problem.status, problem.detail, problem.headers)
     title, status = problem.status.phrase, problem.status.value
-    body = {"type": "about:blank", "title": title, "status": status, "detail": problem.detail}
+    body = {"type": "about:blank", "title": title, "status": status, "detail": problem.detail, **problem.further}
     return JSONResponse(body, status_code=status, media_type=MEDIA_TYPE, headers=FOR_ALL | problem.headers)
 
 
