@@ -20,8 +20,9 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from ledger.settings import Settings, SettingsError
 
-Scope = Literal["credits:read", "workflows:write", "operator"]
-"""The rights of a token: to read credits, to report workflows, or to handle dead letters of all organizations."""
+Scope = Literal["credits:read", "workflows:write", "wallet:write", "operator"]
+"""The rights of a token: to read credits, to send the messages of workflows, to send those of wallets, or to handle the
+dead letters of all organizations. None of them includes another one."""
 
 LEEWAY_S = 30
 """The largest difference between our clock and that of the signer of tokens."""

@@ -12,7 +12,7 @@ from api_stub.auth import InvalidTokenError, Principal, Scope
 from api_stub.problems import Problem
 from api_stub.queries import refuse_others
 from api_stub.services import Using
-from ledger.messages import ID_PATTERN
+from ledger.messages import ID_PATTERN, WORKFLOW_TASKS
 
 
 def bearer(request: Request, using: Using) -> Principal:
@@ -65,5 +65,15 @@ def organization(scope: Scope) -> Callable[..., str]:
     return checked
 
 
+def sender(principal: Annotated[Principal, Depends(bearer)], _: Annotated[object, Security(_SCHEME)]) -> Principal:
+    """A dependency: the principal, whatever it may do."""
+    return principal
+
+
 ReadableOrg = Annotated[str, Depends(organization("credits:read"))]
-WritableOrg = Annotated[str, Depends(organization("workflows:write"))]
+Sender = Annotated[Principal, Depends(sender)]
+
+
+def scope_of(task: str) -> Scope:
+    """The scope that a token needs to send a message to `task`."""
+    return "workflows:write" if task in WORKFLOW_TASKS else "wallet:write"

@@ -321,10 +321,13 @@ class Adjust(WalletMessage):
 
     task, kind, id_field = "wallet.adjust", "adjustment", "adjustment_id"
     adjustment_id: Id = Field(description="The adjustment.")
-    credits: Annotated[SignedCredits, AfterValidator(_not_zero)] = Field(description="The correction; not 0.")
+    credits: Annotated[SignedCredits, AfterValidator(_not_zero)] = Field(
+        description="The correction; not 0.", json_schema_extra={"not": {"const": 0}}
+    )
     reason: Annotated[Reason, AfterValidator(_given_reason)] = Field(
         description="The reason; kept in the event's metadata. Not one that only the ledger gives, such as "
-        "`subscription_expired`."
+        "`subscription_expired`.",
+        json_schema_extra={"not": {"enum": [*sorted(OWN_REASONS)]}},
     )
     allow_negative: bool = Field(False, description="Whether the balance may end below zero.")
     source: Source = "admin"

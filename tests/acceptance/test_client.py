@@ -57,7 +57,7 @@ def test_a_start_is_reserved_rejected_or_a_duplicate(client: Client) -> None:
     again = client.start(org_id="engine", workflow_id="run-1", credits=60, wait_s=PATIENCE_S)
     assert reserved == Result("reserved", None, False, "engine", "run-1", "reserved", (2,), 40)
     limit = Limit("insufficient_credits", limit=100, used=0, reserved=60, resets_at=None)
-    assert rejected == Result("rejected", limit.kind, False, "engine", "run-2", "rejected", (), 40, limit)
+    assert rejected == Result("rejected", limit.kind, False, "engine", "run-2", "rejected", (), 40, limit, 20)
     assert again == Result("reserved", None, True, "engine", "run-1", "reserved", (), 40)
     assert [answer.holds for answer in (reserved, rejected, again)] == [True, False, True]
 
@@ -84,7 +84,7 @@ def test_a_start_that_comes_again_after_its_hold_expired_holds_nothing(running: 
 
 @pytest.mark.parametrize(
     ("others", "state"),
-    [({}, None), ({"state": "reserved"}, "reserved"), ({"state": "cancelled", "shortfall": 5}, "cancelled")],
+    [({}, None), ({"state": "reserved"}, "reserved"), ({"state": "cancelled", "colour": "red"}, "cancelled")],
     ids=["older", "the same", "newer"],
 )
 def test_the_answer_of_a_worker_of_another_version_is_understood(

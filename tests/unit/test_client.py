@@ -13,8 +13,9 @@ import pytest
 
 from ledger.messages import MESSAGES
 from ledger.state import Limit, Result
+from ledger.store import DeadLettered
 from worker.broker import ENGINE_QUEUE
-from worker.client import Client, InvalidMessageError, Method, _result
+from worker.client import Client, DeadLetteredError, InvalidMessageError, Method, _result
 from worker.publishing import Encoded
 from worker.tasks import as_value
 
@@ -89,7 +90,7 @@ def test_the_end_of_credits_may_be_given_as_a_moment(client: Client, sent: Sent)
     assert [message["expires_at"] for _, message, _ in sent] == ["2026-01-31T09:00:00+00:00"] * 2
 
 
-REJECTED = Result("rejected", "period_cap", False, "acme", "run", "rejected", (), 500)
+REJECTED = Result("rejected", "period_cap", False, "acme", "run", "rejected", (), 500, shortfall=7)
 
 
 @pytest.mark.parametrize(
@@ -107,10 +108,19 @@ def test_an_answer_is_read_as_the_worker_gave_it(limit: Limit | None) -> None:
 
 def test_the_answer_of_a_worker_of_another_version_is_read() -> None:
     older = {"outcome": "rejected", "reason": "period_cap", "duplicate": False, "org_id": "acme", "workflow_id": "run"}
-    assert _result({**older, "event_seqs": [], "available": 500}) == REJECTED._replace(state=None)
+    assert _result({**older, "event_seqs": [], "available": 500}) == REJECTED._replace(state=None, shortfall=None)
     limit = {"kind": "period_cap", "limit": 9, "used": 8, "reserved": 1, "resets_at": None, "colour": "red"}
     newer = _result({**older, "event_seqs": [], "available": 500, "limit": limit, "size": 5})
     assert newer.limit == Limit("period_cap", 9, 8, 1, None)
+
+
+def test_a_dead_letter_is_told_with_its_number_and_its_code() -> None:
+    letter = DeadLettered(7, "conflict", "wallet.grant: (dead letter 3, conflict) was applied")
+    error = DeadLetteredError(str(as_value(letter)))
+    assert (error.letter_id, error.code) == (7, "conflict")
+    assert str(error) == "wallet.grant: (dead letter 3, conflict) was applied (dead letter 7, conflict)"
+    other = DeadLetteredError("of a worker that says it in another way")
+    assert (other.letter_id, other.code) == (None, None)
 
 
 def test_source_and_metadata_are_sent_along(client: Client, sent: Sent) -> None:
