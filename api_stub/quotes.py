@@ -34,7 +34,7 @@ def add(app: FastAPI) -> None:
                 description="The start's project. It has no effect on the answer: no limit is a project's own.",
                 json_schema_extra=IS_AN_ID,
             ),
-            AfterValidator(filters.project),
+            AfterValidator(filters.identifier),
         ] = None,
     ) -> dict[str, Any]:
         """What a start would be answered now. This holds nothing, so the start itself may be answered otherwise."""

@@ -90,6 +90,12 @@ def test_the_page_says_that_credits_are_kept_past_their_end(
     eventually(lambda: "20 kept past their end by workflows" in text_of(customer.get(history_of(org_id)).text))
 
 
+def test_the_page_says_that_credits_end_now(ledger: Installation, customer: Visitor, org_id: str) -> None:
+    soon = datetime.now(UTC) + timedelta(seconds=1)
+    write(ledger.engine, org_id, ("wallet.grant", {"grant_id": "g", "credits": 20, "expires_at": soon.isoformat()}))
+    eventually(lambda: "20 end now" in text_of(customer.get(history_of(org_id)).text))
+
+
 def test_the_page_shows_the_columns_in_the_order_of_the_contract_and_the_workflow(
     ledger: Installation, customer: Visitor, org_id: str
 ) -> None:

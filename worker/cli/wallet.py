@@ -100,7 +100,8 @@ def wallet_table(view: WalletView) -> Table:
             ("plan", view.plan or "none"),
             ("period ends" if view.plan_ends_at is None else "plan ends", view.current_period_end),
             *((f"plan from {part.starts_at:%Y-%m-%d}", part.plan) for part in [view.next_plan] if part is not None),
-            *((_end_of(part), part.credits) for part in view.ending[:3]),
+            *((_end_of(part, view), part.credits) for part in view.ending[:3]),
+            *(("later ends", f"{number} more") for number in [len(view.ending) - 3] if number > 0),
             ("credit limit", view.credit_limit),
             ("period cap", "none" if view.period_cap is None else view.period_cap),
         ],
@@ -108,10 +109,10 @@ def wallet_table(view: WalletView) -> Table:
     )
 
 
-def _end_of(part: Ending) -> str:
-    if part.expires_at <= datetime.now(UTC):
-        return "kept past their end"
-    return f"ends {part.expires_at:%Y-%m-%d}"
+def _end_of(part: Ending, view: WalletView) -> str:
+    if part.expires_at > datetime.now(UTC):
+        return f"ends {part.expires_at:%Y-%m-%d}"
+    return "kept past their end" if view.reserved_credits else "ends now"
 
 
 # Any other column is text, and is shown on a wide terminal only.
