@@ -105,7 +105,14 @@ class Wallet(_Answer):
     ]
     next_plan: Annotated[NextPlan | None, Field(description="The plan that comes next, if it is another one.")]
     current_period: Period | None
-    ending: Annotated[list[Ending], Field(description=f"What ends by itself, at most {MOST_ENDS}, soonest first.")]
+    ending: Annotated[
+        list[Ending],
+        Field(description=f"What ends by itself, soonest first; of each balance at most {MOST_ENDS} entries."),
+    ]
+    prepaid_ending: Annotated[
+        int,
+        Field(description="How many of the prepaid credits end by themselves, also those that `ending` leaves out."),
+    ]
 
 
 class WalletThen(_Answer):

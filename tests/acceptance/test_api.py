@@ -235,7 +235,7 @@ def test_no_address_of_an_organization_takes_a_parameter_that_is_not_described(a
         for method in operations
         if path.startswith("/api/organizations/")
     }
-    writes = {"Authorization": f"Bearer {token(scope='credits:read workflows:write')}"}
+    writes = {"Authorization": f"Bearer {token(scope='credits:read workflows:write wallet:write')}"}
     assert len(paths) >= 7
     for method, path in sorted(paths):
         refused = api.request(method, f"{path}?nonsense=1", headers=writes)
@@ -284,6 +284,7 @@ def test_the_wallet_says_what_there_is(api: Api) -> None:
         "included_this_period": 100,
         "plan": "pro",
         "ending": [],
+        "prepaid_ending": 0,
         "plan_ends_at": None,
         "next_plan": None,
     }

@@ -138,6 +138,7 @@ def test_a_wallet_as_json_has_every_field(holdfast: Any) -> None:
         "plan_ends_at": None,
         "current_period": None,
         "ending": [],
+        "prepaid_ending": 0,
         "next_plan": None,
     }
 

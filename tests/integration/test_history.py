@@ -14,7 +14,7 @@ from ledger.filters import EVERY_EVENT, EventFilter
 from ledger.history import Page
 from ledger.state import EventType
 from ledger.store import Delivery, apply_batch
-from ledger.views import WalletView
+from ledger.views import MOST_ENDS, WalletView
 from tests.messages import delivery, subscribe
 from tests.support import sql
 
@@ -50,6 +50,27 @@ def test_an_unknown_organization_has_no_wallet(engine: Engine) -> None:
     assert wallet(engine, "ACME") is None
     assert wallet(engine, "") is None
     assert wallet(engine, "acme' OR true --") is None
+
+
+def test_a_wallet_lists_the_ends_of_each_balance_and_counts_all(engine: Engine) -> None:
+    plan = {"monthly_credits": 30, "plan": "old"}
+    grants = [
+        acme("wallet.grant", grant_id=f"g{n}", credits=10, expires_at=f"2999-01-01T00:{n // 60:02}:{n % 60:02}Z")
+        for n in range(MOST_ENDS + 20)
+    ]
+    apply_batch(
+        engine,
+        [
+            acme("wallet.subscribe", subscription_id="s1", version=1, **plan),
+            acme("wallet.subscribe", subscription_id="s2", version=2, **plan),
+            acme("wallet.purchase", purchase_id="p1", credits=500),
+            *grants,
+        ],
+    )
+    found = wallet(engine)
+    assert found is not None
+    assert [part.origin for part in found.ending] == ["subscription:s1:0", *(f"grant:g{n}" for n in range(MOST_ENDS))]
+    assert found.prepaid_balance - found.prepaid_ending == 500
 
 
 def test_a_wallet_without_a_subscription(engine: Engine) -> None:

@@ -1,5 +1,6 @@
 """The tables of the command line."""
 
+import re
 from datetime import UTC, datetime, timedelta
 
 from rich.console import Console
@@ -23,11 +24,14 @@ def test_metadata_is_told_in_words_and_what_is_deep_in_json() -> None:
     assert 'reason: settled, paid_by: {"ending":5,"prepaid":75}, ending: [{"credits":5}]' in shown
 
 
-def test_a_wallet_tells_the_next_ends_and_that_there_are_more() -> None:
+def test_a_wallet_tells_the_next_ends_and_how_much_ends_in_all() -> None:
     past, later = datetime.now(UTC) - timedelta(days=1), datetime(2999, 1, 31, tzinfo=UTC)
-    ending = (Ending(7, past, "grant:g0"), *(Ending(5, later, f"grant:g{n}") for n in range(1, 5)))
-    held = printed(wallet_table(WalletView("acme", reserved_credits=7, ending=ending)))
-    assert "kept past their end" in held
-    assert held.count("ends 2999-01-31") == 2
-    assert "2 more" in held
+    ending = (Ending(7, past, "grant:g0"), Ending(3, later, "subscription:s1:0"), *[Ending(5, later, "grant:g1")] * 3)
+    held = printed(wallet_table(WalletView("acme", reserved_credits=7, ending=ending, prepaid_ending=1_234)))
+    assert re.findall(r"│ (.*?) +│ +([\d,]+) │", held)[6:10] == [
+        ("prepaid that ends", "1,234"),
+        ("kept past their end", "7"),
+        ("of an earlier plan, ends 2999-01-31", "3"),
+        ("ends 2999-01-31", "5"),
+    ]
     assert "ends now" in printed(wallet_table(WalletView("acme", ending=ending[:1])))

@@ -100,8 +100,8 @@ def wallet_table(view: WalletView) -> Table:
             ("plan", view.plan or "none"),
             ("period ends" if view.plan_ends_at is None else "plan ends", view.current_period_end),
             *((f"plan from {part.starts_at:%Y-%m-%d}", part.plan) for part in [view.next_plan] if part is not None),
+            *(("prepaid that ends", view.prepaid_ending) for _ in range(view.prepaid_ending > 0)),
             *((_end_of(part, view), part.credits) for part in view.ending[:3]),
-            *(("later ends", f"{number} more") for number in [len(view.ending) - 3] if number > 0),
             ("credit limit", view.credit_limit),
             ("period cap", "none" if view.period_cap is None else view.period_cap),
         ],
@@ -110,9 +110,10 @@ def wallet_table(view: WalletView) -> Table:
 
 
 def _end_of(part: Ending, view: WalletView) -> str:
+    of = "of an earlier plan, " if part.is_from_subscription else ""
     if part.expires_at > datetime.now(UTC):
-        return f"ends {part.expires_at:%Y-%m-%d}"
-    return "kept past their end" if view.reserved_credits else "ends now"
+        return f"{of}ends {part.expires_at:%Y-%m-%d}"
+    return f"{of}kept past their end" if view.reserved_credits else f"{of}ends now"
 
 
 # Any other column is text, and is shown on a wide terminal only.
