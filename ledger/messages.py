@@ -4,6 +4,7 @@ A message is checked here completely, once, before anything else reads it: its t
 message can be written to the database unchanged. Nothing here knows a wallet: `rules` decides what a message does.
 """
 
+import difflib
 import json
 import math
 import re
@@ -449,6 +450,8 @@ AnyMessage = AnyWorkflowMessage | AnyWalletMessage
 MESSAGES: dict[str, type[AnyMessage]] = {model.task: model for model in get_args(AnyMessage)}
 """Every message by its task name."""
 
+_BY_LAST_NAME = {task.partition(".")[2]: task for task in MESSAGES}
+
 
 @dataclass(frozen=True, slots=True)
 class InvalidMessage:
@@ -482,7 +485,9 @@ def parse(task: str, payload: object) -> AnyMessage | InvalidMessage:
         return payload
     model = MESSAGES.get(task)
     if model is None:
-        return InvalidMessage("unknown_task", f"there is no task named {_shown(task)}", _org_id(payload))
+        similar = _similar(task.rpartition(".")[2], _BY_LAST_NAME)
+        hint = f"; did you mean {_BY_LAST_NAME[similar]}?" if similar else ""
+        return InvalidMessage("unknown_task", f"there is no task named {_shown(task)}{hint}", _org_id(payload))
     if not isinstance(payload, dict):
         return InvalidMessage(
             "invalid_message", f"{task}: the message must be a JSON object, got {_shown(payload)}", None
@@ -507,9 +512,17 @@ def _problems(model: type[Message], payload: dict[Any, object]) -> Iterator[str]
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             yield _sentence(detail)
-    for name in payload:
-        if name not in model.model_fields:
-            yield f"{ascii(str(name))[1:-1][:64]} is not a field of this message"
+    unknown = [str(name) for name in payload if name not in model.model_fields]
+    for number, name in enumerate(unknown):
+        # Only for those that are shown: a hostile message may have thousands.
+        similar = _similar(name, model.model_fields.keys() - payload.keys()) if number < MAX_PROBLEMS else None
+        hint = f" (did you mean {similar}?)" if similar else ""
+        yield f"{ascii(name)[1:-1][:64]} is not a field of this message{hint}"
+
+
+def _similar(name: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that somebody who wrote `name` may have meant."""
+    return next(iter(difflib.get_close_matches(name[:64], sorted(names), n=1)), None)
 
 
 def _sentence(detail: ErrorDetails) -> str:
