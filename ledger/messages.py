@@ -538,9 +538,9 @@ def _sentence(detail: ErrorDetails) -> str:
             return f"{field} {detail['msg']}"
         case _:
             problem = detail["msg"].removeprefix("Input ").removeprefix("String ").replace("should ", "must ", 1)
-            return f"{field} {problem[0].lower()}{problem[1:]}, got {_shown(detail['input'])}".replace(
-                "a valid integer", "an integer"
-            )
+            said = f"{field} {problem[0].lower()}{problem[1:]}"
+            said = said.replace("a valid integer", "an integer").replace("a valid boolean", "true or false")
+            return f"{said}, got {_shown(detail['input'])}"
 
 
 def _shown(value: object) -> str:

@@ -205,13 +205,22 @@ class Messages(ABC):
     def __init__(self, publisher: Publisher) -> None:
         self._publisher = publisher
 
+    @property
+    def queue(self) -> str:
+        """The ledger's queue that messages go to."""
+        return self._publisher.queue
+
     def send(self, task: str, message: dict[str, Any], *, wait_s: float | None = None) -> Result | None:
         """Send `message`, a JSON object, to `task`. Raises InvalidMessageError if it is not valid."""
+        self.refuse_invalid(task, message)
+        return self._take(task, message, wait_s)
+
+    def refuse_invalid(self, task: str, message: dict[str, Any]) -> None:
+        """Raise InvalidMessageError if `message` is not valid, or is not taken from the queue of this sender."""
         self._refuse_not_allowed(task, message)
         problem = parse(task, message)
         if isinstance(problem, InvalidMessage):
             raise InvalidMessageError(problem.error)
-        return self._take(task, message, wait_s)
 
     @abstractmethod
     def _take(self, task: str, message: dict[str, Any], wait_s: float | None) -> Result | None:

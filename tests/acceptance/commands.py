@@ -44,7 +44,7 @@ def drawn(*arguments: str, env: Mapping[str, str], width: int) -> list[str]:
     terminal, other_end = pty.openpty()
     with Path(os.devnull).open() as nothing, os.fdopen(terminal, "rb", buffering=0) as screen:
         env = {**env, "COLUMNS": str(width), "TERM": "xterm"}
-        process = forks.start([HOLDFAST, *arguments], nothing.fileno(), other_end, 2, env=env)
+        process = forks.start([HOLDFAST, *arguments], nothing.fileno(), other_end, other_end, env=env)
         os.close(other_end)
         output = b""
         try:

@@ -334,7 +334,7 @@ def test_limits_are_integers_from_0(fields: dict[str, Any], problem: str) -> Non
 def test_allow_negative_is_a_boolean_and_nothing_like_it(allow: object) -> None:
     shown = "null" if allow is None else repr(allow)
     assert refused("wallet.adjust", adjust(allow_negative=allow)) == (
-        f"wallet.adjust: allow_negative must be a valid boolean, got {shown}"
+        f"wallet.adjust: allow_negative must be true or false, got {shown}"
     )
 
 
