@@ -29,7 +29,7 @@ from worker.broker import ENGINE_QUEUE
 from worker.client import Client
 from worker.local.embedded import Embedded
 
-COMMANDS = "migrate", "up", "demo", "verify", "wallet", "history"
+COMMANDS = "migrate", "up", "demo", "verify", "wallet", "history", "totals", "send"
 TIMEOUT_S = 300
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
@@ -277,6 +277,36 @@ def test_a_terminal_may_be_narrow_but_no_figure_is_ever_cut_off(installation: In
         found = {pattern: len(re.findall(pattern, screen)) for pattern in expected[command]}
         assert found == expected[command], screen
         assert width < 80 or max(map(len, lines)) <= width, screen
+
+
+def test_totals_are_balances_and_events_by_type(holdfast: Any) -> None:
+    shown = holdfast("totals")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    balances = dict(re.findall(r"│ ([a-z ]+?) +│ +(.*?) │", shown.stdout))
+    assert balances == {
+        "available": "4,915",
+        "reserved": "10",
+        "balance": "4,925",
+        "prepaid": "4,925",
+        "subscription left": "0",
+    }
+    events = {words[0]: words[1:] for line in shown.stdout.splitlines() if len(words := line.split()) == 3}
+    assert events["reservation"] == ["2", "-130"]
+    assert events["refund"] == ["0", "0"]
+    assert events["all"] == ["6", "4,915"]
+
+
+def test_totals_as_json_are_of_a_range(books: Installation, holdfast: Any) -> None:
+    [(at,)] = sql(books.engine, "SELECT created_at FROM credit_events WHERE seq = 6")
+    shown = json.loads(holdfast("totals", "--json", "--from", at.isoformat(), "--to", "9999-12-30").stdout)
+    assert (shown["wallets"], shown["available"], shown["prepaid_balance"]) == (2, 4915, 4925)
+    assert (shown["created_from"], shown["created_before"]) == (at.isoformat(), "9999-12-31T00:00:00+00:00")
+    assert [each for each in shown["events"] if each["events"]] == [
+        {"event_type": "grant", "reason": None, "events": 1, "credits": 5}
+    ]
+    wrong = holdfast("totals", "--from", "2026-11-23", "--to", "2026-11-22")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "--to: must not be before --from" in wrong.stderr
 
 
 def test_verify_on_sound_books_is_exit_code_0(holdfast: Any) -> None:

@@ -14,7 +14,7 @@ with extras.of_the_server():
     from ledger.database import UnsuitableDatabaseError
     from ledger.faults import describe
     from ledger.settings import SettingsError
-    from worker.cli import database, failed, holds, running, send, token, wallet
+    from worker.cli import database, failed, holds, running, send, token, totals, wallet
     from worker.cli.terminal import fail
     from worker.client import ClientError
     from worker.local.process import ServiceError
@@ -29,7 +29,7 @@ app = typer.Typer(
 )
 
 
-for group in (database, running, wallet, send, failed, holds, token):
+for group in (database, running, wallet, totals, send, failed, holds, token):
     app.add_typer(group.app)
 
 

@@ -13,7 +13,7 @@ from ledger.readable import escaped
 from ledger.state import EventType
 from ledger.views import Ending, WalletView
 from worker.cli.tables import Column, properties, table
-from worker.cli.terminal import AsJson, Organization, console, fail, open_ledger, print_json, when
+from worker.cli.terminal import AsJson, Organization, console, fail, open_ledger, print_json, time_range
 
 app = typer.Typer()
 
@@ -63,10 +63,7 @@ def show_history(
         if name not in get_args(EventType):
             known = ", ".join(get_args(EventType))
             raise typer.BadParameter(f"{escaped(name)} is not one of {known}", param_hint="--type")
-    try:
-        created_from, created_before = filters.time_range(when(first, "--from"), when(last, "--to"))
-    except ValueError:
-        raise typer.BadParameter("must not be before --from", param_hint="--to") from None
+    created_from, created_before = time_range(first, last)
     matching = EventFilter(
         created_from=created_from,
         created_before=created_before,
