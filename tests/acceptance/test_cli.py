@@ -283,6 +283,8 @@ def test_totals_are_balances_and_events_by_type(holdfast: Any) -> None:
     shown = holdfast("totals")
     assert (shown.returncode, shown.stderr) == (0, "")
     balances = dict(re.findall(r"│ ([a-z ]+?) +│ +(.*?) │", shown.stdout))
+    assert "All 2 wallets" in shown.stdout
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", balances.pop("at"))
     assert balances == {
         "available": "4,915",
         "reserved": "10",

@@ -110,6 +110,7 @@ def test_an_engine_sends_to_the_queue_of_engines(running: Installation, org_id: 
         ((), "give either a task and its fields, or --file"),
         (("wallet.grant", "--file", "x"), "give either a task and its fields, or --file"),
         (("--file", "x", "--wait"), "only one message can be waited for, not a file"),
+        (("wallet.grant", "--from-line", "2"), "--from-line: needs --file"),
         (("--file", "no/such/file"), "holdfast: cannot read no/such/file: No such file or directory"),
         (("--file", "/"), "holdfast: cannot read /: Is a directory"),
     ],

@@ -3,7 +3,6 @@
 import io
 import os
 import stat
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +67,8 @@ def send(
         _send_file(file, Transfer(None, dry_run, from_line), as_json=as_json)
         return
     assert task is not None
+    if from_line > 1:
+        raise typer.BadParameter("needs --file", param_hint="--from-line")
     message = message_of(task, fields or [])
     with _sender(is_needed=not dry_run) as client:
         if client is None or dry_run:
@@ -142,17 +143,14 @@ def _tell(outcome: str, sentence: str, *, as_json: bool) -> None:
 def _sender(*, is_needed: bool) -> Iterator[Client | None]:
     """A producer for the broker that the settings name; None if they name none and none is needed."""
     settings = Settings.load()
-    if settings.broker_url is not None:
-        url, queue = settings.broker_url, QUEUE
-    elif settings.engine_broker_url is not None:
-        url, queue = settings.engine_broker_url, ENGINE_QUEUE
-    elif is_needed:
-        Settings.load("broker_url")
-        return
-    else:
+    is_engine = settings.broker_url is None and settings.engine_broker_url is not None
+    if is_needed and not is_engine:
+        settings = Settings.load("broker_url")
+    url = settings.engine_broker_url if is_engine else settings.broker_url
+    if url is None:
         yield None
         return
-    with Client(url, queue=queue, result_url=settings.result_url) as client:
+    with Client(url, queue=ENGINE_QUEUE if is_engine else QUEUE, result_url=settings.result_url) as client:
         yield client
 
 
@@ -210,7 +208,7 @@ def _summary(transfer: Transfer, took_s: float) -> str:
 def _opened(path: Path) -> Iterator[io.FileIO]:
     """The file without a buffer: a read returns what is there, and waits only if nothing is. Exits if there is none."""
     try:
-        file = io.FileIO(sys.stdin.fileno(), closefd=False) if path == Path("-") else io.FileIO(path)
+        file = io.FileIO(0, closefd=False) if path == Path("-") else io.FileIO(path)
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}")
     with file:

@@ -46,8 +46,9 @@ def totals(
 def _print(found: Totals) -> None:
     console.print(
         properties(
-            f"All {found.wallets:,} wallets, {found.at:%Y-%m-%d %H:%M:%S} UTC",
+            f"All {found.wallets:,} wallets",
             [
+                ("at", found.at),
                 ("available", found.available),
                 ("reserved", found.reserved_credits),
                 ("balance", found.balance),

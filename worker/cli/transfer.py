@@ -37,7 +37,7 @@ class Transfer:
     """The lines before it are skipped."""
     progress: Callable[[], object] = lambda: None
     """Called after every change of the figures below."""
-    next_line: int = 1
+    next_line: int = field(init=False)
     """All lines before it are done: sent, or invalid. Sending may go on from here."""
     read_bytes: int = 0
     valid: int = 0
@@ -47,6 +47,9 @@ class Transfer:
     """The first MOST_PROBLEMS invalid lines: the number of each, and what is wrong with it."""
     waiting: int = 0
     """How many messages wait for a worker, while nothing is sent for that reason."""
+
+    def __post_init__(self) -> None:
+        self.next_line = self.first_line
 
     def run(self, pieces: Iterable[bytes]) -> None:
         """Send all messages of the text in `pieces`. Raises NotSentError and BrokerUnavailableError."""
