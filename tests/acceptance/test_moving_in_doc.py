@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
     """With the export and the two programs."""
     [export] = blocks("csv")
     more = (f"{number},{number},Team,1000,2025-02-{1 + number % 28:02},{number % 1001}" for number in range(CUSTOMERS))
-    (tmp_path / "customers.csv").write_text(export + "".join(f"{line}\n" for line in more))
+    (tmp_path / "customers.csv").write_text(encoding="utf-8-sig", data=export + "".join(f"{line}\n" for line in more))
     make_messages, compare = blocks("python")
     (tmp_path / "make_messages.py").write_text(make_messages)
     (tmp_path / "compare.py").write_text(compare)
@@ -49,7 +49,7 @@ def test_the_customers_move_in_and_the_sums_are_equal(running: Installation, fol
     eventually(running.is_drained)
     [listed] = run(letters)
     assert listed.startswith("No dead letters")
-    with (folder / "customers.csv").open(newline="") as file:
+    with (folder / "customers.csv").open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     together = sum(int(row["balance"]) + int(row["left_this_month"] or 0) for row in rows)
     compared, totals, verified = run(compare)

@@ -5,7 +5,7 @@ not grow with the file. Neither does the queue: nothing is sent while many messa
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ MOST_WAITING = 20_000
 """Nothing is sent while more messages wait. Whatever else is sent to the queue meanwhile is applied within seconds."""
 
 MOST_PROBLEMS = 100
-"""The most invalid lines of which is kept what is wrong."""
+"""The most invalid lines whose problems are kept."""
 
 POLL_S = 0.2
 
@@ -58,42 +58,46 @@ class Transfer:
         def done_before_the_next() -> Iterator[bytes]:
             for piece in pieces:
                 yield piece
-                self.read_bytes += len(piece)
                 self._send(gathered)  # the lines that end in this piece: a pipe may be slow to bring another
                 gathered.clear()
+                self.read_bytes += len(piece)
+                self.progress()
 
         for number, line in numbered_lines(done_before_the_next()):
             if number >= self.first_line:
                 gathered.append((number, line))
-        self._send(gathered)
-
-    def _send(self, lines: list[tuple[int, bytes]]) -> None:
-        if self.dry_run or self.client is None:
-            check = (lambda _task, _message: None) if self.client is None else self.client.refuse_invalid
-            valid = sum(self._is_taken(number, line, check) for number, line in lines)
-        elif lines:
-            self._wait_for_room(self.client)
-            with self.client.batch() as batch:
-                valid = sum(self._is_taken(number, line, batch.send) for number, line in lines)
-        else:
-            valid = 0
-        self.valid += valid
-        if lines:
-            self.next_line = lines[-1][0] + 1
+        self._send(gathered)  # a last line without an end
         self.progress()
 
-    def _is_taken(self, number: int, line: bytes, take: Callable[[str, dict[str, Any]], object]) -> bool:
-        found = read_line(line)
-        try:
-            if isinstance(found, InvalidMessage):
-                raise InvalidMessageError(found.error)
-            take(found.task, found.message)
-        except InvalidMessageError as error:
-            self.invalid += 1
-            if len(self.problems) < MOST_PROBLEMS:
-                self.problems.append((number, str(error)))
-            return False
-        return True
+    def _send(self, lines: Sequence[tuple[int, bytes]]) -> None:
+        if not lines:
+            return
+        if self.client is None:
+            valid = self._take(lines, lambda _task, _message: None)
+        elif self.dry_run:
+            valid = self._take(lines, self.client.refuse_invalid)
+        else:
+            self._wait_for_room(self.client)
+            with self.client.batch() as batch:
+                valid = self._take(lines, batch.send)
+        self.valid += valid
+        self.next_line = lines[-1][0] + 1
+
+    def _take(self, lines: Sequence[tuple[int, bytes]], take: Callable[[str, dict[str, Any]], object]) -> int:
+        """Hand the message of every valid line to `take`, and keep what is wrong with the others. Returns how many."""
+        valid = 0
+        for number, line in lines:
+            found = read_line(line)
+            try:
+                if isinstance(found, InvalidMessage):
+                    raise InvalidMessageError(found.error)
+                take(found.task, found.message)
+                valid += 1
+            except InvalidMessageError as error:
+                self.invalid += 1
+                if len(self.problems) < MOST_PROBLEMS:
+                    self.problems.append((number, str(error)))
+        return valid
 
     def _wait_for_room(self, client: Client) -> None:
         if client.queue != QUEUE:  # an engine may write to its queue, but not look at it
