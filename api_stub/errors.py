@@ -163,6 +163,8 @@ def _allowed(request: Request, by_one_route: str) -> list[str]:
 
 def _sentence(error: dict[str, Any]) -> str:
     name = next((part for part in reversed(error["loc"]) if isinstance(part, str)), "the request")
+    if error["type"] == "missing":
+        return f"{name} is missing"
     if error["type"] in ("int_parsing", "int_parsing_size"):
         return f"{name} must be an integer"
     problem = error["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("should ", "must ", 1)

@@ -7,6 +7,7 @@ or the server stops.
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import nullcontext
 from http import HTTPStatus
 from typing import Any
 
@@ -89,9 +90,9 @@ async def _take(
     problem = message.error if isinstance(message, InvalidMessage) else refused_source(message)
     if problem is not None:
         raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, problem)
-    with using.places.one_for(principal) as has_place:
-        wait_s = preferred_wait_s(request) if has_place and using.async_client.keeps_answers else 0
-        result, waited_s = await _hand_over(task, payload, wait_s, request, using)
+    wait_s = preferred_wait_s(request) if using.async_client.keeps_answers else 0
+    with using.places.one_for(principal) if wait_s else nullcontext(False) as may_wait:
+        result, waited_s = await _hand_over(task, payload, wait_s if may_wait else 0, request, using)
     headers = applied(waited_s) if waited_s else {}
     if result is not None:
         return JSONResponse(answers.Result.of(result), HTTPStatus.OK, headers)

@@ -65,8 +65,11 @@ def organization(scope: Scope) -> Callable[..., str]:
     return checked
 
 
-def sender(principal: Annotated[Principal, Depends(bearer)], _: Annotated[object, Security(_SCHEME)]) -> Principal:
-    """A dependency: the principal, whatever it may do."""
+def sender(
+    request: Request, principal: Annotated[Principal, Depends(bearer)], _: Annotated[object, Security(_SCHEME)]
+) -> Principal:
+    """A dependency: the principal, whatever it may do. Refuses unknown parameters."""
+    refuse_others(request)
     return principal
 
 

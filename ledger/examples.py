@@ -1,4 +1,7 @@
-"""An example of every message, for docs/messages.md and for the description of the API. Together they are a story."""
+"""An example of every message, for docs/messages.md (`make docs`) and for the description of the API.
+
+Together they are a story: each finds what it needs.
+"""
 
 from typing import Any
 

@@ -54,7 +54,7 @@ def test_a_quote_says_what_a_start_would_be_answered(reader: Patient, path: str)
 @pytest.mark.parametrize(
     ("query", "detail"),
     [
-        ("", "credits field required"),
+        ("", "credits is missing"),
         ("credits=-1", "credits must be greater than or equal to 0"),
         ("credits=1000000000001", "credits must be less than or equal to 1000000000000"),
         ("credits=many", "credits must be an integer"),

@@ -21,13 +21,14 @@ from worker.local.process import Process
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+OVER_HTTP = (ROOT / "docs" / "http.md").read_text()
 BIN = Path(sys.executable).parent
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, document: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", document, re.MULTILINE | re.DOTALL)
 
 
 COMMANDS = [line for block in blocks("sh") for line in block.splitlines()]
@@ -202,3 +203,11 @@ def test_the_table_of_settings_is_complete() -> None:
     page = (ROOT / "docs" / "operating.md").read_text()
     rows = dict(re.findall(r"^\| `(HOLDFAST_\w+)` \| (.*) \|$", page, re.MULTILINE))
     assert rows == {f"{PREFIX}{name.upper()}": field.description for name, field in Settings.model_fields.items()}
+
+
+def test_the_commands_of_the_page_about_http_give_what_it_shows(environment: dict[str, str], tmp_path: Path) -> None:
+    script = "".join(block for block in blocks("sh", OVER_HTTP)).replace("\ncurl", "\necho; curl")
+    done = subprocess.run(
+        ["sh", "-ec", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert done.stdout.split() == "".join(blocks("json", OVER_HTTP)).split(), done.stderr

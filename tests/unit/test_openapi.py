@@ -106,6 +106,19 @@ def test_the_body_of_each_message_is_told_with_an_example_and_where_it_is_needed
     assert not isinstance(parse(task, example | dict.fromkeys(in_path(task), "acme")), InvalidMessage)
 
 
+@pytest.mark.parametrize("task", MESSAGES)
+def test_every_answer_to_a_message_is_told(task: str) -> None:
+    kind, _, name = task.partition(".")
+    place = "workflows/{workflowId}" if task in WORKFLOW_TASKS else kind
+    operation = PATHS[f"/api/organizations/{{orgId}}/{place}/{name}"]["post"]
+    expected = ["200", "202", "400", "401", "403", "404", "409", "413", "422", "503", "default"]
+    assert sorted(operation["responses"]) == expected
+    assert ("Location" in operation["responses"]["202"]["headers"]) == (task in WORKFLOW_TASKS)
+    assert operation["summary"] == task
+    [wait] = [found for found in operation["parameters"] if found["in"] == "header"]
+    assert (wait["name"], wait["required"]) == ("Prefer", False)
+
+
 def test_the_example_of_a_batch_is_one() -> None:
     content = PATHS["/api/messages"]["post"]["requestBody"]["content"]["application/jsonl"]
     lines = [read_line(line) for _, line in numbered_lines([content["example"].encode()])]
