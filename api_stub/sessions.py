@@ -109,8 +109,8 @@ def ask(request: Request, using: Using, next: str = "", token: str = "") -> Resp
     """Show the form. With `token`, as in the link that `holdfast up` prints, sign in at once.
 
     The answer to that link is a redirection, so the token is not in the browser's history. `access_log` keeps it out of
-    the log. An attacker may send such a link to make a visitor work in the attacker's session. So a page asks before a
-    link replaces a session, and before one on another site begins one.
+    the log. An attacker may send such a link to make a visitor work in the attacker's session. So a page asks, instead
+    of the redirection, before a link replaces a session, and before one on another site begins one.
     """
     if not token:
         return _form(request, HTTPStatus.OK, next=next)

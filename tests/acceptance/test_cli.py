@@ -480,7 +480,7 @@ class Command:
         with self.output.open("w") as output:
             self.process = subprocess.Popen(
                 [HOLDFAST, *arguments],
-                env=environment(TMPDIR=str(folder)),
+                env=environment(TMPDIR=str(folder), HOLDFAST_PRODUCT_NAME="Acme"),
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -576,7 +576,8 @@ def test_up_serves_until_ctrl_c_and_keeps_its_data(folder: Path) -> None:
             "beat": roles.WORKER,
             "api": roles.READER,
         }
-        assert [part for part, told in settings.items() if "HOLDFAST_JWT_SECRET" in told] == ["api"]
+        for name in ("HOLDFAST_JWT_SECRET", "HOLDFAST_PRODUCT_NAME"):
+            assert [part for part, told in settings.items() if name in told] == ["api"]
         assert make_url(exported(first)["HOLDFAST_DATABASE_URL"]).username == roles.READER
         assert_one_line(
             run("up", "--data-dir", str(data_dir)), f"Holdfast already runs on the data folder {data_dir}: stop it .*"

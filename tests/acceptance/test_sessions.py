@@ -278,7 +278,7 @@ def test_who_has_no_session_any_more_is_told_how_to_get_one(visitor: Visitor) ->
     asked = visitor.get(HISTORY)
     assert asked.headers["location"] == f"/signin?next={quote(HISTORY, safe='')}"
     page = visitor.get(asked.headers["location"])
-    assert "If your session has ended, get a new link where you got it." in page.text
+    assert "If your session has ended, get a new one where you got it." in page.text
 
 
 def test_a_link_with_a_bad_token_leaves_the_session_as_it_is(customer: Visitor, org_id: str) -> None:

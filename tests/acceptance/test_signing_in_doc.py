@@ -104,6 +104,7 @@ WRONG: dict[str, Any] = {
     'The token\'s "orgs" must be a list of organizations, or "*".': {"orgs": "acme"},
     'The token\'s "scope" must be a string.': {"scope": ["credits:read"]},
     'The token\'s "sub" must not be empty.': {"sub": " "},
+    'The token\'s "sub" must not contain control characters.': {"sub": "a\nb"},
     "The token is not valid.": {"sub": 7},
 }
 """Claims that lead to the sentence."""

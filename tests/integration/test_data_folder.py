@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.installation import open_folder
+from worker.local import machine
 from worker.local.data_folder import FORMAT, MARK, opened
 from worker.local.embedded import Embedded, default_data_dir
 from worker.local.process import ServiceError
@@ -73,6 +74,16 @@ def test_only_its_owner_can_read_it_also_after_somebody_has_copied_it_carelessly
         (data_dir / MARK).chmod(0o644)
     assert kept(data_dir) == first
     assert files(data_dir) == [MARK, "lock"]
+
+
+def test_no_two_have_the_same_port(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = machine.free_port()
+    two = [first, machine.free_port(besides=[first])]
+    monkeypatch.setattr(machine, "_PORTS", two)
+    with opened(data_dir, None) as folder:
+        assert {folder.port("broker"), folder.port("api")} == set(two)
+        with pytest.raises(ServiceError, match=r"^No port of 127\.0\.0\.1 is free\.$"):
+            folder.port("metrics")
 
 
 def test_ports_are_not_of_those_that_systems_give_to_outgoing_connections(data_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import pwd
+import shutil
 import signal
 import socket
 import subprocess
@@ -105,6 +106,24 @@ def test_the_role_owns_its_database_and_is_no_superuser(services: Embedded) -> N
 def test_postgres_listens_on_a_private_socket_only(services: Embedded) -> None:
     assert query(services, "SHOW listen_addresses") == [("",)]
     assert services.postgres.sockets.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_socket_of_a_folder_with_a_long_path_is_elsewhere_but_always_there(data_dir: Path) -> None:
+    long = data_dir / ("x" * 100)
+    with postgres.socket_folder(long, None) as sockets:
+        assert len(os.fsencode(sockets / ".s.PGSQL.5432")) <= postgres.SOCKET_PATH_BYTES
+        assert sockets.stat().st_mode & 0o777 == 0o700
+    assert not sockets.exists()
+    sockets.mkdir()
+    try:
+        (sockets / "of-somebody-else").touch()
+        with pytest.raises(ServiceError, match=f"{sockets} is in the way"), postgres.socket_folder(long, None):
+            pass
+        (sockets / "of-somebody-else").unlink()
+        with postgres.socket_folder(long, None) as again:
+            assert again == sockets
+    finally:
+        shutil.rmtree(sockets, ignore_errors=True)
 
 
 def test_the_broker_wants_the_password_and_nobody_else_can_read_it(services: Embedded) -> None:

@@ -4,6 +4,7 @@ import re
 from dataclasses import fields
 from datetime import UTC, datetime
 from inspect import signature
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,7 +95,8 @@ def only(name: str) -> EventFilter:
 
 
 def request(query: str) -> Request:
-    return Request({"type": "http", "path": "/", "headers": [], "query_string": query.encode()})
+    app = SimpleNamespace(state=SimpleNamespace(services=SimpleNamespace(product_name="Acme")))
+    return Request({"type": "http", "path": "/", "headers": [], "query_string": query.encode(), "app": app})
 
 
 def form(query: str) -> str:

@@ -69,7 +69,7 @@ class DataFolder:
     def port(self, name: str) -> int:
         """The port of 127.0.0.1 that `name` has in this folder; the first time, one that is free now."""
         if name not in self._kept.ports:
-            self._kept.ports[name] = free_port()
+            self._kept.ports[name] = free_port(besides=self._kept.ports.values())
             self._write()
         return self._kept.ports[name]
 

@@ -3,6 +3,7 @@
 import random
 import socket
 import subprocess
+from collections.abc import Collection
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,9 +14,10 @@ _PORTS = range(10_000, 32_768)
 """Below the ports that systems give to outgoing connections: what is free now is likely to be free tomorrow."""
 
 
-def free_port() -> int:
-    """A port of 127.0.0.1 that is free now. Raises ServiceError if there is none."""
-    for port in random.sample(_PORTS, len(_PORTS)):
+def free_port(*, besides: Collection[int] = ()) -> int:
+    """A port of 127.0.0.1 that is free now, and none of `besides`. Raises ServiceError if there is none."""
+    ports = [port for port in _PORTS if port not in besides]
+    for port in random.sample(ports, len(ports)):
         with suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
             return port
