@@ -10,6 +10,7 @@ from fastapi.security import HTTPBearer
 
 from api_stub.auth import InvalidTokenError, Principal, Scope
 from api_stub.problems import Problem
+from api_stub.queries import refuse_others
 from api_stub.services import Using
 from ledger.messages import ID_PATTERN
 
@@ -49,12 +50,16 @@ _SCHEME = HTTPBearer(
 
 
 def organization(scope: Scope) -> Callable[..., str]:
-    """A dependency: the organization in the path, for a token with `scope` there."""
+    """A dependency: the organization in the path, for a token with `scope` there. Refuses unknown parameters."""
 
     def checked(
-        org_id: OrgId, principal: Annotated[Principal, Depends(bearer)], _: Annotated[object, Security(_SCHEME)]
+        request: Request,
+        org_id: OrgId,
+        principal: Annotated[Principal, Depends(bearer)],
+        _: Annotated[object, Security(_SCHEME)],
     ) -> str:
         require(principal, org_id, scope)
+        refuse_others(request)
         return org_id
 
     return checked

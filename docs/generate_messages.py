@@ -431,7 +431,9 @@ _EVENTS = """## Events
 
 The credit history shows what a message did: one immutable row for each event, numbered without a gap within its wallet.
 All events of a message are written at once. `credits` is the effect on what is available, so the column always adds up
-to it. The event keeps the message's metadata; keys that the ledger adds, and `occurred_at`, replace the sender's."""
+to it. The event keeps the message's metadata; keys that the ledger adds, and `occurred_at`, replace the sender's. The
+events of a workflow, and of its refunds, have its `workflow_id`, `project_id` and `activity_name`. A refund that an
+older version wrote has none of them, but the filter by `workflow_id` finds it too."""
 
 _DEAD_LETTERS = """## Dead letters
 

@@ -211,6 +211,13 @@ posted_messages = Table(
     _check("posted_messages_terms", "jsonb_typeof(terms) = 'object'"),
     _check("posted_messages_outcome", _one_of("outcome", OutcomeName)),
     _check("posted_messages_reversed", "reversed = 0 OR reversed BETWEEN 0 AND (terms ->> 'credits')::bigint"),
+    # The refunds of a workflow are found through this.
+    Index(
+        "posted_messages_refunds",
+        "org_id",
+        text("(terms ->> 'workflow_id')"),
+        postgresql_where=text("kind = 'refund'"),
+    ),
 )
 
 
@@ -259,7 +266,11 @@ credit_events = Table(
     _check("credit_events_source", "length(source) BETWEEN 1 AND 64"),
     _check("credit_events_credits", f"credits BETWEEN -{MAX_CREDITS} AND {MAX_CREDITS}"),
     _check("credit_events_sign", f"CASE event_type {_SIGNS} ELSE false END"),
-    _check("credit_events_workflow_id", f"(workflow_id IS NOT NULL) = (event_type IN {_WORKFLOW_EVENTS})"),
+    # A refund may name one; those that were written before revision 0017 do not.
+    _check(
+        "credit_events_workflow_id",
+        f"(workflow_id IS NOT NULL) = (event_type IN {_WORKFLOW_EVENTS}) OR event_type = 'refund'",
+    ),
     _check(
         "credit_events_overdraft",
         "event_type <> 'billing' OR credits >= 0 OR prepaid_balance_after >= 0"

@@ -6,9 +6,11 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, and_, func, select
 
+from ledger import history
+from ledger.filters import EventFilter
 from ledger.periods import period_start
 from ledger.state import WorkflowState
-from ledger.tables import credit_events, ending_credits, posted_messages, subscriptions, wallets, workflows
+from ledger.tables import credit_events, ending_credits, subscriptions, wallets, workflows
 
 # Joins a workflow with the event of its reservation.
 STARTED = and_(
@@ -218,10 +220,7 @@ def workflow(connection: Connection, org_id: str, workflow_id: str) -> WorkflowV
     row = connection.execute(known).first()
     if row is None:
         return None
-    keys = [f"{step}:{workflow_id}" for step in ("start", "release", "finish")]
-    if row.refunded:
-        keys += _refund_keys(connection, org_id, workflow_id)
-    written = select(credit_events).where(credit_events.c.org_id == org_id, credit_events.c.idempotency_key.in_(keys))
+    written = history.find(connection, org_id, EventFilter(workflow_id=workflow_id)).select()
     return WorkflowView(
         workflow_id=row.workflow_id,
         state=row.state,
@@ -231,17 +230,5 @@ def workflow(connection: Connection, org_id: str, workflow_id: str) -> WorkflowV
         expires_at=row.expires_at,
         used_credits=row.finish_credits,
         refunded_credits=row.refunded,
-        events=list(connection.execute(written.order_by(credit_events.c.seq)).mappings()),
+        events=list(connection.execute(written).mappings())[::-1],
     )
-
-
-def _refund_keys(connection: Connection, org_id: str, workflow_id: str) -> list[str]:
-    """The idempotency keys of a workflow's refunds, from their messages: senders can write the events' metadata."""
-    columns = posted_messages.c
-    refunds = select(func.concat("refund:", columns.message_id)).where(
-        columns.org_id == org_id,
-        columns.kind == "refund",
-        columns.outcome == "posted",
-        columns.terms["workflow_id"].astext == workflow_id,
-    )
-    return list(connection.scalars(refunds))

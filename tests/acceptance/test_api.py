@@ -194,11 +194,65 @@ def test_a_cursor_neither_skips_nor_repeats_while_events_are_added(own_api: Api,
         ("date_from=2026-11-23&date_to=2026-11-22", "date_to must not be before date_from"),
         ("cursor=x", "cursor must be an integer"),
         ("cursor=3&offset=1", "cursor cannot be combined with offset"),
-        *((f"project_id={typed}", f"project_id {IS_NO_ID}") for typed in ("", "%00", "a%20b", "x" * 129)),
+        *(
+            (f"{name}={typed}", f"{name} {IS_NO_ID}")
+            for name in ("project_id", "workflow_id")
+            for typed in ("", "%00", "a%20b", "x" * 129)
+        ),
+        ("type=usage", "type is not a filter; did you mean event_type?"),
+        (
+            "limit=5&Event-Type=usage&limit=7",
+            "limit is given more than once; Event-Type is not a filter; did you mean event_type?",
+        ),
     ],
 )
 def test_a_bad_parameter_is_named_in_a_sentence(api: Api, query: str, detail: str) -> None:
     assert api.problem(f"{EVENTS}?{query}") == (422, detail)
+
+
+READS = (
+    (EVENTS, "type=usage", "type is not a filter; did you mean event_type?"),
+    (CREDITS, "att=2026-01-01", "att is not a parameter; did you mean at?"),
+    (CREDITS, "date_from=2026-01-01", "date_from is not a parameter; there is only at"),
+    (CREDITS, "at=2026-01-01&at=2026-01-02", "at is given more than once"),
+    ("/api/organizations/acme/workflows/w1", "limit=1", "limit is not a parameter; this address takes none"),
+)
+
+
+@pytest.mark.parametrize(("path", "query", "detail"), READS)
+def test_a_parameter_that_an_address_does_not_take_is_refused(api: Api, path: str, query: str, detail: str) -> None:
+    assert api.get(path).status_code == 200
+    assert api.problem(f"{path}?{query}") == (422, detail)
+    others = {"Authorization": f"Bearer {token(orgs=['other'])}"}
+    assert api.problem(f"{path}?{query}", headers=others) == (404, "There is no such organization.")
+    assert api.head(f"{path}?{query}").status_code == 422
+
+
+def test_no_address_of_an_organization_takes_a_parameter_that_is_not_described(api: Api) -> None:
+    paths = {
+        (method.upper(), path.format(orgId="acme", workflowId="w1"))
+        for path, operations in api.get("/openapi.json").json()["paths"].items()
+        for method in operations
+        if path.startswith("/api/organizations/")
+    }
+    writes = {"Authorization": f"Bearer {token(scope='credits:read workflows:write')}"}
+    assert len(paths) >= 7
+    for method, path in sorted(paths):
+        refused = api.request(method, f"{path}?nonsense=1", headers=writes)
+        assert (path, refused.status_code, refused.json()["detail"][:8]) == (path, 422, "nonsense")
+
+
+def test_the_events_of_a_workflow_are_its_own_and_its_refunds(own_api: Api, history: None, engine: Engine) -> None:
+    fields = {"org_id": "acme", "refund_id": "r1", "credits": 30, "workflow_id": "w1"}
+    apply_batch(engine, [delivery("wallet.refund", **fields)])
+    page = own_api.get(EVENTS, params={"workflow_id": "w1", "limit": 3}).json()
+    found = [(event["event_type"], event["workflow_id"], event["project_id"]) for event in page["items"]]
+    assert found == [("refund", "w1", "web"), ("usage", "w1", "web"), ("reservation_released", "w1", "web")]
+    rest = own_api.get(EVENTS, params={"workflow_id": "w1", "cursor": page["next_cursor"]}).json()
+    assert [event["event_type"] for event in rest["items"]] == ["reservation"]
+    assert (page["total"], rest["total"]) == (4, 4)
+    assert own_api.get(EVENTS, params={"workflow_id": "w1", "event_type": "usage"}).json()["total"] == 1
+    assert own_api.get(EVENTS, params={"workflow_id": "nobody"}).json()["items"] == []
 
 
 def test_an_unknown_event_type_is_told_the_nine(api: Api) -> None:

@@ -154,6 +154,7 @@ def test_a_history_shows_the_newest_first_and_markup_as_it_is(holdfast: Any) -> 
     assert types == ["grant", "reservation", "usage", "reservation_released", "reservation", "prepaid_purchase"]
     assert "[bold]x[/]" in shown.stdout
     assert shown.stdout.count("[red]Report[/red]") == 3
+    assert (shown.stdout.count(" run-1 "), shown.stdout.count(" run-2 ")) == (3, 1)
 
 
 def test_a_history_as_json_has_the_nine_columns_and_what_names_the_event(books: Installation, holdfast: Any) -> None:
@@ -196,6 +197,9 @@ def test_a_history_is_filtered(books: Installation, holdfast: Any) -> None:
     cases: dict[tuple[str, ...], list[int]] = {
         ("--type", "usage", "--type", "grant"): [6, 4],
         ("--project", "web", "--type", "reservation"): [2],
+        ("--workflow", "run-1"): [4, 3, 2],
+        ("--workflow", "run-1", "--type", "usage"): [4],
+        ("--workflow", "run-9"): [],
         ("--from", grant_at.isoformat()): [6],
         ("--to", grant_at.isoformat()): [5, 4, 3, 2, 1],
         ("--from", f"{day}", "--to", f"{day}", "--limit", "2", "--offset", "3"): [3, 2],
@@ -229,7 +233,8 @@ def test_a_history_without_events_says_so(holdfast: Any, org_id: str) -> None:
         (("--type", "[bold]x[/]"), "--type: [bold]x[/] is not one of usage, prepaid_purchase, "),
         (("--type", "\udcff"), r"--type: \udcff is not one of usage, prepaid_purchase, "),
         *(
-            (("--project", typed), "'--project': must have 1 to 128 characters, and only letters, digits and _ . : -")
+            ((option, typed), f"'{option}': must have 1 to 128 characters, and only letters, digits and _ . : -")
+            for option in ("--project", "--workflow")
             for typed in ("\udcff", "bad id", "")
         ),
     ],

@@ -334,6 +334,8 @@ ALSO_GOOD: dict[str, list[Row]] = {
         {"seq": 8, "idempotency_key": "8", "event_type": "adjustment", "credits": -MAX, "source": "é" * 64},
         {"seq": 9, "idempotency_key": "9", **USAGE, "credits": 0, "period_usage_after": 0},
         {"seq": 10, "idempotency_key": "reversal:v1", **BILLING, "prepaid_balance_after": -5},
+        {"seq": 11, "idempotency_key": "refund:r1", "event_type": "refund"},
+        {"seq": 12, "idempotency_key": "refund:r2", "event_type": "refund", "workflow_id": "w1"},
     ],
     "dead_letters": [
         {"id": 2, **DISCARDED},

@@ -31,9 +31,9 @@ def wallet(org_id: Organization, as_json: AsJson = False) -> None:
         console.print(wallet_table(view))
 
 
-def _project(text: str | None) -> str | None:
+def _identifier(text: str | None) -> str | None:
     try:
-        return None if text is None else filters.project(text)
+        return None if text is None else filters.identifier(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
@@ -52,7 +52,11 @@ def show_history(
         list[str] | None, typer.Option("--type", metavar="TYPE", help=f"Repeatable: {', '.join(get_args(EventType))}.")
     ] = None,
     project_id: Annotated[
-        str | None, typer.Option("--project", metavar="ID", help="Only this project.", callback=_project)
+        str | None, typer.Option("--project", metavar="ID", help="Only this project.", callback=_identifier)
+    ] = None,
+    workflow_id: Annotated[
+        str | None,
+        typer.Option("--workflow", metavar="ID", help="Only this workflow and its refunds.", callback=_identifier),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, max=history.MAX_PAGE, help="How many events.")] = history.MAX_PAGE,
     offset: Annotated[int, typer.Option(min=0, max=2**62, help="How many newer events to skip.")] = 0,
@@ -72,6 +76,7 @@ def show_history(
         created_before=created_before,
         event_types=tuple(event_type or ()),  # type: ignore[arg-type] # checked above
         project_id=project_id,
+        workflow_id=workflow_id,
     )
     with open_ledger() as engine, engine.connect() as connection:
         page = history.events(connection, org_id, matching, limit=limit, offset=offset)
@@ -116,7 +121,8 @@ def _end_of(part: Ending) -> str:
 _COLUMNS = (
     Column("created_at", keeps_line=True),
     Column("event_type", keeps_line=True),
-    Column("source", needs_width=130),
+    Column("source", needs_width=140),
+    Column("workflow_id", needs_width=80),
     Column("project_id", needs_width=90),
     Column("activity_name", needs_width=110),
     Column("credits", is_amount=True),
@@ -124,7 +130,7 @@ _COLUMNS = (
     Column("period_usage_after", needs_width=50, is_amount=True),
 )
 _BY_NAME = {column.name: column for column in _COLUMNS}
-_HISTORY_COLUMNS = [_BY_NAME.get(name, Column(name, needs_width=160)) for name in history.CUSTOMER_COLUMNS]
+_HISTORY_COLUMNS = [_BY_NAME.get(name, Column(name, needs_width=160)) for name in history.TABLE_COLUMNS]
 
 
 def history_table(page: Page, org_id: str) -> Table:
