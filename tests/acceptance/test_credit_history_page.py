@@ -52,7 +52,9 @@ def test_the_page_shows_the_wallet(ledger: Installation, customer: Visitor, org_
     assert 'plan <span class="plan">Team &amp; Co</span>' in page.text
     assert f"{anchor.day} {anchor:%b %Y} – " in page.text
     assert "holding 300 credits" in page.text
-    assert re.search(r'scope="row" class="mono">w2</th>.*?>web<.*?>Crawl<.*?>300<.*?>\d+ s ago<', page.text, re.DOTALL)
+    assert re.search(
+        r'scope="row" class="mono lead">w2</th>.*?>web<.*?>Crawl<.*?>300<.*?>\d+ s ago<', page.text, re.DOTALL
+    )
     assert "in 23 h 59 min" in page.text
 
 
@@ -373,7 +375,7 @@ def said_of_reservations(page: httpx.Response) -> str | None:
 
 def held_by(page: httpx.Response) -> list[str]:
     """The workflows whose reservations the page shows."""
-    return re.findall(r'<th role="rowheader" scope="row" class="mono">([^<]*)</th>', page.text)
+    return re.findall(r'<th role="rowheader" scope="row" class="mono lead">([^<]*)</th>', page.text)
 
 
 # Size
