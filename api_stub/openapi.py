@@ -1,6 +1,5 @@
 """The description of the API, /openapi.json: corrects where FastAPI by itself says too little or too much."""
 
-from copy import deepcopy
 from typing import Any
 
 from fastapi import FastAPI
@@ -29,17 +28,14 @@ _VALUES: dict[str, Any] = {
 class DescribedAPI(FastAPI):
     """FastAPI with a corrected description."""
 
-    _corrected: dict[str, Any] | None = None
-
     def openapi(self) -> dict[str, Any]:
         """The description, with the schema `Value` for bodies, and without null in parameters, which cannot be sent."""
-        if self._corrected is None:
-            document = deepcopy(super().openapi())  # requests read it on many threads, and none may see half of it
+        if self.openapi_schema is None:
+            document = super().openapi()
             document["components"]["schemas"]["Value"] = _VALUES
             operations = [operation for path in document["paths"].values() for operation in path.values()]
             for parameter in (each for operation in operations for each in operation.get("parameters", ())):
                 schema = parameter["schema"]
                 if given := [each for each in schema.pop("anyOf", ()) if each != {"type": "null"}]:
                     schema |= given[0] if len(given) == 1 else {"anyOf": given}
-            self._corrected = document
-        return self._corrected
+        return super().openapi()

@@ -4,9 +4,10 @@ import difflib
 from collections.abc import Collection, Iterator
 from http import HTTPStatus
 from itertools import islice
-from typing import Any
+from typing import get_args, get_origin
 
 from fastapi import Request
+from fastapi.dependencies.models import Dependant
 from starlette.datastructures import QueryParams
 
 from api_stub.problems import Problem
@@ -40,19 +41,23 @@ def complaints(query: QueryParams, names: Collection[str], *, repeatable: Collec
 
 
 def refuse_others(request: Request) -> None:
-    """Answer 422 if the query has a parameter that the description of this route does not have, or repeats one."""
-    described = dict(_described(request))
-    repeatable = [name for name, schema in described.items() if schema.get("type") == "array"]
-    if found := problems(request.query_params, described, repeatable=repeatable):
+    """Answer 422 if the query has a parameter that the route does not take, or repeats one that has one value."""
+    taken = dict(_taken(request.scope["route"].dependant))
+    repeatable = [name for name, annotation in taken.items() if _is_list(annotation)]
+    if found := problems(request.query_params, taken, repeatable=repeatable):
         raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(found.values()))
 
 
-def _described(request: Request) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The parameters of the query in the API's description, each with its schema."""
-    operation = request.app.openapi()["paths"][request.scope["route"].path_format][request.method.lower()]
-    for parameter in operation.get("parameters", ()):
-        if parameter["in"] == "query":
-            yield parameter["name"], parameter["schema"]
+def _taken(dependant: Dependant) -> Iterator[tuple[str, object]]:
+    """The parameters of the query that a handler and its dependencies take, each with its annotation."""
+    for each in dependant.dependencies:
+        yield from _taken(each)
+    for field in dependant.query_params:
+        yield field.alias, field.field_info.annotation
+
+
+def _is_list(annotation: object) -> bool:
+    return any(get_origin(each) is list for each in (annotation, *get_args(annotation)))
 
 
 def _unknown(name: str, names: Collection[str]) -> str:
