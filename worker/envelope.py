@@ -6,7 +6,8 @@ from celery.utils.time import maybe_iso8601
 from kombu.message import Message
 
 from ledger.bodies import Arguments, strict_arguments
-from worker.transport import SetAside, read_json
+from worker.answers import ONLY_FAILURES
+from worker.transport import read_json
 
 
 def raw_body(message: Message) -> bytes:
@@ -21,12 +22,18 @@ def raw_body(message: Message) -> bytes:
 
 
 def answer_to(message: Message) -> str | None:
-    """The id under which the sender waits for an answer, or None."""
+    """Where `Answers` stores the answer, or None: nobody waits for it."""
     headers = message.headers
-    if not isinstance(headers, dict) or headers.get("ignore_result") is not False:
+    task_id = headers.get("id") if isinstance(headers, dict) else None
+    if not is_text(task_id):
         return None
-    task_id = headers.get("id")
-    return task_id if is_text(task_id) else None
+    match headers.get("ignore_result"):
+        case False:
+            return task_id
+        case None:  # Celery's default: a sender that may wait, and does not know that it has to ask
+            return f"{ONLY_FAILURES}{task_id}"
+        case _:
+            return None
 
 
 def is_text(value: object) -> TypeGuard[str]:
@@ -42,8 +49,6 @@ def is_text(value: object) -> TypeGuard[str]:
 
 def named_task(message: Message) -> str:
     """The task that the message names; empty if it names none."""
-    if isinstance(message, SetAside):
-        return message.task
     task = message.headers.get("task") if isinstance(message.headers, dict) else None
     return task if isinstance(task, str) else ""
 
