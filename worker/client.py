@@ -336,20 +336,27 @@ class Client(Messages):
         return self.send_as_is(task, [message], {}, wait_s=wait_s)
 
     def send_as_is(
-        self, task: str, args: list[Any], kwargs: dict[str, Any], *, wait_s: float | None = None
+        self,
+        task: str,
+        args: list[Any],
+        kwargs: dict[str, Any],
+        *,
+        wait_s: float | None = None,
+        replay_of: int | None = None,
     ) -> Result | None:
         """Send a task with these arguments, unchecked, as for a replay. Raises the errors of the other methods.
 
-        Returns None for a run of the scheduler, which has no Result.
+        Returns None for a run of the scheduler, which has no Result. `replay_of`: the dead letter that holds the
+        message, and is open again if it fails.
         """
         self._refuse_not_allowed(task, args[0] if args else None)
         if wait_s is None:
-            self._publish(task, [_encoded(self._publisher, task, args, kwargs)])
+            self._publish(task, [_encoded(self._publisher, task, args, kwargs, replay_of=replay_of)])
             return None
         if self._results is None:
             raise ValueError("wait_s needs a result_url: this broker keeps no answers")
         task_id = uuid()
-        message = _encoded(self._publisher, task, args, kwargs, task_id)
+        message = _encoded(self._publisher, task, args, kwargs, task_id=task_id, replay_of=replay_of)
         key = f"celery-task-meta-{task_id}"  # where Celery stores an answer, and the channel that it is announced on
         with self._results.pubsub() as announced:
             try:
@@ -379,11 +386,9 @@ class Client(Messages):
             ) from error
 
 
-def _encoded(
-    publisher: Publisher, task: str, args: list[Any], kwargs: dict[str, Any], task_id: str | None = None
-) -> Encoded:
+def _encoded(publisher: Publisher, task: str, args: list[Any], kwargs: dict[str, Any], **options: Any) -> Encoded:
     try:
-        return publisher.encode(task, args, kwargs, task_id=task_id)
+        return publisher.encode(task, args, kwargs, **options)
     except EncodeError as error:
         raise InvalidMessageError(f"{task} was not sent, as it cannot be encoded: {error}") from error
 

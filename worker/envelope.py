@@ -7,6 +7,7 @@ from kombu.message import Message
 
 from ledger.bodies import Arguments, strict_arguments
 from worker.answers import ONLY_FAILURES
+from worker.broker import ENGINE_QUEUES, REPLAY_OF, taken_from
 from worker.transport import read_json
 
 
@@ -34,6 +35,13 @@ def answer_to(message: Message) -> str | None:
             return f"{ONLY_FAILURES}{task_id}"
         case _:
             return None
+
+
+def replay_of(message: Message) -> int | None:
+    """The dead letter that the message says it replays, or None. A message of an engine can replay none."""
+    number = message.headers.get(REPLAY_OF) if isinstance(message.headers, dict) else None
+    is_number = isinstance(number, int) and not isinstance(number, bool) and 0 < number < 2**63
+    return number if is_number and taken_from(message) not in ENGINE_QUEUES else None
 
 
 def is_text(value: object) -> TypeGuard[str]:

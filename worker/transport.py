@@ -40,7 +40,7 @@ from redis._parsers import _RESP2Parser
 from redis.exceptions import NoPermissionError, OutOfMemoryError, ResponseError
 
 from ledger.messages import DELIVERY_LIMIT, MAX_BODY_BYTES, SUSPECT, InvalidMessage, too_large_entry
-from worker.broker import QUEUE
+from worker.broker import QUEUE, REPLAY_OF
 from worker.redis_server import UnsupportedServerError, server_problem, server_risk
 
 logger = logging.getLogger(__name__)
@@ -185,8 +185,8 @@ for _, tag in ipairs(ARGV) do redis.call('ZADD', KEYS[2], 'XX', clock[1], tag) e
 _RESTORED = re.compile(rb'{"restored": (\d{1,9}), ')
 _BODY = re.compile(rb'"body": "([A-Za-z0-9+/]*=*)')
 
-_HEADERS = ("task", "id", "ignore_result")
-"""The headers that are found in an entry that is not parsed: which task it names, and who waits for its answer."""
+_HEADERS = ("task", "id", "ignore_result", REPLAY_OF)
+"""What is found in an entry that is not parsed: its task, who waits for its answer, and what it replays."""
 
 _FOUND = [re.compile(rb'"%b": "?([A-Za-z0-9_.:-]{1,256})"?[,}]' % name.encode()) for name in _HEADERS]
 
@@ -586,9 +586,12 @@ def _restored(item: bytes) -> int:
 
 
 def _headers(found: Sequence[bytes]) -> dict[str, Any]:
-    """The headers of `_HEADERS` whose values were found: text, or true or false."""
-    known: dict[bytes, Any] = {b"true": True, b"false": False, b"null": None}
-    return {name: known.get(text, text.decode()) for name, text in zip(_HEADERS, found, strict=True) if text}
+    """The headers of `_HEADERS` whose values were found."""
+    headers: dict[str, Any] = {name: text.decode() for name, text in zip(_HEADERS, found, strict=True) if text}
+    for name in {"ignore_result", REPLAY_OF} & headers.keys():
+        with suppress(ValueError):
+            headers[name] = json.loads(headers[name])
+    return headers
 
 
 def _body_of(item: bytes) -> bytes:
