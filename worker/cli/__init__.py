@@ -16,10 +16,12 @@ with extras.of_the_server():
     from ledger.settings import SettingsError
     from worker.cli import database, failed, holds, running, token, wallet
     from worker.cli.terminal import fail
+    from worker.cli.wording import Commands
     from worker.client import ClientError
     from worker.local.process import ServiceError
 
 app = typer.Typer(
+    cls=Commands,
     help="A credit ledger: workflows reserve and use credits, exactly once.",
     epilog="Example: holdfast demo",
     no_args_is_help=True,

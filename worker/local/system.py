@@ -96,8 +96,11 @@ class System:
                     now = time.monotonic()
                     restarts[process.name] = [t for t in restarts[process.name] if now - t < RESTART_WINDOW_S] + [now]
                     if len(restarts[process.name]) > MOST_RESTARTS:
-                        raise ServiceError(f"{process.name} keeps ending: {process.last_words()}")
-                    self._progress(f"{process.name} ended ({process.last_words()}); starting it again …")
+                        raise ServiceError(
+                            f"{process.name} keeps ending: {process.killed_by() or process.last_words()}"
+                        )
+                    why = process.killed_by() or process.last_words()
+                    self._progress(f"{process.name} ended: {why}; starting it again …")
                     process.start()
             time.sleep(POLL_S)
 
