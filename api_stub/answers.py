@@ -217,5 +217,11 @@ class Health(_Answer):
 class Readiness(_Answer):
     """The services that requests need."""
 
-    database: Literal["ok", "unavailable"]
+    database: Annotated[
+        str,
+        Field(
+            description="`ok`; `unavailable`; or, in a sentence, why its schema is not the one of this version",
+            examples=["ok", "the database is not migrated yet: run `holdfast migrate`"],
+        ),
+    ]
     broker: Literal["ok", "unavailable"]

@@ -10,6 +10,7 @@ from http import HTTPMethod, HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DBAPIError
@@ -19,7 +20,8 @@ from starlette.routing import Match, Mount
 
 from api_stub.problems import BUSY, RETRY, Problem
 from api_stub.rendering import FOR_ALL, NotSignedInError, error_page, to_sign_in
-from ledger.faults import WrongClockError, describe, is_transient, took_too_long
+from ledger import migrations
+from ledger.faults import WrongClockError, describe, is_about_schema, is_transient, took_too_long
 from ledger.messages import named
 
 MEDIA_TYPE = "application/problem+json"
@@ -104,6 +106,9 @@ async def answer(request: Request, error: Exception) -> Response:
         is_fault = isinstance(error, PoolTimeoutError) or is_transient(error)
         log.error("The ledger could not be read: %s", describe(error), exc_info=None if is_fault else error)
     problem = _problem(request, error)
+    if isinstance(error, DBAPIError) and is_about_schema(error):
+        told = await run_in_threadpool(migrations.described, error, request.app.state.services.probe)
+        problem = Problem(HTTPStatus.SERVICE_UNAVAILABLE, f"{told[:1].upper()}{told[1:]}.", RETRY)
     if not FOR_PROGRAMS.fullmatch(request.scope["path"]):
         return error_page(request, problem.status, problem.detail, problem.headers)
     title, status = problem.status.phrase, problem.status.value

@@ -14,6 +14,9 @@ from api_stub.queries import refuse_others
 from api_stub.services import Using
 from ledger.messages import ID_PATTERN, WORKFLOW_TASKS
 
+NO_ORGANIZATION = "There is no such organization, or this token does not name it (orgs)."
+"""One sentence for both, so that nobody learns which organizations exist."""
+
 
 def bearer(request: Request, using: Using) -> Principal:
     """The principal of the token in the Authorization header. Otherwise the answer is 401."""
@@ -30,7 +33,7 @@ def bearer(request: Request, using: Using) -> Principal:
 def require(principal: Principal, org_id: str, scope: Scope) -> None:
     """Answer 404 for an organization that is not the principal's, and 403 if the scope is missing."""
     if not re.fullmatch(ID_PATTERN, org_id) or not principal.may_see(org_id):
-        raise Problem(HTTPStatus.NOT_FOUND, "There is no such organization.")
+        raise Problem(HTTPStatus.NOT_FOUND, NO_ORGANIZATION)
     if scope not in principal.scopes:
         raise Problem(HTTPStatus.FORBIDDEN, f"The token lacks the scope {scope}.")
 

@@ -373,7 +373,8 @@ _BOUNDS = f"""## Bounds
 _ANSWERS = """## Answers
 
 A sender that asks for it (`ignore_result=False`, and a `backend` to keep answers in) gets the task's result: an object,
-kept for an hour. If the message became a dead letter, the task fails, and its error says why."""
+kept for an hour. If the message became a dead letter, the task fails at once, and its error says why. So it does for a
+sender that sets nothing (Celery's default), who gets no other answer."""
 
 _EVENTS = """## Events
 

@@ -33,6 +33,7 @@ PRIVILEGES: dict[str, dict[str, tuple[str, ...]]] = {
         "credit_events": ("INSERT",),
         "dead_letters": ("SELECT", "INSERT", "UPDATE"),
         "waiting_messages": ("SELECT", "INSERT", "UPDATE", "DELETE"),
+        "alembic_version": ("SELECT",),
     },
     READER: {
         **dict.fromkeys(_TABLES, ("SELECT",)),

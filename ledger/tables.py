@@ -336,6 +336,7 @@ waiting_messages = Table(
     _column("reason", Text),
     Column("waiting_since", Timestamp, nullable=False, server_default=func.clock_timestamp()),
     Column("attempts", BigInteger, nullable=False, server_default=text("0")),
+    _optional("replay_of", BigInteger),  # the dead letter whose message this is, sent again
     PrimaryKeyConstraint("org_id", "number", name="waiting_messages_pkey"),
     _check("waiting_messages_error", "(error_code IS NULL) = (error IS NULL)"),
     _check("waiting_messages_attempts", "attempts >= 0"),

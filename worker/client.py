@@ -371,20 +371,27 @@ class Client(Messages):
         return self.send_as_is(task, [message], {}, wait_s=wait_s)
 
     def send_as_is(
-        self, task: str, args: list[Any], kwargs: dict[str, Any], *, wait_s: float | None = None
+        self,
+        task: str,
+        args: list[Any],
+        kwargs: dict[str, Any],
+        *,
+        wait_s: float | None = None,
+        replay_of: int | None = None,
     ) -> Result | None:
         """Send a task with these arguments, unchecked, as for a replay. Raises the errors of the other methods.
 
-        Returns None for a run of the scheduler, which has no Result.
+        Returns None for a run of the scheduler, which has no Result. `replay_of`: the dead letter that holds the
+        message, and is open again if it fails.
         """
         self._refuse_not_allowed(task, args[0] if args else None)
         if wait_s is None:
-            hand_over(self._publisher, task, [encoded(self._publisher, task, args, kwargs)])
+            hand_over(self._publisher, task, [encoded(self._publisher, task, args, kwargs, replay_of=replay_of)])
             return None
         if self._results is None:
             raise ValueError(NO_RESULT_URL)
         task_id = uuid()
-        message = encoded(self._publisher, task, args, kwargs, task_id)
+        message = encoded(self._publisher, task, args, kwargs, task_id=task_id, replay_of=replay_of)
         key = answer_key(task_id)
         with self._results.pubsub() as announced:
             try:
@@ -459,12 +466,10 @@ def told(answer: dict[str, Any]) -> Result | None:
     return _result(result) if isinstance(result, dict) else None
 
 
-def encoded(
-    publisher: Publisher, task: str, args: list[Any], kwargs: dict[str, Any], task_id: str | None = None
-) -> Encoded:
+def encoded(publisher: Publisher, task: str, args: list[Any], kwargs: dict[str, Any], **options: Any) -> Encoded:
     """Encode a message. Raises InvalidMessageError."""
     try:
-        return publisher.encode(task, args, kwargs, task_id=task_id)
+        return publisher.encode(task, args, kwargs, **options)
     except EncodeError as error:
         raise InvalidMessageError(f"{task} was not sent, as it cannot be encoded: {error}") from error
 

@@ -349,7 +349,10 @@ def test_a_workflow_and_its_events(api: Api) -> None:
 def test_what_cannot_be_an_organization_does_not_exist_for_anybody(api: Api, org_id: str) -> None:
     everybody = {"Authorization": f"Bearer {token(orgs='*')}"}
     path = f"/api/organizations/{org_id}/credits"
-    assert api.problem(path, headers=everybody) == (404, "There is no such organization.")
+    assert api.problem(path, headers=everybody) == (
+        404,
+        "There is no such organization, or this token does not name it (orgs).",
+    )
 
 
 @pytest.mark.parametrize(
@@ -365,8 +368,12 @@ def test_what_cannot_be_an_organization_does_not_exist_for_anybody(api: Api, org
             "The token is not valid.",
         ),
         (f"Bearer {UNSIGNED}", 401, "The token is not valid."),
-        (f"Bearer {token(orgs=['other'])}", 404, "There is no such organization."),
-        (f"Bearer {token(orgs=[])}", 404, "There is no such organization."),
+        (
+            f"Bearer {token(orgs=['other'])}",
+            404,
+            "There is no such organization, or this token does not name it (orgs).",
+        ),
+        (f"Bearer {token(orgs=[])}", 404, "There is no such organization, or this token does not name it (orgs)."),
         (f"Bearer {token(scope='workflows:write')}", 403, "The token lacks the scope credits:read."),
     ],
 )

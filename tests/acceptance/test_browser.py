@@ -541,7 +541,11 @@ def test_the_ends_of_a_short_chart_differ_on_any_screen(customer: Person, width:
     [
         ("/none", "Not Found", "There is nothing at this address."),
         ("/signout", "Method Not Allowed", "This address takes POST, not GET."),
-        ("/organizations/other/credit-history", "Not Found", "There is no such organization."),
+        (
+            "/organizations/other/credit-history",
+            "Not Found",
+            "There is no such organization, or this token does not name it (orgs).",
+        ),
     ],
 )
 def test_what_goes_wrong_is_a_page_that_leads_on(customer: Person, path: str, heading: str, sentence: str) -> None:

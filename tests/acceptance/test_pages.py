@@ -20,9 +20,13 @@ POLICY = (
 @pytest.mark.parametrize(
     ("claims", "status", "sentence"),
     [
-        ({"orgs": ["other"]}, 404, "There is no such organization."),
+        ({"orgs": ["other"]}, 404, "There is no such organization, or this token does not name it (orgs)."),
         ({"scope": "workflows:write"}, 403, "The token lacks the scope credits:read."),
-        ({"orgs": ["other"], "scope": ""}, 404, "There is no such organization."),
+        (
+            {"orgs": ["other"], "scope": ""},
+            404,
+            "There is no such organization, or this token does not name it (orgs).",
+        ),
     ],
 )
 def test_a_page_that_is_not_for_the_token_says_so(

@@ -137,6 +137,7 @@ GOOD: dict[str, Row] = {
         "reason": "its wallet is locked",
         "waiting_since": NOW,
         "attempts": 0,
+        "replay_of": None,
     },
 }
 
@@ -378,7 +379,7 @@ OPTIONAL_COLUMNS = {
     "posted_messages": {"reason"},
     "credit_events": {"workflow_id", "project_id", "activity_name"},
     "dead_letters": {"org_id", "traceback", "resolved_at", "resolved_by", "resolution"},
-    "waiting_messages": {"answer_to", "error_code", "error"},
+    "waiting_messages": {"answer_to", "error_code", "error", "replay_of"},
 }
 
 

@@ -286,6 +286,24 @@ def test_a_failed_start_names_the_log_and_quotes_it(data_dir: Path) -> None:
         failing.wait_until(lambda: False)
 
 
+@pytest.mark.parametrize(
+    ("end", "why"),
+    [
+        ("kill -KILL $$", r"it was killed by SIGKILL \(by somebody, or by the kernel when memory ran out\)"),
+        ("kill -SEGV $$", "it was killed by SIGSEGV"),
+        ("kill -40 $$", "it was killed by signal 40"),
+    ],
+)
+def test_a_process_that_was_killed_is_not_blamed_on_the_last_line_of_its_log(
+    data_dir: Path, end: str, why: str
+) -> None:
+    killed = Process("killed", ["/bin/sh", "-c", f"ulimit -c 0; echo all is well; {end}"], data_dir)
+    assert killed.killed_by() is None
+    killed.start()
+    with pytest.raises(ServiceError, match=f"^killed did not start: {why} "):
+        killed.wait_until(lambda: False)
+
+
 def test_data_of_another_postgres_is_refused(data_dir: Path) -> None:
     (data_dir / "lock").touch()
     (data_dir / "postgres").mkdir()

@@ -103,8 +103,20 @@ class Process:
         deadline = time.monotonic() + timeout_s
         while not is_ready():
             if not self.is_running or time.monotonic() > deadline:
-                raise ServiceError(f"{self.name} did not start: {self.last_words()} (see {self.log_file})")
+                why = self.killed_by() or self.last_words()
+                raise ServiceError(f"{self.name} did not start: {why} (see {self.log_file})")
             time.sleep(POLL_S)
+
+    def killed_by(self) -> str | None:
+        """The signal that ended it, in words, or None: it runs, or it has ended by itself."""
+        code = None if self._child is None else self._child.returncode
+        if code is None or code >= 0:
+            return None
+        with suppress(ValueError):
+            name = signal.Signals(-code).name
+            who = " (by somebody, or by the kernel when memory ran out)" if name == "SIGKILL" else ""
+            return f"it was killed by {name}{who}"
+        return f"it was killed by signal {-code}"
 
     def last_words(self) -> str:
         """The line of this start's log that most likely says why it ended."""

@@ -115,8 +115,8 @@ class System:
         now = time.monotonic()
         restarts[:] = [t for t in restarts if now - t < RESTART_WINDOW_S] + [now]
         if len(restarts) > MOST_RESTARTS:
-            raise ServiceError(f"{process.name} keeps ending: {process.last_words()}")
-        self._progress(f"{process.name} ended ({process.last_words()}); starting it again …")
+            raise ServiceError(f"{process.name} keeps ending: {process.killed_by() or process.last_words()}")
+        self._progress(f"{process.name} ended: {process.killed_by() or process.last_words()}; starting it again …")
         process.start()
 
     def __enter__(self) -> Self:
