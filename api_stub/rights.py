@@ -60,13 +60,14 @@ def organization(scope: Scope) -> Callable[..., str]:
     return checked
 
 
-def sender(principal: Annotated[Principal, Depends(bearer)], _: Annotated[object, Security(_SCHEME)]) -> Principal:
-    """A dependency: the principal, whatever it may do."""
+def anybody(principal: Annotated[Principal, Depends(bearer)], _: Annotated[object, Security(_SCHEME)]) -> Principal:
+    """A dependency: the principal, for a request that names no organization in its path."""
     return principal
 
 
+Caller = Annotated[Principal, Depends(bearer)]
 ReadableOrg = Annotated[str, Depends(organization("credits:read"))]
-Sender = Annotated[Principal, Depends(sender)]
+Anybody = Annotated[Principal, Depends(anybody)]
 
 
 def scope_of(task: str) -> Scope:
