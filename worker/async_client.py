@@ -151,7 +151,7 @@ class AsyncClient(AsyncMessages):
         if self._results is None:
             raise ValueError(NO_RESULT_URL)
         task_id = uuid()
-        message = encoded(self._publisher, task, args, kwargs, task_id)
+        message = encoded(self._publisher, task, args, kwargs, task_id=task_id)
         key = answer_key(task_id)
         line = self._line
         if line is None or line.is_broken:

@@ -384,7 +384,7 @@ class Client(Messages):
         if self._results is None:
             raise ValueError(NO_RESULT_URL)
         task_id = uuid()
-        message = encoded(self._publisher, task, args, kwargs, task_id)
+        message = encoded(self._publisher, task, args, kwargs, task_id=task_id)
         key = answer_key(task_id)
         with self._results.pubsub() as announced:
             try:
@@ -459,12 +459,10 @@ def told(answer: dict[str, Any]) -> Result | None:
     return _result(result) if isinstance(result, dict) else None
 
 
-def encoded(
-    publisher: Publisher, task: str, args: list[Any], kwargs: dict[str, Any], task_id: str | None = None
-) -> Encoded:
-    """Encode a message. Raises InvalidMessageError."""
+def encoded(publisher: Publisher, task: str, args: list[Any], kwargs: dict[str, Any], **options: Any) -> Encoded:
+    """Encode a message, with the options of `Publisher.encode`. Raises InvalidMessageError."""
     try:
-        return publisher.encode(task, args, kwargs, task_id=task_id)
+        return publisher.encode(task, args, kwargs, **options)
     except EncodeError as error:
         raise InvalidMessageError(f"{task} was not sent, as it cannot be encoded: {error}") from error
 
