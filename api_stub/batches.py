@@ -16,7 +16,7 @@ from api_stub import answers, errors
 from api_stub.auth import Principal
 from api_stub.messages import whole_body
 from api_stub.problems import RETRY, Problem
-from api_stub.rights import Sender, require, scope_of
+from api_stub.rights import Anybody, require, scope_of
 from api_stub.services import Using
 from api_stub.sources import refused_source
 from api_stub.turns import BATCHES
@@ -64,7 +64,7 @@ def add(app: FastAPI) -> None:
         },
         openapi_extra={"requestBody": {"content": {"application/jsonl": _description()}, "required": True}},
     )
-    async def send(principal: Sender, request: Request, using: Using) -> Response:
+    async def send(principal: Anybody, request: Request, using: Using) -> Response:
         """Hand over as many as 1,000 messages, as JSON Lines: all of them, or none.
 
         Each line is a message with all its fields, and its `task`. Blank lines are skipped. The token must have the

@@ -9,9 +9,9 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import nullcontext
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from api_stub import answers, errors
@@ -20,7 +20,7 @@ from api_stub.openapi import ANY_OBJECT
 from api_stub.prefer import MOST_WAIT_S, applied, preferred_wait_s
 from api_stub.problems import RETRY, Problem
 from api_stub.protocol import STOPPING
-from api_stub.rights import OrgId, Sender, require, scope_of
+from api_stub.rights import Caller, organization, scope_of
 from api_stub.services import Services, Using
 from api_stub.sources import OTHERS_SOURCES, SOURCE_PATTERN, one_of, refused_source
 from api_stub.workflows import WorkflowId
@@ -52,13 +52,17 @@ def _add(app: FastAPI, model: type[AnyMessage]) -> None:
     task = model.task
     kind, _, name = task.partition(".")
 
-    async def of_workflow(
-        org_id: OrgId, workflow_id: WorkflowId, principal: Sender, request: Request, using: Using
-    ) -> Response:
-        return await _take(task, {"org_id": org_id, "workflow_id": workflow_id}, principal, request, using)
+    org = organization(scope_of(task))
 
-    async def of_wallet(org_id: OrgId, principal: Sender, request: Request, using: Using) -> Response:
-        return await _take(task, {"org_id": org_id}, principal, request, using)
+    async def of_workflow(
+        org_id: Annotated[str, Depends(org)], workflow_id: WorkflowId, caller: Caller, request: Request, using: Using
+    ) -> Response:
+        return await _take(task, {"org_id": org_id, "workflow_id": workflow_id}, caller, request, using)
+
+    async def of_wallet(
+        org_id: Annotated[str, Depends(org)], caller: Caller, request: Request, using: Using
+    ) -> Response:
+        return await _take(task, {"org_id": org_id}, caller, request, using)
 
     is_of_workflow = issubclass(model, WorkflowMessage)
     in_path = ("org_id", "workflow_id") if is_of_workflow else ("org_id",)
@@ -76,11 +80,9 @@ def _add(app: FastAPI, model: type[AnyMessage]) -> None:
 
 
 async def _take(
-    task: str, of_the_path: dict[str, str], principal: Principal, request: Request, using: Services
+    task: str, of_the_path: dict[str, str], caller: Principal, request: Request, using: Services
 ) -> Response:
     """Check the message, hand it over, and answer."""
-    org_id = of_the_path["org_id"]
-    require(principal, org_id, scope_of(task))
     body = await _json_object(request)
     for name in of_the_path:
         if name in body:
@@ -91,15 +93,15 @@ async def _take(
     if problem is not None:
         raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, problem)
     wait_s = preferred_wait_s(request) if using.async_client.keeps_answers else 0
-    with using.places.one_for(principal) if wait_s else nullcontext(False) as may_wait:
+    with using.places.one_for(caller) if wait_s else nullcontext(False) as may_wait:
         result, waited_s = await _hand_over(task, payload, wait_s if may_wait else 0, request, using)
     headers = applied(waited_s) if waited_s else {}
     if result is not None:
         return JSONResponse(answers.Result.of(result), HTTPStatus.OK, headers)
     workflow_id = of_the_path.get("workflow_id")
     if workflow_id is not None:
-        headers["Location"] = f"/api/organizations/{org_id}/workflows/{workflow_id}"
-    accepted = {"status": "accepted", "task": task, "org_id": org_id, "workflow_id": workflow_id}
+        headers["Location"] = f"/api/organizations/{message.org_id}/workflows/{workflow_id}"
+    accepted = {"status": "accepted", "task": task, "org_id": message.org_id, "workflow_id": workflow_id}
     return JSONResponse(accepted, HTTPStatus.ACCEPTED, headers)
 
 

@@ -68,16 +68,17 @@ def organization(scope: Scope) -> Callable[..., str]:
     return checked
 
 
-def sender(
+def anybody(
     request: Request, principal: Annotated[Principal, Depends(bearer)], _: Annotated[object, Security(_SCHEME)]
 ) -> Principal:
-    """A dependency: the principal, whatever it may do. Refuses unknown parameters."""
+    """A dependency: the principal, for a request that names no organization in its path. Refuses unknown parameters."""
     refuse_others(request)
     return principal
 
 
+Caller = Annotated[Principal, Depends(bearer)]
 ReadableOrg = Annotated[str, Depends(organization("credits:read"))]
-Sender = Annotated[Principal, Depends(sender)]
+Anybody = Annotated[Principal, Depends(anybody)]
 
 
 def scope_of(task: str) -> Scope:

@@ -467,7 +467,7 @@ def told(answer: dict[str, Any]) -> Result | None:
 
 
 def encoded(publisher: Publisher, task: str, args: list[Any], kwargs: dict[str, Any], **options: Any) -> Encoded:
-    """Encode a message. Raises InvalidMessageError."""
+    """Encode a message, with the options of `Publisher.encode`. Raises InvalidMessageError."""
     try:
         return publisher.encode(task, args, kwargs, **options)
     except EncodeError as error:
