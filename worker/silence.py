@@ -33,15 +33,14 @@ def what_is_seen(app: Celery, publisher: Publisher) -> str:
         return f"no worker answers at {where}, and no message waits there: one that is busy or paused may have taken it"
     if waiting == 0:
         return (
-            f"no message waits in the queue {publisher.queue} at {where}, so a worker has taken it: its log says if it "
-            "waits for the database or for its organization; if not, the worker may keep answers elsewhere "
-            "(HOLDFAST_RESULT_URL)"
+            f"no message waits in the queue {publisher.queue} at {where}, so a worker has taken it: it waits for the "
+            "database or for its organization, as the log says, or its answer is kept elsewhere (HOLDFAST_RESULT_URL)"
         )
     if is_answered is None:
         return f"{there}; whether a worker is there, this user of the broker may not ask"
     if is_answered:
         return f"{there}, and a worker is there: its log says what it waits for"
-    return f"{there}, and no worker answers: is one running, with this broker and this database?"
+    return f"{there}, and no worker answers: none runs, or it is paused, or uses another broker or database"
 
 
 def _waiting(connection: Connection, queue: str) -> int:

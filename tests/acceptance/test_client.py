@@ -323,7 +323,7 @@ def test_without_a_worker_there_is_no_answer_and_the_message_is_kept(installatio
     where = f"{masked(installation.broker_url)} (Redis database {installation.broker_url.rsplit('/', 1)[1]})"
     assert str(missed.value) == (
         f"workflow.start was sent, but no answer came within 0.2 s: 1 message waits in the queue credits at {where}, "
-        "and no worker answers: is one running, with this broker and this database?"
+        "and no worker answers: none runs, or it is paused, or uses another broker or database"
     )
     assert installation.waiting() == {"credits": 1, "unacked": 0}
 
