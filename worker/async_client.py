@@ -41,10 +41,15 @@ from worker.client import (
     waiting,
 )
 from worker.publishing import POOL_LIMIT, TIMEOUT_S, Publisher
+from worker.silence import what_is_seen
 
 Value = TypeVar("Value")
 
 _ERRORS = (RedisError, OSError)
+
+
+class TooLateError(NoAnswerError):
+    """The answer did not come in time; that of `Asked.answer` does not say what may be the reason."""
 
 
 class Asked:
@@ -63,7 +68,7 @@ class Asked:
             async with asyncio.timeout(wait_s):
                 announced = await asyncio.shield(self._announced)
         except TimeoutError:
-            raise NoAnswerError(f"{self._task} was sent, but no answer came within {wait_s:g} s") from None
+            raise TooLateError(f"{self._task} was sent, but no answer came within {wait_s:g} s") from None
         except _ERRORS as error:
             raise NoAnswerError(f"{self._task} was sent, but its answer could not be read: {error}") from error
         return told(json.loads(announced))
@@ -72,9 +77,9 @@ class Asked:
 class AsyncClient(AsyncMessages):
     """Sends messages to the ledger. One client may be used by many tasks of one event loop.
 
-    Every method takes `wait_s`: how many seconds to wait for the answer. Without it the method returns None as soon as
-    the broker has the message; with it, the Result. Raises InvalidMessageError, NotSentError and, with `wait_s`,
-    NoAnswerError and DeadLetteredError. If the broker is gone, retries for some seconds before NotSentError.
+    Every method takes `wait_s`: how many seconds to wait for the answer. Without it the method returns Unanswered as
+    soon as the broker has the message; with it, the Result. Raises InvalidMessageError, NotSentError and, with
+    `wait_s`, NoAnswerError and DeadLetteredError. If the broker is gone, retries for some seconds before NotSentError.
     """
 
     def __init__(self, broker_url: str, *, queue: str = QUEUE, result_url: str | None = None) -> None:
@@ -135,7 +140,11 @@ class AsyncClient(AsyncMessages):
         """
         if wait_s is not None:
             async with self.asking(task, args, kwargs) as asked:
-                return await asked.answer(wait_s)
+                try:
+                    return await asked.answer(wait_s)
+                except TooLateError as error:
+                    seen = await self._in_thread(lambda: what_is_seen(self._celery, self._publisher))
+                    raise NoAnswerError(f"{error}: {seen}") from None
         self._refuse_not_allowed(task, args[0] if args else None)
         message = encoded(self._publisher, task, args, kwargs)
         await self._in_thread(lambda: hand_over(self._publisher, task, [message]))

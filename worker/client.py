@@ -18,7 +18,7 @@ import json
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -60,6 +60,8 @@ from ledger.state import Limit, Result
 from worker.broker import ENGINE_QUEUE, QUEUE, create_celery
 from worker.publishing import BROKER_ERRORS, TIMEOUT_S, Encoded, Publisher, connect, leave
 from worker.redis_server import UnsupportedServerError
+from worker.silence import what_is_seen
+from worker.unanswered import Unanswered
 
 # Kombu keeps a queue as a list and takes from its right end. An entry may be large, so it is not fetched. At its end is
 # the tag that distinguishes equal messages.
@@ -128,7 +130,7 @@ class AsyncMethod(Protocol[Sent, Asked]):
     """To type checkers, a Method of AsyncMessages: what it returns is awaited."""
 
     @overload
-    async def __call__(self, *args: Sent.args, **kwargs: Sent.kwargs) -> None: ...
+    async def __call__(self, *args: Sent.args, **kwargs: Sent.kwargs) -> Unanswered: ...
 
     @overload
     async def __call__(self, *args: Asked.args, **kwargs: Asked.kwargs) -> Result: ...
@@ -155,7 +157,7 @@ class Method(Generic[Sent, Asked]):
         return bound
 
     @overload
-    def __call__(self, *args: Sent.args, **kwargs: Sent.kwargs) -> None: ...
+    def __call__(self, *args: Sent.args, **kwargs: Sent.kwargs) -> Unanswered: ...
 
     @overload
     def __call__(self, *args: Asked.args, **kwargs: Asked.kwargs) -> Result: ...
@@ -168,7 +170,15 @@ class Method(Generic[Sent, Asked]):
         wait_s = fields.pop("wait_s", None)
         given = {name: value for name, value in fields.items() if value is not None}
         message = {name: value.isoformat() if isinstance(value, datetime) else value for name, value in given.items()}
-        return self._sender.send(self.task, message, wait_s=wait_s)
+        if isinstance(self._sender, AsyncMessages):
+            return self._awaited(self._sender.send(self.task, message, wait_s=wait_s))
+        return self._answered(self._sender.send(self.task, message, wait_s=wait_s))
+
+    def _answered(self, answer: Result | None) -> Result | Unanswered:
+        return Unanswered(self.task) if answer is None else answer
+
+    async def _awaited(self, answer: Awaitable[Result | None]) -> Result | Unanswered:
+        return self._answered(await answer)
 
 
 class _Asked(BaseModel):
@@ -310,9 +320,9 @@ class Batch(Messages):
 class Client(Messages):
     """Sends messages to the ledger. One client may be used by many threads.
 
-    Every method takes `wait_s`: how many seconds to wait for the answer. Without it the method returns None as soon as
-    the broker has the message; with it, the Result. Raises InvalidMessageError, NotSentError and, with `wait_s`,
-    NoAnswerError and DeadLetteredError. If the broker is gone, retries for some seconds before NotSentError.
+    Every method takes `wait_s`: how many seconds to wait for the answer. Without it the method returns Unanswered as
+    soon as the broker has the message; with it, the Result. Raises InvalidMessageError, NotSentError and, with
+    `wait_s`, NoAnswerError and DeadLetteredError. If the broker is gone, retries for some seconds before NotSentError.
     """
 
     def __init__(self, broker_url: str, *, queue: str = QUEUE, result_url: str | None = None) -> None:
@@ -406,7 +416,8 @@ class Client(Messages):
             except RedisError as error:
                 raise NoAnswerError(f"{task} was sent, but its answer could not be read: {error}") from error
         if answer is None:
-            raise NoAnswerError(f"{task} was sent, but no answer came within {wait_s:g} s")
+            seen = what_is_seen(self._celery, self._publisher)
+            raise NoAnswerError(f"{task} was sent, but no answer came within {wait_s:g} s: {seen}")
         return told(answer)
 
 

@@ -233,7 +233,10 @@ def _problem_of_engine(message: Message, problem: InvalidMessage) -> InvalidMess
 
 
 def _not_allowed(task: str) -> InvalidMessage:
-    error = f"{_ONLY_WORKFLOWS}: {task[:200]!a} must be sent to {QUEUE}, by a system that has the right"
+    if task in TASKS:
+        error = f"{_ONLY_WORKFLOWS}: {task!a} must be sent to {QUEUE}, by a system that has the right"
+    else:
+        error = f"{_ONLY_WORKFLOWS}, and there is no task named {task[:200]!a}"
     return InvalidMessage("not_allowed", error, None)
 
 

@@ -25,7 +25,7 @@ from kombu.serialization import dumps
 from kombu.utils.json import dumps as to_json
 from redis.exceptions import RedisError
 
-from worker.broker import QUEUE, REPLAY_OF, declare_queues, masked
+from worker.broker import ENGINE_QUEUE, QUEUE, REPLAY_OF, declare_queues, masked
 from worker.redis_server import UnsupportedServerError
 
 TIMEOUT_S = 5.0
@@ -83,7 +83,9 @@ class Publisher:
     """Hands messages to the app's broker, over a few connections of its own. May be used by many threads and forks."""
 
     def __init__(self, app: Celery, queue: str = QUEUE) -> None:
-        """`queue`: the ledger's queue that messages go to."""
+        """`queue`: the ledger's queue that messages go to. Raises ValueError if it is another one."""
+        if queue not in (QUEUE, ENGINE_QUEUE):
+            raise ValueError(f"the queue must be {QUEUE} or {ENGINE_QUEUE}, not {queue!r}: no worker takes from others")
         self._app = app
         self.queue = queue
         self._open()

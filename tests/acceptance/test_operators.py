@@ -343,8 +343,11 @@ def test_without_a_worker_the_letter_says_that_its_message_was_sent(installation
     first, second = refund_too_early(installation, "acme", refunds=2)
     ended = run(installation, "failed", "replay", first, second, "--wait-s", "0.2", "--by", "ann")
     assert (ended.returncode, ended.stderr) == (0, "")
+    seen = "1 message waits in the queue credits at redis://"
+    [(*_, late), _] = marks(installation, "acme")
+    assert late.startswith(f"sent; wallet.refund was sent, but no answer came within 0.2 s: {seen}")
     assert marks(installation, "acme") == [
-        ("replayed", 1, "ann", "sent; wallet.refund was sent, but no answer came within 0.2 s"),
+        ("replayed", 1, "ann", late),
         ("replayed", 1, "ann", "sent; not waited for, as the answer before it did not come in time"),
     ]
     assert installation.waiting() == {"credits": 2, "unacked": 0}

@@ -3,6 +3,7 @@
 No port listens at these brokers' address, so whatever is sent nevertheless fails as not sent.
 """
 
+import copy
 import inspect
 import json
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from worker.broker import ENGINE_QUEUE
 from worker.client import Client, DeadLetteredError, InvalidMessageError, Method, _result
 from worker.publishing import Encoded
 from worker.tasks import as_value
+from worker.unanswered import NotAskedError
 
 NOWHERE = "redis://127.0.0.1:1/0"
 
@@ -52,6 +54,43 @@ def test_there_is_a_method_for_every_message_with_its_fields() -> None:
         model = MESSAGES[method.task]
         assert set(inspect.signature(method).parameters) == {*model.model_fields, "wait_s"}
         assert method.__doc__ == model.__doc__
+
+
+def test_an_answer_that_was_not_asked_for_says_how_to_ask(client: Client, sent: Sent) -> None:
+    started = client.start(org_id="acme", workflow_id="run", credits=5)
+    assert not started
+    for read in ("outcome", "holds", "no_such_field"):
+        with pytest.raises(NotAskedError) as asked:
+            getattr(started, read)
+        assert str(asked.value) == (
+            f"workflow.start was sent without waiting for its answer, so there is no {read}: "
+            "to wait, name the seconds in the call, as in wait_s=10"
+        )
+    with client.batch() as batch:
+        assert repr(batch.cancel(org_id="acme", workflow_id="run")).startswith("<workflow.cancel was sent; ")
+    assert len(sent) == 2
+    assert copy.deepcopy(started).task == "workflow.start"
+
+
+@pytest.mark.parametrize("queue", ["credit", "celery", "credits.dead", ""])
+def test_a_queue_that_no_worker_takes_from_is_refused(queue: str) -> None:
+    with pytest.raises(ValueError, match=f"the queue must be credits or credits.engine, not '{queue}': no worker"):
+        Client(NOWHERE, queue=queue)
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("http://host:8000", "http is for the API or a web page, not for the broker"),
+        ("host:6379", "it has no scheme, such as redis://"),
+        ("", "it has no scheme, such as redis://"),
+    ],
+)
+def test_a_url_that_is_no_brokers_is_refused_at_once(url: str, why: str) -> None:
+    with pytest.raises(ValueError, match=f"^the broker's URL must begin with redis://, .* and name a host; {why}$"):
+        Client(url)
+    with pytest.raises(ValueError, match=f"^the URL for answers must begin with redis://.* and name a host; {why}$"):
+        Client(NOWHERE, result_url=url)
 
 
 def test_a_methods_fields_are_named(client: Client) -> None:

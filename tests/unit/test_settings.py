@@ -185,7 +185,31 @@ def test_a_setting_like_no_other_is_told_all_there_are(environment: Environment)
         ),
         (
             {"BROKER_URL": "host:6379"},
-            "HOLDFAST_BROKER_URL must begin with redis://, rediss://, amqp:// or amqps:// and name a host",
+            (
+                "HOLDFAST_BROKER_URL must begin with redis://, rediss://, amqp:// or amqps:// and name a host; "
+                "it has no scheme, such as redis://"
+            ),
+        ),
+        (
+            {"BROKER_URL": "user:sekrit@host"},
+            (
+                "HOLDFAST_BROKER_URL must begin with redis://, rediss://, amqp:// or amqps:// and name a host; "
+                "it has no scheme, such as redis://"
+            ),
+        ),
+        (
+            {"ENGINE_BROKER_URL": "http://user:sekrit@host:8000"},
+            (
+                "HOLDFAST_ENGINE_BROKER_URL must begin with redis://, rediss://, amqp:// or amqps:// and name a host; "
+                "http is for the API or a web page, not for the broker"
+            ),
+        ),
+        (
+            {"RESULT_URL": "HTTPS://user:sekrit@host"},
+            (
+                "HOLDFAST_RESULT_URL must begin with redis:// or rediss:// and name a host; "
+                "http is for the API or a web page, not for the broker"
+            ),
         ),
         ({"JWT_AUDIENCE": "sekrit "}, "HOLDFAST_JWT_AUDIENCE must not begin or end with a space"),
         ({"JWT_ISSUER": "  "}, "HOLDFAST_JWT_ISSUER must not begin or end with a space"),
