@@ -165,10 +165,9 @@ class AsyncClient(AsyncMessages):
         line = self._line
         if line is None or line.is_broken:
             line = self._line = _Line(self._results.pubsub())
-        announced = line.expect(key)
         try:
             try:
-                await line.subscribe(key)
+                announced = await line.expect(key)
             except _ERRORS as error:
                 why = str(error) or f"nothing was heard from the store of answers for {TIMEOUT_S:g} s"
                 raise NoAnswersError(f"{task} was not sent, as its answer could not be waited for: {why}") from error
@@ -176,14 +175,12 @@ class AsyncClient(AsyncMessages):
             yield Asked(task, announced)
         finally:
             was_announced = line.forget(key)
-            if line.is_idle and self._line is line:
-                self._line = None
-            with suppress(*_ERRORS):
-                if line.is_idle:
-                    await line.close()
-                elif not line.is_broken:
-                    await line.unsubscribe(key)
-                if was_announced:
+            if line.is_idle:
+                if self._line is line:
+                    self._line = None
+                await line.close()
+            if was_announced:
+                with suppress(*_ERRORS):
                     await self._results.delete(key)
 
     async def _in_thread(self, act: Callable[[], Value]) -> Value:
@@ -191,62 +188,70 @@ class AsyncClient(AsyncMessages):
 
 
 class _Line:
-    """One connection on which the answers of several calls are announced. It is closed when none of them waits."""
+    """One connection on which the answers of several calls are announced. It is closed when none of them waits.
+
+    Only tasks of its own use the connection, so a call that is cancelled leaves it as it is.
+    """
 
     def __init__(self, pubsub: PubSub) -> None:
         self._pubsub = pubsub
-        self._subscribing = asyncio.Lock()
-        self._reading: asyncio.Task[None] | None = None
+        self._wanted = asyncio.Queue[tuple[bool, str] | None]()
+        """The keys to subscribe to, or not any more; None is the end."""
         self._subscribed: dict[bytes, asyncio.Future[None]] = {}
         self._announced: dict[bytes, asyncio.Future[bytes]] = {}
         self.is_broken = False
+        self._running = asyncio.create_task(self._run())
 
     @property
     def is_idle(self) -> bool:
         """Whether nobody expects an answer."""
         return not self._announced
 
-    def expect(self, key: str) -> asyncio.Future[bytes]:
-        """What is announced under `key` once `subscribe` has returned. Fails if the connection does."""
+    async def expect(self, key: str) -> asyncio.Future[bytes]:
+        """What is announced under `key` from here on: none is missed. It fails if the connection does.
+
+        Raises RedisError and OSError; then the connection is broken. Whoever calls this must `forget` the key.
+        """
         loop = asyncio.get_running_loop()
         channel = key.encode()
-        self._subscribed[channel] = loop.create_future()
-        self._announced[channel] = loop.create_future()
-        return self._announced[channel]
-
-    async def subscribe(self, key: str) -> None:
-        """From here on, no announcement is missed. Raises RedisError and OSError; then the connection is broken."""
+        subscribed = self._subscribed[channel] = loop.create_future()
+        announced = self._announced[channel] = loop.create_future()
+        self._wanted.put_nowait((True, key))
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                async with self._subscribing:
-                    await self._pubsub.subscribe(key)
-                    if self._reading is None:
-                        self._reading = asyncio.create_task(self._read())
-                await self._subscribed[key.encode()]
-        except Exception:
+                await subscribed
+        except _ERRORS:
             self.is_broken = True
             raise
+        return announced
 
     def forget(self, key: str) -> bool:
         """Expect it no longer. Returns whether it was announced."""
-        channel = key.encode()
-        both = self._subscribed.pop(channel), self._announced.pop(channel)
-        for future in both:
-            if not future.cancel() and not future.cancelled():
-                future.exception()  # which nobody else may have looked at
-        return not both[1].cancelled() and both[1].exception() is None
-
-    async def unsubscribe(self, key: str) -> None:
-        """Have the server forget it, too."""
-        async with self._subscribing:
-            await self._pubsub.unsubscribe(key)
+        subscribed, announced = self._subscribed.pop(key.encode()), self._announced.pop(key.encode())
+        if not self.is_idle:
+            self._wanted.put_nowait((False, key))
+        return not any([_failed(subscribed), _failed(announced)])  # a list, as both must be looked at
 
     async def close(self) -> None:
         """Close the connection."""
-        if self._reading is not None:
-            self._reading.cancel()
-            await asyncio.wait([self._reading])
-        await self._pubsub.aclose()
+        self._wanted.put_nowait(None)
+        await asyncio.wait([self._running])
+
+    async def _run(self) -> None:
+        """Send what is wanted, until it is None. Not cancelled: Python 3.11 may lose that while redis-py sends."""
+        reading: asyncio.Task[None] | None = None
+        try:
+            while (wanted := await self._wanted.get()) is not None:
+                is_wanted, key = wanted
+                await (self._pubsub.subscribe(key) if is_wanted else self._pubsub.unsubscribe(key))
+                reading = reading or asyncio.create_task(self._read())
+        except Exception as error:  # noqa: BLE001 - whatever it is, nobody must wait for what is not read any more
+            self._fail(error)
+        finally:
+            if reading is not None:
+                reading.cancel()
+                await asyncio.wait([reading])
+            await self._pubsub.aclose()
 
     async def _read(self) -> None:
         try:
@@ -256,12 +261,22 @@ class _Line:
                         _set(self._subscribed[channel], None)
                     case {"type": "message", "channel": bytes(channel), "data": data} if channel in self._announced:
                         _set(self._announced[channel], data)
-        except Exception as error:  # noqa: BLE001 - whatever it is, nobody must wait for what is not read any more
-            self.is_broken = True
-            expected: list[asyncio.Future[Any]] = [*self._subscribed.values(), *self._announced.values()]
-            for future in expected:
-                if not future.done():
-                    future.set_exception(error)
+        except Exception as error:  # noqa: BLE001 - as above
+            self._fail(error)
+            self._wanted.put_nowait(None)
+
+    def _fail(self, error: Exception) -> None:
+        self.is_broken = True
+        told = error if isinstance(error, _ERRORS) else RedisError(repr(error))
+        expected: list[asyncio.Future[Any]] = [*self._subscribed.values(), *self._announced.values()]
+        for future in expected:
+            if not future.done():
+                future.set_exception(told)
+
+
+def _failed(future: asyncio.Future[Any]) -> bool:
+    """Whether `future`, which nobody awaits any more, has no result."""
+    return future.cancel() or future.cancelled() or future.exception() is not None
 
 
 def _set(future: asyncio.Future[Value], value: Value) -> None:

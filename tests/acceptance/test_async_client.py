@@ -1,6 +1,7 @@
 """The producer for asyncio, against a running worker: all calls that wait share one connection, and leave nothing."""
 
 import asyncio
+import gc
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -28,14 +29,18 @@ ANSWERS = "celery-task-meta-*"
 
 
 def with_client(broker_url: str, act: Callable[[AsyncClient], Awaitable[None]], result_url: str | None = None) -> None:
-    """Run `act` with a client, which must leave no task of its own."""
+    """Run `act` with a client, which must leave no task of its own, and no error that nobody has looked at."""
+    unseen: list[object] = []
 
     async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(context))
         async with AsyncClient(broker_url, result_url=result_url) as client:
             await act(client)
         assert asyncio.all_tasks() == {asyncio.current_task()}
+        gc.collect()
 
     asyncio.run(run())
+    assert unseen == []
 
 
 @asynccontextmanager
@@ -154,6 +159,28 @@ def test_a_call_that_is_cancelled_disturbs_no_other(installation: Installation) 
         worker.kill()
 
     with_client(installation.broker_url, act)
+
+
+def test_calls_that_are_cancelled_at_any_moment_disturb_no_other(running: Installation) -> None:
+    async def act(client: AsyncClient) -> None:
+        async def start(number: int) -> Result:
+            return await client.start(org_id="hasty", workflow_id=f"run-{number}", credits=0, wait_s=PATIENCE_S)
+
+        async def cancel_soon(number: int) -> None:
+            call = asyncio.create_task(start(number))
+            for _ in range(number % 97):
+                await asyncio.sleep(0)
+            call.cancel()
+            await asyncio.wait([call])
+
+        for begin in range(0, 900, 300):
+            patient = [asyncio.create_task(start(number)) for number in range(begin, begin + 100)]
+            await asyncio.gather(*(cancel_soon(number) for number in range(begin + 100, begin + 300)))
+            assert {answer.outcome for answer in await asyncio.gather(*patient)} == {"reserved"}
+
+    before = connections(running)[1]
+    with_client(running.broker_url, act)
+    eventually(lambda: connections(running)[1] == before)
 
 
 def test_if_the_connection_breaks_all_who_wait_are_told_and_the_next_one_has_a_new_one(
