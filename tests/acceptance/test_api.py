@@ -224,7 +224,8 @@ def test_a_parameter_that_an_address_does_not_take_is_refused(api: Api, path: st
     assert api.get(path).status_code == 200
     assert api.problem(f"{path}?{query}") == (422, detail)
     others = {"Authorization": f"Bearer {token(orgs=['other'])}"}
-    assert api.problem(f"{path}?{query}", headers=others) == (404, "There is no such organization, or this token does not name it (orgs).")
+    told = "There is no such organization, or this token does not name it (orgs)."
+    assert api.problem(f"{path}?{query}", headers=others) == (404, told)
     assert api.head(f"{path}?{query}").status_code == 422
 
 
