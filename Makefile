@@ -10,6 +10,15 @@ SBOM := dist/holdfast.cdx.json
 # The pure core: its own unit tests alone must reach every branch of these.
 CORE := ledger/messages.py,ledger/periods.py,ledger/rules/*.py
 
+# An upgrade of Python leaves an environment that cannot run, or that no longer finds its packages.
+FITS := import os, sys; sys.exit(not os.path.isdir("$(VENV)/lib/python%d.%d/site-packages" % sys.version_info[:2]))
+ifneq ($(wildcard $(VENV)/created.stamp),)
+ifneq ($(shell $(BIN)/python -c '$(FITS)' 2>/dev/null && echo yes),yes)
+$(info The Python of $(VENV) was upgraded or removed: $(VENV) is made anew as soon as it is needed.)
+$(shell rm -f $(VENV)/*.stamp)
+endif
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help demo up test unit soak bench lint format docs lock sbom clean
 

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, PlainSerializer, WithJsonSchema
 
-from ledger.state import EventType, WorkflowState
+from ledger.state import EventType, OutcomeName, Reason, WorkflowState
+from ledger.state import Result as LedgerResult
 from ledger.usage import FEWEST_RATE_DAYS, MOST_GROUPS, RATE_DAYS
 from ledger.views import MOST_ENDS
 
@@ -105,7 +106,14 @@ class Wallet(_Answer):
     ]
     next_plan: Annotated[NextPlan | None, Field(description="The plan that comes next, if it is another one.")]
     current_period: Period | None
-    ending: Annotated[list[Ending], Field(description=f"What ends by itself, at most {MOST_ENDS}, soonest first.")]
+    ending: Annotated[
+        list[Ending],
+        Field(description=f"What ends by itself, soonest first; of each balance at most {MOST_ENDS} entries."),
+    ]
+    prepaid_ending: Annotated[
+        int,
+        Field(description="How many of the prepaid credits end by themselves, also those that `ending` leaves out."),
+    ]
 
 
 class UsageGroup(_Answer):
@@ -164,6 +172,33 @@ class WalletThen(_Answer):
     used_this_period: int
 
 
+class Limit(_Answer):
+    """A limit on what starts may reserve."""
+
+    kind: Annotated[Reason, Field(description="The reason that a start is given which this limit rejects.")]
+    limit: Annotated[int, Field(description="What may be reserved in all; or used and reserved within the period.")]
+    used: Annotated[int, Field(description="What was used within the period; of a limit without periods, 0.")]
+    reserved: int
+    resets_at: Annotated[Moment | None, Field(description="When `used` is 0 again; null: there is no period.")]
+
+
+class QuotedLimit(Limit):
+    """A limit on what starts may reserve, with what it still allows."""
+
+    remaining: Annotated[int, Field(description="What it still allows to reserve; may be below 0.")]
+
+
+class Quote(_Answer):
+    """What a start would be answered now."""
+
+    outcome: Literal["reserved", "rejected"]
+    reason: Annotated[Reason | None, Field(description="Why it would be rejected; null: it would not be.")]
+    available: int
+    shortfall: Annotated[int | None, Field(description="How many credits the limit lacks that would reject it.")]
+    limits: Annotated[list[QuotedLimit], Field(description="Every limit of the wallet.")]
+    as_of_seq: Annotated[int, Field(description="The wallet's last event that is counted; 0: it has none.")]
+
+
 class Workflow(_Answer):
     """A workflow: its state, its credits and its events."""
 
@@ -184,7 +219,38 @@ class Accepted(_Answer):
     status: Literal["accepted"]
     task: str
     org_id: str
-    workflow_id: str
+    workflow_id: Annotated[str | None, Field(description="The workflow in the path; null: there is none.")]
+
+
+class BatchAccepted(_Answer):
+    """The broker has all messages."""
+
+    status: Literal["accepted"]
+    messages: Annotated[int, Field(description="How many there are.")]
+
+
+class Result(_Answer):
+    """What the ledger did with a message."""
+
+    outcome: OutcomeName
+    reason: Annotated[Reason | None, Field(description="Why, where an outcome has more than one reason.")]
+    duplicate: Annotated[bool, Field(description="Whether the message was answered before. Then nothing changes.")]
+    org_id: str
+    workflow_id: str | None
+    state: Annotated[
+        WorkflowState | None, Field(description="What the workflow is now. Only if it is `reserved`, credits are held.")
+    ]
+    event_seqs: Annotated[list[int], Field(description="The events that this delivery wrote; none for a duplicate.")]
+    available: Annotated[int, Field(description="The credits that a workflow may reserve, after the message.")]
+    limit: Annotated[Limit | None, Field(description="The limit that rejects the start, unless it is a duplicate.")]
+    shortfall: Annotated[int | None, Field(description="How many credits that limit lacks for it.")]
+
+    @classmethod
+    def of(cls, result: LedgerResult) -> dict[str, Any]:
+        """The answer as a JSON object."""
+        limit = None if result.limit is None else result.limit._asdict()
+        answer = cls(**{**result._asdict(), "event_seqs": list(result.event_seqs), "limit": limit})
+        return answer.model_dump(mode="json")
 
 
 class Health(_Answer):
@@ -196,5 +262,11 @@ class Health(_Answer):
 class Readiness(_Answer):
     """The services that requests need."""
 
-    database: Literal["ok", "unavailable"]
+    database: Annotated[
+        str,
+        Field(
+            description="`ok`; `unavailable`; or, in a sentence, why its schema is not the one of this version",
+            examples=["ok", "the database is not migrated yet: run `holdfast migrate`"],
+        ),
+    ]
     broker: Literal["ok", "unavailable"]

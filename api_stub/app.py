@@ -1,9 +1,10 @@
-"""The HTTP API: credit history and wallets for customers, lifecycle messages for engines that are not in Python.
+"""The HTTP API: credit history and wallets for customers, and every message for programs in any language.
 
 `uvicorn api_stub.app:app --http api_stub.protocol:PromptProtocol` serves it. Each request reads one snapshot of the
-ledger. Messages of engines go through the broker, as from `worker.client`. This module only assembles the parts.
+ledger. Messages go through the broker, as from `worker.client`. This module only assembles the parts.
 """
 
+import asyncio
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,9 +15,22 @@ from ledger import extras
 with extras.of_the_server():
     from fastapi import FastAPI
 
-    from api_stub import access_log, errors, operators, pages, probes, usage, wallets, workflows
+    from api_stub import (
+        access_log,
+        batches,
+        errors,
+        messages,
+        operators,
+        pages,
+        probes,
+        quotes,
+        usage,
+        wallets,
+        workflows,
+    )
     from api_stub.middleware import around_every_answer
     from api_stub.openapi import DescribedAPI
+    from api_stub.protocol import STOPPING
     from api_stub.services import Services
     from api_stub.turns import Turns
     from ledger import logs
@@ -28,9 +42,9 @@ def create_app(settings: Settings) -> FastAPI:
     """Create the API for these settings. Raises SettingsError."""
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        app.state.services.close()
+    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, asyncio.Event]]:
+        yield {STOPPING: asyncio.Event()}
+        await app.state.services.close()
 
     app = DescribedAPI(
         title="Holdfast",
@@ -49,7 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(around_every_answer)
     errors.install(app)
     access_log.install()
-    for part in (wallets, usage, workflows, probes, pages, operators):
+    for part in (wallets, usage, workflows, messages, batches, quotes, probes, pages, operators):
         part.add(app)
     return app
 

@@ -20,8 +20,9 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from ledger.settings import Settings, SettingsError
 
-Scope = Literal["credits:read", "workflows:write", "operator"]
-"""The rights of a token: to read credits, to report workflows, or to handle dead letters of all organizations."""
+Scope = Literal["credits:read", "workflows:write", "wallet:write", "operator"]
+"""The rights of a token: to read credits, to send the messages of workflows, to send those of wallets, or to handle the
+dead letters of all organizations. None of them includes another one."""
 
 LEEWAY_S = 30
 """The largest difference between our clock and that of the signer of tokens."""
@@ -48,6 +49,14 @@ class Principal:
 
 class InvalidTokenError(Exception):
     """The token is missing, malformed, expired, not for us or not signed for us. The text does not contain it."""
+
+
+class ExpiredTokenError(InvalidTokenError):
+    """The token is no longer valid."""
+
+
+class EarlyTokenError(InvalidTokenError):
+    """The token is not valid yet: its signer's clock, or ours, is wrong by more than LEEWAY_S."""
 
 
 class _PyJWT(jwt.PyJWT):
@@ -78,9 +87,8 @@ PublicKey = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey
 class Authenticator:
     """Reads tokens signed with a shared secret (HS256) or with the private half of a public key."""
 
-    key: str | PublicKey
-    algorithm: str
-    """The only one allowed: with a choice, anybody could sign with the public key as a secret."""
+    keys: tuple[tuple[str | PublicKey, str], ...]
+    """Each with its only algorithm: with a choice, anybody could sign with the public key as a secret."""
     audience: str | None = None
     """The value that `aud` must be or contain; None: not checked."""
     issuer: str | None = None
@@ -88,33 +96,24 @@ class Authenticator:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
-        """Use `jwt_public_key`, else `jwt_secret`. Raises SettingsError if neither is set, or the key is unsuitable."""
+        """Use `jwt_public_key`, else `jwt_secret`. Raises SettingsError if neither is set, or a key is unsuitable."""
+        keys: tuple[tuple[str | PublicKey, str], ...]
         if settings.jwt_public_key is not None:
-            key: str | PublicKey
-            key, algorithm = _public_key(settings.jwt_public_key)
+            keys = tuple(map(_public_key, _BEFORE_A_KEY.split(settings.jwt_public_key)[1:]))
         elif settings.jwt_secret is not None:
-            key, algorithm = settings.jwt_secret.get_secret_value(), "HS256"
+            keys = ((settings.jwt_secret.get_secret_value(), "HS256"),)
         else:
             raise SettingsError("HOLDFAST_JWT_SECRET is not set, nor HOLDFAST_JWT_PUBLIC_KEY: set one of them")
-        return cls(key, algorithm, settings.jwt_audience, settings.jwt_issuer)
+        return cls(keys, settings.jwt_audience, settings.jwt_issuer)
 
     def read(self, token: str) -> Principal:
         """Return the principal of a token. Raises InvalidTokenError."""
         try:
-            claims = _JWT.decode(
-                token,
-                self.key,
-                algorithms=[self.algorithm],
-                leeway=LEEWAY_S,
-                audience=self.audience,
-                issuer=self.issuer,
-                # By default, PyJWT refuses every audience if none is expected.
-                options={"require": ["exp"], "verify_aud": self.audience is not None},
-            )
+            claims = self._verified(token)
         except jwt.ExpiredSignatureError:
-            raise InvalidTokenError("the token has expired") from None
+            raise ExpiredTokenError("the token has expired") from None
         except jwt.ImmatureSignatureError:
-            raise InvalidTokenError("the token is not valid yet") from None
+            raise EarlyTokenError("the token is not valid yet") from None
         except jwt.MissingRequiredClaimError as error:
             raise InvalidTokenError(f'the token has no "{error.claim}"') from None
         except jwt.InvalidAudienceError:
@@ -141,6 +140,28 @@ class Authenticator:
             orgs="*" if orgs == "*" else frozenset(orgs),
             scopes=frozenset(scope.split()),
         )
+
+    def _verified(self, token: str) -> dict[str, Any]:
+        """The claims of a token that one of the keys has signed, and that is for us now. Raises InvalidTokenError."""
+        strange = jwt.InvalidTokenError()
+        for key, algorithm in self.keys:
+            try:
+                return _JWT.decode(
+                    token,
+                    key,
+                    algorithms=[algorithm],
+                    leeway=LEEWAY_S,
+                    audience=self.audience,
+                    issuer=self.issuer,
+                    # By default, PyJWT refuses every audience if none is expected.
+                    options={"require": ["exp"], "verify_aud": self.audience is not None},
+                )
+            except (jwt.InvalidSignatureError, jwt.InvalidAlgorithmError) as error:
+                strange = error
+        raise strange
+
+
+_BEFORE_A_KEY = re.compile("(?=-----BEGIN)")
 
 
 def _public_key(pem: str) -> tuple[PublicKey, str]:

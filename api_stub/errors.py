@@ -5,10 +5,12 @@ The texts of the database, and tracebacks, go to the log only.
 
 import logging
 import re
+from collections.abc import Mapping
 from http import HTTPMethod, HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DBAPIError
@@ -18,7 +20,8 @@ from starlette.routing import Match, Mount
 
 from api_stub.problems import BUSY, RETRY, Problem
 from api_stub.rendering import FOR_ALL, NotSignedInError, error_page, to_sign_in
-from ledger.faults import describe, is_transient, took_too_long
+from ledger import migrations
+from ledger.faults import WrongClockError, describe, is_about_schema, is_transient, took_too_long
 from ledger.messages import named
 
 MEDIA_TYPE = "application/problem+json"
@@ -33,6 +36,17 @@ _PROBLEM: dict[str, Any] = {
                 "title": {"type": "string", "description": "The name of the status."},
                 "status": {"type": "integer", "description": "The status of the response."},
                 "detail": {"type": "string", "description": "What is wrong, in one sentence for a person."},
+                "dead_letter": {"type": "integer", "description": "The number of the dead letter, if there is one."},
+                "code": {"type": "string", "description": "Of a dead letter: what is wrong, in one word."},
+                "lines": {
+                    "type": "array",
+                    "description": "Of a batch: what is wrong with each line.",
+                    "items": {
+                        "type": "object",
+                        "required": ["line", "detail"],
+                        "properties": {"line": {"type": "integer"}, "detail": {"type": "string"}},
+                    },
+                },
             },
         }
     }
@@ -55,6 +69,21 @@ READ_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 """Further errors of requests that read."""
 
+
+def of_messages(own: Mapping[HTTPStatus, str]) -> dict[int | str, dict[str, Any]]:
+    """The errors of requests that send messages, in the description of the API. `own`: some more, or in other words."""
+    said = {
+        HTTPStatus.BAD_REQUEST: "The body cannot be read.",
+        HTTPStatus.UNAUTHORIZED: "There is no token, or it is not valid.",
+        HTTPStatus.FORBIDDEN: "The token lacks the scope.",
+        HTTPStatus.NOT_FOUND: "There is no such organization, or it is not the token's.",
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "The body is too large.",
+        HTTPStatus.SERVICE_UNAVAILABLE: "The broker cannot be reached; send it again.",
+        **own,
+    }
+    return {status.value: {"description": words, "content": _PROBLEM} for status, words in sorted(said.items())}
+
+
 FOR_PROGRAMS = re.compile(r"/(api|healthz|readyz|metrics|openapi\.json)(/.*)?", re.DOTALL)
 """The paths for programs. All others are for people, also those that lead nowhere."""
 
@@ -66,20 +95,24 @@ log = logging.getLogger("uvicorn.error")  # the server has set up its format and
 def install(app: FastAPI) -> None:
     """Make `app` answer every error in this way."""
     app.add_exception_handler(NotSignedInError, to_sign_in)
-    for kind in (Problem, RequestValidationError, HTTPException, DBAPIError, PoolTimeoutError, Exception):
+    of_the_ledger = DBAPIError, PoolTimeoutError, WrongClockError
+    for kind in (Problem, RequestValidationError, HTTPException, *of_the_ledger, Exception):
         app.add_exception_handler(kind, answer)
 
 
 async def answer(request: Request, error: Exception) -> Response:
     """Return the response that says what is wrong."""
-    if isinstance(error, DBAPIError | PoolTimeoutError):
+    if isinstance(error, DBAPIError | PoolTimeoutError | WrongClockError):
         is_fault = isinstance(error, PoolTimeoutError) or is_transient(error)
         log.error("The ledger could not be read: %s", describe(error), exc_info=None if is_fault else error)
     problem = _problem(request, error)
+    if isinstance(error, DBAPIError) and is_about_schema(error):
+        told = await run_in_threadpool(migrations.described, error, request.app.state.services.probe)
+        problem = Problem(HTTPStatus.SERVICE_UNAVAILABLE, f"{told[:1].upper()}{told[1:]}.", RETRY)
     if not FOR_PROGRAMS.fullmatch(request.scope["path"]):
         return error_page(request, problem.status, problem.detail, problem.headers)
     title, status = problem.status.phrase, problem.status.value
-    body = {"type": "about:blank", "title": title, "status": status, "detail": problem.detail}
+    body = {"type": "about:blank", "title": title, "status": status, "detail": problem.detail, **problem.further}
     return JSONResponse(body, status_code=status, media_type=MEDIA_TYPE, headers=FOR_ALL | problem.headers)
 
 
@@ -96,7 +129,7 @@ def _problem(request: Request, error: Exception) -> Problem:
         case DBAPIError() if took_too_long(error):
             # 503, not 4xx: the same query may be quick when the database is less busy.
             return Problem(HTTPStatus.SERVICE_UNAVAILABLE, TOO_LONG, RETRY)
-        case DBAPIError() if is_transient(error):
+        case DBAPIError() | WrongClockError() if is_transient(error):
             detail = "The ledger does not answer at the moment; try again."
             return Problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, RETRY)
         case _:
@@ -135,6 +168,8 @@ def _allowed(request: Request, by_one_route: str) -> list[str]:
 
 def _sentence(error: dict[str, Any]) -> str:
     name = next((part for part in reversed(error["loc"]) if isinstance(part, str)), "the request")
+    if error["type"] == "missing":
+        return f"{name} is missing"
     if error["type"] in ("int_parsing", "int_parsing_size"):
         return f"{name} must be an integer"
     problem = error["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("should ", "must ", 1)

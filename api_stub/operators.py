@@ -11,6 +11,7 @@ from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends, FastAPI, Form, Request, Response
 
+from api_stub import queries
 from api_stub.problems import Problem
 from api_stub.rendering import PageRoute, page, see_other
 from api_stub.services import Services, Using
@@ -74,9 +75,11 @@ class LetterQuery:
         return urlencode({name: value for name, value in kept.items() if value} | changes)
 
 
-def letter_query(status: str = "open", code: str = "", task: str = "", before_id: str = "") -> LetterQuery:
+def letter_query(
+    request: Request, status: str = "open", code: str = "", task: str = "", before_id: str = ""
+) -> LetterQuery:
     """Read the query."""
-    errors = {}
+    errors = queries.complaints(request.query_params, ("status", "code", "task", "before_id"))
     if status not in STATUSES:
         errors["status"] = f"status must be one of {', '.join(STATUSES)}."
     if before_id and _letter_id(before_id) is None:

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from sqlalchemy import Connection
 
-from api_stub import exports, sessions
+from api_stub import exports, queries, sessions
 from api_stub.chart import step_chart
 from api_stub.problems import Problem
 from api_stub.rendering import PageRoute, add_assets, page, see_other
@@ -30,6 +30,8 @@ EVENT_TYPES: tuple[EventType, ...] = get_args(EventType)
 CHART_POINTS = 240
 PLACES = "before", "reservations_after"
 """The parameters that select the page, not its content."""
+FIELDS = ("date_from", "date_to", "project_id", "workflow_id", "limit", *PLACES)
+"""The parameters with one value."""
 ID = re.compile(ID_PATTERN)
 
 Value = TypeVar("Value")
@@ -71,9 +73,9 @@ class HistoryQuery:
 def history_query(request: Request) -> HistoryQuery:
     """Read the query. An empty field of the form counts as missing."""
     query = request.query_params
-    typed = {name: query.get(name, "").strip() for name in ("date_from", "date_to", "project_id", "limit", *PLACES)}
+    typed = {name: query.get(name, "").strip() for name in FIELDS}
     event_types = tuple(dict.fromkeys(name for name in query.getlist("event_type") if name))
-    errors: dict[str, str] = {}
+    errors = queries.complaints(query, ("event_type", *FIELDS), repeatable=("event_type",))
 
     first = _understood(typed, "date_from", filters.when, errors)
     last = _understood(typed, "date_to", filters.when, errors)
@@ -83,15 +85,20 @@ def history_query(request: Request) -> HistoryQuery:
     except ValueError:
         errors["date_to"] = "date_to must not be before date_from."
     limit = _understood(typed, "limit", lambda text: _number(text, history.MAX_PAGE), errors)
-    known = tuple(name for name in EVENT_TYPES if name in event_types)
-    if len(known) < len(event_types):
+    known_types = tuple(name for name in EVENT_TYPES if name in event_types)
+    if len(known_types) < len(event_types):
         errors["event_type"] = f"event_type must be one of {', '.join(EVENT_TYPES)}."
-    project_id = _understood(typed, "project_id", filters.project, errors)
+    project_id = _understood(typed, "project_id", filters.identifier, errors)
+    workflow_id = _understood(typed, "workflow_id", filters.identifier, errors)
     return HistoryQuery(
         typed=typed,
         event_types=event_types,
         matching=EventFilter(
-            created_from=created_from, created_before=created_before, event_types=known, project_id=project_id
+            created_from=created_from,
+            created_before=created_before,
+            event_types=known_types,
+            project_id=project_id,
+            workflow_id=workflow_id,
         ),
         limit=limit or history.MAX_PAGE,
         before_seq=_understood(typed, "before", lambda text: _number(text, MAX_CREDITS), errors),

@@ -41,8 +41,8 @@ def add(app: FastAPI) -> None:
     async def readyz() -> JSONResponse:
         """Whether requests can be served: the database is there and migrated, and the broker answers. Otherwise 503."""
         checks = await to_thread.run_sync(_checks, using, limiter=threads)
-        status = HTTPStatus.OK if all(checks.values()) else HTTPStatus.SERVICE_UNAVAILABLE
-        return JSONResponse({name: "ok" if ready else "unavailable" for name, ready in checks.items()}, status)
+        is_ready = all(check == "ok" for check in checks.values())
+        return JSONResponse(checks, HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE)
 
     @app.get("/metrics", tags=["system"], response_class=PlainTextResponse)
     async def metrics() -> Response:
@@ -51,23 +51,23 @@ def add(app: FastAPI) -> None:
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
-def _checks(using: Services) -> dict[str, bool]:
-    return {"database": _database_is_ready(using), "broker": _broker_is_ready(using)}
+def _checks(using: Services) -> dict[str, str]:
+    return {"database": _check_database(using), "broker": _check_broker(using)}
 
 
-def _database_is_ready(using: Services) -> bool:
+def _check_database(using: Services) -> str:
     try:
-        return migrations.current_revision(using.probe) == migrations.head_revision()
+        return migrations.problem(using.probe) or "ok"
     except DBAPIError:
-        return False
+        return "unavailable"
 
 
-def _broker_is_ready(using: Services) -> bool:
+def _check_broker(using: Services) -> str:
     try:
         using.client.waiting()
     except BrokerUnavailableError:
-        return False
-    return True
+        return "unavailable"
+    return "ok"
 
 
 class SystemCollector(Collector):

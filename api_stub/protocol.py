@@ -11,7 +11,10 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 REQUEST_TIMEOUT_S = 10.0
-"""How long a request may take to arrive, its body of at most 64 KiB included. An answer may take any time."""
+"""How long a request may take to arrive, its body included. An answer may take any time."""
+
+STOPPING = "stopping"
+"""The name of an event in the state of the lifespan. It is set when the server begins to stop."""
 
 
 class PromptProtocol(H11Protocol):
@@ -33,6 +36,12 @@ class PromptProtocol(H11Protocol):
         """Check for a next request, which may have begun before this answer was complete."""
         super().on_response_complete()
         self._watch()
+
+    def shutdown(self) -> None:
+        """Tell requests that wait that the server stops; as the base class, close the connection if it is idle."""
+        if (stopping := self.app_state.get(STOPPING)) is not None:
+            stopping.set()
+        super().shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the time."""

@@ -80,8 +80,8 @@ def add_assets(app: FastAPI) -> None:
 
 def page(request: Request, template: str, status: HTTPStatus = HTTPStatus.OK, /, **values: Any) -> HTMLResponse:
     """Render `template` with `values`."""
-    session = getattr(request.state, "session", None)
-    text = _templates.get_template(template).render(session=session, path=request.url.path, **values)
+    session, product = getattr(request.state, "session", None), request.app.state.services.product_name
+    text = _templates.get_template(template).render(session=session, path=request.url.path, product=product, **values)
     return HTMLResponse(text, status)
 
 

@@ -10,8 +10,12 @@ from fastapi.security import HTTPBearer
 
 from api_stub.auth import InvalidTokenError, Principal, Scope
 from api_stub.problems import Problem
+from api_stub.queries import refuse_others
 from api_stub.services import Using
-from ledger.messages import ID_PATTERN
+from ledger.messages import ID_PATTERN, WORKFLOW_TASKS
+
+NO_ORGANIZATION = "There is no such organization, or this token does not name it (orgs)."
+"""One sentence for both, so that nobody learns which organizations exist."""
 
 
 def bearer(request: Request, using: Using) -> Principal:
@@ -29,7 +33,7 @@ def bearer(request: Request, using: Using) -> Principal:
 def require(principal: Principal, org_id: str, scope: Scope) -> None:
     """Answer 404 for an organization that is not the principal's, and 403 if the scope is missing."""
     if not re.fullmatch(ID_PATTERN, org_id) or not principal.may_see(org_id):
-        raise Problem(HTTPStatus.NOT_FOUND, "There is no such organization.")
+        raise Problem(HTTPStatus.NOT_FOUND, NO_ORGANIZATION)
     if scope not in principal.scopes:
         raise Problem(HTTPStatus.FORBIDDEN, f"The token lacks the scope {scope}.")
 
@@ -49,16 +53,34 @@ _SCHEME = HTTPBearer(
 
 
 def organization(scope: Scope) -> Callable[..., str]:
-    """A dependency: the organization in the path, for a token with `scope` there."""
+    """A dependency: the organization in the path, for a token with `scope` there. Refuses unknown parameters."""
 
     def checked(
-        org_id: OrgId, principal: Annotated[Principal, Depends(bearer)], _: Annotated[object, Security(_SCHEME)]
+        request: Request,
+        org_id: OrgId,
+        principal: Annotated[Principal, Depends(bearer)],
+        _: Annotated[object, Security(_SCHEME)],
     ) -> str:
         require(principal, org_id, scope)
+        refuse_others(request)
         return org_id
 
     return checked
 
 
+def anybody(
+    request: Request, principal: Annotated[Principal, Depends(bearer)], _: Annotated[object, Security(_SCHEME)]
+) -> Principal:
+    """A dependency: the principal, for a request that names no organization in its path. Refuses unknown parameters."""
+    refuse_others(request)
+    return principal
+
+
+Caller = Annotated[Principal, Depends(bearer)]
 ReadableOrg = Annotated[str, Depends(organization("credits:read"))]
-WritableOrg = Annotated[str, Depends(organization("workflows:write"))]
+Anybody = Annotated[Principal, Depends(anybody)]
+
+
+def scope_of(task: str) -> Scope:
+    """The scope that a token needs to send a message to `task`."""
+    return "workflows:write" if task in WORKFLOW_TASKS else "wallet:write"

@@ -11,10 +11,12 @@ from fastapi import Depends, Request
 from sqlalchemy import Connection
 
 from api_stub.auth import Authenticator
+from api_stub.places import Places
 from api_stub.problems import BUSY, RETRY, Problem
 from ledger import history
 from ledger.database import POOL_TIMEOUT_S, connect
 from ledger.settings import Settings
+from worker.async_client import AsyncClient
 from worker.client import Client
 
 READ_TIMEOUT_S = 5
@@ -31,6 +33,7 @@ class Services:
         """Raises SettingsError."""
         assert settings.database_url is not None
         assert settings.broker_url is not None
+        self.product_name = settings.product_name or "Holdfast"
         self.authenticator = Authenticator.from_settings(settings)
         # A failed request is not repeated, unlike a worker's batch.
         self.engine = connect(settings.database_url, checks_connections=True, answer_timeout_s=READ_TIMEOUT_S)
@@ -38,6 +41,8 @@ class Services:
         # For probes: on an open connection, they would hang with the database.
         self.probe = connect(settings.database_url, keeps_connections=False)
         self.client = Client(settings.broker_url, result_url=settings.result_url)
+        self.async_client = AsyncClient(settings.broker_url, result_url=settings.result_url)
+        self.places = Places()
 
     @contextmanager
     def reading(self, *, through: str | None = None) -> Iterator[Connection]:
@@ -73,8 +78,9 @@ class Services:
         finally:
             self._turn.release()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close all connections."""
+        await self.async_client.close()
         self.client.close()
         self.engine.dispose()
 

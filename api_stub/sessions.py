@@ -1,9 +1,10 @@
 """Signing in and out of the pages. The browser keeps the token in a cookie that only pages read.
 
-The cookie lives as long as the token. No script can read it, and no other site can make the browser send it with a
-form. Every form also carries a value that only a page of ours knows (see `form_token`). Over https the cookie's name,
-`__Host-…`, keeps other hosts of the domain from setting it. The JSON API never reads the cookie. Nothing is stored on
-the server: signing out removes the cookie, but the token stays valid until it expires.
+docs/signing-in.md is the contract with whoever signs the tokens. The cookie lives as long as the token. No script can
+read it, and no other site can make the browser send it with a form. Every form also carries a value that only a page of
+ours knows (see `form_token`). Over https the cookie's name, `__Host-…`, keeps other hosts of the domain from setting
+it. The JSON API never reads the cookie. Nothing is stored on the server: signing out removes the cookie, but the token
+stays valid until it expires.
 """
 
 import base64
@@ -20,7 +21,7 @@ from urllib.parse import quote
 import jwt
 from fastapi import APIRouter, Depends, Form, Request, Response
 
-from api_stub.auth import LEEWAY_S, InvalidTokenError, Principal
+from api_stub.auth import LEEWAY_S, EarlyTokenError, ExpiredTokenError, InvalidTokenError, Principal
 from api_stub.problems import Problem
 from api_stub.rendering import NotSignedInError, PageRoute, page, see_other
 from api_stub.rights import bearer
@@ -108,19 +109,20 @@ def ask(request: Request, using: Using, next: str = "", token: str = "") -> Resp
     """Show the form. With `token`, as in the link that `holdfast up` prints, sign in at once.
 
     The answer to that link is a redirection, so the token is not in the browser's history. `access_log` keeps it out of
-    the log. An attacker may send such a link to make a visitor work in the attacker's session. So the link does nothing
-    on another site, and a page asks before it replaces a session.
+    the log. An attacker may send such a link to make a visitor work in the attacker's session. So a page asks, instead
+    of the redirection, before a link replaces a session, and before one on another site begins one.
     """
     if not token:
         return _form(request, HTTPStatus.OK, next=next)
-    if _is_of_another_site(request):
-        error = "The link is on another site, so it does not sign you in. Open it directly, or enter the token here."
-        return _form(request, HTTPStatus.FORBIDDEN, next=next, error=error)
-    present, other = _principal(using, _kept(request, COOKIE)), _principal(using, token)
-    if present is not None and other is not None and present != other:
-        names = {"present": present.subject, "other": other.subject}
+    try:
+        other = _usable(using, token)
+    except InvalidTokenError as error:
+        return _form(request, HTTPStatus.UNAUTHORIZED, next=next, error=_about_the_link(error))
+    present = _principal(using, _kept(request, COOKIE))
+    if present != other and (present is not None or _is_of_another_site(request)):
+        names = {"present": "" if present is None else present.subject, "other": other.subject}
         return _form(request, HTTPStatus.OK, next=next, template="other_session.html", token=token, **names)
-    return _sign_in(request, using, token=token, next=next)
+    return _sign_in(request, token=token, next=next)
 
 
 @router.post("/signin")
@@ -134,7 +136,12 @@ def sign_in(
     """Keep the token in the cookie, and redirect to `next`."""
     if not is_form_of(_kept(request, FORM_COOKIE), form):
         return _form(request, HTTPStatus.FORBIDDEN, next=next, error="The form is out of date. Try again.")
-    return _sign_in(request, using, token=token.strip(), next=next)
+    token = token.strip()
+    try:
+        _usable(using, token)
+    except InvalidTokenError as error:
+        return _form(request, HTTPStatus.UNAUTHORIZED, next=next, error=f"{str(error).capitalize()}.")
+    return _sign_in(request, token=token, next=next)
 
 
 @router.post("/signout")
@@ -145,15 +152,29 @@ def sign_out(request: Request, _: OwnForm) -> Response:
     return response
 
 
-def _sign_in(request: Request, using: Services, *, token: str, next: str) -> Response:
-    try:
-        using.authenticator.read(token)
-    except InvalidTokenError as error:
-        return _form(request, HTTPStatus.UNAUTHORIZED, next=next, error=f"{str(error).capitalize()}.")
+def _usable(using: Services, token: str) -> Principal:
+    """The principal of a token that a browser can keep. Raises InvalidTokenError."""
+    principal = using.authenticator.read(token)
     if len(token) > MAX_COOKIE_BYTES:
-        sentence = f"The token is longer than a browser can keep ({MAX_COOKIE_BYTES:,} bytes)."
-        return _form(request, HTTPStatus.UNAUTHORIZED, next=next, error=sentence)
-    # The token was verified above. Decoded again, as a Principal has no expiry.
+        raise InvalidTokenError(f"the token is longer than a browser can keep ({MAX_COOKIE_BYTES:,} bytes)")
+    return principal
+
+
+def _about_the_link(error: InvalidTokenError) -> str:
+    """What is wrong with a link, for a customer, who knows nothing of tokens."""
+    match error:
+        case ExpiredTokenError():
+            return "This link has expired. Get a new one where you got it."
+        case EarlyTokenError():
+            return (
+                "This link is not valid yet: the clock of the site that gave it to you, or ours, is wrong. "
+                "Try again in a few minutes."
+            )
+    return f"This link does not sign you in: {error}. Get a new one where you got it."
+
+
+def _sign_in(request: Request, *, token: str, next: str) -> Response:
+    # The token was verified. Decoded again, as a Principal has no expiry.
     expiry = int(jwt.decode(token, options={"verify_signature": False})["exp"])
     response = see_other(local_path(next))
     response.set_cookie(

@@ -1,6 +1,6 @@
-"""Limits how much one token reads at once, so that no reader blocks the others.
+"""Limits how much one token reads at once, and how many batches it sends, so that nobody blocks the others.
 
-Further requests wait for WAIT_S, and then get 429. A download counts for as long as it runs. Reports of engines do not
+Further requests wait for WAIT_S, and then get 429. A download counts for as long as it runs. Single messages do not
 count: they read nothing, and the broker takes them at once. Nor do health checks and metrics. Each process counts for
 itself.
 """
@@ -23,6 +23,8 @@ AT_ONCE = 4
 
 WAIT_S = 1.0
 """How long a further request waits for its turn. Enough for a page that sends ten requests at once."""
+
+BATCHES = "/api/messages"
 
 _READ = re.compile(r"/(api/organizations|organizations|operators)/.*", re.DOTALL)
 
@@ -56,8 +58,11 @@ class Turns:
             turns.release()
 
     def _reader(self, scope: Scope) -> Principal | None:
-        """The principal of a request that reads and needs a token, if its token is valid."""
-        if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD") or not _READ.fullmatch(scope["path"]):
+        """The principal of a request that counts and needs a token, if its token is valid."""
+        if scope["type"] != "http":
+            return None
+        is_read = scope["method"] in ("GET", "HEAD") and _READ.fullmatch(scope["path"])
+        if not is_read and (scope["method"], scope["path"]) != ("POST", BATCHES):
             return None
         connection = HTTPConnection(scope)
         scheme, _, token = connection.headers.get("authorization", "").partition(" ")

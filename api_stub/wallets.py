@@ -33,7 +33,12 @@ def event_filter(
     project_id: Annotated[
         str | None,
         Query(description="Only of this project.", json_schema_extra=IS_AN_ID),
-        AfterValidator(filters.project),
+        AfterValidator(filters.identifier),
+    ] = None,
+    workflow_id: Annotated[
+        str | None,
+        Query(description="Only of this workflow and its refunds.", json_schema_extra=IS_AN_ID),
+        AfterValidator(filters.identifier),
     ] = None,
 ) -> EventFilter:
     """The filter of events in a query."""
@@ -46,6 +51,7 @@ def event_filter(
         created_before=created_before,
         event_types=tuple(event_type or ()),
         project_id=project_id,
+        workflow_id=workflow_id,
     )
 
 

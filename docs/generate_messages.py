@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from ledger.examples import EXAMPLES
 from ledger.messages import (
     DELIVERY_LIMIT,
     MAX_AMOUNT,
@@ -28,64 +29,9 @@ from worker.broker import ENGINE_QUEUE, QUEUE
 from worker.transport import MOST_ENTRY_BYTES
 
 PAGE = Path(__file__).with_name("messages.md")
-HTTP_PATH = "/api/organizations/{orgId}/workflows/{workflowId}/{step}"
+OF_WORKFLOWS = "/api/organizations/{orgId}/workflows/{workflowId}/"
+OF_WALLETS = "/api/organizations/{orgId}/wallet/"
 COMMON = tuple(Message.model_fields)
-
-EXAMPLES: dict[str, dict[str, Any]] = {
-    "workflow.start": {
-        "org_id": "acme",
-        "workflow_id": "run-1",
-        "credits": 75,
-        "project_id": "website",
-        "activity_name": "Nightly build",
-        "expires_in_s": 3600,
-    },
-    "workflow.finish": {
-        "org_id": "acme",
-        "workflow_id": "run-1",
-        "credits": 80,
-        "occurred_at": "2026-03-01T09:30:00Z",
-        "metadata": {"region": "eu"},
-    },
-    "workflow.cancel": {"org_id": "acme", "workflow_id": "run-2", "reason": "cancelled by its owner"},
-    "workflow.fail": {"org_id": "acme", "workflow_id": "run-3", "reason": "out of memory"},
-    "wallet.purchase": {"org_id": "acme", "purchase_id": "order-1", "credits": 500},
-    "wallet.grant": {
-        "org_id": "acme",
-        "grant_id": "welcome",
-        "credits": 100,
-        "reason": "welcome",
-        "expires_at": "2026-12-31T00:00:00Z",
-        "source": "signup",
-    },
-    "wallet.adjust": {
-        "org_id": "acme",
-        "adjustment_id": "fix-1",
-        "credits": -20,
-        "reason": "order-1 was counted twice",
-    },
-    "wallet.refund": {"org_id": "acme", "refund_id": "refund-1", "credits": 30, "workflow_id": "run-1"},
-    "wallet.bill": {"org_id": "acme", "billing_id": "bill-1", "credits": 0, "invoice_id": "2026-0001"},
-    "wallet.reverse": {
-        "org_id": "acme",
-        "reversal_id": "chargeback-1",
-        "purchase_id": "order-1",
-        "credits": 200,
-        "reason": "disputed",
-    },
-    "wallet.subscribe": {
-        "org_id": "acme",
-        "subscription_id": "sub-1",
-        "version": 1,
-        "plan": "team",
-        "monthly_credits": 1000,
-        "rollover_limit": 200,
-        "anchor": "2026-01-31T00:00:00Z",
-        "first_credits": 500,
-    },
-    "wallet.unsubscribe": {"org_id": "acme", "subscription_id": "sub-1", "version": 2},
-    "wallet.configure": {"org_id": "acme", "version": 1, "credit_limit": 50, "period_cap": 5000},
-}
 
 TAKES = {
     "workflow.start": "nothing. It holds `credits` of what is available until the workflow ends or its time is over.",
@@ -138,6 +84,7 @@ ANSWER = {
         "(the credits that may be held in all; or used and held within the period), `used` (within the period), "
         "`reserved`, and `resets_at` (when the period ends; null: there is no period, and it stays). Else null."
     ),
+    "shortfall": "Of a start that is rejected now, how many credits that limit lacks for it. Else null.",
 }
 
 OUTCOMES = {
@@ -358,9 +305,10 @@ positional argument. Any Celery client in any language can send it, to the queue
 rights sends to `{ENGINE_QUEUE}`. From there only `workflow.*` is taken, and the message's `source` is ignored:
 [security.md](security.md). With RabbitMQ a producer needs [two more settings](operating.md#rabbitmq).
 
-An engine without a Celery client can send workflow messages over HTTP, with the other fields as the body:
-`POST {HTTP_PATH}`, where `step` is `start`, `finish`, `cancel` or `fail`; there `source` is printable ASCII, and
-neither `admin`, `billing`, `operator` or `scheduler`, nor anything that looks like one of them.
+A program without a Celery client sends messages [over HTTP](http.md), with the other fields as the body:
+`POST {OF_WORKFLOWS}start`, `finish`, `cancel` or `fail`, and
+`POST {OF_WALLETS}purchase`, `grant` and so on. There `source` is printable ASCII, and not one that is
+reserved, such as `scheduler`.
 
 ```python
 from celery import Celery
@@ -425,13 +373,16 @@ _BOUNDS = f"""## Bounds
 _ANSWERS = """## Answers
 
 A sender that asks for it (`ignore_result=False`, and a `backend` to keep answers in) gets the task's result: an object,
-kept for an hour. If the message became a dead letter, the task fails, and its error says why."""
+kept for an hour. If the message became a dead letter, the task fails at once, and its error says why. So it does for a
+sender that sets nothing (Celery's default), who gets no other answer."""
 
 _EVENTS = """## Events
 
 The credit history shows what a message did: one immutable row for each event, numbered without a gap within its wallet.
 All events of a message are written at once. `credits` is the effect on what is available, so the column always adds up
-to it. The event keeps the message's metadata; keys that the ledger adds, and `occurred_at`, replace the sender's."""
+to it. The event keeps the message's metadata; keys that the ledger adds, and `occurred_at`, replace the sender's. The
+events of a workflow, and of its refunds, have its `workflow_id`, `project_id` and `activity_name`. A refund that an
+older version wrote has none of them, but the filter by `workflow_id` finds it too."""
 
 _DEAD_LETTERS = """## Dead letters
 

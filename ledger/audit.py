@@ -212,7 +212,7 @@ CHECKS = (
                    sum(-credits + {_number("not_charged")}) FILTER (WHERE event_type = 'usage') AS used,
                    max(metadata ->> 'reason') FILTER (WHERE event_type = 'reservation_released') AS release_reason,
                    count(*) = count(DISTINCT event_type) AS once
-            FROM credit_events WHERE workflow_id IS NOT NULL GROUP BY org_id, workflow_id
+            FROM credit_events WHERE workflow_id IS NOT NULL AND event_type <> 'refund' GROUP BY org_id, workflow_id
         ) AS history USING (org_id, workflow_id)
         WHERE state IS NULL
            OR NOT COALESCE(once, true)
@@ -225,7 +225,7 @@ CHECKS = (
     ),
     Check(
         "refunds",
-        "A workflow records the sum of its refunds, which never exceeds its usage.",
+        "A workflow records the sum of its refunds, which never exceeds its usage. No refund names another workflow.",
         f"""
         SELECT org_id, 'workflow ' || workflow_id AS offender
         FROM (SELECT org_id, workflow_id, refunded, finish_credits FROM workflows) AS workflow
@@ -234,6 +234,11 @@ CHECKS = (
             FROM posted_messages AS posted WHERE kind = 'refund' AND terms ->> 'workflow_id' IS NOT NULL GROUP BY 1, 2
         ) AS refunds USING (org_id, workflow_id)
         WHERE COALESCE(refunded, 0) <> COALESCE(given, 0) OR COALESCE(given, 0) > COALESCE(finish_credits, 0)
+        UNION ALL
+        SELECT org_id, idempotency_key || ' names ' || workflow_id
+        FROM credit_events JOIN posted_messages USING (org_id)
+        WHERE event_type = 'refund' AND kind = 'refund' AND idempotency_key = 'refund:' || message_id
+          AND workflow_id IS NOT NULL AND workflow_id IS DISTINCT FROM terms ->> 'workflow_id'
         UNION ALL
         SELECT org_id, 'workflow ' || workflow_id || ' was paid by other credits'
         FROM workflows JOIN credit_events AS event USING (org_id, workflow_id)
@@ -254,7 +259,7 @@ CHECKS = (
         ) AS message
         FULL JOIN (
             SELECT org_id, idempotency_key, credits FROM credit_events
-            WHERE workflow_id IS NULL AND NOT starts_with(idempotency_key, 'subscription:')
+            WHERE (workflow_id IS NULL OR event_type = 'refund') AND NOT starts_with(idempotency_key, 'subscription:')
               AND strpos(idempotency_key, '/ended/') = 0
         ) AS event ON event.org_id = message.org_id AND idempotency_key = key
         WHERE CASE WHEN kind = 'reversal' AND message.credits IS NULL THEN COALESCE(event.credits, 0) >= 0

@@ -42,12 +42,9 @@ def _refuse_node(url: str, schemes: Sequence[str]) -> None:
     except ValueError:  # a port that is not a number, an unclosed bracket
         is_well_formed = False
     if not is_well_formed:
-        hint = (
-            "; in a password, write %40 for @, %2F for / and %23 for #"
-            if "@" in url and url.startswith(tuple(schemes))
-            else ""
+        raise ValueError(
+            f"must begin with {', '.join(schemes[:-1])} or {schemes[-1]} and name a host{_hint(url, schemes)}"
         )
-        raise ValueError(f"must begin with {', '.join(schemes[:-1])} or {schemes[-1]} and name a host{hint}")
     if url.startswith(REDIS_SCHEMES) and not re.fullmatch(r"/?|/\d+", parts.path):
         raise ValueError("must end with the number of a Redis database, such as /0")
     options = dict(parse_qsl(parts.query))
@@ -55,3 +52,12 @@ def _refuse_node(url: str, schemes: Sequence[str]) -> None:
         raise ValueError(f"has an unknown option: {unknown[0]}")
     if options.get("ssl_cert_reqs", "required") not in CERTIFICATE_CHECKS:
         raise ValueError(f"must have as ssl_cert_reqs one of {', '.join(CERTIFICATE_CHECKS)}")
+
+
+def _hint(url: str, schemes: Sequence[str]) -> str:
+    """What is probably wrong with a URL that is not well-formed, without any part that may be a password."""
+    if url.startswith(tuple(schemes)):
+        return "; in a password, write %40 for @, %2F for / and %23 for #" if "@" in url else ""
+    if url.lower().startswith(("http://", "https://")):
+        return "; http is for the API or a web page, not for the broker"
+    return "" if "://" in url else f"; it has no scheme, such as {schemes[0]}"

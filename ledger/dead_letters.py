@@ -13,9 +13,10 @@ from datetime import datetime
 from typing import Any
 
 import psycopg
+from psycopg.errors import UniqueViolation
 from sqlalchemy import ColumnElement, Connection, Engine, Update, func, or_, select, update
 
-from ledger.bodies import arguments
+from ledger.bodies import arguments, written
 from ledger.messages import MAX_BODY_BYTES
 from ledger.readable import escaped, escaped_json, readable_json, shortened
 from ledger.state import ErrorCode, Result
@@ -37,7 +38,18 @@ class DeadLetter:
     error: str
     """One sentence for a person: what is wrong with the message."""
     traceback: str | None = None
+    replay_of: int | None = None
+    """The dead letter whose message was sent again with this one."""
 
+
+# It also locks a letter that is open: whoever replays it must see this attempt before the letter is marked.
+_REOPEN = """
+    UPDATE dead_letters SET status = 'open', resolved_at = NULL, resolved_by = NULL, resolution = NULL
+    WHERE id = %b AND status IN ('open', 'replayed') AND task = %b AND body_sha256 = %b AND NOT EXISTS (
+        SELECT FROM dead_letters AS other WHERE other.id <> dead_letters.id AND other.status = 'open'
+        AND other.task = dead_letters.task AND other.body_sha256 = dead_letters.body_sha256
+    )
+"""
 
 _RECORD = """
     INSERT INTO dead_letters (task, body, body_sha256, org_id, error_code, error, traceback, attempts)
@@ -58,7 +70,9 @@ _RECORD = """
 def record(connection: psycopg.Connection[Any], letters: Sequence[DeadLetter]) -> list[int]:
     """Write `letters` in the transaction of `connection`. Returns the id of each, in order.
 
-    The same message twice is one dead letter with two attempts, however its JSON is formatted.
+    The same message twice is one dead letter with two attempts, however its JSON is formatted. A message that is the
+    replay of a letter, and fails again, is another attempt of that letter, which is open again. A letter that holds
+    another message stays as it is, whatever `replay_of` says; so does a discarded one.
     """
     distinct: dict[tuple[str, bytes], tuple[DeadLetter, int]] = {}
     keys = [(letter.task, _digest(letter)) for letter in letters]
@@ -66,6 +80,10 @@ def record(connection: psycopg.Connection[Any], letters: Sequence[DeadLetter]) -
         _, attempts = distinct.get(key, (letter, 0))
         distinct[key] = (letter, attempts + 1)
     # In one order everywhere, so that two writers of the same letters cannot deadlock.
+    replays = {(*key, letter.replay_of) for key, letter in zip(keys, letters, strict=True) if letter.replay_of}
+    for task, digest, replay_of in sorted(replays):
+        with suppress(UniqueViolation), connection.transaction():  # somebody else has just opened one
+            connection.execute(_REOPEN, [replay_of, task, digest])
     rows = [
         (
             letter.task,
@@ -134,7 +152,7 @@ class NotOpenError(Exception):
 
 
 class StillFailsError(Exception):
-    """The message was sent again and failed again; the text says why. An open dead letter remains."""
+    """The message was sent again and failed again; the text says why. The dead letter stays open."""
 
 
 def letters(
@@ -222,6 +240,10 @@ def readable(body: bytes, most: int, rest: str) -> str:
     return escaped(shortened(body.decode("utf-8", "backslashreplace"), most, rest), keep="\n")
 
 
+_MOST_SENT_BYTES = MAX_BODY_BYTES - 128
+"""The largest arguments that are sent again: Celery adds some to the body."""
+
+
 def sent_with(letter: KeptLetter) -> tuple[list[Any], dict[str, Any]]:
     """The arguments with which to send the message of `letter` again. Raises NotReplayableError."""
     if letter.status == "discarded":
@@ -233,6 +255,10 @@ def sent_with(letter: KeptLetter) -> tuple[list[Any], dict[str, Any]]:
         raise NotReplayableError(f"dead letter {letter.id} holds no message that could be sent again")
     if not letter.task:
         raise NotReplayableError(f"dead letter {letter.id} names no task, so it cannot be sent again")
+    with suppress(RecursionError):  # whoever encodes it says so
+        if len(written(*found)) > _MOST_SENT_BYTES:
+            # Celery escapes all that is not ASCII, so a message may be larger than it was.
+            raise NotReplayableError(f"dead letter {letter.id} is too large to be sent again as Celery writes it")
     return found
 
 
@@ -254,8 +280,7 @@ def replay(
         or_(dead_letters.c.status != "replayed", dead_letters.c.resolution.startswith(_SENT))
     )
     if isinstance(answer, str):
-        # A message that fails again before this mark is another attempt of this letter; after it, a new letter. Either
-        # way an open letter remains.
+        # A message that fails before this mark is another attempt; one that fails after it opens the letter again.
         mark = mark.where(dead_letters.c.attempts == kept.attempts)
     with engine.begin() as connection:
         connection.execute(mark)

@@ -39,6 +39,12 @@ def may_be_local(error: BaseException) -> bool:
     return state is not None and (state[:2] in _LOCAL_CLASSES or state in _LOCAL_STATES)
 
 
+def is_about_schema(error: BaseException) -> bool:
+    """Whether `error` says that a table or a column is missing, so that the schema may be another version's."""
+    original = error.orig if isinstance(error, DBAPIError) else error
+    return isinstance(original, psycopg.errors.UndefinedTable | psycopg.errors.UndefinedColumn)
+
+
 def took_too_long(error: DBAPIError) -> bool:
     """Whether PostgreSQL ended a statement because of its timeout."""
     return isinstance(error.orig, psycopg.errors.QueryCanceled)
@@ -54,8 +60,6 @@ def is_lost_connection(error: BaseException) -> bool:
 def describe(error: BaseException) -> str:
     """A database error in one line, for a person."""
     original = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
-    if isinstance(original, psycopg.errors.UndefinedTable):
-        return "the database is not migrated yet; run `holdfast migrate`"
     lines = str(original).strip().splitlines()
     line = lines[0] if lines else type(original).__name__
     if isinstance(original, psycopg.errors.InsufficientPrivilege):

@@ -1,4 +1,4 @@
-"""Filters of the credit history, and how a person writes their values: days, times and projects."""
+"""Filters of the credit history, and how a person writes their values: days, times and ids."""
 
 import re
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from ledger.messages import ID_PATTERN, MAX_ID_LENGTH
 from ledger.state import EventType
 from ledger.tables import credit_events
 
-TIME_RANGE = "created_from", "created_before"
-"""The fields of a filter that select a range of event numbers: events are numbered in the order of their times."""
+BY_NUMBER = "created_from", "created_before", "workflow_id"
+"""The fields of a filter that select event numbers, so that no event is checked. Numbers are in the order of time."""
 
 
 def _where(condition: Callable[[Any], ColumnElement[bool]], *, default: Any) -> Any:
@@ -29,16 +29,18 @@ class EventFilter:
     created_before: datetime | None = None
     event_types: tuple[EventType, ...] = _where(credit_events.c.event_type.in_, default=())
     project_id: str | None = _where(credit_events.c.project_id.__eq__, default=None)
+    workflow_id: str | None = None
+    """Only the events of this workflow and its refunds."""
 
     def conditions(self) -> tuple[ColumnElement[bool], ...]:
-        """The conditions that an event of the time range must meet."""
-        given = ((each, getattr(self, each.name)) for each in fields(self) if each.name not in TIME_RANGE)
+        """The conditions that an event with one of the selected numbers must meet."""
+        given = ((each, getattr(self, each.name)) for each in fields(self) if each.name not in BY_NUMBER)
         return tuple(each.metadata["condition"](value) for each, value in given if value != each.default)
 
     @property
     def looks_at_each(self) -> bool:
         """Whether every event of the time range has to be checked for a match."""
-        return bool(self.conditions())
+        return self.workflow_id is None and bool(self.conditions())
 
 
 EVERY_EVENT = EventFilter()
@@ -89,8 +91,8 @@ def time_range(first: When | None, last: When | None) -> tuple[datetime | None, 
     return None if first is None else first.begin, None if last is None else last.end
 
 
-def project(text: str) -> str:
-    """A project's id as a person writes it. Raises ValueError, as `when` does."""
+def identifier(text: str) -> str:
+    """The id of a project or a workflow as a person writes it. Raises ValueError, as `when` does."""
     if not re.fullmatch(ID_PATTERN, text):
         raise ValueError(f"must have 1 to {MAX_ID_LENGTH} characters, and only letters, digits and _ . : - among them")
     return text

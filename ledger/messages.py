@@ -4,6 +4,7 @@ A message is checked here completely, once, before anything else reads it: its t
 message can be written to the database unchanged. Nothing here knows a wallet: `rules` decides what a message does.
 """
 
+import difflib
 import json
 import math
 import re
@@ -320,10 +321,13 @@ class Adjust(WalletMessage):
 
     task, kind, id_field = "wallet.adjust", "adjustment", "adjustment_id"
     adjustment_id: Id = Field(description="The adjustment.")
-    credits: Annotated[SignedCredits, AfterValidator(_not_zero)] = Field(description="The correction; not 0.")
+    credits: Annotated[SignedCredits, AfterValidator(_not_zero)] = Field(
+        description="The correction; not 0.", json_schema_extra={"not": {"const": 0}}
+    )
     reason: Annotated[Reason, AfterValidator(_given_reason)] = Field(
         description="The reason; kept in the event's metadata. Not one that only the ledger gives, such as "
-        "`subscription_expired`."
+        "`subscription_expired`.",
+        json_schema_extra={"not": {"enum": [*sorted(OWN_REASONS)]}},
     )
     allow_negative: bool = Field(False, description="Whether the balance may end below zero.")
     source: Source = "admin"
@@ -449,6 +453,8 @@ AnyMessage = AnyWorkflowMessage | AnyWalletMessage
 MESSAGES: dict[str, type[AnyMessage]] = {model.task: model for model in get_args(AnyMessage)}
 """Every message by its task name."""
 
+_BY_LAST_NAME = {task.partition(".")[2]: task for task in MESSAGES}
+
 
 @dataclass(frozen=True, slots=True)
 class InvalidMessage:
@@ -482,7 +488,9 @@ def parse(task: str, payload: object) -> AnyMessage | InvalidMessage:
         return payload
     model = MESSAGES.get(task)
     if model is None:
-        return InvalidMessage("unknown_task", f"there is no task named {_shown(task)}", _org_id(payload))
+        similar = _similar(task.rpartition(".")[2], _BY_LAST_NAME)
+        hint = f"; did you mean {_BY_LAST_NAME[similar]}?" if similar else ""
+        return InvalidMessage("unknown_task", f"there is no task named {_shown(task)}{hint}", _org_id(payload))
     if not isinstance(payload, dict):
         return InvalidMessage(
             "invalid_message", f"{task}: the message must be a JSON object, got {_shown(payload)}", None
@@ -507,9 +515,17 @@ def _problems(model: type[Message], payload: dict[Any, object]) -> Iterator[str]
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             yield _sentence(detail)
-    for name in payload:
-        if name not in model.model_fields:
-            yield f"{ascii(str(name))[1:-1][:64]} is not a field of this message"
+    unknown = [str(name) for name in payload if name not in model.model_fields]
+    for number, name in enumerate(unknown):
+        # Only for those that are shown: a hostile message may have thousands.
+        similar = _similar(name, model.model_fields.keys() - payload.keys()) if number < MAX_PROBLEMS else None
+        hint = f" (did you mean {similar}?)" if similar else ""
+        yield f"{ascii(name)[1:-1][:64]} is not a field of this message{hint}"
+
+
+def _similar(name: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that somebody who wrote `name` may have meant."""
+    return next(iter(difflib.get_close_matches(name[:64], sorted(names), n=1)), None)
 
 
 def _sentence(detail: ErrorDetails) -> str:
@@ -525,9 +541,9 @@ def _sentence(detail: ErrorDetails) -> str:
             return f"{field} {detail['msg']}"
         case _:
             problem = detail["msg"].removeprefix("Input ").removeprefix("String ").replace("should ", "must ", 1)
-            return f"{field} {problem[0].lower()}{problem[1:]}, got {_shown(detail['input'])}".replace(
-                "a valid integer", "an integer"
-            )
+            said = f"{field} {problem[0].lower()}{problem[1:]}"
+            said = said.replace("a valid integer", "an integer").replace("a valid boolean", "true or false")
+            return f"{said}, got {_shown(detail['input'])}"
 
 
 def _shown(value: object) -> str:

@@ -40,6 +40,7 @@ PRIVILEGES: dict[str, dict[str, tuple[str, ...]]] = {
         "usage_summed": ("SELECT", "INSERT", "UPDATE"),
         "dead_letters": ("SELECT", "INSERT", "UPDATE"),
         "waiting_messages": ("SELECT", "INSERT", "UPDATE", "DELETE"),
+        "alembic_version": ("SELECT",),
     },
     READER: {
         **dict.fromkeys(_TABLES, ("SELECT",)),

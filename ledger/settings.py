@@ -11,11 +11,13 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from ledger.broker_urls import REDIS_SCHEMES, refuse_no_broker, refuse_no_result_store
 from ledger.database import parse_url
+from ledger.readable import JOINERS, escaped
 
 PREFIX = "HOLDFAST_"
 MIN_SECRET_LENGTH = 32
 MIN_SECRET_VARIETY = 8
 """The fewest different characters in a secret. Random hexadecimal digits of the minimum length have more."""
+MAX_PRODUCT_NAME = 40
 
 _ADDRESS = re.compile(r"[^\s:]+:[0-9]{1,5}")
 _SERVICE_LINK = re.compile(
@@ -61,6 +63,9 @@ class Settings(BaseSettings):
     metrics_address: str | None = Field(
         None, description="Where a worker serves its own metrics for Prometheus: `127.0.0.1:9464`; default: nowhere"
     )
+    product_name: str | None = Field(
+        None, description="The name on the pages, at most 40 characters on one line; default: `Holdfast`"
+    )
     jwt_secret: SecretStr | None = Field(
         None,
         description=f"The secret that API tokens are signed with (HS256), at least {MIN_SECRET_LENGTH} characters, "
@@ -69,7 +74,7 @@ class Settings(BaseSettings):
     jwt_public_key: str | None = Field(
         None,
         description="Instead of the secret: the PEM public key that tokens are checked with "
-        "(RS256 with at least 2,048 bits, ES256, EdDSA)",
+        "(RS256 with at least 2,048 bits, ES256, EdDSA); while you change keys, the new and the old one",
     )
     jwt_audience: str | None = Field(
         None, description="What the `aud` of a token must be or contain; default: not checked"
@@ -101,11 +106,18 @@ class Settings(BaseSettings):
     def _is_public_key(cls, key: str | None) -> str | None:
         if key is not None and "-----BEGIN PUBLIC KEY-----" not in key:
             raise ValueError("must be a public key in PEM format, beginning with -----BEGIN PUBLIC KEY-----")
-        if key is not None and key.count("-----BEGIN") > 1:
-            raise ValueError("must be one key, not several")
+        if key is not None and key.count("-----BEGIN") > 2:
+            raise ValueError("must be one key, or the new and the old one, not more")
         return key
 
-    @field_validator("jwt_audience", "jwt_issuer")
+    @field_validator("product_name")
+    @classmethod
+    def _fits_on_a_page(cls, name: str | None) -> str | None:
+        if name is not None and (len(name) > MAX_PRODUCT_NAME or escaped(name, keep=JOINERS) != name):
+            raise ValueError(f"must be one line of printable text, of at most {MAX_PRODUCT_NAME} characters")
+        return name
+
+    @field_validator("jwt_audience", "jwt_issuer", "product_name")
     @classmethod
     def _is_a_name(cls, name: str | None) -> str | None:
         if name is not None and name != name.strip():

@@ -236,7 +236,7 @@ class Refusal:
 
 
 class Limit(NamedTuple):
-    """The limit that rejected a start."""
+    """A limit on what starts may reserve."""
 
     kind: Reason
     limit: int
@@ -245,6 +245,25 @@ class Limit(NamedTuple):
     reserved: int
     resets_at: datetime | None
     """When `used` is 0 again. None: never, as there is no period."""
+
+    @property
+    def remaining(self) -> int:
+        """The credits that it still allows to reserve; negative if more is used and reserved than it allows."""
+        return self.limit - self.used - self.reserved
+
+
+class Quote(NamedTuple):
+    """What a start would be answered now. It holds nothing."""
+
+    outcome: OutcomeName
+    reason: Reason | None
+    available: int
+    shortfall: int | None
+    """How many credits the limit that rejects it lacks. None: it is not rejected."""
+    limits: tuple[Limit, ...]
+    """Every limit of the wallet, in the order in which a start is checked against them."""
+    as_of_seq: int
+    """The number of the wallet's last event."""
 
 
 class Decision(NamedTuple):
@@ -262,6 +281,7 @@ class Decision(NamedTuple):
     subscriptions: tuple[Subscription, ...] = ()
     posted: tuple[PostedMessage, ...] = ()
     limit: Limit | None = None
+    shortfall: int | None = None
     refusal: Refusal | None = None
 
 
@@ -281,6 +301,8 @@ class Result(NamedTuple):
     """The wallet's available credits after the message."""
     limit: Limit | None = None
     """The limit that rejected the start; None for a repetition."""
+    shortfall: int | None = None
+    """How many credits that limit lacked; None for a repetition."""
 
     @property
     def holds(self) -> bool:

@@ -75,6 +75,8 @@ class Delivery(NamedTuple):
     """The body as received, which a dead letter keeps."""
     answer_to: str | None = None
     """Where to send the answer; opaque to the ledger, and kept with a message that waits."""
+    replay_of: int | None = None
+    """The dead letter whose message this is, sent again. It is believed only if it holds the same message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +203,14 @@ def _write_and_commit(
     decided: Sequence[Decided],
 ) -> list[Any]:
     letters = [
-        DeadLetter(_storable(delivery.task)[:MAX_TASK_LENGTH], delivery.body, message.org_id, answer.code, answer.error)
+        DeadLetter(
+            _storable(delivery.task)[:MAX_TASK_LENGTH],
+            delivery.body,
+            message.org_id,
+            answer.code,
+            answer.error,
+            replay_of=delivery.replay_of,
+        )
         for delivery, message, answer in zip(deliveries, messages, decided, strict=True)
         if not isinstance(answer, (Result, Waits))
     ]
@@ -223,6 +232,7 @@ def _waiting_message(delivery: Delivery, message: AnyMessage | InvalidMessage, r
         None if problem is None else problem.code,
         None if problem is None else problem.error,
         reason,
+        delivery.replay_of,
     )
 
 
@@ -306,7 +316,7 @@ def _delivery(kept: NumberedMessage) -> Delivery:
         arguments = bodies.arguments(kept.body)
         assert arguments is not None
         payload = bodies.only_argument(kept.task, *arguments)
-    return Delivery(kept.task, payload, kept.body, kept.answer_to)
+    return Delivery(kept.task, payload, kept.body, kept.answer_to, kept.replay_of)
 
 
 class _CaughtUp(NamedTuple):
@@ -345,7 +355,7 @@ def _bury_waiting(connection: Connection, org_id: str, taken: Taken | None, erro
     if error is None:
         delivery = Delivery(kept.task, None, kept.body, kept.answer_to)
         task, text = kept.task[:MAX_TASK_LENGTH], "its worker ended each time it was applied"
-        letter = DeadLetter(task, kept.body, org_id or None, "delivery_limit", text)
+        letter = DeadLetter(task, kept.body, org_id or None, "delivery_limit", text, replay_of=kept.replay_of)
         [letter_id] = dead_letters.record(connection, [letter])
         answer = DeadLettered(letter_id, letter.code, letter.error)
     else:
@@ -364,6 +374,7 @@ def _record_unexpected(connection: Connection, delivery: Delivery, error: Except
         "unexpected_error",
         beginning(_storable(f"{delivery.task} failed unexpectedly: {type(error).__name__}: {error}"), MAX_ERROR_LENGTH),
         _end(_storable("".join(traceback.format_exception(error))), MAX_TRACEBACK_LENGTH),
+        delivery.replay_of,
     )
     [letter_id] = dead_letters.record(connection, [letter])
     logger.error("%s failed unexpectedly, see dead letter %d:\n%s", letter.task, letter_id, letter.traceback)

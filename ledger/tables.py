@@ -213,6 +213,13 @@ posted_messages = Table(
     _check("posted_messages_terms", "jsonb_typeof(terms) = 'object'"),
     _check("posted_messages_outcome", _one_of("outcome", OutcomeName)),
     _check("posted_messages_reversed", "reversed = 0 OR reversed BETWEEN 0 AND (terms ->> 'credits')::bigint"),
+    # The refunds of a workflow are found through this.
+    Index(
+        "posted_messages_refunds",
+        "org_id",
+        text("(terms ->> 'workflow_id')"),
+        postgresql_where=text("kind = 'refund'"),
+    ),
 )
 
 
@@ -261,7 +268,11 @@ credit_events = Table(
     _check("credit_events_source", "length(source) BETWEEN 1 AND 64"),
     _check("credit_events_credits", f"credits BETWEEN -{MAX_CREDITS} AND {MAX_CREDITS}"),
     _check("credit_events_sign", f"CASE event_type {_SIGNS} ELSE false END"),
-    _check("credit_events_workflow_id", f"(workflow_id IS NOT NULL) = (event_type IN {_WORKFLOW_EVENTS})"),
+    # A refund may name one; those that were written before revision 0017 do not.
+    _check(
+        "credit_events_workflow_id",
+        f"(workflow_id IS NOT NULL) = (event_type IN {_WORKFLOW_EVENTS}) OR event_type = 'refund'",
+    ),
     _check(
         "credit_events_overdraft",
         "event_type <> 'billing' OR credits >= 0 OR prepaid_balance_after >= 0"
@@ -352,6 +363,7 @@ waiting_messages = Table(
     _column("reason", Text),
     Column("waiting_since", Timestamp, nullable=False, server_default=func.clock_timestamp()),
     Column("attempts", BigInteger, nullable=False, server_default=text("0")),
+    _optional("replay_of", BigInteger),  # the dead letter whose message this is, sent again
     PrimaryKeyConstraint("org_id", "number", name="waiting_messages_pkey"),
     _check("waiting_messages_error", "(error_code IS NULL) = (error IS NULL)"),
     _check("waiting_messages_attempts", "attempts >= 0"),

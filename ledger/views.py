@@ -4,11 +4,13 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, and_, func, select
+from sqlalchemy import ColumnElement, Connection, RowMapping, and_, func, not_, select
 
+from ledger import history
+from ledger.filters import EventFilter
 from ledger.periods import period_start
 from ledger.state import WorkflowState
-from ledger.tables import credit_events, ending_credits, posted_messages, subscriptions, wallets, workflows
+from ledger.tables import credit_events, ending_credits, subscriptions, wallets, workflows
 
 # Joins a workflow with the event of its reservation.
 STARTED = and_(
@@ -18,7 +20,7 @@ STARTED = and_(
 
 
 MOST_ENDS = 100
-"""The most ends of credits that a wallet's view lists."""
+"""The most ends of credits of one balance that a wallet's view lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,9 @@ class WalletView:
     current_period_start: datetime | None = None
     current_period_end: datetime | None = None
     ending: tuple[Ending, ...] = ()
-    """The first `MOST_ENDS` that end, in the order in which they do."""
+    """Of each balance, the first `MOST_ENDS` that end, in the order in which they do."""
+    prepaid_ending: int = 0
+    """How many of the prepaid credits end by themselves, those that are not listed included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,10 @@ def wallet(connection: Connection, org_id: str) -> WalletView | None:
     if row is None:
         return None
     balance = row.prepaid_balance + row.subscription_balance
+    ending: tuple[Ending, ...] = ()
+    prepaid_ending = 0
+    if row.next_ending_at is not None or row.held_past_end:
+        ending, prepaid_ending = _ending(connection, org_id)
     has_period = row.period is not None
     return WalletView(
         org_id=row.org_id,
@@ -121,7 +129,8 @@ def wallet(connection: Connection, org_id: str) -> WalletView | None:
         next_plan=_next_plan(row),
         current_period_start=period_start(row.anchor, row.period) if has_period else None,
         current_period_end=row.next_period_at if has_period else None,
-        ending=_ending(connection, org_id) if row.next_ending_at is not None or row.held_past_end else (),
+        ending=ending,
+        prepaid_ending=prepaid_ending,
     )
 
 
@@ -160,11 +169,18 @@ def _next_plan(row: Any) -> NextPlan | None:
     return NextPlan(row.plan, row.monthly_credits, row.next_period_at)
 
 
-def _ending(connection: Connection, org_id: str) -> tuple[Ending, ...]:
+def _ending(connection: Connection, org_id: str) -> tuple[tuple[Ending, ...], int]:
+    """What ends, and how much of it is prepaid."""
     columns = ending_credits.c
-    query = select(columns.remaining, columns.expires_at, columns.origin).where(columns.org_id == org_id)
-    rows = connection.execute(query.order_by(columns.expires_at, columns.origin).limit(MOST_ENDS))
-    return tuple(Ending(*row) for row in rows)
+    of_plans = columns.origin.startswith("subscription:", autoescape=True)
+    listed: list[Ending] = []
+    for of_one in (of_plans, not_(of_plans)):
+        query = select(columns.remaining, columns.expires_at, columns.origin).where(columns.org_id == org_id, of_one)
+        rows = connection.execute(query.order_by(columns.expires_at, columns.seq, columns.origin).limit(MOST_ENDS))
+        listed += [Ending(*row) for row in rows]
+    prepaid = select(func.coalesce(func.sum(columns.remaining), 0)).where(columns.org_id == org_id, not_(of_plans))
+    in_order = sorted(listed, key=lambda part: (part.expires_at, not part.is_from_subscription))
+    return tuple(in_order), int(connection.scalar(prepaid) or 0)
 
 
 def open_reservations(
@@ -218,10 +234,7 @@ def workflow(connection: Connection, org_id: str, workflow_id: str) -> WorkflowV
     row = connection.execute(known).first()
     if row is None:
         return None
-    keys = [f"{step}:{workflow_id}" for step in ("start", "release", "finish")]
-    if row.refunded:
-        keys += _refund_keys(connection, org_id, workflow_id)
-    written = select(credit_events).where(credit_events.c.org_id == org_id, credit_events.c.idempotency_key.in_(keys))
+    written = history.find(connection, org_id, EventFilter(workflow_id=workflow_id)).select()
     return WorkflowView(
         workflow_id=row.workflow_id,
         state=row.state,
@@ -231,17 +244,5 @@ def workflow(connection: Connection, org_id: str, workflow_id: str) -> WorkflowV
         expires_at=row.expires_at,
         used_credits=row.finish_credits,
         refunded_credits=row.refunded,
-        events=list(connection.execute(written.order_by(credit_events.c.seq)).mappings()),
+        events=list(connection.execute(written).mappings())[::-1],
     )
-
-
-def _refund_keys(connection: Connection, org_id: str, workflow_id: str) -> list[str]:
-    """The idempotency keys of a workflow's refunds, from their messages: senders can write the events' metadata."""
-    columns = posted_messages.c
-    refunds = select(func.concat("refund:", columns.message_id)).where(
-        columns.org_id == org_id,
-        columns.kind == "refund",
-        columns.outcome == "posted",
-        columns.terms["workflow_id"].astext == workflow_id,
-    )
-    return list(connection.scalars(refunds))

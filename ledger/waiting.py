@@ -61,6 +61,8 @@ class WaitingMessage(NamedTuple):
     """Why it will be a dead letter, if that is known already."""
     reason: str
     """Why it has to wait."""
+    replay_of: int | None = None
+    """The dead letter whose message this is, sent again."""
 
 
 class NumberedMessage(NamedTuple):
@@ -72,6 +74,7 @@ class NumberedMessage(NamedTuple):
     answer_to: str | None
     error_code: ErrorCode | None
     error: str | None
+    replay_of: int | None
 
 
 class Taken(NamedTuple):
@@ -96,10 +99,10 @@ class WaitingOrganization:
 
 
 _KEEP = """
-    INSERT INTO waiting_messages (org_id, task, body, answer_to, error_code, error, reason)
-    SELECT org_id, task, body, answer_to, error_code, error, reason
-    FROM unnest(%b::text[], %b::text[], %b::bytea[], %b::text[], %b::text[], %b::text[], %b::text[])
-      WITH ORDINALITY AS new (org_id, task, body, answer_to, error_code, error, reason, place)
+    INSERT INTO waiting_messages (org_id, task, body, answer_to, error_code, error, reason, replay_of)
+    SELECT org_id, task, body, answer_to, error_code, error, reason, replay_of
+    FROM unnest(%b::text[], %b::text[], %b::bytea[], %b::text[], %b::text[], %b::text[], %b::text[], %b::bigint[])
+      WITH ORDINALITY AS new (org_id, task, body, answer_to, error_code, error, reason, replay_of, place)
     ORDER BY place
 """
 _FIRST = "SELECT number, attempts FROM waiting_messages WHERE org_id = %b ORDER BY number LIMIT %b"
@@ -107,7 +110,7 @@ _COUNT_ATTEMPT = """
     UPDATE waiting_messages SET attempts = attempts + %b WHERE org_id = %b AND number = ANY(%b::bigint[])
 """
 _READ = """
-    SELECT number, task, body, answer_to, error_code, error FROM waiting_messages
+    SELECT number, task, body, answer_to, error_code, error, replay_of FROM waiting_messages
     WHERE org_id = %b AND number = ANY(%b::bigint[]) ORDER BY number
 """
 _REMOVE = "DELETE FROM waiting_messages WHERE org_id = %b AND number = ANY(%b::bigint[])"

@@ -166,6 +166,20 @@ class WorkingSet:
             work.reasons_to_wait |= dict.fromkeys(stuck, RECORD_LOCKED)
         return work
 
+    @classmethod
+    def look(cls, connection: Connection, org_id: str) -> "WorkingSet":
+        """Load the wallet of `org_id`, if it exists, and post what is due in it, here only: lock and write nothing.
+
+        `reasons_to_wait` is as if messages were to be applied. The transaction should be one snapshot that only reads.
+        """
+        with connection.pipeline():
+            found = select(connection, Wallet, _WALLETS, [arrays.text([org_id])])
+            clock = connection.execute("SELECT clock_timestamp()")
+        [(now,)] = clock.fetchall()
+        work = cls(found.fetchall(), now)
+        work._post_due(connection, set())
+        return work
+
     def with_locked_records(self, connection: Connection) -> set[str]:
         """The organizations with a loaded workflow or subscription that somebody else has locked."""
         stuck: set[str] = set()
@@ -344,6 +358,7 @@ class WorkingSet:
             tuple([event.seq for event in decision.events]),
             decision.wallet.available,
             decision.limit,
+            decision.shortfall,
         )
 
     def _keep(
@@ -485,10 +500,8 @@ def _clock(statement_timeout_s: float) -> str:
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 # Sent once the locks are held: the time, whether any message waits, and settings for the statements that follow.
 _CLOCK = _clock(PATIENCE_S)
-_LOCK_WALLETS = f"""
-    SELECT {column_names(tables.wallets, Wallet)} FROM wallets WHERE org_id = ANY(%b::text[])
-    ORDER BY org_id FOR UPDATE
-"""
+_WALLETS = f"SELECT {column_names(tables.wallets, Wallet)} FROM wallets WHERE org_id = ANY(%b::text[])"
+_LOCK_WALLETS = f"{_WALLETS} ORDER BY org_id FOR UPDATE"
 _LOCK_WALLETS_THAT_CAN_BE = f"{_LOCK_WALLETS} SKIP LOCKED"
 _THERE = "SELECT org_id FROM wallets WHERE org_id = ANY(%b::text[])"
 _WAITING = "SELECT DISTINCT org_id FROM waiting_messages WHERE org_id = ANY(%b::text[])"

@@ -3,7 +3,11 @@
 import json
 from typing import Any
 
+from ledger.messages import MESSAGES, WORKFLOW_TASKS
 from ledger.store import Delivery
+
+STEPS = [task.partition(".")[2] for task in MESSAGES if task in WORKFLOW_TASKS]
+"""What the four messages of a workflow are called: the last part of their tasks, and of their addresses over HTTP."""
 
 EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 """The third part of a body, as Celery sends it."""

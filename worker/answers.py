@@ -1,5 +1,8 @@
 """Stores the answers that callers wait for in Celery's result backend, as Celery's own workers do.
 
+A sender asks for the answer with `ignore_result=False`. One that says nothing gets only the failure of its message, as
+with Celery's `task_store_errors_even_if_ignored`.
+
 Guarantee: no message waits for this. After a failure, no answer is stored for `PAUSE_S`. A caller without an answer
 sends its message again, which is safe.
 """
@@ -24,6 +27,9 @@ logger = logging.getLogger(__name__)
 PAUSE_S = 10
 """How long no answers are stored after a failure."""
 
+ONLY_FAILURES = "only-failures:"
+"""What stands before the task id of a sender that gets only a failure."""
+
 Answer = Result | DeadLettered | RunEnded
 """The result of a message, or of a run of the scheduler."""
 
@@ -38,7 +44,11 @@ class Answers:
     def store(self, asked: Sequence[tuple[str | None, Answer]]) -> None:
         """Store each answer for the caller with that task id, if there is one. One round trip."""
         backend = self._app.backend
-        wanted = [(task_id, answer) for task_id, answer in asked if task_id is not None]
+        wanted = [
+            (task_id.removeprefix(ONLY_FAILURES), answer)
+            for task_id, answer in asked
+            if task_id is not None and (isinstance(answer, DeadLettered) or not task_id.startswith(ONLY_FAILURES))
+        ]
         if not wanted or not hasattr(backend, "client") or time.monotonic() < self._again_at:
             return
         try:

@@ -60,7 +60,7 @@ class Inbox:
         self._delay_s = FIRST_DELAY_S
         self._next_try_at = 0.0
         self._answers = Answers(consumer.app)
-        self._outage = Outage()
+        self._outage = Outage(self._engine)
         self._outage.start()
         self._background = Background(self._engine, self._answers, self._outage)
         self._background.start()

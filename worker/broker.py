@@ -40,6 +40,9 @@ DEAD_QUEUE, ENGINE_DEAD_QUEUE = "credits.dead", "credits.engine.dead"
 
 ENGINE_QUEUES, DEAD_QUEUES = {ENGINE_QUEUE, ENGINE_DEAD_QUEUE}, {DEAD_QUEUE, ENGINE_DEAD_QUEUE}
 
+REPLAY_OF = "holdfast_replay_of"
+"""The header of a message that is sent again: the number of its dead letter. It means nothing in ENGINE_QUEUE."""
+
 VISIBILITY_TIMEOUT_S = 60
 """On Redis, messages that a dead worker has not acknowledged are delivered again after this."""
 

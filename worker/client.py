@@ -15,15 +15,16 @@ at any time: it is applied once.
 """
 
 import json
+import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from datetime import datetime
 from inspect import signature
-from typing import Any, Generic, ParamSpec, Self, cast, overload
+from typing import Any, Generic, ParamSpec, Protocol, Self, cast, overload
 
 from celery.utils import uuid
 from kombu.connection import Connection
@@ -59,6 +60,8 @@ from ledger.state import Limit, Result
 from worker.broker import ENGINE_QUEUE, QUEUE, create_celery
 from worker.publishing import BROKER_ERRORS, TIMEOUT_S, Encoded, Publisher, connect, leave
 from worker.redis_server import UnsupportedServerError
+from worker.silence import what_is_seen
+from worker.unanswered import Unanswered
 
 # Kombu keeps a queue as a list and takes from its right end. An entry may be large, so it is not fetched. At its end is
 # the tag that distinguishes equal messages.
@@ -83,6 +86,10 @@ class NotSentError(ClientError):
     """
 
 
+class NoAnswersError(NotSentError):
+    """The message was not sent, as its answer could not be waited for: the store of answers does not answer."""
+
+
 class NoAnswerError(ClientError):
     """The message was sent, but its answer did not come in time. It is still applied; sending it again is safe."""
 
@@ -98,6 +105,14 @@ class UnsupportedBrokerError(BrokerUnavailableError):
 class DeadLetteredError(ClientError):
     """The message arrived but could not be applied, and was kept as a dead letter. The text says why."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        told = re.search(r"\(dead letter (\d+), (\w+)\)\Z", text)
+        self.letter_id = None if told is None else int(told[1])
+        """The number of the dead letter."""
+        self.code = None if told is None else told[2]
+        """Why, in one word: an `ledger.state.ErrorCode`, or one of a newer worker."""
+
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
@@ -111,6 +126,16 @@ Sent = ParamSpec("Sent")
 Asked = ParamSpec("Asked")
 
 
+class AsyncMethod(Protocol[Sent, Asked]):
+    """To type checkers, a Method of AsyncMessages: what it returns is awaited."""
+
+    @overload
+    async def __call__(self, *args: Sent.args, **kwargs: Sent.kwargs) -> Unanswered: ...
+
+    @overload
+    async def __call__(self, *args: Asked.args, **kwargs: Asked.kwargs) -> Result: ...
+
+
 class Method(Generic[Sent, Asked]):
     """Sends one kind of message. Takes its fields by name, and `wait_s`, the seconds to wait for the answer."""
 
@@ -118,20 +143,26 @@ class Method(Generic[Sent, Asked]):
         """`asked` is `message` with the field `wait_s`, for type checkers and `help` only."""
         self.task = cast(type[AnyMessage], message).task
         self.__doc__, self.__signature__ = message.__doc__, signature(asked)
-        self._sender: Messages | None = None
+        self._sender: Messages | AsyncMessages | None = None
 
-    def __get__(self, sender: "Messages | None", _: object) -> Self:
+    @overload
+    def __get__(self, sender: "AsyncMessages", _: object) -> AsyncMethod[Sent, Asked]: ...
+
+    @overload
+    def __get__(self, sender: "Messages | None", _: object) -> Self: ...
+
+    def __get__(self, sender: Any, _: object) -> Any:
         bound = copy(self)
         bound._sender = sender  # noqa: SLF001 - of the same class
         return bound
 
     @overload
-    def __call__(self, *args: Sent.args, **kwargs: Sent.kwargs) -> None: ...
+    def __call__(self, *args: Sent.args, **kwargs: Sent.kwargs) -> Unanswered: ...
 
     @overload
     def __call__(self, *args: Asked.args, **kwargs: Asked.kwargs) -> Result: ...
 
-    def __call__(self, *args: Any, **fields: Any) -> Result | None:
+    def __call__(self, *args: Any, **fields: Any) -> Any:
         """Send the message, without fields that are None. Raises InvalidMessageError if it is not valid."""
         if args:
             raise TypeError(f"{self.task} takes its fields by name")
@@ -139,7 +170,15 @@ class Method(Generic[Sent, Asked]):
         wait_s = fields.pop("wait_s", None)
         given = {name: value for name, value in fields.items() if value is not None}
         message = {name: value.isoformat() if isinstance(value, datetime) else value for name, value in given.items()}
-        return self._sender.send(self.task, message, wait_s=wait_s)
+        if isinstance(self._sender, AsyncMessages):
+            return self._awaited(self._sender.send(self.task, message, wait_s=wait_s))
+        return self._answered(self._sender.send(self.task, message, wait_s=wait_s))
+
+    def _answered(self, answer: Result | None) -> Result | Unanswered:
+        return Unanswered(self.task) if answer is None else answer
+
+    async def _awaited(self, answer: Awaitable[Result | None]) -> Result | Unanswered:
+        return self._answered(await answer)
 
 
 class _Asked(BaseModel):
@@ -185,7 +224,7 @@ class _Unsubscribe(_Asked, Unsubscribe): ...
 class _Configure(_Asked, Configure): ...
 
 
-class Messages(ABC):
+class Methods:
     """A method for every message of the ledger. Each raises InvalidMessageError if its message is not valid."""
 
     start = Method(Start, _Start)
@@ -205,17 +244,17 @@ class Messages(ABC):
     def __init__(self, publisher: Publisher) -> None:
         self._publisher = publisher
 
-    def send(self, task: str, message: dict[str, Any], *, wait_s: float | None = None) -> Result | None:
-        """Send `message`, a JSON object, to `task`. Raises InvalidMessageError if it is not valid."""
+    @property
+    def queue(self) -> str:
+        """The ledger's queue that messages go to."""
+        return self._publisher.queue
+
+    def refuse_invalid(self, task: str, message: dict[str, Any]) -> None:
+        """Raise InvalidMessageError if `message` is not valid, or is not taken from the queue of this sender."""
         self._refuse_not_allowed(task, message)
         problem = parse(task, message)
         if isinstance(problem, InvalidMessage):
             raise InvalidMessageError(problem.error)
-        return self._take(task, message, wait_s)
-
-    @abstractmethod
-    def _take(self, task: str, message: dict[str, Any], wait_s: float | None) -> Result | None:
-        """Send a valid message, or gather it."""
 
     def _refuse_not_allowed(self, task: str, message: object) -> None:
         """Raise InvalidMessageError if no worker takes such a message from the queue of this sender."""
@@ -230,8 +269,29 @@ class Messages(ABC):
             raise InvalidMessageError(f"{task}: an engine must not name a source: the worker sets it")
 
 
+class Messages(Methods, ABC):
+    """The methods, each of which has sent or gathered its message when it returns."""
+
+    def send(self, task: str, message: dict[str, Any], *, wait_s: float | None = None) -> Result | None:
+        """Send `message`, a JSON object, to `task`. Raises InvalidMessageError if it is not valid."""
+        self.refuse_invalid(task, message)
+        return self._take(task, message, wait_s)
+
+    @abstractmethod
+    def _take(self, task: str, message: dict[str, Any], wait_s: float | None) -> Result | None:
+        """Send a valid message, or gather it."""
+
+
+class AsyncMessages(Methods, ABC):
+    """The methods, each of which has sent its message when what it returns has been awaited."""
+
+    @abstractmethod
+    async def send(self, task: str, message: dict[str, Any], *, wait_s: float | None = None) -> Result | None:
+        """Send `message`, a JSON object, to `task`. Raises InvalidMessageError if it is not valid."""
+
+
 class Batch(Messages):
-    """Messages that are sent together, when the block of `Client.batch` ends. Used by one thread; waits for no answers.
+    """Messages that are sent together, when the block of `batch` ends. Used by one thread; waits for no answers.
 
     Its methods raise InvalidMessageError, and ValueError when they are given `wait_s` or called after the block.
     """
@@ -254,15 +314,15 @@ class Batch(Messages):
             raise ValueError("a batch waits for no answers: use the client for a message that needs one")
         if self._messages is None:
             raise ValueError("this batch has ended: begin another one")
-        self._messages.append(_encoded(self._publisher, task, [message], {}))
+        self._messages.append(encoded(self._publisher, task, [message], {}))
 
 
 class Client(Messages):
     """Sends messages to the ledger. One client may be used by many threads.
 
-    Every method takes `wait_s`: how many seconds to wait for the answer. Without it the method returns None as soon as
-    the broker has the message; with it, the Result. Raises InvalidMessageError, NotSentError and, with `wait_s`,
-    NoAnswerError and DeadLetteredError. If the broker is gone, retries for some seconds before NotSentError.
+    Every method takes `wait_s`: how many seconds to wait for the answer. Without it the method returns Unanswered as
+    soon as the broker has the message; with it, the Result. Raises InvalidMessageError, NotSentError and, with
+    `wait_s`, NoAnswerError and DeadLetteredError. If the broker is gone, retries for some seconds before NotSentError.
     """
 
     def __init__(self, broker_url: str, *, queue: str = QUEUE, result_url: str | None = None) -> None:
@@ -274,11 +334,7 @@ class Client(Messages):
 
         Raises ValueError for a URL that can never be used, such as `sentinel://`.
         """
-        _refuse(refuse_no_broker, broker_url, "broker's URL")
-        if result_url is None and broker_url.startswith(REDIS_SCHEMES):
-            result_url = broker_url
-        elif result_url is not None:
-            _refuse(refuse_no_result_store, result_url, "URL for answers")
+        result_url = answers_at(broker_url, result_url)
         self._celery = create_celery("holdfast-client", broker_url, None)
         super().__init__(Publisher(self._celery, queue))
         self._results = None if result_url is None else _redis(result_url)
@@ -315,75 +371,116 @@ class Client(Messages):
         finally:
             messages = batch.close()
         if messages:
-            self._publish(f"a batch of {len(messages):,} messages, of which some may have arrived,", messages)
+            hand_over(self._publisher, a_batch(messages), messages)
 
     def waiting(self) -> dict[str, Waiting]:
         """The messages in each queue of the ledger. Raises BrokerUnavailableError or UnsupportedBrokerError."""
-        try:
-            with self._publisher.connections.acquire(block=True) as connection:
-                try:
-                    connect(connection)
-                    return {queue: _waiting(connection, queue) for queue in (QUEUE, ENGINE_QUEUE)}
-                except BROKER_ERRORS:
-                    leave(connection)
-                    raise
-        except UnsupportedServerError as error:
-            raise UnsupportedBrokerError(str(error)) from error
-        except BROKER_ERRORS as error:
-            raise BrokerUnavailableError(str(error)) from error
+        return waiting(self._publisher)
 
     def _take(self, task: str, message: dict[str, Any], wait_s: float | None) -> Result | None:
         return self.send_as_is(task, [message], {}, wait_s=wait_s)
 
     def send_as_is(
-        self, task: str, args: list[Any], kwargs: dict[str, Any], *, wait_s: float | None = None
+        self,
+        task: str,
+        args: list[Any],
+        kwargs: dict[str, Any],
+        *,
+        wait_s: float | None = None,
+        replay_of: int | None = None,
     ) -> Result | None:
         """Send a task with these arguments, unchecked, as for a replay. Raises the errors of the other methods.
 
-        Returns None for a run of the scheduler, which has no Result.
+        Returns None for a run of the scheduler, which has no Result. `replay_of`: the dead letter that holds the
+        message, and is open again if it fails.
         """
         self._refuse_not_allowed(task, args[0] if args else None)
         if wait_s is None:
-            self._publish(task, [_encoded(self._publisher, task, args, kwargs)])
+            hand_over(self._publisher, task, [encoded(self._publisher, task, args, kwargs, replay_of=replay_of)])
             return None
         if self._results is None:
-            raise ValueError("wait_s needs a result_url: this broker keeps no answers")
+            raise ValueError(NO_RESULT_URL)
         task_id = uuid()
-        message = _encoded(self._publisher, task, args, kwargs, task_id)
-        key = f"celery-task-meta-{task_id}"  # where Celery stores an answer, and the channel that it is announced on
+        message = encoded(self._publisher, task, args, kwargs, task_id=task_id, replay_of=replay_of)
+        key = answer_key(task_id)
         with self._results.pubsub() as announced:
             try:
                 announced.subscribe(key)
                 announced.get_message(timeout=TIMEOUT_S)  # subscribed: from here on, no answer is missed
             except RedisError as error:
-                raise NotSentError(f"{task} was not sent, as its answer could not be waited for: {error}") from error
-            self._publish(task, [message])
+                raise NoAnswersError(f"{task} was not sent, as its answer could not be waited for: {error}") from error
+            hand_over(self._publisher, task, [message])
             try:
                 answer = _next_message(announced, wait_s)
                 self._results.delete(key)
             except RedisError as error:
                 raise NoAnswerError(f"{task} was sent, but its answer could not be read: {error}") from error
         if answer is None:
-            raise NoAnswerError(f"{task} was sent, but no answer came within {wait_s:g} s")
-        result = answer["result"]
-        if answer["status"] != "SUCCESS":
-            raise DeadLetteredError(" ".join(map(str, result["exc_message"])))
-        return _result(result) if isinstance(result, dict) else None
-
-    def _publish(self, what: str, messages: Sequence[Encoded]) -> None:
-        try:
-            self._publisher.publish(messages)
-        except BROKER_ERRORS as error:
-            raise NotSentError(
-                f"{what} could not be handed to the broker at {self._publisher.broker}, and may be sent again: {error}"
-            ) from error
+            seen = what_is_seen(self._celery, self._publisher)
+            raise NoAnswerError(f"{task} was sent, but no answer came within {wait_s:g} s: {seen}")
+        return told(answer)
 
 
-def _encoded(
-    publisher: Publisher, task: str, args: list[Any], kwargs: dict[str, Any], task_id: str | None = None
-) -> Encoded:
+NO_RESULT_URL = "wait_s needs a result_url: this broker keeps no answers"
+
+
+def answers_at(broker_url: str, result_url: str | None) -> str | None:
+    """Where answers are kept, or None if they are not. Raises ValueError for a URL that can never be used."""
+    _refuse(refuse_no_broker, broker_url, "broker's URL")
+    if result_url is not None:
+        _refuse(refuse_no_result_store, result_url, "URL for answers")
+        return result_url
+    return broker_url if broker_url.startswith(REDIS_SCHEMES) else None
+
+
+def answer_key(task_id: str) -> str:
+    """Where Celery stores an answer, and the channel that it is announced on."""
+    return f"celery-task-meta-{task_id}"
+
+
+def a_batch(messages: Sequence[Encoded]) -> str:
+    """A batch in words, for `hand_over`."""
+    return f"a batch of {len(messages):,} messages, of which some may have arrived,"
+
+
+def hand_over(publisher: Publisher, what: str, messages: Sequence[Encoded]) -> None:
+    """Publish `messages`. Raises NotSentError, which names them as `what`."""
     try:
-        return publisher.encode(task, args, kwargs, task_id=task_id)
+        publisher.publish(messages)
+    except BROKER_ERRORS as error:
+        raise NotSentError(
+            f"{what} could not be handed to the broker at {publisher.broker}, and may be sent again: {error}"
+        ) from error
+
+
+def waiting(publisher: Publisher) -> dict[str, Waiting]:
+    """The messages in each queue of the ledger. Raises BrokerUnavailableError or UnsupportedBrokerError."""
+    try:
+        with publisher.connections.acquire(block=True) as connection:
+            try:
+                connect(connection)
+                return {queue: _waiting(connection, queue) for queue in (QUEUE, ENGINE_QUEUE)}
+            except BROKER_ERRORS:
+                leave(connection)
+                raise
+    except UnsupportedServerError as error:
+        raise UnsupportedBrokerError(str(error)) from error
+    except BROKER_ERRORS as error:
+        raise BrokerUnavailableError(str(error)) from error
+
+
+def told(answer: dict[str, Any]) -> Result | None:
+    """The result in an answer as Celery stores it; None: of a run of the scheduler. Raises DeadLetteredError."""
+    result = answer["result"]
+    if answer["status"] != "SUCCESS":
+        raise DeadLetteredError(" ".join(map(str, result["exc_message"])))
+    return _result(result) if isinstance(result, dict) else None
+
+
+def encoded(publisher: Publisher, task: str, args: list[Any], kwargs: dict[str, Any], **options: Any) -> Encoded:
+    """Encode a message, with the options of `Publisher.encode`. Raises InvalidMessageError."""
+    try:
+        return publisher.encode(task, args, kwargs, **options)
     except EncodeError as error:
         raise InvalidMessageError(f"{task} was not sent, as it cannot be encoded: {error}") from error
 

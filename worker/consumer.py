@@ -32,7 +32,7 @@ from worker.batching import Arrival, Inbox
 from worker.broker import DEAD_QUEUES, ENGINE_QUEUE, ENGINE_QUEUES, QUEUE, declare_queues, masked, reason, taken_from
 from worker.compression import UNKNOWN_COMPRESSION
 from worker.control import answer_questions_only
-from worker.envelope import answer_to, named_task, raw_body, task_and_arguments
+from worker.envelope import answer_to, named_task, raw_body, replay_of, task_and_arguments
 from worker.monitoring import Monitored
 from worker.redis_server import UnsupportedServerError
 from worker.runs import Run
@@ -191,7 +191,8 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
             self.inbox.add(Arrival(message, Run(task, answer_to(message)), monitored))
             return
         payload = only_argument(task, args, kwargs)
-        self.inbox.add(Arrival(message, Delivery(task, payload, raw_body(message), answer_to(message)), monitored))
+        delivery = Delivery(task, payload, raw_body(message), answer_to(message), replay_of(message))
+        self.inbox.add(Arrival(message, delivery, monitored))
 
     def _keep(self, message: Message, problem: InvalidMessage) -> None:
         """Have the batch make a dead letter of the message."""
@@ -199,7 +200,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
             problem = _problem_of_engine(message, problem)
         body = raw_body(message)
         message.body = b""  # which may be large, and is not needed to acknowledge it
-        delivery = Delivery(named_task(message), problem, body[:MAX_BODY_BYTES], answer_to(message))
+        delivery = Delivery(named_task(message), problem, body[:MAX_BODY_BYTES], answer_to(message), replay_of(message))
         self.inbox.add(Arrival(message, delivery, None))
 
 
@@ -232,7 +233,10 @@ def _problem_of_engine(message: Message, problem: InvalidMessage) -> InvalidMess
 
 
 def _not_allowed(task: str) -> InvalidMessage:
-    error = f"{_ONLY_WORKFLOWS}: {task[:200]!a} must be sent to {QUEUE}, by a system that has the right"
+    if task in TASKS:
+        error = f"{_ONLY_WORKFLOWS}: {task!a} must be sent to {QUEUE}, by a system that has the right"
+    else:
+        error = f"{_ONLY_WORKFLOWS}, and there is no task named {task[:200]!a}"
     return InvalidMessage("not_allowed", error, None)
 
 

@@ -6,7 +6,9 @@ from celery.utils.time import maybe_iso8601
 from kombu.message import Message
 
 from ledger.bodies import Arguments, strict_arguments
-from worker.transport import SetAside, read_json
+from worker.answers import ONLY_FAILURES
+from worker.broker import ENGINE_QUEUES, REPLAY_OF, taken_from
+from worker.transport import read_json
 
 
 def raw_body(message: Message) -> bytes:
@@ -21,12 +23,25 @@ def raw_body(message: Message) -> bytes:
 
 
 def answer_to(message: Message) -> str | None:
-    """The id under which the sender waits for an answer, or None."""
+    """Where `Answers` stores the answer, or None: nobody waits for it."""
     headers = message.headers
-    if not isinstance(headers, dict) or headers.get("ignore_result") is not False:
+    task_id = headers.get("id") if isinstance(headers, dict) else None
+    if not is_text(task_id):
         return None
-    task_id = headers.get("id")
-    return task_id if is_text(task_id) else None
+    match headers.get("ignore_result"):
+        case False:
+            return task_id
+        case None:  # Celery's default: a sender that may wait, and does not know that it has to ask
+            return f"{ONLY_FAILURES}{task_id}"
+        case _:
+            return None
+
+
+def replay_of(message: Message) -> int | None:
+    """The dead letter that the message says it replays, or None. A message of an engine can replay none."""
+    number = message.headers.get(REPLAY_OF) if isinstance(message.headers, dict) else None
+    is_number = isinstance(number, int) and not isinstance(number, bool) and 0 < number < 2**63
+    return number if is_number and taken_from(message) not in ENGINE_QUEUES else None
 
 
 def is_text(value: object) -> TypeGuard[str]:
@@ -42,8 +57,6 @@ def is_text(value: object) -> TypeGuard[str]:
 
 def named_task(message: Message) -> str:
     """The task that the message names; empty if it names none."""
-    if isinstance(message, SetAside):
-        return message.task
     task = message.headers.get("task") if isinstance(message.headers, dict) else None
     return task if isinstance(task, str) else ""
 

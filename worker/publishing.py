@@ -25,7 +25,7 @@ from kombu.serialization import dumps
 from kombu.utils.json import dumps as to_json
 from redis.exceptions import RedisError
 
-from worker.broker import QUEUE, declare_queues, masked
+from worker.broker import ENGINE_QUEUE, QUEUE, REPLAY_OF, declare_queues, masked
 from worker.redis_server import UnsupportedServerError
 
 TIMEOUT_S = 5.0
@@ -83,7 +83,9 @@ class Publisher:
     """Hands messages to the app's broker, over a few connections of its own. May be used by many threads and forks."""
 
     def __init__(self, app: Celery, queue: str = QUEUE) -> None:
-        """`queue`: the ledger's queue that messages go to."""
+        """`queue`: the ledger's queue that messages go to. Raises ValueError if it is another one."""
+        if queue not in (QUEUE, ENGINE_QUEUE):
+            raise ValueError(f"the queue must be {QUEUE} or {ENGINE_QUEUE}, not {queue!r}: no worker takes from others")
         self._app = app
         self.queue = queue
         self._open()
@@ -111,8 +113,19 @@ class Publisher:
         """The broker's URL without passwords."""
         return masked(self._app.conf.broker_url)
 
-    def encode(self, task: str, args: list[Any], kwargs: dict[str, Any], *, task_id: str | None = None) -> Encoded:
-        """Encode a message for `task`. Its result is stored only if `task_id` is given. Raises EncodeError."""
+    def encode(
+        self,
+        task: str,
+        args: list[Any],
+        kwargs: dict[str, Any],
+        *,
+        task_id: str | None = None,
+        replay_of: int | None = None,
+    ) -> Encoded:
+        """Encode a message for `task`. Its result is stored only if `task_id` is given. Raises EncodeError.
+
+        `replay_of`: the dead letter whose message this is.
+        """
         headers, properties, body, _ = self._app.amqp.as_task_v2(
             task_id or uuid(),
             task,
@@ -122,6 +135,8 @@ class Publisher:
             reply_to=self._app.thread_oid,
             argsrepr=_plain_repr(args),
         )
+        if replay_of is not None:
+            headers[REPLAY_OF] = replay_of
         content_type, content_encoding, encoded = dumps(body, serializer="json")
         return Encoded(encoded, content_type, content_encoding, headers, {**properties, "delivery_mode": _PERSISTENT})
 

@@ -12,7 +12,10 @@ from worker.client import Client, DeadLetteredError, InvalidMessageError, NoAnsw
 
 
 class Replayer:
-    """Replays dead letters one by one, and waits for each answer, until one is late: then it waits for no more."""
+    """Replays dead letters one by one, and waits for each answer, until one is late: then it waits for no more.
+
+    Each message names its letter, so that one that fails later opens this letter again.
+    """
 
     def __init__(self, engine: Engine, client: Client, *, by: str, wait_s: float) -> None:
         self._engine = engine
@@ -31,7 +34,7 @@ class Replayer:
     def send(self, letter_id: int, task: str, args: list[Any], kwargs: dict[str, Any]) -> Result | str:
         """Send the message of a letter. Returns its result or, in words, why the result is not known."""
         try:
-            answer = self._client.send_as_is(task, args, kwargs, wait_s=self._wait_s)
+            answer = self._client.send_as_is(task, args, kwargs, wait_s=self._wait_s, replay_of=letter_id)
         except DeadLetteredError as error:
             raise StillFailsError(str(error)) from error
         except InvalidMessageError as error:

@@ -40,7 +40,7 @@ from redis._parsers import _RESP2Parser
 from redis.exceptions import NoPermissionError, OutOfMemoryError, ResponseError
 
 from ledger.messages import DELIVERY_LIMIT, MAX_BODY_BYTES, SUSPECT, InvalidMessage, too_large_entry
-from worker.broker import QUEUE
+from worker.broker import QUEUE, REPLAY_OF
 from worker.redis_server import UnsupportedServerError, server_problem, server_risk
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,11 @@ local unacked, unacked_index = KEYS[1], KEYS[2]
 local limit, tag, tail, keep = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4] == '1'
 local most, most_entry, first_part = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local holds_nothing, suspect_from = ARGV[8] == '1', tonumber(ARGV[9])
+-- A header of an entry that is not parsed: no text within it has such quotes, as JSON escapes them.
+local function header(ends, name)
+  local at = string.find(ends, '"' .. name .. '": ', 1, true)
+  return at and string.match(string.sub(ends, at, at + 300), '^"[%w_]+": "?([%w_.:-]+)"?[,}]') or ''
+end
 -- The server's clock: those of the workers may differ.
 local clock = redis.call('TIME')
 local now = string.format('%d.%06d', clock[1], clock[2])
@@ -110,9 +115,10 @@ for list = 3, #KEYS do
       local kept = item
       if #item > most_entry then
         kept = '' -- it is moved to a key of its own: a copy would take the server's time
-        local task_at = string.find(item, '"task": "', 1, true)
-        local task = task_at and string.match(item, '^"task": "([%w_.]+)"', task_at) or ''
-        large[#large + 1] = {#taken + 1, #item, redis.sha1hex(item), task}
+        local told = {#taken + 1, #item, redis.sha1hex(item)}
+        local ends = string.sub(item, 1, first_part) .. string.sub(item, -first_part)
+        for name = 10, #ARGV do told[#told + 1] = header(ends, ARGV[name]) end
+        large[#large + 1] = told
         item = string.sub(item, 1, first_part)
         if keep then
           redis.call('LTRIM', KEYS[list], 0, -done)
@@ -177,8 +183,12 @@ for _, tag in ipairs(ARGV) do redis.call('ZADD', KEYS[2], 'XX', clock[1], tag) e
 # begin with a write that changes nothing; taking begins with LTRIM.
 
 _RESTORED = re.compile(rb'{"restored": (\d{1,9}), ')
-_TASK = re.compile(rb'"task": "([\w.]{1,256})"')
 _BODY = re.compile(rb'"body": "([A-Za-z0-9+/]*=*)')
+
+_HEADERS = ("task", "id", "ignore_result", REPLAY_OF)
+"""What is found in an entry that is not parsed: its task, who waits for its answer, and what it replays."""
+
+_FOUND = [re.compile(rb'"%b": "?([A-Za-z0-9_.:-]{1,256})"?[,}]' % name.encode()) for name in _HEADERS]
 
 Receiver = Callable[[virtual.Message], object]
 
@@ -194,11 +204,13 @@ def read_json(text: bytes) -> Any:
 class SetAside(virtual.Message):
     """An entry of a queue that cannot or must not be parsed. Its content does not decide how it is handled."""
 
-    def __init__(self, channel: "Channel", tag: str, body: bytes, *, task: str, problem: InvalidMessage) -> None:
-        super().__init__({"properties": {"delivery_tag": tag, "delivery_info": {}}}, channel=channel)
+    def __init__(
+        self, channel: "Channel", tag: str, body: bytes, *, headers: dict[str, Any], problem: InvalidMessage
+    ) -> None:
+        """`headers`: those that are known of it."""
+        properties = {"delivery_tag": tag, "delivery_info": {}}
+        super().__init__({"properties": properties, "headers": headers}, channel=channel)
         self.body = body
-        self.task = task
-        """The task that it names; empty if that is not known."""
         self.problem = problem
 
 
@@ -477,6 +489,7 @@ class Channel(kombu_redis.Channel):
                 MAX_BODY_BYTES,
                 int(self.qos.holds_nothing),
                 SUSPECT,
+                *_HEADERS,
             ],
         )
         took_one = bool(self._queues_with_suspects)
@@ -497,20 +510,18 @@ class Channel(kombu_redis.Channel):
 
     def _message(self, tag: str, item: bytes, shortened: list[Any] | None, *, is_suspect: bool) -> virtual.Message:
         if shortened is not None:
-            size, sha1, task = shortened
+            size, sha1, *found = shortened
             problem = too_large_entry(size, MOST_ENTRY_BYTES, sha1.decode())
-            return SetAside(self, tag, _body_of(item), task=task.decode(), problem=problem)
+            return SetAside(self, tag, _body_of(item), headers=_headers(found), problem=problem)
         if is_suspect and _restored(item) >= DELIVERY_LIMIT:
-            task = _TASK.search(item)
-            return SetAside(
-                self, tag, _body_of(item), task="" if task is None else task[1].decode(), problem=DELIVERED_TOO_OFTEN
-            )
+            headers = _headers([b"" if (told := header.search(item)) is None else told[1] for header in _FOUND])
+            return SetAside(self, tag, _body_of(item), headers=headers, problem=DELIVERED_TOO_OFTEN)
         try:
             envelope = read_json(item)
             envelope["properties"]["delivery_tag"] = tag
             return self.Message(envelope, channel=self)
         except Exception:  # noqa: BLE001 - the content of an envelope may cause any error
-            return SetAside(self, tag, item, task="", problem=NO_MESSAGE)
+            return SetAside(self, tag, item, headers={}, problem=NO_MESSAGE)
 
     def forget(self, delivery_tags: Sequence[str], large: Sequence[str]) -> None:
         """Remove unacknowledged messages, in one round trip. `large`: those that may have keys of their own."""
@@ -572,6 +583,15 @@ def _restored(item: bytes) -> int:
     """How often an entry of a queue was restored: the number that the script writes in front of it."""
     count = _RESTORED.match(item)
     return 0 if count is None else int(count[1])
+
+
+def _headers(found: Sequence[bytes]) -> dict[str, Any]:
+    """The headers of `_HEADERS` whose values were found."""
+    headers: dict[str, Any] = {name: text.decode() for name, text in zip(_HEADERS, found, strict=True) if text}
+    for name in {"ignore_result", REPLAY_OF} & headers.keys():
+        with suppress(ValueError):
+            headers[name] = json.loads(headers[name])
+    return headers
 
 
 def _body_of(item: bytes) -> bytes:

@@ -26,9 +26,10 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from ledger import roles
+from ledger.faults import describe, is_about_schema
 
 LOCK_WAIT_S = 0.2
 """How long a change waits for a lock, and others behind it: less than the patience of workers."""
@@ -92,6 +93,28 @@ def current_revision(engine: Engine) -> str | None:
     """The database's revision. None: it was never migrated."""
     with engine.connect() as connection:
         return _revision(connection)
+
+
+def problem(engine: Engine) -> str | None:
+    """What is wrong with the database's schema, and what to run. None: it is the one that this version needs."""
+    current, head = current_revision(engine), head_revision()
+    if current is None:
+        return "the database is not migrated yet: run `holdfast migrate`"
+    if current not in revisions():
+        return str(NewerSchemaError(current))
+    if current != head:
+        return f"the database is at revision {current}, and this version needs {head}: run `holdfast migrate`"
+    return None
+
+
+def described(error: BaseException, engine: Engine) -> str:
+    """The error of a statement on `engine` in one line, for a person. If it is about the schema: what to run."""
+    if not is_about_schema(error):
+        return describe(error)
+    try:
+        return problem(engine) or describe(error)
+    except DBAPIError:  # such as a role that may not read the revision, as it was granted less
+        return f"{describe(error)}: the database is not migrated for this version; run `holdfast migrate --roles`"
 
 
 def upgrade(engine: Engine, revision: str = "head", *, say: Say = _logger.warning) -> None:

@@ -1,7 +1,8 @@
 """What a message does to a wallet. Pure: the same arguments give the same decision, and nothing else is read.
 
-`decide` decides one message. `begin_due` and `release_expired` are what time alone does; they come before any message.
-Every event is made by `posting.post`, which asserts the arithmetic of the ledger; assertions stay on in production.
+`decide` decides one message, and `quote` says what it would decide about a start. `begin_due` and `release_expired` are
+what time alone does; they come before any message. Every event is made by `posting.post`, which asserts the arithmetic
+of the ledger; assertions stay on in production.
 """
 
 from collections.abc import Mapping
@@ -13,10 +14,10 @@ from ledger.rules.ending import end_uncovered
 from ledger.rules.posting import SCHEDULER, OutOfRangeError, refuse
 from ledger.rules.subscriptions import begin_due
 from ledger.rules.wallets import decide_wallet, repeat
-from ledger.rules.workflows import decide_workflow, release_expired
+from ledger.rules.workflows import decide_workflow, quote, release_expired
 from ledger.state import Decision, PostedMessage, Subscription, Wallet, Workflow
 
-__all__ = ["SCHEDULER", "begin_due", "decide", "release_expired"]
+__all__ = ["SCHEDULER", "begin_due", "decide", "quote", "release_expired"]
 
 _NONE: Mapping[str, Subscription] = MappingProxyType({})
 

@@ -99,9 +99,13 @@ def _bring(
     now: datetime,
     event_type: EventType,
     parts: Sequence[Part],
+    workflow: Workflow | None = None,
     **own: Any,
 ) -> Decision:
-    """Bring `parts` into the prepaid balance, with the keys `own` in the event's metadata. A debt takes them first."""
+    """Bring `parts` into the prepaid balance, with the keys `own` in the event's metadata. A debt takes them first.
+
+    The event belongs to `workflow`.
+    """
     left_of_debt = max(0, -wallet.prepaid_balance)
     debt_settled = min(left_of_debt, sum(brought for _, brought in parts))
     rows: list[EndingCredits] = []
@@ -125,6 +129,7 @@ def _bring(
         key=_key(message),
         source=message.source,
         metadata=metadata,
+        workflow=workflow,
     )
     ended: list[Event] = []
     for row in rows:
@@ -149,7 +154,7 @@ def _grant(wallet: Wallet, message: Grant, now: datetime) -> Decision:
     return _bring(wallet, message, now, "grant", parts, reason=message.reason, **_until(message))
 
 
-def _until(message: Purchase | Grant) -> dict[str, str | None]:
+def _until(message: Purchase | Grant) -> dict[str, Any]:
     return {"expires_at": None if message.expires_at is None else message.expires_at.isoformat()}
 
 
@@ -223,7 +228,7 @@ def _refund(wallet: Wallet, message: Refund, now: datetime, workflow: Workflow |
             f"already, so {message.credits} cannot be",
         )
     parts = _where_from(workflow, message.credits, now)
-    decision = _bring(wallet, message, now, "refund", parts, workflow_id=message.workflow_id)
+    decision = _bring(wallet, message, now, "refund", parts, workflow, workflow_id=message.workflow_id)
     return decision._replace(workflow=workflow._replace(refunded=refunded + message.credits))
 
 

@@ -7,7 +7,7 @@ from typing import Any, assert_never
 from ledger.messages import MAX_CREDITS, AnyWorkflowMessage, Cancel, Fail, Finish, Start
 from ledger.rules.ending import draw, end_uncovered, uncover, without
 from ledger.rules.posting import SCHEDULER, conflict, metadata_of, post
-from ledger.state import OUTCOMES, Decision, Event, Limit, StepAnswer, Wallet, Workflow, WorkflowState
+from ledger.state import OUTCOMES, Decision, Event, Limit, Quote, StepAnswer, Wallet, Workflow, WorkflowState
 
 
 def decide_workflow(wallet: Wallet, message: AnyWorkflowMessage, now: datetime, workflow: Workflow | None) -> Decision:
@@ -48,7 +48,9 @@ def _start(wallet: Wallet, message: Start, now: datetime, workflow: Workflow | N
         reserved_seq=None if expires_at is None else wallet.last_seq + 1,
     )
     if expires_at is None:
-        return _answer(wallet, answer, workflow=workflow)._replace(limit=_limit(wallet, answer))
+        limit = _limit(wallet, answer)
+        shortfall = message.credits - limit.remaining
+        return _answer(wallet, answer, workflow=workflow)._replace(limit=limit, shortfall=shortfall)
 
     wallet, event = post(
         wallet,
@@ -72,6 +74,18 @@ def _reservation_answer(wallet: Wallet, credits: int) -> StepAnswer:
     if wallet.period_cap is not None and wallet.period_usage + wallet.reserved + credits > wallet.period_cap:
         return "period_cap"
     return "reserved"
+
+
+def quote(wallet: Wallet, credits: int) -> Quote:
+    """What a start with `credits` would be answered. Nothing is due in the wallet any more."""
+    answer = _reservation_answer(wallet, credits)
+    checked: tuple[StepAnswer, ...] = ("insufficient_credits",)
+    if wallet.period_cap is not None:
+        checked += ("period_cap",)
+    shortfall = None if answer == "reserved" else credits - _limit(wallet, answer).remaining
+    return Quote(
+        *OUTCOMES[answer], wallet.available, shortfall, tuple(_limit(wallet, each) for each in checked), wallet.last_seq
+    )
 
 
 def _limit(wallet: Wallet, answer: StepAnswer) -> Limit:

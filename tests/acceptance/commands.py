@@ -17,12 +17,14 @@ TIMEOUT_S = 60
 Ended = subprocess.CompletedProcess[str]
 
 
-def run(*arguments: str, env: Mapping[str, str], typed: str | None = None) -> Ended:
+def run(*arguments: str, env: Mapping[str, str], typed: str | None = None, cwd: Path | None = None) -> Ended:
     """Run it to its end; with `typed`, at a terminal where that is typed."""
-    return run_program([HOLDFAST, *arguments], env=env, typed=typed)
+    return run_program([HOLDFAST, *arguments], env=env, typed=typed, cwd=cwd)
 
 
-def run_program(argv: Sequence[str], *, env: Mapping[str, str], typed: str | None = None) -> Ended:
+def run_program(
+    argv: Sequence[str], *, env: Mapping[str, str], typed: str | None = None, cwd: Path | None = None
+) -> Ended:
     """The same for another program in Python; see `forks`."""
     terminal, other_end = pty.openpty()
     with Path(os.devnull).open() as nothing, TemporaryFile() as output, TemporaryFile() as errors:
@@ -30,7 +32,7 @@ def run_program(argv: Sequence[str], *, env: Mapping[str, str], typed: str | Non
             if typed is not None:
                 os.write(terminal, typed.encode())
             standard_input = nothing.fileno() if typed is None else other_end
-            process = forks.start(argv, standard_input, output.fileno(), errors.fileno(), env=env)
+            process = forks.start(argv, standard_input, output.fileno(), errors.fileno(), env=env, cwd=cwd)
             code = _exit_code(process)
         finally:
             os.close(terminal)
@@ -44,7 +46,7 @@ def drawn(*arguments: str, env: Mapping[str, str], width: int) -> list[str]:
     terminal, other_end = pty.openpty()
     with Path(os.devnull).open() as nothing, os.fdopen(terminal, "rb", buffering=0) as screen:
         env = {**env, "COLUMNS": str(width), "TERM": "xterm"}
-        process = forks.start([HOLDFAST, *arguments], nothing.fileno(), other_end, 2, env=env)
+        process = forks.start([HOLDFAST, *arguments], nothing.fileno(), other_end, other_end, env=env)
         os.close(other_end)
         output = b""
         try:

@@ -6,7 +6,7 @@ Step = tuple[str, dict[str, Any], dict[str, Any]]
 
 
 def _answer(outcome: str, event_seqs: list[int], available: int, **rest: Any) -> dict[str, Any]:
-    unnamed = {"reason": None, "duplicate": False, "workflow_id": None, "state": None, "limit": None}
+    unnamed = {"reason": None, "duplicate": False, "workflow_id": None, "state": None, "limit": None, "shortfall": None}
     return {"outcome": outcome, **unnamed, "event_seqs": event_seqs, "available": available, **rest}
 
 
@@ -57,6 +57,7 @@ STORY: list[Step] = [
             state="rejected",
             reason="insufficient_credits",
             limit={"kind": "insufficient_credits", "limit": 1440, "used": 0, "reserved": 0, "resets_at": None},
+            shortfall=1,
         ),
     ),
     (

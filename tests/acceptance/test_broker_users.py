@@ -1,5 +1,6 @@
 """What the broker's users may do, on the server that `holdfast up` starts: an engine sends and is answered, no more."""
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -9,6 +10,7 @@ from celery import Celery
 
 from tests.installation import Installation, Producer, installed_on, open_folder, wait_for_workers
 from tests.support import PATIENCE_S, eventually
+from worker.async_client import AsyncClient
 from worker.broker import ENGINE_QUEUE
 from worker.client import Client
 from worker.local.broker import Broker
@@ -105,6 +107,7 @@ def test_engines_send_and_are_answered_and_nothing_of_ours_is_refused(ledger: In
         with engine.batch() as batch:
             batch.finish(org_id="acme", workflow_id="run", credits=5)
         eventually(lambda: billing.waiting()[ENGINE_QUEUE].messages == 0)
+    asyncio.run(_start_and_cancel(url))
     with Celery(broker=url, backend=url, set_as_current=False) as stock:
         for priority in (0, 3, 9):
             fields = {"org_id": "acme", "workflow_id": f"stock-{priority}", "credits": 5}
@@ -119,6 +122,13 @@ def test_engines_send_and_are_answered_and_nothing_of_ours_is_refused(ledger: In
     with redis.Redis.from_url(broker.url) as administrator:
         refused = {(entry["username"], entry["object"]) for entry in administrator.acl_log()}
     assert refused <= {("engine", "info")}, "the client asks what server it is, if it may"
+
+
+async def _start_and_cancel(engine_url: str) -> None:
+    async with AsyncClient(engine_url, queue=ENGINE_QUEUE) as engine:
+        calls = (engine.start(org_id="acme", workflow_id=f"at-once-{n}", credits=5, wait_s=PATIENCE_S) for n in (1, 2))
+        assert [answer.outcome for answer in await asyncio.gather(*calls)] == ["reserved"] * 2
+        assert (await engine.cancel(org_id="acme", workflow_id="at-once-1", wait_s=PATIENCE_S)).state == "cancelled"
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,10 @@ class Person:
     def width_needed(self) -> int:
         return int(self.driver.execute_script("return document.documentElement.scrollWidth"))
 
+    def height(self) -> int:
+        """The height of the whole page, in pixels of the design."""
+        return int(self.driver.execute_script("return document.documentElement.scrollHeight"))
+
     def complaints(self) -> list[str]:
         """What the browser wrote to its console since it was asked last: errors, violations of the policy."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
@@ -294,6 +298,18 @@ def test_a_customer_filters_the_events(customer: Person) -> None:
     assert customer.find("#count").text == "1–100 of 148, newest first"
 
 
+def test_a_customer_follows_a_workflow_and_mistypes_a_filter(customer: Person) -> None:
+    customer.find("#workflow_id").send_keys("run-46")
+    customer.click("Apply filter")
+    assert customer.texts("tr[data-event] .workflow") == ["run-46"] * 3
+    customer.open(f"{HISTORY}?type=usage")
+    assert customer.texts(".alert li") == ["type is not a filter; did you mean event_type?"]
+    assert customer.events() == []
+    assert ["422" in complaint for complaint in eventually(customer.complaints)] == [True]
+    customer.click("Clear")
+    assert len(customer.events()) == 100
+
+
 def test_a_customer_reads_on_to_older_events_and_back(customer: Person) -> None:
     newest = customer.events()
     customer.click("Older →")
@@ -329,7 +345,7 @@ def test_a_customer_signs_out(customer: Person) -> None:
         cookie for cookie in customer.driver.get_cookies() if cookie["name"] == "holdfast_signin"
     ]
     customer.open(HISTORY)
-    assert customer.find("h1").text == "Sign in"
+    assert customer.find("h1").text == "Sign in to Holdfast"
 
 
 def test_a_link_asks_before_it_replaces_a_session_and_then_signs_in(customer: Person) -> None:
@@ -343,12 +359,15 @@ def test_a_link_asks_before_it_replaces_a_session_and_then_signs_in(customer: Pe
     assert customer.find(".who").text.endswith("eve")
 
 
-def test_a_link_signs_in_at_one_click_but_not_on_another_site(person: Person) -> None:
+def test_a_link_signs_in_at_one_click_and_on_another_site_at_two(person: Person) -> None:
     link = f"/signin?token={token()}&next={HISTORY}"
     person.driver.get(f"data:text/html,<main><a href='{person.address}{link}'>Look here</a></main>")
     person.click("Look here")
-    assert person.find("#wrong").text.startswith("The link is on another site, so it does not sign you in.")
-    assert [complaint for complaint in person.complaints() if "403 (Forbidden)" not in complaint] == []
+    assert person.find("h1").text == "Sign in to Holdfast?"
+    person.click("Sign in as ann")
+    person.wait_for(HISTORY)
+    person.find(".account button").click()
+    person.wait_for("/signin")
     person.open(link)
     person.wait_for(HISTORY)
 
@@ -375,7 +394,14 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(customer: Person)
         if seen[-1] == "Older →":
             break
     order = ["Skip to content", "Holdfast", "Credit history", "Sign out", "date_from", "date_to", "project_id"]
-    assert [name for name in seen if name in order] == [*order[:4], *["date_from"] * 4, *["date_to"] * 4, "project_id"]
+    order.append("workflow_id")
+    assert [name for name in seen if name in order] == [
+        *order[:4],
+        *["date_from"] * 4,
+        *["date_to"] * 4,
+        "project_id",
+        "workflow_id",
+    ]
     assert seen.count("event_type") == 9
     assert seen[-3:] == ["Apply filter", "Download as CSV", "Older →"]
     assert outlines == {"solid"}
@@ -385,7 +411,7 @@ def test_the_keyboard_alone_filters(customer: Person) -> None:
     project = customer.find("#project_id")
     customer.driver.execute_script("arguments[0].focus()", project)
     before = customer.find("html")
-    customer.press("search", Keys.TAB, Keys.SPACE)
+    customer.press("search", Keys.TAB, Keys.TAB, Keys.SPACE)
     customer.press(Keys.ENTER)
     customer.wait_for_page_after(before)
     assert set(customer.texts("tr[data-event] .type")) == {"Usage"}
@@ -421,7 +447,9 @@ def test_a_screen_reader_finds_its_way(customer: Person) -> None:
 
 
 @pytest.mark.parametrize("width", [320, 360])
-@pytest.mark.parametrize("query", ["", "?event_type=grant", "?date_from=x&event_type=" + "y" * 200, "?project_id=none"])
+@pytest.mark.parametrize(
+    "query", ["", "?event_type=grant", "?type=grant", "?date_from=x&event_type=" + "y" * 200, "?project_id=none"]
+)
 def test_nothing_sticks_out_of_a_phone(customer: Person, query: str, width: int) -> None:
     customer.hold_phone(width)
     customer.open(HISTORY + query)
@@ -429,6 +457,27 @@ def test_nothing_sticks_out_of_a_phone(customer: Person, query: str, width: int)
     assert customer.width_needed() == width
     assert customer.driver.execute_script(STICKING_OUT) == 0
     assert all("422 (Unprocessable Entity)" in complaint for complaint in customer.complaints())
+
+
+@pytest.mark.parametrize(("width", "highest"), [(320, 15_000), (390, 13_000)])
+def test_a_hundred_events_are_not_a_mile_on_a_phone(customer: Person, width: int, highest: int) -> None:
+    customer.hold_phone(width)
+    customer.open(HISTORY)
+    assert len(customer.events()) == 100
+    assert customer.height() <= highest
+    shown = customer.texts("tr[data-event='147'] td")
+    assert [each for each in shown if each] == [
+        shown[0],
+        "Reservation",
+        "workflow-engine",
+        "run-49",
+        "crm",
+        "Import contacts",
+        "−313",
+        "11,639",
+        "13,361",
+        shown[-1],
+    ]
 
 
 @pytest.mark.parametrize("width", [320, 360, 1280])
@@ -492,7 +541,11 @@ def test_the_ends_of_a_short_chart_differ_on_any_screen(customer: Person, width:
     [
         ("/none", "Not Found", "There is nothing at this address."),
         ("/signout", "Method Not Allowed", "This address takes POST, not GET."),
-        ("/organizations/other/credit-history", "Not Found", "There is no such organization."),
+        (
+            "/organizations/other/credit-history",
+            "Not Found",
+            "There is no such organization, or this token does not name it (orgs).",
+        ),
     ],
 )
 def test_what_goes_wrong_is_a_page_that_leads_on(customer: Person, path: str, heading: str, sentence: str) -> None:

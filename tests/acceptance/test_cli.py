@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 from sqlalchemy import Engine, make_url
@@ -29,7 +30,7 @@ from worker.broker import ENGINE_QUEUE
 from worker.client import Client
 from worker.local.embedded import Embedded
 
-COMMANDS = "migrate", "up", "demo", "verify", "wallet", "history"
+COMMANDS = "migrate", "up", "demo", "verify", "wallet", "history", "totals", "send"
 TIMEOUT_S = 300
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
@@ -137,6 +138,7 @@ def test_a_wallet_as_json_has_every_field(holdfast: Any) -> None:
         "plan_ends_at": None,
         "current_period": None,
         "ending": [],
+        "prepaid_ending": 0,
         "next_plan": None,
     }
 
@@ -154,6 +156,7 @@ def test_a_history_shows_the_newest_first_and_markup_as_it_is(holdfast: Any) -> 
     assert types == ["grant", "reservation", "usage", "reservation_released", "reservation", "prepaid_purchase"]
     assert "[bold]x[/]" in shown.stdout
     assert shown.stdout.count("[red]Report[/red]") == 3
+    assert (shown.stdout.count(" run-1 "), shown.stdout.count(" run-2 ")) == (3, 1)
 
 
 def test_a_history_as_json_has_the_nine_columns_and_what_names_the_event(books: Installation, holdfast: Any) -> None:
@@ -196,6 +199,9 @@ def test_a_history_is_filtered(books: Installation, holdfast: Any) -> None:
     cases: dict[tuple[str, ...], list[int]] = {
         ("--type", "usage", "--type", "grant"): [6, 4],
         ("--project", "web", "--type", "reservation"): [2],
+        ("--workflow", "run-1"): [4, 3, 2],
+        ("--workflow", "run-1", "--type", "usage"): [4],
+        ("--workflow", "run-9"): [],
         ("--from", grant_at.isoformat()): [6],
         ("--to", grant_at.isoformat()): [5, 4, 3, 2, 1],
         ("--from", f"{day}", "--to", f"{day}", "--limit", "2", "--offset", "3"): [3, 2],
@@ -220,8 +226,8 @@ def test_a_history_without_events_says_so(holdfast: Any, org_id: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (("--limit", "0"), "'--limit': Input should be greater than or equal to 1"),
-        (("--limit", "101"), "'--limit': Input should be less than or equal to 100"),
+        (("--limit", "0"), "'--limit': must be greater than or equal to 1, got 0"),
+        (("--limit", "101"), "'--limit': must be less than or equal to 100, got 101"),
         (("--from", "2026-02-30"), "--from: 2026-02-30 is not a date or time such as 2026-01-31"),
         (("--to", "9999-12-32"), "--to: 9999-12-32 is not a date or time such as 2026-01-31"),
         (("--from", "2026-11-23", "--to", "2026-11-22"), "--to: must not be before --from"),
@@ -229,7 +235,8 @@ def test_a_history_without_events_says_so(holdfast: Any, org_id: str) -> None:
         (("--type", "[bold]x[/]"), "--type: [bold]x[/] is not one of usage, prepaid_purchase, "),
         (("--type", "\udcff"), r"--type: \udcff is not one of usage, prepaid_purchase, "),
         *(
-            (("--project", typed), "'--project': must have 1 to 128 characters, and only letters, digits and _ . : -")
+            ((option, typed), f"'{option}': must have 1 to 128 characters, and only letters, digits and _ . : -")
+            for option in ("--project", "--workflow")
             for typed in ("\udcff", "bad id", "")
         ),
     ],
@@ -277,6 +284,38 @@ def test_a_terminal_may_be_narrow_but_no_figure_is_ever_cut_off(installation: In
         found = {pattern: len(re.findall(pattern, screen)) for pattern in expected[command]}
         assert found == expected[command], screen
         assert width < 80 or max(map(len, lines)) <= width, screen
+
+
+def test_totals_are_balances_and_events_by_type(holdfast: Any) -> None:
+    shown = holdfast("totals")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    balances = dict(re.findall(r"│ ([a-z ]+?) +│ +(.*?) │", shown.stdout))
+    assert "All 2 wallets" in shown.stdout
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", balances.pop("at"))
+    assert balances == {
+        "available": "4,915",
+        "reserved": "10",
+        "balance": "4,925",
+        "prepaid": "4,925",
+        "subscription left": "0",
+    }
+    events = {words[0]: words[1:] for line in shown.stdout.splitlines() if len(words := line.split()) == 3}
+    assert events["reservation"] == ["2", "-130"]
+    assert events["refund"] == ["0", "0"]
+    assert events["all"] == ["6", "4,915"]
+
+
+def test_totals_as_json_are_of_a_range(books: Installation, holdfast: Any) -> None:
+    [(at,)] = sql(books.engine, "SELECT created_at FROM credit_events WHERE seq = 6")
+    shown = json.loads(holdfast("totals", "--json", "--from", at.isoformat(), "--to", "9999-12-30").stdout)
+    assert (shown["wallets"], shown["available"], shown["prepaid_balance"]) == (2, 4915, 4925)
+    assert (shown["created_from"], shown["created_before"]) == (at.isoformat(), "9999-12-31T00:00:00+00:00")
+    assert [each for each in shown["events"] if each["events"]] == [
+        {"event_type": "grant", "reason": None, "events": 1, "credits": 5}
+    ]
+    wrong = holdfast("totals", "--from", "2026-11-23", "--to", "2026-11-22")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "--to: must not be before --from" in wrong.stderr
 
 
 def test_verify_on_sound_books_is_exit_code_0(holdfast: Any) -> None:
@@ -441,7 +480,7 @@ class Command:
         with self.output.open("w") as output:
             self.process = subprocess.Popen(
                 [HOLDFAST, *arguments],
-                env=environment(TMPDIR=str(folder)),
+                env=environment(TMPDIR=str(folder), HOLDFAST_PRODUCT_NAME="Acme"),
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -511,7 +550,7 @@ def test_ctrl_c_ends_a_demo_at_any_moment(folder: Path, moment: str) -> None:
 
 def exported(command: Command) -> dict[str, str]:
     """The settings that it tells for another terminal."""
-    return dict(re.findall(r'export (HOLDFAST_\w+)="([^"]+)"', command.said()))
+    return dict(re.findall(r'export ([A-Z]+_\w+)="([^"]+)"', command.said()))
 
 
 def settings_of(part: str, data_dir: Path) -> dict[str, str]:
@@ -537,13 +576,17 @@ def test_up_serves_until_ctrl_c_and_keeps_its_data(folder: Path) -> None:
             "beat": roles.WORKER,
             "api": roles.READER,
         }
-        assert [part for part, told in settings.items() if "HOLDFAST_JWT_SECRET" in told] == ["api"]
+        for name in ("HOLDFAST_JWT_SECRET", "HOLDFAST_PRODUCT_NAME"):
+            assert [part for part, told in settings.items() if name in told] == ["api"]
         assert make_url(exported(first)["HOLDFAST_DATABASE_URL"]).username == roles.READER
-        assert_one_line(run("up", "--data-dir", str(data_dir)), f"Holdfast already runs on the data folder {data_dir}.")
+        assert_one_line(
+            run("up", "--data-dir", str(data_dir)), f"Holdfast already runs on the data folder {data_dir}: stop it .*"
+        )
+        signed = run("token", "--org", "acme", "--scope", "credits:read", **exported(first)).stdout.strip()
 
         worker, _ = (data_dir / "worker.pid").read_text().split()
         os.kill(int(worker), signal.SIGKILL)
-        first.wait_to_say("worker ended")
+        first.wait_to_say("worker ended: it was killed by SIGKILL (by somebody, or by the kernel when memory ran out);")
         with Client(exported(first)["HOLDFAST_BROKER_URL"]) as client:
             assert client.purchase(org_id="acme", purchase_id="p-2", credits=50, wait_s=PATIENCE_S).available == 550
         assert (data_dir / "worker.pid").read_text().split()[0] != worker
@@ -557,7 +600,15 @@ def test_up_serves_until_ctrl_c_and_keeps_its_data(folder: Path) -> None:
 
     with started(folder, "up", "--data-dir", str(data_dir)) as second:
         second.wait_to_say("Data and logs are in")
-        with Client(exported(second)["HOLDFAST_BROKER_URL"]) as client:
+        assert exported(second) == exported(first)
+        shown = run("wallet", "acme", "--json", HOLDFAST_DATABASE_URL=exported(first)["HOLDFAST_DATABASE_URL"])
+        assert json.loads(shown.stdout)["available"] == 550
+        over_http = httpx.get(
+            f"{exported(first)['API_URL']}/api/organizations/acme/credits",
+            headers={"Authorization": f"Bearer {signed}"},
+        )
+        assert over_http.json()["available"] == 550
+        with Client(exported(first)["HOLDFAST_BROKER_URL"]) as client:
             again = client.purchase(org_id="acme", purchase_id="p-2", credits=50, wait_s=PATIENCE_S)
         assert (again.duplicate, again.available) == (True, 550)
         second.process.terminate()  # as a service manager does

@@ -20,8 +20,10 @@ from tests.acceptance.story import STORY
 from tests.cut import cut_way_to
 from tests.installation import SENT_BY_FORKS, Installation, Producer, send_from_forks
 from tests.support import PATIENCE_S, eventually, raw, sql
+from worker.broker import masked
 from worker.client import Client, DeadLetteredError, InvalidMessageError, NoAnswerError, NotSentError
 from worker.publishing import TIMEOUT_S
+from worker.unanswered import Unanswered
 
 ANSWERS = "celery-task-meta-*"
 
@@ -57,7 +59,7 @@ def test_a_start_is_reserved_rejected_or_a_duplicate(client: Client) -> None:
     again = client.start(org_id="engine", workflow_id="run-1", credits=60, wait_s=PATIENCE_S)
     assert reserved == Result("reserved", None, False, "engine", "run-1", "reserved", (2,), 40)
     limit = Limit("insufficient_credits", limit=100, used=0, reserved=60, resets_at=None)
-    assert rejected == Result("rejected", limit.kind, False, "engine", "run-2", "rejected", (), 40, limit)
+    assert rejected == Result("rejected", limit.kind, False, "engine", "run-2", "rejected", (), 40, limit, 20)
     assert again == Result("reserved", None, True, "engine", "run-1", "reserved", (), 40)
     assert [answer.holds for answer in (reserved, rejected, again)] == [True, False, True]
 
@@ -84,7 +86,7 @@ def test_a_start_that_comes_again_after_its_hold_expired_holds_nothing(running: 
 
 @pytest.mark.parametrize(
     ("others", "state"),
-    [({}, None), ({"state": "reserved"}, "reserved"), ({"state": "cancelled", "shortfall": 5}, "cancelled")],
+    [({}, None), ({"state": "reserved"}, "reserved"), ({"state": "cancelled", "colour": "red"}, "cancelled")],
     ids=["older", "the same", "newer"],
 )
 def test_the_answer_of_a_worker_of_another_version_is_understood(
@@ -103,9 +105,9 @@ def test_the_answer_of_a_worker_of_another_version_is_understood(
     assert answer.holds == (state == "reserved")
 
 
-def test_without_waiting_a_message_returns_none_and_leaves_no_answer(running: Installation, client: Client) -> None:
+def test_without_waiting_a_message_returns_no_answer_and_leaves_none(running: Installation, client: Client) -> None:
     running.broker.delete("none", *running.broker.keys(ANSWERS))
-    assert client.grant(org_id="quiet", grant_id="gift", credits=1) is None
+    assert isinstance(client.grant(org_id="quiet", grant_id="gift", credits=1), Unanswered)
     eventually(lambda: events(running, "quiet") == 1)
     eventually(running.is_drained)
     assert running.broker.keys(ANSWERS) == []
@@ -318,7 +320,11 @@ def test_an_invalid_message_is_refused_in_a_sentence_and_not_sent(installation: 
 def test_without_a_worker_there_is_no_answer_and_the_message_is_kept(installation: Installation) -> None:
     with Client(installation.broker_url) as client, told_soon(), pytest.raises(NoAnswerError) as missed:
         client.start(org_id="acme", workflow_id="run", credits=1, wait_s=0.2)
-    assert str(missed.value) == "workflow.start was sent, but no answer came within 0.2 s"
+    where = f"{masked(installation.broker_url)} (Redis database {installation.broker_url.rsplit('/', 1)[1]})"
+    assert str(missed.value) == (
+        f"workflow.start was sent, but no answer came within 0.2 s: 1 message waits in the queue credits at {where}, "
+        "and no worker answers: none runs, or it is paused, or uses another broker or database"
+    )
     assert installation.waiting() == {"credits": 1, "unacked": 0}
 
 

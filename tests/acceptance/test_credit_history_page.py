@@ -16,7 +16,8 @@ from tests.installation import Installation
 from tests.support import eventually, sql
 
 COLUMNS = (
-    "created_at,event_type,source,project_id,activity_name,credits,prepaid_balance_after,period_usage_after,metadata"
+    "created_at,event_type,source,workflow_id,project_id,activity_name,credits,prepaid_balance_after,"
+    "period_usage_after,metadata"
 )
 
 
@@ -51,7 +52,9 @@ def test_the_page_shows_the_wallet(ledger: Installation, customer: Visitor, org_
     assert 'plan <span class="plan">Team &amp; Co</span>' in page.text
     assert f"{anchor.day} {anchor:%b %Y} – " in page.text
     assert "holding 300 credits" in page.text
-    assert re.search(r'scope="row" class="mono">w2</th>.*?>web<.*?>Crawl<.*?>300<.*?>\d+ s ago<', page.text, re.DOTALL)
+    assert re.search(
+        r'scope="row" class="mono lead">w2</th>.*?>web<.*?>Crawl<.*?>300<.*?>\d+ s ago<', page.text, re.DOTALL
+    )
     assert "in 23 h 59 min" in page.text
 
 
@@ -87,7 +90,13 @@ def test_the_page_says_that_credits_are_kept_past_their_end(
     eventually(lambda: "20 kept past their end by workflows" in text_of(customer.get(history_of(org_id)).text))
 
 
-def test_the_page_shows_the_nine_columns_in_the_order_of_the_contract(
+def test_the_page_says_that_credits_end_now(ledger: Installation, customer: Visitor, org_id: str) -> None:
+    soon = datetime.now(UTC) + timedelta(seconds=1)
+    write(ledger.engine, org_id, ("wallet.grant", {"grant_id": "g", "credits": 20, "expires_at": soon.isoformat()}))
+    eventually(lambda: "20 end now" in text_of(customer.get(history_of(org_id)).text))
+
+
+def test_the_page_shows_the_columns_in_the_order_of_the_contract_and_the_workflow(
     ledger: Installation, customer: Visitor, org_id: str
 ) -> None:
     write(
@@ -103,6 +112,7 @@ def test_the_page_shows_the_nine_columns_in_the_order_of_the_contract(
     assert usage[1:] == [
         "Usage",
         "workflow-engine",
+        "w",
         "web",
         "Crawl",
         "−1,250",
@@ -110,7 +120,7 @@ def test_the_page_shows_the_nine_columns_in_the_order_of_the_contract(
         "1,250",
         "paid_by prepaid 1250 unreserved true",
     ]
-    assert purchase[1:] == ["Prepaid purchase", "billing", "", "", "+5,000", "5,000", "0", "purchase_id p"]
+    assert purchase[1:] == ["Prepaid purchase", "billing", "", "", "", "+5,000", "5,000", "0", "purchase_id p"]
 
 
 def test_markup_in_the_data_is_text(ledger: Installation, customer: Visitor, org_id: str) -> None:
@@ -127,7 +137,7 @@ def test_markup_in_the_data_is_text(ledger: Installation, customer: Visitor, org
     page = customer.get(history_of(org_id))
     assert "<b" not in page.text.replace("<body", "").replace("<button", "")
     released, reserved = rows(page)
-    assert (reserved[2], reserved[4], released[8]) == (markup, markup, f"reason cancelled given_reason {markup}")
+    assert (reserved[2], reserved[5], released[9]) == (markup, markup, f"reason cancelled given_reason {markup}")
 
 
 def test_an_empty_history_says_how_it_begins(customer: Visitor, org_id: str) -> None:
@@ -181,6 +191,10 @@ def test_events_can_be_filtered_by_type_project_and_day(ledger: Installation, cu
         ("limit=101", "limit must be a number from 1 to 100."),
         ("limit=٣", "limit must be a number from 1 to 100."),
         ("reservations_after=-1", "reservations_after must be a number from 1 to 9,007,199,254,740,991."),
+        (
+            "workflow_id=a%00b",
+            "workflow_id must have 1 to 128 characters, and only letters, digits and _ . : - among them.",
+        ),
         ("before=0", "before must be a number from 1 to 9,007,199,254,740,991."),
     ],
 )
@@ -196,6 +210,45 @@ def test_a_filter_that_makes_no_sense_is_explained_beside_what_was_typed(
     assert '<section class="card" aria-labelledby="events">' not in page.text
     file = customer.get(f"{history_of(org_id)}.csv?{query}")
     assert (file.status_code, sentence in file.text) == (422, True)
+
+
+@pytest.mark.parametrize(
+    ("query", "sentence"),
+    [
+        ("type=usage", "type is not a filter; did you mean event_type?"),
+        ("run=1&project_id=web", "run is not a filter; there are event_type, date_from, date_to, project_id, "),
+        ("project_id=web&project_id=crm", "project_id is given more than once."),
+        ("<b>=1", "&lt;b&gt; is not a filter; there are "),
+    ],
+)
+def test_a_filter_that_there_is_not_is_refused_and_said(
+    customer: Visitor, org_id: str, query: str, sentence: str
+) -> None:
+    page = customer.get(f"{history_of(org_id)}?{query}")
+    assert (page.status_code, sentence in page.text, "The filter was not applied" in page.text) == (422, True, True)
+    assert '<section class="card" aria-labelledby="events">' not in page.text
+    assert link(page, "Clear") == history_of(org_id)
+    file = customer.get(f"{history_of(org_id)}.csv?{query}")
+    assert (file.status_code, sentence in file.text) == (422, True)
+
+
+def test_the_events_of_a_workflow_are_shown_and_downloaded(
+    ledger: Installation, customer: Visitor, org_id: str
+) -> None:
+    write(
+        ledger.engine,
+        org_id,
+        ("wallet.purchase", {"purchase_id": "p", "credits": 500}),
+        ("workflow.finish", {"workflow_id": "w1", "credits": 10}),
+        ("workflow.finish", {"workflow_id": "w2", "credits": 10}),
+        ("wallet.refund", {"refund_id": "r", "credits": 5, "workflow_id": "w1"}),
+    )
+    page = customer.get(history_of(org_id), params={"workflow_id": "w1"})
+    assert (shown(page), [row[3] for row in rows(page)]) == ([4, 2], ["w1", "w1"])
+    assert re.search(r'name="workflow_id" type="text" value="w1"', page.text)
+    [file] = re.findall(r'href="([^"]*\.csv[^"]*)"', page.text)
+    lines = customer.get(unescape(file)).text.splitlines()
+    assert [line.rpartition(",")[2] for line in lines] == ["workflow_id", "w1", "w1"]
 
 
 def test_pages_continue_one_another_while_events_are_added(
@@ -328,7 +381,7 @@ def said_of_reservations(page: httpx.Response) -> str | None:
 
 def held_by(page: httpx.Response) -> list[str]:
     """The workflows whose reservations the page shows."""
-    return re.findall(r'<th role="rowheader" scope="row" class="mono">([^<]*)</th>', page.text)
+    return re.findall(r'<th role="rowheader" scope="row" class="mono lead">([^<]*)</th>', page.text)
 
 
 # Size

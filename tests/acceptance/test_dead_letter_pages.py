@@ -50,6 +50,10 @@ def test_dead_letters_can_be_filtered_and_paged(ledger: Installation, operator: 
     for name, value in (("status", "gone"), ("before_id", "x"), ("task", "a\0b")):
         refused = operator.get(LETTERS, params={name: value})
         assert (refused.status_code, f"<li>{name} must " in refused.text) == (422, True)
+    unknown = operator.get(LETTERS, params={"error_code": "conflict", "status": ["all", "open"]})
+    assert unknown.status_code == 422
+    assert "<li>error_code is not a filter; did you mean code?</li>" in unknown.text
+    assert "<li>status is given more than once.</li>" in unknown.text
 
 
 @pytest.mark.parametrize("action", ["replay", "discard"])

@@ -123,6 +123,19 @@ def test_a_list_of_one_organization_tells_of_letters_that_name_none(desk: Desk) 
     assert "Also" not in desk.holdfast("failed", "list", "--org", "acme", "--error", "conflict").stdout
 
 
+def test_a_task_that_nobody_knows_is_named_and_one_that_a_dead_letter_has_is_found(desk: Desk) -> None:
+    for command in (("list",), ("replay", "--all")):
+        ended = desk.holdfast("failed", *command, "--task", "wallet.refnud")
+        assert (ended.returncode, ended.stdout) == (2, "")
+        said = " ".join(ended.stderr.replace("│", " ").split())
+        assert "--task: there is no task wallet.refnud, nor a dead letter of it; did you mean wallet.refund?" in said
+    apply_batch(desk.installation.engine, [Delivery("workflow.finnish", None, b"")])
+    [(letter_id,)] = sql(desk.installation.engine, "SELECT id FROM dead_letters WHERE task = 'workflow.finnish'")
+    shown = desk.holdfast("failed", "list", "--task", "workflow.finnish")
+    sql(desk.installation.engine, "DELETE FROM dead_letters WHERE id = :id", id=letter_id)
+    assert (shown.returncode, "workflow.finnish" in shown.stdout) == (0, True)
+
+
 def test_a_list_as_json_is_small_however_large_the_messages_are(desk: Desk) -> None:
     listed = json.loads(desk.holdfast("failed", "list", "--json").stdout)["items"][0]
     shown = json.loads(desk.holdfast("failed", "show", str(listed["id"]), "--json").stdout)
@@ -330,13 +343,16 @@ def test_without_a_worker_the_letter_says_that_its_message_was_sent(installation
     first, second = refund_too_early(installation, "acme", refunds=2)
     ended = run(installation, "failed", "replay", first, second, "--wait-s", "0.2", "--by", "ann")
     assert (ended.returncode, ended.stderr) == (0, "")
+    seen = "1 message waits in the queue credits at redis://"
+    [(*_, late), _] = marks(installation, "acme")
+    assert late.startswith(f"sent; wallet.refund was sent, but no answer came within 0.2 s: {seen}")
     assert marks(installation, "acme") == [
-        ("replayed", 1, "ann", "sent; wallet.refund was sent, but no answer came within 0.2 s"),
+        ("replayed", 1, "ann", late),
         ("replayed", 1, "ann", "sent; not waited for, as the answer before it did not come in time"),
     ]
     assert installation.waiting() == {"credits": 2, "unacked": 0}
     installation.start_worker()
-    eventually(lambda: marks(installation, "acme")[2:] == [("open", 1, None, None)] * 2)
+    eventually(lambda: marks(installation, "acme") == [("open", 2, None, None)] * 2)
 
 
 def test_a_discarded_letter_is_not_replayed(running: Installation) -> None:
@@ -356,6 +372,34 @@ def test_a_discarded_letter_is_not_replayed(running: Installation) -> None:
         (("failed", "replay"), "give either dead letters or --all"),
         (("failed", "replay", "1", "--all"), "give either dead letters or --all"),
         (("failed", "replay", "1", "--error", "conflict"), "--org and --since need --all"),
+        (
+            ("failed", "replay", "--error", "conflict"),
+            "Invalid value for --all: is missing: without it, --error, --task",
+        ),
+        (("failed", "replay", "--since", "2026-01-31"), "Invalid value for --all: is missing"),
+        (("failed", "replay", "all"), "'ID': must be an integer, got all"),
+        (("failed", "replay", "7", "0"), "'ID': must be greater than or equal to 1, got 0"),
+        (("failed", "show", "9" * 20), f"'ID': must be less than or equal to {2**63 - 1}, got {'9' * 20}"),
+        (("failed", "show", "\x1b[2J"), r"'ID': must be an integer, got \x1b[2J"),
+        (("failed", "show", "x" * 200), f"'ID': must be an integer, got {'x' * 39}…"),
+        (
+            ("failed", "list", "--status", "closed"),
+            "'--status': 'closed' is not one of 'open', 'replayed', 'discarded'",
+        ),
+        (
+            ("failed", "list", "--error", "conflcit"),
+            "'--error': conflcit is no error of a dead letter; did you mean conf",
+        ),
+        (
+            ("failed", "list", "--error", "x"),
+            "'--error': x is no error of a dead letter; the codes are invalid_message,",
+        ),
+        (
+            ("failed", "replay", "--all", "--error", "x"),
+            "'--error': x is no error of a dead letter; the codes are inval",
+        ),
+        (("failed", "discard", "8", "seven", "--why", "typo"), "'ID': must be an integer, got seven"),
+        (("failed", "replay", "1", "--wait-s", "soon"), "'--wait-s': must be a valid number, got soon"),
         (("failed", "discard", "1"), "Missing option '--why'"),
         (("failed", "discard", "1", "--why", "a\x1b[2J"), "'--why': must be one line of printable text"),
         (("failed", "list", "--since", "soon"), "--since: soon is not a date or time such as 2026-01-31"),

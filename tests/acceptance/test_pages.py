@@ -5,8 +5,10 @@ import socket
 from typing import Any
 
 import pytest
+from markupsafe import escape
 
 from tests.acceptance.website import HISTORY, LETTERS, Visitor, history_of, served, token
+from tests.installation import Installation
 from worker.local.embedded import Embedded
 
 POLICY = (
@@ -18,9 +20,13 @@ POLICY = (
 @pytest.mark.parametrize(
     ("claims", "status", "sentence"),
     [
-        ({"orgs": ["other"]}, 404, "There is no such organization."),
+        ({"orgs": ["other"]}, 404, "There is no such organization, or this token does not name it (orgs)."),
         ({"scope": "workflows:write"}, 403, "The token lacks the scope credits:read."),
-        ({"orgs": ["other"], "scope": ""}, 404, "There is no such organization."),
+        (
+            {"orgs": ["other"], "scope": ""},
+            404,
+            "There is no such organization, or this token does not name it (orgs).",
+        ),
     ],
 )
 def test_a_page_that_is_not_for_the_token_says_so(
@@ -84,3 +90,20 @@ def test_without_its_database_a_page_asks_to_try_again(services: Embedded) -> No
                 assert (failed.status_code, failed.headers["retry-after"]) == (503, "5")
                 assert "The ledger does not answer at the moment; try again." in failed.text
                 assert "sekrit" not in failed.text
+
+
+@pytest.mark.parametrize("name", ['Acme <b>Credits</b> & "Söhne"', "{{ 7 * 7 }}", "x" * 40])
+def test_every_page_has_the_name_of_the_product_as_text(ledger: Installation, name: str) -> None:
+    with (
+        served(ledger.database_url, ledger.broker_url, product_name=name) as address,
+        Visitor(base_url=address) as visitor,
+    ):
+        form = visitor.get("/signin")
+        as_text = str(escape(name))
+        assert f"<h1>Sign in to {as_text}</h1>" in form.text
+        visitor.sign_in(token(orgs=["acme", "other"], scope="credits:read operator"))
+        pages = [visitor.get(path) for path in ("/", HISTORY, LETTERS, "/nowhere")]
+        for page in [form, *pages]:
+            assert re.findall(r"<title>[^<]+ · ([^<]*)</title>", page.text) == [as_text]
+            assert re.findall(r'<a class="brand".*</svg>([^<]*)</a>', page.text) == [as_text]
+            assert "Holdfast" not in page.text

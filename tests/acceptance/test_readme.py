@@ -4,30 +4,31 @@ import json
 import os
 import re
 import shlex
-import shutil
+import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from ledger.settings import PREFIX, Settings
+from tests.installation import open_folder
 from tests.support import PATIENCE_S, eventually
 from worker.client import Client, DeadLetteredError
 from worker.local.process import Process
-from worker.local.system import System
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+OVER_HTTP = (ROOT / "docs" / "http.md").read_text()
 BIN = Path(sys.executable).parent
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, document: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", document, re.MULTILINE | re.DOTALL)
 
 
 COMMANDS = [line for block in blocks("sh") for line in block.splitlines()]
@@ -35,20 +36,35 @@ COMMANDS = [line for block in blocks("sh") for line in block.splitlines()]
 
 @pytest.fixture(scope="module")
 def environment() -> Iterator[dict[str, str]]:
-    """The environment of a terminal in which the lines that `make up` prints were pasted."""
-    folder = Path(tempfile.mkdtemp(prefix="holdfast-readme-"))
-    folder.chmod(0o711)
-    with System(folder, progress=lambda _line: None) as system:
-        yield {
-            **os.environ,
-            "PATH": f"{BIN}:{os.environ['PATH']}",
-            f"{PREFIX}DATABASE_URL": system.embedded.reader_url,
-            f"{PREFIX}BROKER_URL": system.embedded.broker_url,
-            f"{PREFIX}ENGINE_BROKER_URL": system.embedded.engine_broker_url,
-            f"{PREFIX}JWT_SECRET": system.jwt_secret,
-            "API_URL": system.url,
-        }
-    shutil.rmtree(folder)
+    """The environment of a terminal into which the lines that `make up` prints were pasted, on an empty folder."""
+    with open_folder() as folder, (folder / "output").open("w") as output:
+        up = subprocess.Popen(
+            ["make", "up"],
+            cwd=ROOT,
+            env={**outside(), f"{PREFIX}DATA_DIR": str(folder / "data")},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            eventually(lambda: "Data and logs" in (folder / "output").read_text() or up.poll() is not None)
+            said = (folder / "output").read_text()
+            pasted = [line for line in said.splitlines() if line.strip().startswith("export ")]
+            script = "\n".join([*pasted, "env -0"])
+            shown = subprocess.run(["bash", "-euc", script], env=outside(), capture_output=True, text=True, check=True)
+            yield dict(line.split("=", 1) for line in shown.stdout.split("\0") if line) | {"SAID": said}
+        finally:
+            os.killpg(up.pid, signal.SIGINT)  # Ctrl-C
+            up.wait(PATIENCE_S)
+        assert (folder / "output").read_text().count("Everything is stopped.") == 1
+
+
+def outside() -> dict[str, str]:
+    """The environment of a terminal in which nothing was activated or exported."""
+    path = [folder for folder in os.environ["PATH"].split(os.pathsep) if Path(folder).resolve() != BIN.resolve()]
+    return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)} | {
+        "PATH": os.pathsep.join(path)
+    }
 
 
 def run(command: str, environment: dict[str, str] | None = None) -> str:
@@ -64,6 +80,7 @@ def test_the_readme_names_these_commands_and_every_one_is_run_here() -> None:
         "make demo",
         "make test",
         "make up",
+        "python first.py",
         "holdfast wallet acme",
         "holdfast history acme --type usage --from 2026-01-01",
         "holdfast verify",
@@ -108,28 +125,38 @@ def test_make_alone_lists_the_commands_of_the_readme() -> None:
             assert re.search(rf"^{command}\b", listed, re.MULTILINE)
 
 
-def test_the_programs_and_then_the_commands_of_the_readme_work(environment: dict[str, str]) -> None:
-    client_program, celery_program = blocks("python")
-    for program in (client_program, celery_program):
-        subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=PATIENCE_S)
-    wallet = run("holdfast wallet acme", environment)
-    assert "420" in wallet
-    assert "run-1" not in wallet
-    history = run("holdfast history acme --type usage --from 2026-01-01", environment)
-    assert re.search(r"newest first: 1\s", history)
-    assert "-80" in history
-    assert "every invariant holds" in run("holdfast verify", environment)
+def test_the_walk_through_make_up_works_in_the_order_of_the_readme(environment: dict[str, str], tmp_path: Path) -> None:
+    first_program, celery_program = blocks("python")
+    assert README.index("make up\n") < README.index(first_program) < README.index("python first.py\n")
+    (tmp_path / "first.py").write_text(first_program)
+    [walk] = [block for block in blocks("sh") if "first.py" in block]
+    shown = shell(walk, environment, tmp_path)
+    assert "outcome='settled'" in shown
+    assert re.search("│ available +│ +420 │", shown)
+    assert re.search(r"newest first: 1\s", shown)
+    assert "-80" in shown
+    assert "every invariant holds" in shown
+    subprocess.run([sys.executable, "-c", celery_program], env=environment, check=True, timeout=PATIENCE_S)
     assert "already" in run("holdfast migrate", environment)
     assert without_times(read_over_http(environment)) == without_times(blocks("json")[0])
+    [link] = re.findall(r"http\S+/signin\S+", environment["SAID"])
+    with httpx.Client(follow_redirects=True) as browser:
+        page = browser.get(link)
+    assert (page.status_code, "Credit history of acme" in page.text, "420" in page.text) == (200, True, True)
+
+
+def shell(script: str, environment: dict[str, str], folder: Path) -> str:
+    """What a terminal in `folder` shows."""
+    return subprocess.run(
+        ["bash", "-euc", script], cwd=folder, env=environment, capture_output=True, text=True, check=True, timeout=300
+    ).stdout
 
 
 def read_over_http(environment: dict[str, str]) -> str:
     """What the README's block for reading over HTTP prints, one answer a line."""
     [script] = [block for block in blocks("sh") if "curl" in block]
     script = script.replace('/credits"', '/credits"; echo').replace('=usage"', '=usage"; echo')
-    return subprocess.run(
-        ["bash", "-euc", script], env=environment, capture_output=True, text=True, check=True, timeout=PATIENCE_S
-    ).stdout
+    return shell(script, environment, ROOT)
 
 
 def without_times(answers: str) -> list[dict[str, object]]:
@@ -176,3 +203,11 @@ def test_the_table_of_settings_is_complete() -> None:
     page = (ROOT / "docs" / "operating.md").read_text()
     rows = dict(re.findall(r"^\| `(HOLDFAST_\w+)` \| (.*) \|$", page, re.MULTILINE))
     assert rows == {f"{PREFIX}{name.upper()}": field.description for name, field in Settings.model_fields.items()}
+
+
+def test_the_commands_of_the_page_about_http_give_what_it_shows(environment: dict[str, str], tmp_path: Path) -> None:
+    script = "".join(block for block in blocks("sh", OVER_HTTP)).replace("\ncurl", "\necho; curl")
+    done = subprocess.run(
+        ["sh", "-ec", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert done.stdout.split() == "".join(blocks("json", OVER_HTTP)).split(), done.stderr

@@ -33,7 +33,7 @@ def test_who_is_not_signed_in_is_asked_to_and_led_back(visitor: Visitor) -> None
     asked = visitor.get(f"{HISTORY}?event_type=usage&limit=5")
     assert asked.status_code == 303
     form = visitor.get(asked.headers["location"])
-    assert (form.status_code, "<h1>Sign in</h1>" in form.text) == (200, True)
+    assert (form.status_code, "<h1>Sign in to Holdfast</h1>" in form.text) == (200, True)
     assert f'name="next" value="{HISTORY}?event_type=usage&amp;limit=5"' in form.text
     signed_in = visitor.post(
         "/signin", data={"form": form_token(form), "next": f"{HISTORY}?event_type=usage&limit=5", "token": token()}
@@ -186,13 +186,24 @@ def test_a_link_with_a_token_signs_in_without_a_page_that_holds_it(visitor: Visi
     ],
     ids=str,
 )
-def test_a_link_with_a_token_on_another_site_is_refused(visitor: Visitor, headers: dict[str, str]) -> None:
-    answer = visitor.get("/signin", params={"token": token()}, headers=headers)
-    assert (answer.status_code, SESSION in visitor.cookies, token() in answer.text) == (403, False, False)
-    assert (
-        "The link is on another site, so it does not sign you in. Open it directly, or enter the token here."
-        in answer.text
-    )
+def test_a_link_with_a_token_on_another_site_asks_first(visitor: Visitor, headers: dict[str, str]) -> None:
+    link = {"token": token(sub="<b>eve</b>"), "next": f"{HISTORY}?limit=5"}
+    asked = visitor.get("/signin", params=link, headers=headers)
+    assert (asked.status_code, SESSION in visitor.cookies) == (200, False)
+    assert "The link signs you in as &lt;b&gt;eve&lt;/b&gt;. It is on another site." in asked.text
+    assert "Stay signed in" not in asked.text
+    done = confirmed(visitor, asked)
+    assert (done.status_code, done.headers["location"]) == (303, link["next"])
+    assert visitor.cookies[SESSION] == link["token"]
+    # It is the person who is signed in: nothing is left to ask.
+    again = visitor.get("/signin", params={"token": token(sub="<b>eve</b>", exp=FUTURE - 1)}, headers=headers)
+    assert (again.status_code, visitor.cookies[SESSION]) == (303, token(sub="<b>eve</b>", exp=FUTURE - 1))
+
+
+def confirmed(visitor: Visitor, asked: httpx.Response, **changed: str) -> httpx.Response:
+    """The answer to the form of a page that asks."""
+    fields = re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)">', asked.text)
+    return visitor.post("/signin", data={name: unescape(value) for name, value in fields} | changed)
 
 
 def test_a_link_of_this_site_signs_in(visitor: Visitor, address: str) -> None:
@@ -206,11 +217,9 @@ def test_a_link_asks_before_it_replaces_a_session(customer: Visitor, org_id: str
     asked = customer.get("/signin", params=link, headers={"Sec-Fetch-Site": "none"})
     assert (asked.status_code, customer.cookies[SESSION]) == (200, before)
     assert "You are signed in as ann. The link signs you in as &lt;b&gt;eve&lt;/b&gt; instead." in asked.text
-    fields = dict(re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)">', asked.text))
-    assert (fields["token"], unescape(fields["next"])) == (link["token"], link["next"])
-    assert customer.post("/signin", data={**fields, "form": "guessed"}).status_code == 403
+    assert confirmed(customer, asked, form="guessed").status_code == 403
     assert customer.cookies[SESSION] == before
-    done = customer.post("/signin", data={**fields, "next": unescape(fields["next"])})
+    done = confirmed(customer, asked)
     assert (done.status_code, done.headers["location"]) == (303, link["next"])
     assert customer.cookies[SESSION] == link["token"]
 
@@ -230,6 +239,46 @@ def test_a_link_that_replaces_nobodys_session_signs_in_at_once(address: str, kep
         answer = visitor.get("/signin", params={"token": token(), "next": HISTORY})
         assert (answer.status_code, answer.headers["location"]) == (303, HISTORY)
         assert f"{SESSION}={token()}" in answer.headers["set-cookie"]
+
+
+WRONG_CLOCK = "the clock of the site that gave it to you, or ours, is wrong."
+TOO_LONG = "longer than a browser can keep (4,000 bytes)"
+
+
+@pytest.mark.parametrize("site", ["none", "cross-site"])
+@pytest.mark.parametrize(
+    ("bad", "sentence"),
+    [
+        (token(exp=int(time.time()) - 366 * 86_400), "This link has expired. Get a new one where you got it."),
+        (
+            token(iat=int(time.time()) + 3_600),
+            f"This link is not valid yet: {WRONG_CLOCK} Try again in a few minutes.",
+        ),
+        (
+            token()[:-9],
+            "This link does not sign you in: the token is not valid. Get a new one where you got it.",
+        ),
+        (
+            token(orgs=["x" * 120] * 40),
+            f"This link does not sign you in: the token is {TOO_LONG}. Get a new one where you got it.",
+        ),
+    ],
+    ids=["a year old", "of a wrong clock", "cut off", "too long"],
+)
+def test_a_link_that_cannot_sign_in_says_what_a_customer_can_do(
+    visitor: Visitor, bad: str, sentence: str, site: str
+) -> None:
+    refused = visitor.get("/signin", params={"token": bad, "next": HISTORY}, headers={"Sec-Fetch-Site": site})
+    assert (refused.status_code, f'<p id="wrong">{sentence}</p>' in refused.text) == (401, True)
+    assert (SESSION in visitor.cookies, bad in refused.text) == (False, False)
+
+
+def test_who_has_no_session_any_more_is_told_how_to_get_one(visitor: Visitor) -> None:
+    visitor.cookies[SESSION] = token(exp=int(time.time()) - 3_600)
+    asked = visitor.get(HISTORY)
+    assert asked.headers["location"] == f"/signin?next={quote(HISTORY, safe='')}"
+    page = visitor.get(asked.headers["location"])
+    assert "If your session has ended, get a new one where you got it." in page.text
 
 
 def test_a_link_with_a_bad_token_leaves_the_session_as_it_is(customer: Visitor, org_id: str) -> None:

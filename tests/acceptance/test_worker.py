@@ -133,7 +133,13 @@ def test_every_message_that_comes_again_is_a_duplicate_and_writes_nothing(
         workflow_engine.answer(task, {"org_id": "twice", **fields})
     for task, fields, first in STORY:
         answer = workflow_engine.answer(task, {"org_id": "twice", **fields})
-        now = {"state": STATES[first["workflow_id"]], "event_seqs": [], "available": 1300, "limit": None}
+        now = {
+            "state": STATES[first["workflow_id"]],
+            "event_seqs": [],
+            "available": 1300,
+            "limit": None,
+            "shortfall": None,
+        }
         expected = {"org_id": "twice", **first, "duplicate": True, **now}
         assert (task, answer) == (task, expected)
     assert sql(running.engine, "SELECT count(*) FROM credit_events WHERE org_id = 'twice'") == [(14,)]

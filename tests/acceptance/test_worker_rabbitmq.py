@@ -29,7 +29,7 @@ from tests.installation import (
 from tests.rabbitmq import RabbitMQ
 from tests.support import PATIENCE_S, eventually, sql
 from worker.broker import DEAD_QUEUE, QUEUE, declare_queues
-from worker.client import Client
+from worker.client import Client, NoAnswerError
 from worker.local.embedded import Embedded
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
@@ -62,6 +62,19 @@ def waiting(rabbitmq_url: str) -> dict[str, int]:
 
 def is_drained(rabbitmq_url: str) -> bool:
     return not any(waiting(rabbitmq_url).values())
+
+
+def test_a_sender_without_an_answer_is_told_what_waits_and_sends_on(
+    ledger: Installation, rabbitmq_url: str, client: Client
+) -> None:
+    with pytest.raises(NoAnswerError) as missed:
+        client.cancel(org_id="acme", workflow_id="run", wait_s=0.2)
+    _, _, seen = str(missed.value).partition("within 0.2 s: ")
+    assert seen.startswith("1 message waits in the queue credits at amqp://")
+    assert "Redis" not in seen
+    assert "and no worker answers" in seen
+    ledger.start_worker_on(rabbitmq_url)
+    assert client.cancel(org_id="acme", workflow_id="run", wait_s=PATIENCE_S).outcome == "ignored"
 
 
 def test_messages_are_applied_in_batches_and_answered(ledger: Installation, rabbitmq_url: str, client: Client) -> None:

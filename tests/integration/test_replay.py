@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Callable
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from datetime import timedelta
+from threading import Timer
 from typing import Any
 
 import psycopg
@@ -12,6 +14,7 @@ from sqlalchemy import Engine
 
 from ledger import audit, dead_letters, views
 from ledger.bodies import only_argument
+from ledger.database import raw_connection
 from ledger.dead_letters import (
     DeadLetter,
     LetterFilter,
@@ -20,11 +23,11 @@ from ledger.dead_letters import (
     StillFailsError,
     UnknownLetterError,
 )
-from ledger.messages import InvalidMessage
+from ledger.messages import DELIVERY_LIMIT, InvalidMessage
 from ledger.state import Result
-from ledger.store import DeadLettered, Delivery, apply_batch
+from ledger.store import DeadLettered, Delivery, apply_batch, apply_waiting
 from tests.messages import EMBED, delivery
-from tests.support import sql
+from tests.support import on_insert_into, sql
 from worker.cli.terminal import open_ledger
 from worker.client import Client
 from worker.replaying import Replayer
@@ -187,6 +190,120 @@ def test_a_failure_after_the_mark_is_a_new_open_letter(engine: Engine) -> None:
         (1, "replayed", 1, "ann", "sent; nobody knows"),
         (failed.letter_id, "open", 1, None, None),
     ]
+
+
+def test_a_replay_that_fails_after_the_mark_opens_its_letter_again_with_the_attempt(engine: Engine) -> None:
+    apply_batch(engine, [REFUND])
+    [(failed_at,)] = sql(engine, "UPDATE dead_letters SET error = 'before' RETURNING last_failed_at")
+    replay(engine, 1, absent_worker)
+    [failed] = apply_batch(engine, [REFUND._replace(replay_of=1)])
+    assert isinstance(failed, DeadLettered)
+    assert failed.letter_id == 1
+    assert marks(engine) == [(1, "open", 2, None, None)]
+    [(error, last_failed_at)] = sql(engine, "SELECT error, last_failed_at FROM dead_letters")
+    assert "workflow run used 0 credits" in error
+    assert last_failed_at > failed_at
+    apply_batch(engine, [FINISH])
+    assert replay(engine, 1, worker(engine)) == "posted"
+
+
+def test_a_replay_that_fails_unexpectedly_opens_its_letter_again_too(engine: Engine) -> None:
+    apply_batch(engine, [REFUND])
+    replay(engine, 1, absent_worker)
+    on_insert_into(engine, "posted_messages", "RAISE 'a defect'")
+    apply_batch(engine, [FINISH])
+    [failed] = apply_batch(engine, [REFUND._replace(replay_of=1)])
+    assert isinstance(failed, DeadLettered)
+    assert (failed.letter_id, failed.code) == (1, "unexpected_error")
+    assert marks(engine) == [(1, "open", 2, None, None)]
+
+
+def test_a_replay_that_waits_for_its_organization_and_fails_then_opens_its_letter_again(engine: Engine) -> None:
+    apply_batch(engine, [REFUND])
+    replay(engine, 1, absent_worker)
+    apply_batch(engine, [REFUND._replace(replay_of=1)], known_to_wait=["acme"])
+    assert marks(engine) == [(1, "replayed", 1, "ann", "sent; nobody knows")]
+    [(_, failed)] = apply_waiting(engine, "acme", limit=10).answers
+    assert isinstance(failed, DeadLettered)
+    assert marks(engine) == [(1, "open", 2, None, None)]
+
+
+def test_a_replay_that_ends_its_workers_while_it_waits_opens_its_letter_again(engine: Engine) -> None:
+    apply_batch(engine, [REFUND])
+    replay(engine, 1, absent_worker)
+    apply_batch(engine, [REFUND._replace(replay_of=1)], known_to_wait=["acme"])
+    sql(engine, "UPDATE waiting_messages SET attempts = :attempts", attempts=DELIVERY_LIMIT)
+    [(_, failed)] = apply_waiting(engine, "acme", limit=10).answers
+    assert isinstance(failed, DeadLettered)
+    assert (failed.letter_id, failed.code) == (1, "delivery_limit")
+    assert marks(engine) == [(1, "open", 2, None, None)]
+
+
+def test_only_the_message_of_a_letter_opens_it_again(engine: Engine) -> None:
+    """Whoever may send to the ledger may name any letter."""
+    other = delivery("wallet.refund", org_id="acme", refund_id="r2", credits=30, workflow_id="run")
+    apply_batch(engine, [REFUND])
+    replay(engine, 1, absent_worker)
+    for forged in (other, REFUND._replace(task="wallet.grant"), other._replace(replay_of=77)):
+        apply_batch(engine, [forged._replace(replay_of=forged.replay_of or 1)])
+    assert marks(engine) == [
+        (1, "replayed", 1, "ann", "sent; nobody knows"),
+        (2, "open", 2, None, None),
+        (3, "open", 1, None, None),
+    ]
+
+
+def test_a_discarded_letter_stays_discarded_when_its_replay_fails(engine: Engine) -> None:
+    apply_batch(engine, [REFUND])
+    dead_letters.discard(engine, 1, by="ann", why="a test")
+    [failed] = apply_batch(engine, [REFUND._replace(replay_of=1)])
+    assert isinstance(failed, DeadLettered)
+    assert marks(engine) == [(1, "discarded", 1, "ann", "a test"), (failed.letter_id, "open", 1, None, None)]
+
+
+def test_if_the_message_has_another_open_letter_by_now_the_attempt_is_in_that_one(engine: Engine) -> None:
+    apply_batch(engine, [REFUND])
+    replay(engine, 1, absent_worker)
+    [other] = apply_batch(engine, [REFUND])
+    assert isinstance(other, DeadLettered)
+    [failed] = apply_batch(engine, [REFUND._replace(replay_of=1)])
+    assert failed == other
+    assert marks(engine)[1] == (other.letter_id, "open", 2, None, None)
+
+
+def test_a_letter_that_is_opened_at_the_same_time_is_the_only_open_one(engine: Engine) -> None:
+    apply_batch(engine, [REFUND])
+    replay(engine, 1, absent_worker)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda n: apply_batch(engine, [REFUND._replace(replay_of=1 if n % 2 else None)]), range(40)))
+    opened = [mark for mark in marks(engine) if mark[1] == "open"]
+    assert len(opened) == 1
+    assert sql(engine, "SELECT sum(attempts), count(DISTINCT error_code) FROM dead_letters") == [(41, 1)]
+
+
+def test_a_mark_waits_for_the_attempt_that_is_being_written(engine: Engine) -> None:
+    apply_batch(engine, [REFUND])
+
+    def send(*_: Any) -> str:
+        writing = raw_connection(engine)
+        connection = exits.enter_context(writing)
+        connection.execute("BEGIN")
+        letter = DeadLetter(REFUND.task, REFUND.body, "acme", "conflict", "again", replay_of=1)
+        dead_letters.record(connection, [letter])
+        Timer(0.2, lambda: connection.execute("COMMIT")).start()
+        return "nobody knows"
+
+    with ExitStack() as exits, pytest.raises(StillFailsError, match=r"^again \(dead letter 1, conflict\)$"):
+        replay(engine, 1, send)
+    assert marks(engine) == [(1, "open", 2, None, None)]
+
+
+def test_what_is_too_large_as_celery_writes_it_is_not_sent(engine: Engine) -> None:
+    fields = {"org_id": "acme", "grant_id": "g", "credits": 1, "note": "\u00e9" * 20_000}
+    body = json.dumps([[fields], {}, EMBED], ensure_ascii=False).encode()
+    apply_batch(engine, [Delivery("wallet.grant", fields, body)])
+    with pytest.raises(NotReplayableError, match=r"^dead letter 1 is too large to be sent again as Celery writes it$"):
+        replay(engine, 1, worker(engine))
 
 
 def test_an_outcome_that_is_known_later_replaces_sent(engine: Engine) -> None:

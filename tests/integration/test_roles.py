@@ -21,7 +21,7 @@ from worker.local.embedded import Embedded
 
 # Every table, and what each role may do to it: all or some of SELECT, INSERT, UPDATE, DELETE. Never more than that.
 WORKER = {
-    "alembic_version": "",
+    "alembic_version": "S",
     "credit_events": "(S)I",
     "dead_letters": "SIU",
     "ending_credits": "SIUD",

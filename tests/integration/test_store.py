@@ -41,15 +41,15 @@ def posted(*seqs: int, available: int, org_id: str = "acme") -> Result:
 
 def repeated(result: Result, *, available: int) -> Result:
     """What the repetition of a message that was answered with `result` is answered with."""
-    return result._replace(duplicate=True, event_seqs=(), available=available, limit=None)
+    return result._replace(duplicate=True, event_seqs=(), available=available, limit=None, shortfall=None)
 
 
 def event_types(engine: Engine, org_id: str = "acme") -> list[str]:
     return [row[1] for row in sql(engine, EVENTS, org_id=org_id)]
 
 
-def rejected(workflow_id: str, available: int, limit: Limit) -> Result:
-    return Result("rejected", limit.kind, False, "acme", workflow_id, "rejected", (), available, limit)
+def rejected(workflow_id: str, available: int, limit: Limit, shortfall: int) -> Result:
+    return Result("rejected", limit.kind, False, "acme", workflow_id, "rejected", (), available, limit, shortfall)
 
 
 ANCHOR = datetime.now(UTC) - timedelta(days=5)
@@ -89,7 +89,7 @@ CONVERSATION = [
         delivery("wallet.refund", org_id="acme", refund_id="r1", credits=20, workflow_id="w1"),
         Result("posted", None, False, "acme", "w1", "settled", (9,), 660),
     ),
-    (start("acme", "w2", 671), rejected("w2", 660, Limit("insufficient_credits", 670, 0, 0, None))),
+    (start("acme", "w2", 671), rejected("w2", 660, Limit("insufficient_credits", 670, 0, 0, None), 1)),
     (start("acme", "w3", 670), Result("reserved", None, False, "acme", "w3", "reserved", (10,), -10)),
     (
         delivery("workflow.cancel", org_id="acme", workflow_id="w3", reason="stopped"),
@@ -106,7 +106,7 @@ CONVERSATION = [
     ),
     (start("acme", "w5", 10), Result("ignored", "already_ended", False, "acme", "w5", "cancelled", (), 660)),
     (delivery("wallet.configure", org_id="acme", version=3, period_cap=100), posted(available=660)),
-    (start("acme", "w6", 21), rejected("w6", 660, Limit("period_cap", 100, 80, 0, PERIOD_END))),
+    (start("acme", "w6", 21), rejected("w6", 660, Limit("period_cap", 100, 80, 0, PERIOD_END), 1)),
     (
         delivery("wallet.configure", org_id="acme", version=2, period_cap=None),
         Result("ignored", "stale_version", False, "acme", None, None, (), 660),
@@ -227,10 +227,10 @@ def test_a_message_counts_on_those_before_it_in_its_batch_and_on_no_other(engine
         start("acme", "w4", 75),
     ]
     assert apply_batch(engine, messages) == [
-        rejected("w1", 0, Limit("insufficient_credits", 0, 0, 0, None)),
+        rejected("w1", 0, Limit("insufficient_credits", 0, 0, 0, None), 75),
         posted(1, available=100),
         Result("reserved", None, False, "acme", "w2", "reserved", (2,), 25),
-        rejected("w3", 25, Limit("insufficient_credits", 100, 0, 75, None)),
+        rejected("w3", 25, Limit("insufficient_credits", 100, 0, 75, None), 50),
         Result("settled", None, False, "acme", "w2", "settled", (3, 4), 95),
         Result("reserved", None, False, "acme", "w4", "reserved", (5,), 20),
     ]

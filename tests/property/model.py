@@ -488,6 +488,9 @@ def check_history(events: Sequence[Event]) -> None:
                 settles(event, was_prepaid)
                 assert changes == (effect, 0, 0, 0)
                 assert effect > 0
+                assert event.workflow_id == (
+                    event.metadata.get("workflow_id") if event.event_type == "refund" else None
+                )
             case "adjustment" | "billing":
                 assert changes == (effect, 0, 0, 0)
             case _:

@@ -73,6 +73,63 @@ def test_the_public_key_goes_before_the_secret() -> None:
         both.read(token(SECRET, "HS256"))
 
 
+def test_while_keys_change_tokens_of_both_are_accepted_and_no_others() -> None:
+    new, old, stranger = (ed25519.Ed25519PrivateKey.generate() for _ in range(3))
+    both = Authenticator.from_settings(settings(jwt_public_key=pem(new) + pem(old)))
+    for key in (new, old):
+        assert both.read(token(key, "EdDSA")).subject == "ann"
+        with pytest.raises(InvalidTokenError, match="the token has expired"):
+            both.read(token(key, "EdDSA", exp=1))
+    with pytest.raises(InvalidTokenError, match="the token is not valid"):
+        both.read(token(stranger, "EdDSA"))
+    of_two_kinds = f"the new one\n{pem(KEYS['ES256'])}\r\n{pem(old)}"
+    other_kind = Authenticator.from_settings(settings(jwt_public_key=of_two_kinds))
+    for made in (token(KEYS["ES256"], "ES256"), token(old, "EdDSA")):
+        assert other_kind.read(made).subject == "ann"
+    for made in (token(KEYS["RS256"], "RS256"), token(stranger, "EdDSA"), token(SECRET, "HS256")):
+        with pytest.raises(InvalidTokenError, match="the token is not valid"):
+            other_kind.read(made)
+
+
+def test_one_of_two_keys_that_is_no_good_is_refused_at_the_start() -> None:
+    good, bad = pem(KEYS["RS256"]), "-----BEGIN PUBLIC KEY-----\n"
+    for both in (good + bad, bad + good):
+        with pytest.raises(SettingsError, match="cannot be read"):
+            Authenticator.from_settings(settings(jwt_public_key=both))
+
+
+@pytest.mark.parametrize(
+    ("claims", "problem"),
+    [
+        ({"exp": None}, 'the token has no "exp"'),
+        ({"exp": "tomorrow"}, "the token is not valid"),
+        ({"exp": float("inf")}, "the token is not valid"),
+        ({"exp": True}, "the token has expired"),
+        ({"sub": 7}, "the token is not valid"),
+        ({"sub": "a\nb"}, 'the token\'s "sub" must not contain control characters'),
+        ({"orgs": "acme"}, 'the token\'s "orgs" must be a list of organizations, or "\\*"'),
+        ({"orgs": ["acme", 7]}, 'the token\'s "orgs" must be a list of organizations, or "\\*"'),
+        ({"orgs": None}, 'the token\'s "orgs" must be a list of organizations, or "\\*"'),
+        ({"orgs": {"acme": 1}}, 'the token\'s "orgs" must be a list of organizations, or "\\*"'),
+        ({"scope": ["credits:read"]}, 'the token\'s "scope" must be a string'),
+        ({"scope": None}, 'the token\'s "scope" must be a string'),
+    ],
+    ids=str,
+)
+def test_a_claim_of_the_wrong_type_is_refused(claims: dict[str, Any], problem: str) -> None:
+    reader = Authenticator.from_settings(settings(jwt_secret=SECRET))
+    with pytest.raises(InvalidTokenError, match=f"^{problem}$"):
+        reader.read(token(SECRET, "HS256", **claims))
+
+
+def test_what_a_token_leaves_out_gives_no_right() -> None:
+    reader = Authenticator.from_settings(settings(jwt_secret=SECRET))
+    nobody = reader.read(jwt.encode({"exp": datetime.now(UTC) + timedelta(minutes=5)}, SECRET))
+    assert (nobody.subject, nobody.orgs, nobody.scopes) == ("unknown", frozenset(), frozenset())
+    star_in_a_list = reader.read(token(SECRET, "HS256", orgs=["*"]))
+    assert not star_in_a_list.may_see("acme")
+
+
 @pytest.mark.parametrize(
     ("claim", "off_s", "problem"),
     [

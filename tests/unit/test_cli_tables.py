@@ -1,13 +1,37 @@
 """The tables of the command line."""
 
-from rich.console import Console
+import re
+from datetime import UTC, datetime, timedelta
 
+from rich.console import Console
+from rich.table import Table
+
+from ledger.views import Ending, WalletView
 from worker.cli.tables import Column, table
+from worker.cli.wallet import wallet_table
+
+
+def printed(shown: Table) -> str:
+    console = Console(width=200, record=True, file=None)
+    with console.capture() as captured:
+        console.print(shown)
+    return captured.get()
 
 
 def test_metadata_is_told_in_words_and_what_is_deep_in_json() -> None:
     metadata = {"reason": "settled", "paid_by": {"ending": 5, "prepaid": 75}, "ending": [{"credits": 5}]}
-    console = Console(width=200, record=True, file=None)
-    with console.capture() as shown:
-        console.print(table("", [Column("metadata")], [{"metadata": metadata}]))
-    assert 'reason: settled, paid_by: {"ending":5,"prepaid":75}, ending: [{"credits":5}]' in shown.get()
+    shown = printed(table("", [Column("metadata")], [{"metadata": metadata}]))
+    assert 'reason: settled, paid_by: {"ending":5,"prepaid":75}, ending: [{"credits":5}]' in shown
+
+
+def test_a_wallet_tells_the_next_ends_and_how_much_ends_in_all() -> None:
+    past, later = datetime.now(UTC) - timedelta(days=1), datetime(2999, 1, 31, tzinfo=UTC)
+    ending = (Ending(7, past, "grant:g0"), Ending(3, later, "subscription:s1:0"), *[Ending(5, later, "grant:g1")] * 3)
+    held = printed(wallet_table(WalletView("acme", reserved_credits=7, ending=ending, prepaid_ending=1_234)))
+    assert re.findall(r"│ (.*?) +│ +([\d,]+) │", held)[6:10] == [
+        ("prepaid that ends", "1,234"),
+        ("kept past their end", "7"),
+        ("of an earlier plan, ends 2999-01-31", "3"),
+        ("ends 2999-01-31", "5"),
+    ]
+    assert "ends now" in printed(wallet_table(WalletView("acme", ending=ending[:1])))

@@ -3,6 +3,7 @@
 No port listens at these brokers' address, so whatever is sent nevertheless fails as not sent.
 """
 
+import copy
 import inspect
 import json
 from collections.abc import Iterator, Sequence
@@ -13,10 +14,12 @@ import pytest
 
 from ledger.messages import MESSAGES
 from ledger.state import Limit, Result
+from ledger.store import DeadLettered
 from worker.broker import ENGINE_QUEUE
-from worker.client import Client, InvalidMessageError, Method, _result
+from worker.client import Client, DeadLetteredError, InvalidMessageError, Method, _result
 from worker.publishing import Encoded
 from worker.tasks import as_value
+from worker.unanswered import NotAskedError
 
 NOWHERE = "redis://127.0.0.1:1/0"
 
@@ -51,6 +54,43 @@ def test_there_is_a_method_for_every_message_with_its_fields() -> None:
         model = MESSAGES[method.task]
         assert set(inspect.signature(method).parameters) == {*model.model_fields, "wait_s"}
         assert method.__doc__ == model.__doc__
+
+
+def test_an_answer_that_was_not_asked_for_says_how_to_ask(client: Client, sent: Sent) -> None:
+    started = client.start(org_id="acme", workflow_id="run", credits=5)
+    assert not started
+    for read in ("outcome", "holds", "no_such_field"):
+        with pytest.raises(NotAskedError) as asked:
+            getattr(started, read)
+        assert str(asked.value) == (
+            f"workflow.start was sent without waiting for its answer, so there is no {read}: "
+            "to wait, name the seconds in the call, as in wait_s=10"
+        )
+    with client.batch() as batch:
+        assert repr(batch.cancel(org_id="acme", workflow_id="run")).startswith("<workflow.cancel was sent; ")
+    assert len(sent) == 2
+    assert copy.deepcopy(started).task == "workflow.start"
+
+
+@pytest.mark.parametrize("queue", ["credit", "celery", "credits.dead", ""])
+def test_a_queue_that_no_worker_takes_from_is_refused(queue: str) -> None:
+    with pytest.raises(ValueError, match=f"the queue must be credits or credits.engine, not '{queue}': no worker"):
+        Client(NOWHERE, queue=queue)
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("http://host:8000", "http is for the API or a web page, not for the broker"),
+        ("host:6379", "it has no scheme, such as redis://"),
+        ("", "it has no scheme, such as redis://"),
+    ],
+)
+def test_a_url_that_is_no_brokers_is_refused_at_once(url: str, why: str) -> None:
+    with pytest.raises(ValueError, match=f"^the broker's URL must begin with redis://, .* and name a host; {why}$"):
+        Client(url)
+    with pytest.raises(ValueError, match=f"^the URL for answers must begin with redis://.* and name a host; {why}$"):
+        Client(NOWHERE, result_url=url)
 
 
 def test_a_methods_fields_are_named(client: Client) -> None:
@@ -89,7 +129,7 @@ def test_the_end_of_credits_may_be_given_as_a_moment(client: Client, sent: Sent)
     assert [message["expires_at"] for _, message, _ in sent] == ["2026-01-31T09:00:00+00:00"] * 2
 
 
-REJECTED = Result("rejected", "period_cap", False, "acme", "run", "rejected", (), 500)
+REJECTED = Result("rejected", "period_cap", False, "acme", "run", "rejected", (), 500, shortfall=7)
 
 
 @pytest.mark.parametrize(
@@ -107,10 +147,19 @@ def test_an_answer_is_read_as_the_worker_gave_it(limit: Limit | None) -> None:
 
 def test_the_answer_of_a_worker_of_another_version_is_read() -> None:
     older = {"outcome": "rejected", "reason": "period_cap", "duplicate": False, "org_id": "acme", "workflow_id": "run"}
-    assert _result({**older, "event_seqs": [], "available": 500}) == REJECTED._replace(state=None)
+    assert _result({**older, "event_seqs": [], "available": 500}) == REJECTED._replace(state=None, shortfall=None)
     limit = {"kind": "period_cap", "limit": 9, "used": 8, "reserved": 1, "resets_at": None, "colour": "red"}
     newer = _result({**older, "event_seqs": [], "available": 500, "limit": limit, "size": 5})
     assert newer.limit == Limit("period_cap", 9, 8, 1, None)
+
+
+def test_a_dead_letter_is_told_with_its_number_and_its_code() -> None:
+    letter = DeadLettered(7, "conflict", "wallet.grant: (dead letter 3, conflict) was applied")
+    error = DeadLetteredError(str(as_value(letter)))
+    assert (error.letter_id, error.code) == (7, "conflict")
+    assert str(error) == "wallet.grant: (dead letter 3, conflict) was applied (dead letter 7, conflict)"
+    other = DeadLetteredError("of a worker that says it in another way")
+    assert (other.letter_id, other.code) == (None, None)
 
 
 def test_source_and_metadata_are_sent_along(client: Client, sent: Sent) -> None:

@@ -9,44 +9,97 @@ from typing import assert_type
 
 from ledger.messages import MESSAGES
 from ledger.state import Result
-from worker.client import Client
+from worker.async_client import AsyncClient
+from worker.client import Batch, Client
+from worker.unanswered import Unanswered
 
 
 def _each_message(client: Client) -> None:
     """Never called."""
-    assert_type(client.start(org_id="acme", workflow_id="run", credits=5), None)
+    assert_type(client.start(org_id="acme", workflow_id="run", credits=5), Unanswered)
     assert_type(client.start(org_id="acme", workflow_id="run", credits=5, wait_s=1), Result)
-    assert_type(client.finish(org_id="acme", workflow_id="run", credits=5), None)
+    assert_type(client.finish(org_id="acme", workflow_id="run", credits=5), Unanswered)
     assert_type(client.finish(org_id="acme", workflow_id="run", credits=5, wait_s=1), Result)
-    assert_type(client.cancel(org_id="acme", workflow_id="run"), None)
+    assert_type(client.cancel(org_id="acme", workflow_id="run"), Unanswered)
     assert_type(client.cancel(org_id="acme", workflow_id="run", wait_s=1), Result)
-    assert_type(client.fail(org_id="acme", workflow_id="run"), None)
+    assert_type(client.fail(org_id="acme", workflow_id="run"), Unanswered)
     assert_type(client.fail(org_id="acme", workflow_id="run", wait_s=1), Result)
-    assert_type(client.purchase(org_id="acme", purchase_id="order", credits=5), None)
+    assert_type(client.purchase(org_id="acme", purchase_id="order", credits=5), Unanswered)
     assert_type(client.purchase(org_id="acme", purchase_id="order", credits=5, wait_s=1), Result)
-    assert_type(client.grant(org_id="acme", grant_id="gift", credits=5), None)
+    assert_type(client.grant(org_id="acme", grant_id="gift", credits=5), Unanswered)
     assert_type(client.grant(org_id="acme", grant_id="gift", credits=5, wait_s=1), Result)
-    assert_type(client.adjust(org_id="acme", adjustment_id="fix", credits=5, reason="typo"), None)
+    assert_type(client.adjust(org_id="acme", adjustment_id="fix", credits=5, reason="typo"), Unanswered)
     assert_type(client.adjust(org_id="acme", adjustment_id="fix", credits=5, reason="typo", wait_s=1), Result)
-    assert_type(client.refund(org_id="acme", refund_id="back", credits=5), None)
+    assert_type(client.refund(org_id="acme", refund_id="back", credits=5), Unanswered)
     assert_type(client.refund(org_id="acme", refund_id="back", credits=5, wait_s=1), Result)
-    assert_type(client.bill(org_id="acme", billing_id="bill", credits=5), None)
+    assert_type(client.bill(org_id="acme", billing_id="bill", credits=5), Unanswered)
     assert_type(client.bill(org_id="acme", billing_id="bill", credits=5, wait_s=1), Result)
-    assert_type(client.reverse(org_id="acme", reversal_id="back", purchase_id="order", reason="disputed"), None)
+    assert_type(client.reverse(org_id="acme", reversal_id="back", purchase_id="order", reason="disputed"), Unanswered)
     assert_type(
         client.reverse(org_id="acme", reversal_id="back", purchase_id="order", reason="disputed", wait_s=1), Result
     )
-    assert_type(client.subscribe(org_id="acme", subscription_id="sub", version=1, plan="team", monthly_credits=5), None)
+    assert_type(
+        client.subscribe(org_id="acme", subscription_id="sub", version=1, plan="team", monthly_credits=5), Unanswered
+    )
     assert_type(
         client.subscribe(org_id="acme", subscription_id="sub", version=1, plan="team", monthly_credits=5, wait_s=1),
         Result,
     )
-    assert_type(client.unsubscribe(org_id="acme", subscription_id="sub", version=1), None)
+    assert_type(client.unsubscribe(org_id="acme", subscription_id="sub", version=1), Unanswered)
     assert_type(client.unsubscribe(org_id="acme", subscription_id="sub", version=1, wait_s=1), Result)
-    assert_type(client.configure(org_id="acme", version=1), None)
+    assert_type(client.configure(org_id="acme", version=1), Unanswered)
     assert_type(client.configure(org_id="acme", version=1, wait_s=1), Result)
 
 
+async def _each_awaited(client: AsyncClient) -> None:
+    """Never called."""
+    assert_type(await client.start(org_id="acme", workflow_id="run", credits=5), Unanswered)
+    assert_type(await client.start(org_id="acme", workflow_id="run", credits=5, wait_s=1), Result)
+    assert_type(await client.finish(org_id="acme", workflow_id="run", credits=5), Unanswered)
+    assert_type(await client.finish(org_id="acme", workflow_id="run", credits=5, wait_s=1), Result)
+    assert_type(await client.cancel(org_id="acme", workflow_id="run"), Unanswered)
+    assert_type(await client.cancel(org_id="acme", workflow_id="run", wait_s=1), Result)
+    assert_type(await client.fail(org_id="acme", workflow_id="run"), Unanswered)
+    assert_type(await client.fail(org_id="acme", workflow_id="run", wait_s=1), Result)
+    assert_type(await client.purchase(org_id="acme", purchase_id="order", credits=5), Unanswered)
+    assert_type(await client.purchase(org_id="acme", purchase_id="order", credits=5, wait_s=1), Result)
+    assert_type(await client.grant(org_id="acme", grant_id="gift", credits=5), Unanswered)
+    assert_type(await client.grant(org_id="acme", grant_id="gift", credits=5, wait_s=1), Result)
+    assert_type(await client.adjust(org_id="acme", adjustment_id="fix", credits=5, reason="typo"), Unanswered)
+    assert_type(await client.adjust(org_id="acme", adjustment_id="fix", credits=5, reason="typo", wait_s=1), Result)
+    assert_type(await client.refund(org_id="acme", refund_id="back", credits=5), Unanswered)
+    assert_type(await client.refund(org_id="acme", refund_id="back", credits=5, wait_s=1), Result)
+    assert_type(await client.bill(org_id="acme", billing_id="bill", credits=5), Unanswered)
+    assert_type(await client.bill(org_id="acme", billing_id="bill", credits=5, wait_s=1), Result)
+    assert_type(
+        await client.reverse(org_id="acme", reversal_id="back", purchase_id="order", reason="disputed"), Unanswered
+    )
+    assert_type(
+        await client.reverse(org_id="acme", reversal_id="back", purchase_id="order", reason="disputed", wait_s=1),
+        Result,
+    )
+    assert_type(
+        await client.subscribe(org_id="acme", subscription_id="sub", version=1, plan="team", monthly_credits=5),
+        Unanswered,
+    )
+    assert_type(
+        await client.subscribe(
+            org_id="acme", subscription_id="sub", version=1, plan="team", monthly_credits=5, wait_s=1
+        ),
+        Result,
+    )
+    assert_type(await client.unsubscribe(org_id="acme", subscription_id="sub", version=1), Unanswered)
+    assert_type(await client.unsubscribe(org_id="acme", subscription_id="sub", version=1, wait_s=1), Result)
+    assert_type(await client.configure(org_id="acme", version=1), Unanswered)
+    assert_type(await client.configure(org_id="acme", version=1, wait_s=1), Result)
+
+
+def _each_gathered(batch: Batch) -> None:
+    """Never called."""
+    assert_type(batch.start(org_id="acme", workflow_id="run", credits=5), Unanswered)
+
+
 def test_the_types_of_every_message_are_checked() -> None:
-    named = re.findall(r"client\.(\w+)\(", inspect.getsource(_each_message))
-    assert sorted(named) == sorted(2 * [task.split(".")[1] for task in MESSAGES])
+    for each in (_each_message, _each_awaited):
+        named = re.findall(r"client\.(\w+)\(", inspect.getsource(each))
+        assert sorted(named) == sorted(2 * [task.split(".")[1] for task in MESSAGES])

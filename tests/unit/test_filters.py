@@ -4,6 +4,7 @@ import re
 from dataclasses import fields
 from datetime import UTC, datetime
 from inspect import signature
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from starlette.requests import Request
 from api_stub.pages import EVENT_TYPES, Reservations, history_query
 from api_stub.rendering import page
 from api_stub.wallets import event_filter
-from ledger.filters import EVERY_EVENT, TIME_RANGE, EventFilter
+from ledger.filters import BY_NUMBER, EVERY_EVENT, EventFilter
 from ledger.tables import credit_events
 from ledger.views import WalletView
 from worker import cli
@@ -25,6 +26,7 @@ PLACES = {
     "created_before": ("date_to", "--to", "2026-01-31"),
     "event_types": ("event_type", "--type", "usage"),
     "project_id": ("project_id", "--project", "website"),
+    "workflow_id": ("workflow_id", "--workflow", "run-1"),
 }
 """Each field of the filter: its name over HTTP and on the page, its option of the command line, and a value."""
 
@@ -33,7 +35,7 @@ FIELDS = [field.name for field in fields(EventFilter)]
 
 def test_every_field_of_the_filter_is_listed_here() -> None:
     assert list(PLACES) == FIELDS
-    assert set(TIME_RANGE) <= set(FIELDS)
+    assert set(BY_NUMBER) <= set(FIELDS)
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -55,14 +57,14 @@ def test_the_form_of_the_page_has_a_field_for_it_and_keeps_what_was_typed(name: 
     assert kept[0] not in form("")
 
 
-@pytest.mark.parametrize("name", [name for name in FIELDS if name not in TIME_RANGE])
+@pytest.mark.parametrize("name", [name for name in FIELDS if name not in BY_NUMBER])
 def test_a_field_that_is_given_is_a_condition(name: str) -> None:
     assert len(only(name).conditions()) == 1
     assert only(name).looks_at_each
     assert EVERY_EVENT.conditions() == ()
 
 
-@pytest.mark.parametrize("name", [name for name in FIELDS if name not in TIME_RANGE])
+@pytest.mark.parametrize("name", [name for name in FIELDS if name not in BY_NUMBER])
 def test_a_condition_looks_at_nothing_but_the_key_so_that_no_event_is_read_that_it_leaves_out(name: str) -> None:
     key = credit_events.primary_key
     of_the_key = {*key.columns.keys(), *key.dialect_options["postgresql"]["include"]}
@@ -70,6 +72,19 @@ def test_a_condition_looks_at_nothing_but_the_key_so_that_no_event_is_read_that_
     looked_at = {part.name for part in visitors.iterate(condition) if isinstance(part, Column)}
     assert looked_at
     assert looked_at <= of_the_key
+
+
+@pytest.mark.parametrize("name", BY_NUMBER)
+def test_what_selects_numbers_is_no_condition_and_needs_no_look_at_each_event(name: str) -> None:
+    matching = history_query(request("{0}={2}".format(*PLACES[name]))).matching
+    assert matching.conditions() == ()
+    assert not matching.looks_at_each
+
+
+def test_of_a_workflow_only_its_own_events_are_checked() -> None:
+    asked = history_query(request("workflow_id=run-1&event_type=usage"))
+    assert len(asked.matching.conditions()) == 1
+    assert not asked.matching.looks_at_each
 
 
 def only(name: str) -> EventFilter:
@@ -80,7 +95,8 @@ def only(name: str) -> EventFilter:
 
 
 def request(query: str) -> Request:
-    return Request({"type": "http", "path": "/", "headers": [], "query_string": query.encode()})
+    app = SimpleNamespace(state=SimpleNamespace(services=SimpleNamespace(product_name="Acme")))
+    return Request({"type": "http", "path": "/", "headers": [], "query_string": query.encode(), "app": app})
 
 
 def form(query: str) -> str:

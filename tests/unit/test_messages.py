@@ -334,7 +334,7 @@ def test_limits_are_integers_from_0(fields: dict[str, Any], problem: str) -> Non
 def test_allow_negative_is_a_boolean_and_nothing_like_it(allow: object) -> None:
     shown = "null" if allow is None else repr(allow)
     assert refused("wallet.adjust", adjust(allow_negative=allow)) == (
-        f"wallet.adjust: allow_negative must be a valid boolean, got {shown}"
+        f"wallet.adjust: allow_negative must be true or false, got {shown}"
     )
 
 
@@ -589,7 +589,11 @@ def test_other_arguments_are_no_message(args: list[object], kwargs: dict[str, ob
 @pytest.mark.parametrize(
     ("task", "shown"),
     [
-        ("workflow.strat", "'workflow.strat'"),
+        ("workflow.strat", "'workflow.strat'; did you mean workflow.start?"),
+        ("purchase", "'purchase'; did you mean wallet.purchase?"),
+        ("wallet.subscription", "'wallet.subscription'; did you mean wallet.subscribe?"),
+        ("wallet.nothing", "'wallet.nothing'"),
+        ("celery.chord", "'celery.chord'"),
         ("", "''"),
         ("a\x00\n\ud800é", "'a\\x00\\n\\ud800\\xe9'"),
         ("x" * 1_000, f"'{'x' * 76}..."),
@@ -624,10 +628,21 @@ def test_a_bad_message_names_its_organization_if_that_could_exist(org_id: object
 
 @pytest.mark.parametrize(
     ("name", "shown"),
-    [("credit", "credit"), ("crédit", "cr\\xe9dit"), ("a.b", "a.b"), ("x" * 100, "x" * 64)],
+    [("colour", "colour"), ("colouré", "colour\\xe9"), ("a.b", "a.b"), ("x" * 100, "x" * 64)],
 )
 def test_an_unknown_field_is_named(name: str, shown: str) -> None:
     assert refused("workflow.start", start(**{name: 1})) == f"workflow.start: {shown} is not a field of this message"
+
+
+def test_a_field_that_was_probably_meant_is_named() -> None:
+    missing = {"org_id": "acme", "workflow_id": "w1", "credit": 5, "project": "web"}
+    assert refused("workflow.start", missing) == (
+        "workflow.start: credits is missing; credit is not a field of this message (did you mean credits?); "
+        "project is not a field of this message (did you mean project_id?)"
+    )
+    assert refused("workflow.start", start(credit=5)) == (  # credits are given
+        "workflow.start: credit is not a field of this message"
+    )
 
 
 @pytest.mark.parametrize(("unknown", "rest"), [(9, ""), (10, "; … and 1 more"), (100_000, "; … and 99,991 more")])

@@ -11,8 +11,8 @@ from typing import Any, get_args
 import pytest
 
 from api_stub.app import create_app
-from api_stub.workflows import STEPS
-from docs.generate_messages import DEAD_LETTERS, EVENTS, EXAMPLES, HTTP_PATH, OUTCOMES, PAGE, render
+from docs.generate_messages import DEAD_LETTERS, EVENTS, OF_WALLETS, OF_WORKFLOWS, OUTCOMES, PAGE, render
+from ledger.examples import EXAMPLES
 from ledger.messages import MAX_AMOUNT, MAX_CREDITS, MESSAGES, Message, parse
 from ledger.settings import Settings
 from ledger.state import OUTCOMES as WORKFLOW_OUTCOMES
@@ -178,7 +178,7 @@ def test_an_answer_may_have_every_state_and_the_page_names_them() -> None:
     assert re.findall(r"`(\w+)`", meaning) == list(get_args(WorkflowState))
 
 
-def test_the_http_path_of_the_page_is_one_of_the_api() -> None:
+def test_the_paths_of_the_page_are_the_apis() -> None:
     api = create_app(
         Settings(
             database_url="postgresql+psycopg://user:password@host/database",
@@ -186,10 +186,11 @@ def test_the_http_path_of_the_page_is_one_of_the_api() -> None:
             jwt_secret="a secret of at least thirty-two characters",
         )
     )
-    assert f"`POST {HTTP_PATH}`" in TEXT
-    for step in STEPS:
-        assert "post" in api.openapi()["paths"][HTTP_PATH.replace("{step}", step)]
-        assert f"`{step}`" in TEXT.split(HTTP_PATH)[1].split("there")[0]
+    for task in MESSAGES:
+        kind, _, name = task.partition(".")
+        path = OF_WORKFLOWS if kind == "workflow" else OF_WALLETS
+        assert f"`POST {path}" in TEXT
+        assert "post" in api.openapi()["paths"][f"{path}{name}"]
 
 
 def test_every_outcome_and_reason_is_explained() -> None:

@@ -8,9 +8,9 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from api_stub.app import create_app
-from api_stub.workflows import STEPS
 from ledger.filters import when
-from ledger.messages import MESSAGES, InvalidMessage, parse
+from ledger.message_lines import MessageLine, numbered_lines, read_line
+from ledger.messages import MESSAGES, WORKFLOW_TASKS, InvalidMessage, parse
 from ledger.settings import Settings
 
 DOCUMENT: dict[str, Any] = create_app(
@@ -25,12 +25,23 @@ PATHS: dict[str, dict[str, Any]] = DOCUMENT["paths"]
 OF_A_WORKFLOW = "/api/organizations/{orgId}/workflows/{workflowId}"
 
 
-def body(step: str) -> dict[str, Any]:
-    """What the document says of the body of a report."""
-    schema: dict[str, Any] = PATHS[f"{OF_A_WORKFLOW}/{step}"]["post"]["requestBody"]["content"]["application/json"][
-        "schema"
-    ]
+def request_body(task: str) -> dict[str, Any]:
+    """What the document says of the body with a message."""
+    kind, _, name = task.partition(".")
+    path = f"{OF_A_WORKFLOW}/{name}" if kind == "workflow" else f"/api/organizations/{{orgId}}/{kind}/{name}"
+    found: dict[str, Any] = PATHS[path]["post"]["requestBody"]
+    return found
+
+
+def body(task: str) -> dict[str, Any]:
+    """The schema of the body with a message."""
+    schema: dict[str, Any] = request_body(task)["content"]["application/json"]["schema"]
     return schema
+
+
+def in_path(task: str) -> set[str]:
+    """The fields of a message that its path has."""
+    return {"org_id", "workflow_id"} if task in WORKFLOW_TASKS else {"org_id"}
 
 
 def parameter(path: str, name: str) -> dict[str, Any]:
@@ -71,7 +82,8 @@ def test_every_text_has_a_form_every_number_bounds_and_everything_a_type() -> No
             case {"type": "string"}:
                 assert {"format", "pattern", "enum", "maxLength"} & set(part), (where, part)
             case {"type": "integer"}:
-                assert {"minimum", "maximum"} <= set(part), (where, part)
+                assert {"minimum", "exclusiveMinimum"} & set(part), (where, part)
+                assert "maximum" in part, (where, part)
             case _:
                 assert {"type", "anyOf"} & set(part), (where, part)
 
@@ -83,69 +95,114 @@ def test_no_parameter_is_said_to_be_null_which_nobody_can_send() -> None:
                 assert {"type": "null"} not in parts(found["schema"]), (path, found["name"])
 
 
-def test_the_body_of_each_report_is_told_and_where_it_is_needed() -> None:
-    required = {step: PATHS[f"{OF_A_WORKFLOW}/{step}"]["post"]["requestBody"]["required"] for step in STEPS}
-    assert required == {"start": True, "finish": True, "cancel": False, "fail": False}
-    for step in STEPS:
-        fields = set(MESSAGES[f"workflow.{step}"].model_fields) - {"org_id", "workflow_id"}
-        assert set(body(step)["properties"]) == fields
+@pytest.mark.parametrize("task", MESSAGES)
+def test_the_body_of_each_message_is_told_with_an_example_and_where_it_is_needed(task: str) -> None:
+    fields = {name: field for name, field in MESSAGES[task].model_fields.items() if name not in in_path(task)}
+    assert set(body(task)["properties"]) == set(fields)
+    assert set(body(task)["required"]) == {name for name, field in fields.items() if field.is_required()}
+    assert request_body(task)["required"] == (task not in ("workflow.cancel", "workflow.fail"))
+    example = request_body(task)["content"]["application/json"]["example"]
+    assert allows(body(task), example)
+    assert not isinstance(parse(task, example | dict.fromkeys(in_path(task), "acme")), InvalidMessage)
+
+
+@pytest.mark.parametrize("task", MESSAGES)
+def test_every_answer_to_a_message_is_told(task: str) -> None:
+    kind, _, name = task.partition(".")
+    place = "workflows/{workflowId}" if task in WORKFLOW_TASKS else kind
+    operation = PATHS[f"/api/organizations/{{orgId}}/{place}/{name}"]["post"]
+    expected = ["200", "202", "400", "401", "403", "404", "409", "413", "422", "503", "default"]
+    assert sorted(operation["responses"]) == expected
+    assert ("Location" in operation["responses"]["202"]["headers"]) == (task in WORKFLOW_TASKS)
+    assert operation["summary"] == task
+    [wait] = [found for found in operation["parameters"] if found["in"] == "header"]
+    assert (wait["name"], wait["required"]) == ("Prefer", False)
+
+
+def test_the_example_of_a_batch_is_one() -> None:
+    content = PATHS["/api/messages"]["post"]["requestBody"]["content"]["application/jsonl"]
+    lines = [read_line(line) for _, line in numbered_lines([content["example"].encode()])]
+    assert [line.task for line in lines if isinstance(line, MessageLine)] == list(MESSAGES)
+    assert allows(content["schema"], content["example"])
 
 
 @pytest.mark.parametrize(
-    ("step", "fields"),
+    ("task", "fields"),
     [
-        ("start", {}),
-        ("start", {"credits": -1}),
-        ("start", {"credits": 10**12 + 1}),
-        ("start", {"credits": "5"}),
-        ("start", {"credits": 5, "expires_in_s": 59}),
-        ("start", {"credits": 5, "project_id": "a b"}),
-        ("start", {"credits": 5, "activity_name": ""}),
-        ("start", {"credits": 5, "activity_name": "x" * 257}),
-        ("start", {"credits": 5, "activity_name": "a\x00b"}),
-        ("start", {"credits": 5, "reason": "not a field of this message"}),
-        ("cancel", {"credits": 5}),
-        ("cancel", {"reason": "a\x00b"}),
-        ("cancel", {"reason": "x" * 501}),
-        ("cancel", {"reason": 5}),
-        ("cancel", {"source": ""}),
-        ("cancel", {"metadata": None}),
-        ("cancel", {"metadata": []}),
-        ("cancel", {"metadata": "text"}),
-        ("cancel", {"metadata": {"a\x00b": 1}}),
-        ("cancel", {"metadata": {"a": "a\x00b"}}),
-        ("cancel", {"metadata": {"a": [{"b": "a\x00b"}]}}),
-        ("cancel", {"occurred_at": 5}),
-        ("cancel", {"occurred_at": "yesterday"}),
-        ("cancel", {"occurred_at": "2026-01-31"}),
-        ("cancel", {"occurred_at": "2026-02-30T09:00:00Z"}),
-        ("cancel", {"occurred_at": "2026-01-31T09:00:00"}),
-        ("cancel", {"occurred_at": "2026-01-31T23:59:60Z"}),
-        ("cancel", {"occurred_at": "1970-12-31T23:59:59Z"}),
-        ("cancel", {"occurred_at": "3000-01-01T00:00:00Z"}),
+        ("workflow.start", {}),
+        ("workflow.start", {"credits": -1}),
+        ("workflow.start", {"credits": 10**12 + 1}),
+        ("workflow.start", {"credits": "5"}),
+        ("workflow.start", {"credits": 5, "expires_in_s": 59}),
+        ("workflow.start", {"credits": 5, "project_id": "a b"}),
+        ("workflow.start", {"credits": 5, "activity_name": ""}),
+        ("workflow.start", {"credits": 5, "activity_name": "x" * 257}),
+        ("workflow.start", {"credits": 5, "activity_name": "a\x00b"}),
+        ("workflow.start", {"credits": 5, "reason": "not a field of this message"}),
+        ("workflow.cancel", {"credits": 5}),
+        ("workflow.cancel", {"reason": "a\x00b"}),
+        ("workflow.cancel", {"reason": "x" * 501}),
+        ("workflow.cancel", {"reason": 5}),
+        ("workflow.cancel", {"source": ""}),
+        ("workflow.cancel", {"metadata": None}),
+        ("workflow.cancel", {"metadata": []}),
+        ("workflow.cancel", {"metadata": "text"}),
+        ("workflow.cancel", {"metadata": {"a\x00b": 1}}),
+        ("workflow.cancel", {"metadata": {"a": "a\x00b"}}),
+        ("workflow.cancel", {"metadata": {"a": [{"b": "a\x00b"}]}}),
+        ("workflow.cancel", {"occurred_at": 5}),
+        ("workflow.cancel", {"occurred_at": "yesterday"}),
+        ("workflow.cancel", {"occurred_at": "2026-01-31"}),
+        ("workflow.cancel", {"occurred_at": "2026-02-30T09:00:00Z"}),
+        ("workflow.cancel", {"occurred_at": "2026-01-31T09:00:00"}),
+        ("workflow.cancel", {"occurred_at": "2026-01-31T23:59:60Z"}),
+        ("workflow.cancel", {"occurred_at": "1970-12-31T23:59:59Z"}),
+        ("workflow.cancel", {"occurred_at": "3000-01-01T00:00:00Z"}),
+        ("wallet.purchase", {"purchase_id": "p", "credits": 0}),
+        ("wallet.purchase", {"purchase_id": "p", "credits": 5, "expires_at": "tomorrow"}),
+        ("wallet.purchase", {"purchase_id": "a b", "credits": 5}),
+        ("wallet.adjust", {"adjustment_id": "a", "credits": 0, "reason": "typo"}),
+        ("wallet.adjust", {"adjustment_id": "a", "credits": 5}),
+        ("wallet.adjust", {"adjustment_id": "a", "credits": 5, "reason": "grant_expired"}),
+        ("wallet.adjust", {"adjustment_id": "a", "credits": 5, "reason": "typo", "allow_negative": "yes"}),
+        ("wallet.bill", {"billing_id": "b", "credits": -(10**12) - 1}),
+        ("wallet.reverse", {"reversal_id": "r", "purchase_id": "p", "reason": "bored"}),
+        ("wallet.subscribe", {"subscription_id": "s", "version": 0, "plan": "team", "monthly_credits": 5}),
+        ("wallet.subscribe", {"subscription_id": "s", "version": 1, "plan": "", "monthly_credits": 5}),
+        ("wallet.configure", {"version": 1, "period_cap": -1}),
+        ("wallet.configure", {"version": 2**53}),
     ],
 )
-def test_what_is_refused_for_its_form_the_document_does_not_allow(step: str, fields: dict[str, Any]) -> None:
-    given = {"org_id": "acme", "workflow_id": "w1", **fields}
-    assert isinstance(parse(f"workflow.{step}", given), InvalidMessage)
-    assert not allows(body(step), fields)
+def test_what_is_refused_for_its_form_the_document_does_not_allow(task: str, fields: dict[str, Any]) -> None:
+    given = dict.fromkeys(in_path(task), "acme") | fields
+    assert isinstance(parse(task, given), InvalidMessage)
+    assert not allows(body(task), fields)
 
 
 @pytest.mark.parametrize(
-    ("step", "fields"),
+    ("task", "fields"),
     [
-        ("start", {"credits": 0, "expires_in_s": 60, "project_id": "a:b", "activity_name": "größe\n", "source": "crm"}),
-        ("finish", {"credits": 10**12, "project_id": None, "activity_name": None}),
-        ("cancel", {}),
-        ("fail", {"reason": "\x01", "occurred_at": None, "metadata": {"": [None, True, 1.5, -1, "größe", {"a": {}}]}}),
-        ("cancel", {"occurred_at": "1971-01-01T00:00:00Z"}),
-        ("cancel", {"occurred_at": "2999-12-31T23:59:59.1234567+23:59"}),
+        (
+            "workflow.start",
+            {"credits": 0, "expires_in_s": 60, "project_id": "a:b", "activity_name": "größe\n", "source": "crm"},
+        ),
+        ("workflow.finish", {"credits": 10**12, "project_id": None, "activity_name": None}),
+        ("workflow.cancel", {}),
+        (
+            "workflow.fail",
+            {"reason": "\x01", "occurred_at": None, "metadata": {"": [None, True, 1.5, -1, "größe", {"a": {}}]}},
+        ),
+        ("workflow.cancel", {"occurred_at": "1971-01-01T00:00:00Z"}),
+        ("workflow.cancel", {"occurred_at": "2999-12-31T23:59:59.1234567+23:59"}),
+        ("wallet.bill", {"billing_id": "b", "credits": 0, "source": "billing", "invoice_id": None}),
+        ("wallet.adjust", {"adjustment_id": "a", "credits": -1, "reason": "expired", "allow_negative": True}),
+        ("wallet.configure", {"version": 2**53 - 1, "credit_limit": 0, "period_cap": None}),
     ],
 )
-def test_what_the_document_allows_is_taken(step: str, fields: dict[str, Any]) -> None:
-    given = {"org_id": "acme", "workflow_id": "w1", **fields}
-    assert not isinstance(parse(f"workflow.{step}", given), InvalidMessage)
-    assert allows(body(step), fields)
+def test_what_the_document_allows_is_taken(task: str, fields: dict[str, Any]) -> None:
+    given = dict.fromkeys(in_path(task), "acme") | fields
+    assert not isinstance(parse(task, given), InvalidMessage)
+    assert allows(body(task), fields)
 
 
 TIMES = [

@@ -171,7 +171,7 @@ def test_a_wallet_message_posts_one_event_to_the_prepaid_balance(
             created_at=NOW,
             event_type=event_type,
             source=source,
-            workflow_id=None,
+            workflow_id=fields.get("workflow_id"),
             project_id=None,
             activity_name=None,
             credits=credits,
@@ -184,6 +184,15 @@ def test_a_wallet_message_posts_one_event_to_the_prepaid_balance(
         ),
     )
     assert ledger.wallet.last_seq == 5
+
+
+def test_the_event_of_a_refund_has_the_columns_of_its_workflow() -> None:
+    ledger = MemoryLedger(NOW)
+    ledger.send("workflow.finish", workflow_id="run-1", credits=5, project_id="web", activity_name="Crawl")
+    [named] = ledger.send("wallet.refund", refund_id="r1", credits=2, workflow_id="run-1").events
+    assert (named.workflow_id, named.project_id, named.activity_name) == ("run-1", "web", "Crawl")
+    [other] = ledger.send("wallet.refund", refund_id="r2", credits=2, metadata={"workflow_id": "run-1"}).events
+    assert (other.workflow_id, other.project_id, other.activity_name) == (None, None, None)
 
 
 @pytest.mark.parametrize(("task", "fields", "event_type", "credits", "prepaid", "source", "key", "own"), POSTED)

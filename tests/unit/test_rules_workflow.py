@@ -7,7 +7,7 @@ import pytest
 
 from ledger import rules
 from ledger.messages import Cancel, Message, WalletMessage, WorkflowMessage
-from ledger.state import Event, Limit, Refusal, Wallet, Workflow
+from ledger.state import Event, Limit, Quote, Refusal, Wallet, Workflow
 from tests.memory import MemoryLedger, Row, row, rows
 
 NOW = datetime(2026, 1, 31, 9, tzinfo=UTC)
@@ -451,14 +451,27 @@ def test_a_rejected_start_is_told_the_limit_and_what_counts() -> None:
     ledger = ledger_with(100, period_cap=60, credit_limit=10)
     ledger.send("workflow.finish", workflow_id="w1", credits=20)
     ledger.send("workflow.start", workflow_id="w2", credits=25)
-    assert ledger.send("workflow.start", workflow_id="w3", credits=66).limit == Limit(
-        "insufficient_credits", limit=90, used=0, reserved=25, resets_at=None
-    )
-    assert ledger.send("workflow.start", workflow_id="w4", credits=65).limit == Limit(
-        "period_cap", limit=60, used=20, reserved=25, resets_at=None
-    )
-    assert ledger.send("workflow.start", workflow_id="w4", credits=65).limit is None
-    assert ledger.send("workflow.start", workflow_id="w5", credits=15).limit is None
+    funds = Limit("insufficient_credits", limit=90, used=0, reserved=25, resets_at=None)
+    cap = Limit("period_cap", limit=60, used=20, reserved=25, resets_at=None)
+    started = [("w3", 66, funds, 1), ("w4", 65, cap, 50), ("w4", 65, None, None), ("w5", 15, None, None)]
+    for workflow_id, wanted, limit, shortfall in started:
+        quote = rules.quote(ledger.wallet, wanted)
+        decision = ledger.send("workflow.start", workflow_id=workflow_id, credits=wanted)
+        assert (decision.limit, decision.shortfall) == (limit, shortfall)
+        if not decision.duplicate:
+            assert (quote.outcome, quote.reason, quote.shortfall) == (decision.outcome, decision.reason, shortfall)
+            assert (quote.limits, quote.available, quote.as_of_seq) == ((funds, cap), 55, 3)
+    assert [limit.remaining for limit in (funds, cap)] == [65, 15]
+
+
+def test_a_quote_changes_nothing_and_has_the_limits_that_there_are() -> None:
+    empty = Wallet("acme")
+    nothing = Limit("insufficient_credits", limit=0, used=0, reserved=0, resets_at=None)
+    assert rules.quote(empty, 0) == Quote("reserved", None, 0, None, (nothing,), 0)
+    assert rules.quote(empty, 7) == Quote("rejected", "insufficient_credits", 0, 7, (nothing,), 0)
+    capped = ledger_with(100, period_cap=0).wallet
+    assert rules.quote(capped, 0).outcome == "reserved"
+    assert rules.quote(capped, 1).reason == "period_cap"
 
 
 def test_the_cap_of_a_period_ends_with_it_and_without_a_subscription_never() -> None:

@@ -185,13 +185,37 @@ def test_a_setting_like_no_other_is_told_all_there_are(environment: Environment)
         ),
         (
             {"BROKER_URL": "host:6379"},
-            "HOLDFAST_BROKER_URL must begin with redis://, rediss://, amqp:// or amqps:// and name a host",
+            (
+                "HOLDFAST_BROKER_URL must begin with redis://, rediss://, amqp:// or amqps:// and name a host; "
+                "it has no scheme, such as redis://"
+            ),
+        ),
+        (
+            {"BROKER_URL": "user:sekrit@host"},
+            (
+                "HOLDFAST_BROKER_URL must begin with redis://, rediss://, amqp:// or amqps:// and name a host; "
+                "it has no scheme, such as redis://"
+            ),
+        ),
+        (
+            {"ENGINE_BROKER_URL": "http://user:sekrit@host:8000"},
+            (
+                "HOLDFAST_ENGINE_BROKER_URL must begin with redis://, rediss://, amqp:// or amqps:// and name a host; "
+                "http is for the API or a web page, not for the broker"
+            ),
+        ),
+        (
+            {"RESULT_URL": "HTTPS://user:sekrit@host"},
+            (
+                "HOLDFAST_RESULT_URL must begin with redis:// or rediss:// and name a host; "
+                "http is for the API or a web page, not for the broker"
+            ),
         ),
         ({"JWT_AUDIENCE": "sekrit "}, "HOLDFAST_JWT_AUDIENCE must not begin or end with a space"),
         ({"JWT_ISSUER": "  "}, "HOLDFAST_JWT_ISSUER must not begin or end with a space"),
         (
-            {"JWT_PUBLIC_KEY": "-----BEGIN PUBLIC KEY-----sekrit" * 2},
-            "HOLDFAST_JWT_PUBLIC_KEY must be one key, not several",
+            {"JWT_PUBLIC_KEY": "-----BEGIN PUBLIC KEY-----sekrit" * 3},
+            "HOLDFAST_JWT_PUBLIC_KEY must be one key, or the new and the old one, not more",
         ),
         (
             {"RESULT_URL": "amqp://user:sekrit@host"},
@@ -273,6 +297,24 @@ def test_what_a_token_must_say_is_not_looked_at_unless_it_is_set(environment: En
     environment(JWT_AUDIENCE="https://credits.example", JWT_ISSUER="https://login.example/")
     settings = Settings.load("jwt_audience", "jwt_issuer")
     assert (settings.jwt_audience, settings.jwt_issuer) == ("https://credits.example", "https://login.example/")
+
+
+@pytest.mark.parametrize("name", ["A", "Acme <Credits> & Söhne", "積分", "x" * 40, "{{ 7 * 7 }}", "क्\u200dष"])
+def test_a_product_has_any_name_that_fits_on_a_page(environment: Environment, name: str) -> None:
+    environment(PRODUCT_NAME=name)
+    assert Settings.load().product_name == name
+
+
+@pytest.mark.parametrize("name", ["x" * 41, "two\nlines", "\u202egnp", "\udcff", "a\tb"])
+def test_a_product_has_no_name_that_does_not_fit_on_a_page(environment: Environment, name: str) -> None:
+    environment(PRODUCT_NAME=name)
+    assert refusal() == "HOLDFAST_PRODUCT_NAME must be one line of printable text, of at most 40 characters"
+
+
+@pytest.mark.parametrize("name", [" ", " A", "A "])
+def test_a_name_has_no_space_around_it(environment: Environment, name: str) -> None:
+    environment(PRODUCT_NAME=name)
+    assert refusal() == "HOLDFAST_PRODUCT_NAME must not begin or end with a space"
 
 
 @pytest.mark.parametrize("scheme", ["redis", "rediss", "amqp", "amqps"])

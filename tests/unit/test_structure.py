@@ -48,9 +48,10 @@ RULES: list[Rule] = [
         for module in PURE
     ),
     ("worker/client.py", PURE, ("ledger",)),
+    ("worker/async_client.py", PURE, ("ledger",)),
     ("worker/*.py", (), ("api_stub", "worker.cli", "worker.local", "typer", "rich")),
     ("worker/local/**/*.py", (), ("api_stub", "worker.cli", "typer", "rich")),
-    ("api_stub/**/*.py", ("worker.client", "worker.replaying"), ("worker",)),
+    ("api_stub/**/*.py", ("worker.async_client", "worker.client", "worker.replaying"), ("worker",)),
     *((f"{package}/**/*.py", (), ("tests", "bench", "hypothesis", "pytest")) for package in PACKAGES),
     *((f"tests/{tier}/**/*.py", (), tuple(f"tests.{other}" for other in TIERS if other != tier)) for tier in TIERS),
     ("tests/*.py", (), tuple(f"tests.{tier}" for tier in TIERS)),
@@ -199,7 +200,7 @@ def test_an_allowed_import_is_not_found(tmp_path: Path, path: str, source: str) 
 def test_the_client_needs_what_is_installed_without_an_extra_and_no_less() -> None:
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     provided = packages_distributions()
-    needed = {canonicalize_name(provided[name][0]) for name in brought_along(ROOT, "worker.client")}
+    needed = {canonicalize_name(provided[name][0]) for name in brought_along(ROOT, "worker.async_client")}
     assert needed <= what_runs(dependencies)
     assert needed >= {canonicalize_name(Requirement(line).name) for line in dependencies}
 

@@ -12,14 +12,16 @@ with extras.of_the_server():
 
     from ledger import migrations, roles
     from ledger.database import UnsuitableDatabaseError
-    from ledger.faults import describe
+    from ledger.faults import describe, is_about_schema
     from ledger.settings import SettingsError
-    from worker.cli import database, failed, holds, running, token, wallet
-    from worker.cli.terminal import fail
+    from worker.cli import database, failed, holds, running, send, token, totals, wallet
+    from worker.cli.terminal import fail, open_ledger
+    from worker.cli.wording import Commands
     from worker.client import ClientError
     from worker.local.process import ServiceError
 
 app = typer.Typer(
+    cls=Commands,
     help="A credit ledger: workflows reserve and use credits, exactly once.",
     epilog="Example: holdfast demo",
     no_args_is_help=True,
@@ -29,7 +31,7 @@ app = typer.Typer(
 )
 
 
-for group in (database, running, wallet, failed, holds, token):
+for group in (database, running, wallet, totals, send, failed, holds, token):
     app.add_typer(group.app)
 
 
@@ -49,4 +51,7 @@ def main() -> None:
     except DBAPIError as error:
         if isinstance(error.orig, UnsuitableDatabaseError):
             fail(str(error.orig))
+        if is_about_schema(error):
+            with open_ledger() as engine:
+                fail(migrations.described(error, engine))
         fail(f"the database does not answer as it should: {describe(error)}")

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
 from ledger import bodies, dead_letters
 from ledger.dead_letters import (
@@ -25,6 +25,7 @@ from ledger.dead_letters import (
     UnknownLetterError,
 )
 from ledger.readable import beginning, escaped, shortened
+from ledger.state import ErrorCode
 from worker.cli.tables import Column, properties, table
 from worker.cli.terminal import (
     AsJson,
@@ -42,7 +43,9 @@ from worker.cli.terminal import (
     this_person,
     warn,
 )
+from worker.cli.wording import did_you_mean
 from worker.replaying import Replayer
+from worker.tasks import TASKS
 
 MAX_LISTED = 1_000
 ERROR_LISTED = 300
@@ -79,6 +82,17 @@ Since = Annotated[
 
 _CODES = "conflict, invalid_message, refund_exceeds_usage, …"
 
+
+def _known_code(code: str | None) -> str | None:
+    """Return `code` if there is such an error. Raises typer.BadParameter."""
+    if one_line(code) is not None and code not in get_args(ErrorCode):
+        assert code is not None
+        codes = ", ".join(get_args(ErrorCode))
+        hint = did_you_mean(code, get_args(ErrorCode)) or f"; the codes are {codes}"
+        raise typer.BadParameter(f"{escaped(code)} is no error of a dead letter{hint}")
+    return code
+
+
 _COLUMNS = (
     Column("id", keeps_line=True),
     Column("last_failed_at", keeps_line=True, needs_width=70),
@@ -94,7 +108,7 @@ _COLUMNS = (
 @app.command("list", epilog="Example: holdfast failed list --error conflict --since 2026-01-31")
 def list_letters(
     code: Annotated[
-        str | None, typer.Option("--error", metavar="CODE", help=f"Only this error: {_CODES}", callback=one_line)
+        str | None, typer.Option("--error", metavar="CODE", help=f"Only this error: {_CODES}", callback=_known_code)
     ] = None,
     task: Task = None,
     org_id: Org = None,
@@ -106,6 +120,7 @@ def list_letters(
     """List dead letters, newest first: the open ones, unless --status says otherwise. `show` has the messages."""
     matching = LetterFilter(None if status is Status.ALL else status, code, task, org_id, moment(since, "--since"))
     with open_ledger() as engine, engine.connect() as connection:
+        _refuse_unknown_task(connection, task)
         found = dead_letters.letters(connection, matching, limit=limit + 1)
         is_told = org_id is not None and not as_json
         nameless = dead_letters.count_without_organization(connection, matching) if is_told else 0
@@ -151,7 +166,7 @@ def replay(
     all_matching: Annotated[bool, typer.Option("--all", help="Every open dead letter that matches.")] = False,
     code: Annotated[
         str | None,
-        typer.Option("--error", metavar="CODE", help=f"With --all, only this error: {_CODES}", callback=one_line),
+        typer.Option("--error", metavar="CODE", help=f"With --all, only this error: {_CODES}", callback=_known_code),
     ] = None,
     task: Task = None,
     org_id: Org = None,
@@ -167,6 +182,12 @@ def replay(
     They keep their ids, so nothing is applied twice. Exit code 1 if a message failed again: it stays a dead letter.
     """
     matching = LetterFilter("open", code, task, org_id, moment(since, "--since"))
+    if not letter_ids and not all_matching and matching != LetterFilter("open"):
+        raise typer.BadParameter(
+            "is missing: without it, --error, --task, --org and --since choose nothing. With --all --dry-run you see"
+            " which dead letters would be replayed",
+            param_hint="--all",
+        )
     if bool(letter_ids) == all_matching:
         raise typer.BadParameter("give either dead letters or --all", param_hint="ID")
     if letter_ids and matching != LetterFilter("open"):
@@ -174,6 +195,8 @@ def replay(
     tell = (lambda _line: None) if as_json else say
     done: list[Done] = []
     with open_ledger() as engine, _printed(done, as_json=as_json):
+        with engine.connect() as connection:
+            _refuse_unknown_task(connection, task)
         chosen = letter_ids or _all_matching(engine, matching, tell)
         if not chosen:
             tell("No open dead letter matches.")
@@ -216,6 +239,14 @@ def discard(
             except (UnknownLetterError, NotOpenError) as error:
                 done.append(_refused(letter_id, str(error)))
     raise typer.Exit(0 if _well(done) == len(letter_ids) else 1)
+
+
+def _refuse_unknown_task(connection: Connection, task: str | None) -> None:
+    """Raise typer.BadParameter if neither Holdfast nor any dead letter knows the task."""
+    if task is None or task in TASKS or dead_letters.letters(connection, LetterFilter(None, task=task), limit=1):
+        return
+    hint = did_you_mean(task, TASKS) or f"; the tasks are {', '.join(sorted(TASKS))}"
+    raise typer.BadParameter(f"there is no task {escaped(task)}, nor a dead letter of it{hint}", param_hint="--task")
 
 
 # Results, one for each dead letter

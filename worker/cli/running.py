@@ -1,7 +1,9 @@
 """`holdfast up`, `holdfast demo` and `holdfast consuming`: start everything here, and check a worker."""
 
+import shlex
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -13,6 +15,7 @@ from celery.utils.nodenames import default_nodename
 from ledger import audit, history, views
 from ledger.database import connect
 from ledger.dead_letters import described
+from ledger.readable import escaped
 from ledger.settings import Settings
 from ledger.state import Result
 from worker import publishing
@@ -34,26 +37,24 @@ def up(
         Path | None,
         typer.Option(help="The data folder. Default: HOLDFAST_DATA_DIR, or .holdfast in the current folder."),
     ] = None,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh", help="New ports, passwords and secrets, instead of those of earlier starts. Keeps the data."
+        ),
+    ] = False,
 ) -> None:
-    """Run PostgreSQL, a broker, the worker, the beat and the API, until Ctrl-C. Needs nothing else installed."""
-    folder = data_dir or Settings.load().data_dir or default_data_dir(Path.cwd())
+    """Run PostgreSQL, a broker, the worker, the beat and the API, until Ctrl-C. Needs nothing else installed.
+
+    Every start on a data folder has the same URLs, passwords and secrets.
+    """
+    settings = Settings.load()
+    folder = data_dir or settings.data_dir or default_data_dir(Path.cwd())
     _stop_on_signals()
     try:
-        with System(folder, progress=_step) as system:
-            console.print(
-                "[bold green]Holdfast is ready.[/] Ctrl-C stops it.\n\n"
-                f"The credit history of the demo organization, {story.ORGANIZATION}, in a browser:\n"
-                f"  {story.sign_in_link(system)}\n\n"
-                "In another terminal, for the other commands and for engines:\n"
-                f'  export HOLDFAST_DATABASE_URL="{system.embedded.reader_url}"\n'
-                f'  export HOLDFAST_BROKER_URL="{system.embedded.broker_url}"\n'
-                f'  export HOLDFAST_ENGINE_BROKER_URL="{system.embedded.engine_broker_url}"\n'
-                f'  export HOLDFAST_JWT_SECRET="{system.jwt_secret}"\n'
-                f'  export API_URL="{system.url}"\n\n'
-                f"Metrics for Prometheus: {' and '.join(system.metrics_urls)}\n"
-                f"Data and logs are in {system.embedded.data_dir}",
-                soft_wrap=True,
-            )
+        with System(folder, fresh=fresh, product_name=settings.product_name, progress=_step) as system:
+            console.print("[bold green]Holdfast is ready.[/] Ctrl-C stops it.")
+            print(_how_to_reach(system), flush=True)
             try:
                 system.supervise(until=_stop.is_set)
             finally:
@@ -119,6 +120,32 @@ def consuming(
     if missing:
         fail(f"{worker} answers, but takes no messages from {', '.join(missing)}", code=1)
     console.print(f"{worker} takes messages.")
+
+
+def _how_to_reach(system: System) -> str:
+    settings = {
+        "HOLDFAST_DATABASE_URL": system.embedded.reader_url,
+        "HOLDFAST_BROKER_URL": system.embedded.broker_url,
+        "HOLDFAST_ENGINE_BROKER_URL": system.embedded.engine_broker_url,
+        "HOLDFAST_JWT_SECRET": system.jwt_secret,
+        "API_URL": system.url,
+    }
+    exports = [f'  export {name}="{value}"' for name, value in settings.items()]
+    ours = Path(sys.executable).parent
+    if shutil.which("holdfast") != str(ours / "holdfast"):
+        exports.append(f'  export PATH={shlex.quote(str(ours))}:"$PATH"')
+    lines = [
+        "",
+        f"The credit history of the demo organization, {story.ORGANIZATION}, in a browser:",
+        f"  {story.sign_in_link(system)}",
+        "",
+        "In another terminal, for the other commands and for engines:",
+        *exports,
+        "",
+        f"Metrics for Prometheus: {' and '.join(system.metrics_urls)}",
+        f"Data and logs are in {escaped(str(system.embedded.data_dir))}",
+    ]
+    return "\n".join(lines)
 
 
 _stop = threading.Event()

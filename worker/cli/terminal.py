@@ -89,6 +89,17 @@ def moment(text: str | None, option: str) -> datetime | None:
     return None if given is None else given.begin
 
 
+def time_range(first: str | None, last: str | None) -> tuple[datetime | None, datetime | None]:
+    """The range that was given as --from and --to: its first moment, and the one before which it ends.
+
+    Raises typer.BadParameter.
+    """
+    try:
+        return filters.time_range(when(first, "--from"), when(last, "--to"))
+    except ValueError:
+        raise typer.BadParameter("must not be before --from", param_hint="--to") from None
+
+
 @contextmanager
 def open_ledger() -> Iterator[Engine]:
     """The database that the settings name. Raises SettingsError."""

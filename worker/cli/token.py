@@ -17,7 +17,9 @@ app = typer.Typer()
 def token(
     scopes: Annotated[
         list[str],
-        typer.Option("--scope", metavar="SCOPE", help="Repeatable: credits:read, workflows:write, operator."),
+        typer.Option(
+            "--scope", metavar="SCOPE", help="Repeatable: credits:read, workflows:write, wallet:write, operator."
+        ),
     ],
     org_ids: Annotated[
         list[str] | None, typer.Option("--org", metavar="ORG", help="Repeatable: an organization it is valid for.")

@@ -13,7 +13,7 @@ from ledger.readable import escaped
 from ledger.state import EventType
 from ledger.views import Ending, WalletView
 from worker.cli.tables import Column, properties, table
-from worker.cli.terminal import AsJson, Organization, console, fail, open_ledger, print_json, when
+from worker.cli.terminal import AsJson, Organization, console, fail, open_ledger, print_json, time_range
 
 app = typer.Typer()
 
@@ -31,9 +31,9 @@ def wallet(org_id: Organization, as_json: AsJson = False) -> None:
         console.print(wallet_table(view))
 
 
-def _project(text: str | None) -> str | None:
+def _identifier(text: str | None) -> str | None:
     try:
-        return None if text is None else filters.project(text)
+        return None if text is None else filters.identifier(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
@@ -52,7 +52,11 @@ def show_history(
         list[str] | None, typer.Option("--type", metavar="TYPE", help=f"Repeatable: {', '.join(get_args(EventType))}.")
     ] = None,
     project_id: Annotated[
-        str | None, typer.Option("--project", metavar="ID", help="Only this project.", callback=_project)
+        str | None, typer.Option("--project", metavar="ID", help="Only this project.", callback=_identifier)
+    ] = None,
+    workflow_id: Annotated[
+        str | None,
+        typer.Option("--workflow", metavar="ID", help="Only this workflow and its refunds.", callback=_identifier),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, max=history.MAX_PAGE, help="How many events.")] = history.MAX_PAGE,
     offset: Annotated[int, typer.Option(min=0, max=2**62, help="How many newer events to skip.")] = 0,
@@ -63,15 +67,13 @@ def show_history(
         if name not in get_args(EventType):
             known = ", ".join(get_args(EventType))
             raise typer.BadParameter(f"{escaped(name)} is not one of {known}", param_hint="--type")
-    try:
-        created_from, created_before = filters.time_range(when(first, "--from"), when(last, "--to"))
-    except ValueError:
-        raise typer.BadParameter("must not be before --from", param_hint="--to") from None
+    created_from, created_before = time_range(first, last)
     matching = EventFilter(
         created_from=created_from,
         created_before=created_before,
         event_types=tuple(event_type or ()),  # type: ignore[arg-type] # checked above
         project_id=project_id,
+        workflow_id=workflow_id,
     )
     with open_ledger() as engine, engine.connect() as connection:
         page = history.events(connection, org_id, matching, limit=limit, offset=offset)
@@ -98,7 +100,8 @@ def wallet_table(view: WalletView) -> Table:
             ("plan", view.plan or "none"),
             ("period ends" if view.plan_ends_at is None else "plan ends", view.current_period_end),
             *((f"plan from {part.starts_at:%Y-%m-%d}", part.plan) for part in [view.next_plan] if part is not None),
-            *((_end_of(part), part.credits) for part in view.ending[:3]),
+            *(("prepaid that ends", view.prepaid_ending) for _ in range(view.prepaid_ending > 0)),
+            *((_end_of(part, view), part.credits) for part in view.ending[:3]),
             ("credit limit", view.credit_limit),
             ("period cap", "none" if view.period_cap is None else view.period_cap),
         ],
@@ -106,17 +109,19 @@ def wallet_table(view: WalletView) -> Table:
     )
 
 
-def _end_of(part: Ending) -> str:
-    if part.expires_at <= datetime.now(UTC):
-        return "kept past their end"
-    return f"ends {part.expires_at:%Y-%m-%d}"
+def _end_of(part: Ending, view: WalletView) -> str:
+    of = "of an earlier plan, " if part.is_from_subscription else ""
+    if part.expires_at > datetime.now(UTC):
+        return f"{of}ends {part.expires_at:%Y-%m-%d}"
+    return f"{of}kept past their end" if view.reserved_credits else f"{of}ends now"
 
 
 # Any other column is text, and is shown on a wide terminal only.
 _COLUMNS = (
     Column("created_at", keeps_line=True),
     Column("event_type", keeps_line=True),
-    Column("source", needs_width=130),
+    Column("source", needs_width=140),
+    Column("workflow_id", needs_width=80),
     Column("project_id", needs_width=90),
     Column("activity_name", needs_width=110),
     Column("credits", is_amount=True),
@@ -124,7 +129,7 @@ _COLUMNS = (
     Column("period_usage_after", needs_width=50, is_amount=True),
 )
 _BY_NAME = {column.name: column for column in _COLUMNS}
-_HISTORY_COLUMNS = [_BY_NAME.get(name, Column(name, needs_width=160)) for name in history.CUSTOMER_COLUMNS]
+_HISTORY_COLUMNS = [_BY_NAME.get(name, Column(name, needs_width=160)) for name in history.TABLE_COLUMNS]
 
 
 def history_table(page: Page, org_id: str) -> Table:

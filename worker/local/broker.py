@@ -1,10 +1,11 @@
-"""The broker from a wheel: Valkey, a child process that listens on 127.0.0.1 and requires a random password.
+"""The broker from a wheel: Valkey, a child process that listens on 127.0.0.1 and requires a password.
 
 It syncs its disk every second: a power cut can cost that second, a kill nothing.
 """
 
 import json
 import secrets
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from redis.retry import Retry
 from worker.local.machine import free_port, wheel
 from worker.local.process import Process, ServiceError
 
-PORT_ATTEMPTS = 5
 _ADMINISTRATOR = "administrator"
 _ANSWER = "celery-task-meta-????????-????-????-????-????????????"
 """The pattern of an answer's key, and of the channel that announces it, with an id in Celery's form."""
@@ -50,14 +50,14 @@ No other keys, and none of the commands that configure, inspect or stop a server
 
 
 class Broker(Process):
-    """A Valkey server that keeps every message, on a free port, with random passwords."""
+    """A Valkey server that keeps every message. Default: on a free port, with random passwords."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, port: int | None = None, passwords: Mapping[str, str] | None = None) -> None:
+        """`passwords` are those of BROKER_USERS, by name."""
         self.data = folder / "broker"
         self._passwords = {user: secrets.token_urlsafe(24) for user in (_ADMINISTRATOR, "holdfast", "engine")}
-        self._port = free_port()
-        self._served = False
-        super().__init__("broker", [str(_valkey_binary()), "-"], folder)
+        self._passwords |= passwords or {}
+        super().__init__("broker", [str(_valkey_binary()), "-"], folder, port=port or free_port())
 
     @property
     def url(self) -> str:
@@ -66,28 +66,19 @@ class Broker(Process):
 
     def url_of(self, user: str) -> str:
         """The URL for one of BROKER_USERS."""
-        return f"redis://{user}:{self._passwords[user]}@127.0.0.1:{self._port}/0"
+        return f"redis://{user}:{self._passwords[user]}@127.0.0.1:{self.port}/0"
 
     def start(self) -> None:
-        """Start it, and return when it answers. The first start chooses the port; later ones keep it."""
+        """Start it, and return when it answers."""
         self.data.mkdir(mode=0o700, exist_ok=True)
-        for attempts_left in reversed(range(PORT_ATTEMPTS)):
-            self.stdin = self._config()  # nobody else can read the password there
-            super().start()
-            try:
-                self.wait_until(self._answers)
-            except ServiceError:
-                if "listening on port" not in self.last_words() or not attempts_left or self._served:
-                    raise
-                self._port = free_port()
-            else:
-                self._served = True
-                return
+        self.stdin = self._config()  # nobody else can read the passwords there
+        super().start()
+        self.wait_until(self._answers)
 
     def _config(self) -> str:
         settings = {
             "bind": "127.0.0.1",
-            "port": str(self._port),
+            "port": str(self.port),
             "dir": json.dumps(str(self.data), ensure_ascii=False),
             "appendonly": "yes",
             "appendfsync": "everysec",

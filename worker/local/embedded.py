@@ -1,42 +1,49 @@
 """PostgreSQL and a broker without installing either: child processes in one data folder.
 
 Guarantee: the servers end with this process. `stop` ends them in order. If this process is killed instead, Linux ends
-them at once, and on any system the next start on the same folder ends survivors. Only one `Embedded` runs on a folder.
+them at once, and on any system the next start on the same folder ends survivors. Only one `Embedded` runs on a folder,
+and every start on it has the same URLs.
 
 Does not: supervise (a server that dies stays dead until `start`), or serve more than this machine.
 """
 
-import fcntl
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
 from ledger.roles import READER, WORKER
 from worker.local.broker import Broker
+from worker.local.data_folder import DataFolder, opened, saying_what_is_wrong_with
 from worker.local.machine import closed_folder
 from worker.local.postgres import OWNER, Postgres, postgres_account, socket_folder
-from worker.local.process import Account, ServiceError
 
 
 class Embedded:
     """Both services in one data folder, from `start` to `stop` (or as a context manager).
 
     `durable=False` is for tests: PostgreSQL is faster, and survives a kill, but may lose its data in a power cut.
-    `progress` gets one line before each step that takes a moment. `start` raises ServiceError, and then leaves nothing
-    running.
+    `fresh`: new ports and passwords, instead of those of earlier starts. `progress` gets one line before each step that
+    takes a moment. `start` raises ServiceError, and then leaves nothing running.
     """
 
+    folder: DataFolder
     postgres: Postgres
     broker: Broker
 
     def __init__(
-        self, data_dir: Path, *, durable: bool = True, progress: Callable[[str], None] = lambda _line: None
+        self,
+        data_dir: Path,
+        *,
+        durable: bool = True,
+        fresh: bool = False,
+        progress: Callable[[str], None] = lambda _line: None,
     ) -> None:
-        self.data_dir = data_dir.resolve()
+        self.data_dir = Path(os.path.realpath(data_dir))  # `resolve` would raise if links lead in a circle
         self._durable = durable
+        self._fresh = fresh
         self._progress = progress
         self._cleanup = ExitStack()
 
@@ -72,17 +79,18 @@ class Embedded:
 
     def start(self) -> None:
         """Start both. Raises ServiceError."""
-        with ExitStack() as cleanup:
+        with saying_what_is_wrong_with(self.data_dir), ExitStack() as cleanup:
             account = postgres_account()
-            cleanup.enter_context(_locked(self.data_dir, account))
+            self.folder = cleanup.enter_context(opened(self.data_dir, account, fresh=self._fresh))
             sockets = cleanup.enter_context(socket_folder(self.data_dir, account))
             self.postgres = Postgres(self.data_dir, sockets, durable=self._durable, account=account)
-            self.broker = Broker(self.data_dir)
             first = "" if self.postgres.data.exists() else " (the first start creates its data)"
             self._progress(f"Starting PostgreSQL{first} …")
             cleanup.callback(self.postgres.stop)
             self.postgres.start()
             self._progress("Starting the broker …")
+            passwords = {user: self.folder.secret(user) for user in ("holdfast", "engine")}
+            self.broker = Broker(self.data_dir, port=self.folder.port("broker"), passwords=passwords)
             cleanup.callback(self.broker.stop)
             self.broker.start()
             self._cleanup = cleanup.pop_all()
@@ -106,28 +114,3 @@ def default_data_dir(checkout: Path) -> Path:
         return checkout / ".holdfast"
     digest = hashlib.sha256(os.fsencode(checkout)).hexdigest()[:8]
     return Path("/var/lib/holdfast") / f"{checkout.name}-{digest}"
-
-
-@contextmanager
-def _locked(data_dir: Path, account: Account | None) -> Iterator[None]:
-    """Create the folder if necessary, check that it can be used, and lock it against a second start."""
-    try:
-        if not data_dir.exists():
-            data_dir.mkdir(parents=True)
-            data_dir.chmod(0o711 if account else 0o700)  # the account passes through it
-        lock = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise ServiceError(f"The data folder {data_dir} cannot be used: {error.strerror}.") from error
-    try:
-        if account and (closed := closed_folder(data_dir, account)):
-            raise ServiceError(
-                f"PostgreSQL refuses to run as root, and the account that it uses instead, {account.pw_name}, "
-                f"cannot enter {closed}: choose a data folder outside it, or run as another user."
-            )
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ServiceError(f"Holdfast already runs on the data folder {data_dir}.") from None
-        yield
-    finally:
-        os.close(lock)

@@ -1,18 +1,27 @@
 """What a server needs from this machine: a free port, the folder of a wheel, a folder that its account can enter."""
 
+import random
 import socket
 import subprocess
+from collections.abc import Collection
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 from worker.local.process import Account, ServiceError, run_as
 
+_PORTS = range(10_000, 32_768)
+"""Below the ports that systems give to outgoing connections: what is free now is likely to be free tomorrow."""
 
-def free_port() -> int:
-    """A port of the loopback interface that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+
+def free_port(*, besides: Collection[int] = ()) -> int:
+    """A port of 127.0.0.1 that is free now, and none of `besides`. Raises ServiceError if there is none."""
+    ports = [port for port in _PORTS if port not in besides]
+    for port in random.sample(ports, len(ports)):
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ServiceError("No port of 127.0.0.1 is free.")
 
 
 def wheel(package: str) -> Path:

@@ -3,13 +3,13 @@
 Does not: upgrade the data of an older PostgreSQL. As root it runs as another account, as it refuses to run as root.
 """
 
+import hashlib
 import importlib.metadata
 import os
 import pwd
 import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,12 +21,21 @@ from psycopg.sql import SQL, Identifier
 
 from ledger.roles import READER, WORKER
 from worker.local.machine import closed_folder, wheel
-from worker.local.process import Account, Process, ServiceError, die_with_us, end_family, signals_postponed
+from worker.local.process import (
+    Account,
+    Process,
+    ServiceError,
+    die_with_us,
+    end_family,
+    most_telling,
+    signals_postponed,
+)
 
 POSTGRES_MAJOR = "18"
 OWNER = "holdfast"
 # The built-in locale sorts text the same on every system. Without an encoding, initdb would guess it from LANG.
 INITDB_OPTIONS = ("--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8")
+SOCKET_FILE = ".s.PGSQL.5432"
 SOCKET_PATH_BYTES = 103  # the shortest limit (macOS); Linux has 107
 
 
@@ -109,7 +118,7 @@ class Postgres(Process):
             finally:  # also when a Ctrl-C ends the wait: its children must not go on writing
                 end_family(process.pid, signal.SIGKILL, 0)
         if process.returncode != 0:
-            raise ServiceError(f"PostgreSQL could not create its data in {new}: {output.strip()}")
+            raise ServiceError(f"PostgreSQL could not create its data in {new}: {most_telling(output)}")
         new.rename(self.data)
 
     def _is_ready(self) -> bool:
@@ -137,31 +146,37 @@ def postgres_account() -> Account | None:
 
 @contextmanager
 def socket_folder(data_dir: Path, account: Account | None) -> Iterator[Path]:
-    """A private folder with a short path; a link in the data folder names it, to clean up after a crash."""
-    link = data_dir / "sockets"
-    _remove_socket_folder(link)
-    name_bytes = len("/holdfast-12345678/.s.PGSQL.5432")
-    short = [
-        parent
-        for parent in (tempfile.gettempdir(), "/tmp")  # noqa: S108 - mkdtemp makes a private folder in it
-        if len(os.fsencode(parent)) + name_bytes <= SOCKET_PATH_BYTES and not closed_folder(Path(parent), account)
-    ]
-    folder = Path(tempfile.mkdtemp(prefix="holdfast-", dir=short[0] if short else None))
-    link.symlink_to(folder)
+    """A private folder for the socket, the same at every start. If the data folder's path is too long, it is in /tmp.
+
+    Raises ServiceError.
+    """
+    folder = data_dir / "sockets"
+    if len(os.fsencode(folder / SOCKET_FILE)) > SOCKET_PATH_BYTES:
+        digest = hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:12]
+        folder = Path("/tmp") / f"holdfast-{digest}"  # noqa: S108 - it is checked to be ours alone
+    _remove_socket_folder(folder)
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        raise ServiceError(
+            f"{folder} is in the way: remove it, or choose another data folder with --data-dir."
+        ) from None
     _give(folder, account)
     try:
         yield folder
     finally:
-        _remove_socket_folder(link)
+        _remove_socket_folder(folder)
 
 
-def _remove_socket_folder(link: Path) -> None:
-    if link.is_symlink():
-        with suppress(OSError):  # gone, or it has files of others: then it stays
-            for name in (".s.PGSQL.5432", ".s.PGSQL.5432.lock"):
-                (link / name).unlink(missing_ok=True)
-            link.readlink().rmdir()
-        link.unlink()
+def _remove_socket_folder(folder: Path) -> None:
+    """Remove what a crash, or an older version, has left."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    with suppress(OSError):  # gone, or it has files of others: then it stays
+        for name in (SOCKET_FILE, f"{SOCKET_FILE}.lock"):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _postgres_bin(folder: Path, account: Account | None) -> Path:

@@ -8,6 +8,7 @@ import ctypes
 import os
 import pwd
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -37,7 +38,8 @@ class Process:
     `<folder>/<name>.log` collects its output. `<folder>/<name>.pid` names it, so that the next `start` first ends a
     survivor of a crash. The caller must make sure that nothing else uses the folder. The child leads a session of its
     own: Ctrl-C reaches only this process, which stops it. On Linux it gets `stop_signal` when the *thread* that called
-    `start` ends, so call `start` from the main thread.
+    `start` ends, so call `start` from the main thread. `port` is the one of 127.0.0.1 on which it listens, if any:
+    `start` raises ServiceError if another program has it.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Process:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         account: Account | None = None,
+        port: int | None = None,
         stop_signal: signal.Signals = signal.SIGTERM,
         stop_timeout_s: float = 10.0,
     ) -> None:
@@ -58,6 +61,7 @@ class Process:
         self.stdin = stdin
         self.log_file = folder / f"{name}.log"
         self.pid_file = folder / f"{name}.pid"
+        self.port = port
         self.stop_signal = stop_signal
         self.stop_timeout_s = stop_timeout_s
         self._options = {"env": env, "cwd": cwd, **run_as(account)}
@@ -81,6 +85,8 @@ class Process:
         if self.is_running:
             return
         self._end_survivor()
+        if self.port is not None:
+            _refuse_taken(self.port, self.name)
         with signals_postponed():
             self.log_file.touch(mode=0o600)
             with self.log_file.open("ab") as log:
@@ -97,16 +103,26 @@ class Process:
         deadline = time.monotonic() + timeout_s
         while not is_ready():
             if not self.is_running or time.monotonic() > deadline:
-                raise ServiceError(f"{self.name} did not start: {self.last_words()} (see {self.log_file})")
+                why = self.killed_by() or self.last_words()
+                raise ServiceError(f"{self.name} did not start: {why} (see {self.log_file})")
             time.sleep(POLL_S)
+
+    def killed_by(self) -> str | None:
+        """The signal that ended it, in words, or None: it runs, or it has ended by itself."""
+        code = None if self._child is None else self._child.returncode
+        if code is None or code >= 0:
+            return None
+        with suppress(ValueError):
+            name = signal.Signals(-code).name
+            who = " (by somebody, or by the kernel when memory ran out)" if name == "SIGKILL" else ""
+            return f"it was killed by {name}{who}"
+        return f"it was killed by signal {-code}"
 
     def last_words(self) -> str:
         """The line of this start's log that most likely says why it ended."""
         with self.log_file.open("rb") as log:
             log.seek(self._log_start)
-            lines = log.read().decode(errors="replace").strip().splitlines() or ["it wrote nothing"]
-        fatal = [line for line in lines if "FATAL" in line or "PANIC" in line]
-        return (fatal or lines)[-1].strip()
+            return most_telling(log.read().decode(errors="replace"))
 
     def stop(self) -> None:
         """Ask it to stop, and kill it if it has not stopped within `stop_timeout_s`."""
@@ -143,6 +159,34 @@ class Process:
             if abs(psutil.Process(int(pid)).create_time() - float(created_s)) < 2:
                 end_family(int(pid), self.stop_signal, self.stop_timeout_s)
         self.pid_file.unlink(missing_ok=True)
+
+
+def most_telling(output: str) -> str:
+    """The line of a program's output that most likely says why it ended."""
+    lines = output.strip().splitlines() or ["it wrote nothing"]
+    fatal = [line for line in lines if "FATAL" in line or "PANIC" in line or "error:" in line]
+    return (fatal or lines)[-1].strip()
+
+
+def _refuse_taken(port: int, name: str) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: closed connections do not count
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise ServiceError(
+                f"The port {port} of 127.0.0.1, which the {name} of this data folder has, is in use by "
+                f"{_user_of(port)}: end that, or start with --fresh, which chooses new ports and secrets and keeps the "
+                "data."
+            ) from None
+
+
+def _user_of(port: int) -> str:
+    with suppress(psutil.Error):  # some systems tell only root
+        for connection in psutil.net_connections("tcp"):
+            if connection.laddr and connection.laddr.port == port and connection.pid:
+                return f"{psutil.Process(connection.pid).name()} (process {connection.pid})"
+    return "another program"
 
 
 @contextmanager

@@ -1,11 +1,10 @@
 """All of Holdfast on one machine: database, broker, worker, beat and API, as children of this process.
 
 Guarantee: they stop together, in an order that lets the worker finish its batch. A child that dies is started again;
-one that keeps dying ends the system with an error.
+one that keeps dying ends the system with an error. Every start on a data folder has the same URLs and secrets.
 """
 
 import os
-import secrets
 import socket
 import sys
 import time
@@ -19,8 +18,8 @@ from ledger import migrations
 from ledger.database import connect
 from ledger.settings import PREFIX
 from worker.broker import create_celery
+from worker.local.data_folder import saying_what_is_wrong_with
 from worker.local.embedded import Embedded
-from worker.local.machine import free_port
 from worker.local.process import Process, ServiceError
 
 HOST = "127.0.0.1"
@@ -36,22 +35,27 @@ RESTART_WINDOW_S = 60.0
 class System:
     """All services in one data folder, from `start` to `stop` (or as a context manager).
 
-    `progress` gets one line before each step that takes a moment. `start` raises ServiceError, with nothing left
-    running.
+    `fresh`: new ports and secrets, instead of those of earlier starts. `product_name`: on the pages. `progress` gets
+    one line before each step that takes a moment. `start` raises ServiceError, with nothing left running.
     """
 
-    def __init__(self, data_dir: Path, *, progress: Callable[[str], None]) -> None:
-        self.embedded = Embedded(data_dir, progress=progress)
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        fresh: bool = False,
+        product_name: str | None = None,
+        progress: Callable[[str], None],
+    ) -> None:
+        self._product_name = product_name
+        self.embedded = Embedded(data_dir, fresh=fresh, progress=progress)
         self._progress = progress
         self._processes: list[Process] = []
-        self._port = free_port()
-        self._metrics_address = f"{HOST}:{free_port()}"
-        self.jwt_secret = secrets.token_urlsafe(32)
         self._cleanup = ExitStack()
 
     def start(self) -> None:
         """Start everything, and return when the worker takes messages."""
-        with ExitStack() as cleanup:
+        with saying_what_is_wrong_with(self.embedded.data_dir), ExitStack() as cleanup:
             cleanup.enter_context(self.embedded)
             engine = connect(self.embedded.database_url)
             migrations.upgrade(engine)
@@ -59,11 +63,16 @@ class System:
             engine.dispose()
             self._progress("Starting the worker, the beat and the API …")
             celery = ("celery", "--quiet", "-A", "worker")
-            uvicorn = ("uvicorn", "api_stub.app:app", "--host", HOST, "--port", str(self._port), *API_OPTIONS)
+            api_port, metrics_port = self.embedded.folder.port("api"), self.embedded.folder.port("metrics")
+            uvicorn = ("uvicorn", "api_stub.app:app", "--host", HOST, "--port", str(api_port), *API_OPTIONS)
             as_worker, as_reader = self.embedded.worker_url, self.embedded.reader_url
-            worker = self._process("worker", as_worker, *celery, "worker", METRICS_ADDRESS=self._metrics_address)
+            metrics_address = f"{HOST}:{metrics_port}"
+            worker = self._process(
+                "worker", as_worker, *celery, "worker", port=metrics_port, METRICS_ADDRESS=metrics_address
+            )
             beat = self._process("beat", as_worker, *celery, "beat")
-            api = self._process("api", as_reader, *uvicorn, JWT_SECRET=self.jwt_secret)
+            shown = {"PRODUCT_NAME": self._product_name} if self._product_name else {}
+            api = self._process("api", as_reader, *uvicorn, port=api_port, JWT_SECRET=self.jwt_secret, **shown)
             self._processes = [worker, beat, api]
             for process in self._processes:
                 cleanup.callback(process.stop)
@@ -78,28 +87,37 @@ class System:
         self._cleanup.close()
 
     @property
+    def jwt_secret(self) -> str:
+        """The secret that the API's tokens are signed with."""
+        return self.embedded.folder.secret("jwt")
+
+    @property
     def metrics_urls(self) -> tuple[str, str]:
         """The URLs of the metrics for Prometheus: the system's, and its worker's."""
-        return f"{self.url}/metrics", f"http://{self._metrics_address}/metrics"
+        return f"{self.url}/metrics", f"http://{HOST}:{self.embedded.folder.port('metrics')}/metrics"
 
     @property
     def url(self) -> str:
         """The URL of the API and the pages."""
-        return f"http://{HOST}:{self._port}"
+        return f"http://{HOST}:{self.embedded.folder.port('api')}"
 
     def supervise(self, *, until: Callable[[], bool]) -> None:
         """Start a child that dies again, until `until` or an interrupt. Raises ServiceError if one keeps dying."""
         restarts = defaultdict[str, list[float]](list)
-        while not until():
-            for process in (self.embedded.postgres, self.embedded.broker, *self._processes):
-                if not process.is_running:
-                    now = time.monotonic()
-                    restarts[process.name] = [t for t in restarts[process.name] if now - t < RESTART_WINDOW_S] + [now]
-                    if len(restarts[process.name]) > MOST_RESTARTS:
-                        raise ServiceError(f"{process.name} keeps ending: {process.last_words()}")
-                    self._progress(f"{process.name} ended ({process.last_words()}); starting it again …")
-                    process.start()
-            time.sleep(POLL_S)
+        with saying_what_is_wrong_with(self.embedded.data_dir):
+            while not until():
+                for process in (self.embedded.postgres, self.embedded.broker, *self._processes):
+                    if not process.is_running:
+                        self._start_again(process, restarts[process.name])
+                time.sleep(POLL_S)
+
+    def _start_again(self, process: Process, restarts: list[float]) -> None:
+        now = time.monotonic()
+        restarts[:] = [t for t in restarts if now - t < RESTART_WINDOW_S] + [now]
+        if len(restarts) > MOST_RESTARTS:
+            raise ServiceError(f"{process.name} keeps ending: {process.killed_by() or process.last_words()}")
+        self._progress(f"{process.name} ended: {process.killed_by() or process.last_words()}; starting it again …")
+        process.start()
 
     def __enter__(self) -> Self:
         self.start()
@@ -108,13 +126,17 @@ class System:
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
-    def _process(self, name: str, database_url: str, module: str, *arguments: str, **settings: str) -> Process:
+    def _process(
+        self, name: str, database_url: str, module: str, *arguments: str, port: int | None = None, **settings: str
+    ) -> Process:
         own = {**settings, "DATABASE_URL": database_url, "BROKER_URL": self.embedded.broker_url}
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
         environment = inherited | {f"{PREFIX}{setting}": value for setting, value in own.items()}
-        return Process(name, [sys.executable, "-m", module, *arguments], self.embedded.data_dir, env=environment)
+        program = [sys.executable, "-m", module, *arguments]
+        return Process(name, program, self.embedded.data_dir, env=environment, port=port)
 
     def _api_answers(self) -> bool:
-        with suppress(OSError), socket.create_connection((HOST, self._port), timeout=POLL_S):
+        port = self.embedded.folder.port("api")
+        with suppress(OSError), socket.create_connection((HOST, port), timeout=POLL_S):
             return True
         return False

@@ -59,8 +59,8 @@ def test_what_is_no_message_is_delivered_with_its_bytes(broker_url: str, broker:
         worker.receive(len(items) + 1)
         odd = [message for message in worker.received if isinstance(message, SetAside)]
         assert numbers([message for message in worker.received if message not in odd]) == [7]
-        assert [(message.body, message.task, message.problem) for message in odd] == [
-            (item, "", NO_MESSAGE) for item in items.values()
+        assert [(message.body, message.headers, message.problem) for message in odd] == [
+            (item, {}, NO_MESSAGE) for item in items.values()
         ]
         assert held(broker) == len(items) + 1
         worker.acknowledge()
@@ -115,14 +115,14 @@ def test_two_equal_entries_are_two(broker_url: str, broker: redis.Redis) -> None
 def test_of_an_entry_that_is_too_large_only_the_first_part_is_taken(
     broker_url: str, broker: redis.Redis, producer: Celery, size: int
 ) -> None:
-    producer.send_task("wallet.grant", args=[f"first {'x' * size}"], queue=QUEUE, ignore_result=True)
+    sent = producer.send_task("wallet.grant", args=[f"first {'x' * size}"], queue=QUEUE, ignore_result=True)
     [entry] = map(raw, broker.lrange(QUEUE, 0, -1))
     with working(broker_url) as worker:
         [message] = worker.receive(1)
         assert isinstance(message, SetAside)
         assert message.body.startswith(b'[["first xxx')
         assert 40_000 < len(message.body) <= MAX_BODY_BYTES
-        assert message.task == "wallet.grant"
+        assert message.headers == {"task": "wallet.grant", "id": sent.id, "ignore_result": True}
         digest = hashlib.sha1(entry).hexdigest()
         assert message.problem == too_large_entry(len(entry), MOST_ENTRY_BYTES, digest)
     assert broker.lrange(QUEUE, 0, -1) == [entry]  # given back whole
@@ -185,6 +185,6 @@ def test_what_is_too_large_and_no_message_is_taken_in_part(broker_url: str, brok
     with working(broker_url) as worker:
         [message] = worker.receive(1)
         assert isinstance(message, SetAside)
-        assert (message.body, message.task) == (b"\xff" * MAX_BODY_BYTES, "")
+        assert (message.body, message.headers) == (b"\xff" * MAX_BODY_BYTES, {})
         worker.acknowledge()
     assert held(broker) == 0

@@ -75,7 +75,7 @@ def test_a_suspect_is_taken_alone_so_that_its_neighbours_are_not_counted(
     with working(broker_url) as worker:
         [poison] = worker.receive(1)
         assert isinstance(poison, SetAside)
-        assert (poison.task, poison.problem) == ("workflow.start", DELIVERED_TOO_OFTEN)
+        assert (poison.headers["task"], poison.problem) == ("workflow.start", DELIVERED_TOO_OFTEN)
         assert json.loads(poison.body)[0] == [4]
         worker.acknowledge()
         for number in range(5, 11):
