@@ -177,7 +177,7 @@ DENIED, NOT_OWNER = "permission denied", "must be owner"
         ("UPDATE credit_events SET credits = 51", DENIED),
         ("DELETE FROM credit_events", DENIED),
         ("TRUNCATE credit_events", DENIED),
-        ("SELECT * FROM credit_events", DENIED),
+        ("SELECT metadata FROM credit_events", DENIED),
         ("ALTER TABLE credit_events DISABLE TRIGGER credit_events_append_only", NOT_OWNER),
         ("ALTER TABLE credit_events DROP CONSTRAINT credit_events_sign", NOT_OWNER),
         ("DROP TRIGGER credit_events_append_only ON credit_events", NOT_OWNER),
