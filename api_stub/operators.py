@@ -6,7 +6,7 @@
 import re
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Annotated
+from typing import Annotated, get_args
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends, FastAPI, Form, Request, Response
@@ -27,6 +27,7 @@ from ledger.dead_letters import (
 )
 from ledger.messages import MAX_CREDITS, MAX_REASON_LENGTH, MESSAGES
 from ledger.readable import shortened
+from ledger.state import ErrorCode
 from worker.client import NotSentError
 from worker.replaying import Replayer
 
@@ -84,6 +85,8 @@ def letter_query(
         errors["status"] = f"status must be one of {', '.join(STATUSES)}."
     if before_id and _letter_id(before_id) is None:
         errors["before_id"] = "before_id must be the number of a dead letter."
+    if code.strip() and code.strip() not in get_args(ErrorCode):
+        errors["code"] = f"code must be one of {', '.join(get_args(ErrorCode))}."
     for name, text in (("code", code), ("task", task)):
         if not text.isprintable():
             errors[name] = f"{name} must not contain control characters."

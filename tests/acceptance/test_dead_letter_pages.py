@@ -47,7 +47,7 @@ def test_dead_letters_can_be_filtered_and_paged(ledger: Installation, operator: 
     assert "There are no older dead letters." in past.text
     assert "No dead letters" not in past.text
     assert link(past, "Back to the newest") == f"{LETTERS}?status=open&task={org_id}.task"
-    for name, value in (("status", "gone"), ("before_id", "x"), ("task", "a\0b")):
+    for name, value in (("status", "gone"), ("before_id", "x"), ("task", "a\0b"), ("code", "conflcit")):
         refused = operator.get(LETTERS, params={name: value})
         assert (refused.status_code, f"<li>{name} must " in refused.text) == (422, True)
     unknown = operator.get(LETTERS, params={"error_code": "conflict", "status": ["all", "open"]})

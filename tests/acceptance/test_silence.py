@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-import redis
 
+from tests.databases import new_broker_database
 from tests.installation import Installation, Producer, celery, installed, wait_for_workers
 from tests.support import suspended
 from worker.broker import ENGINE_QUEUE
@@ -56,18 +56,16 @@ def test_a_paused_worker_does_not_answer_and_the_messages_are_counted(working: R
     assert seen.endswith(f"{database_of(installation.broker_url)}, {NO_WORKER}")
 
 
-def test_in_another_database_of_redis_there_is_no_worker(working: Running) -> None:
-    installation, _ = working
-    other = installation.broker_url.rpartition("/")[0] + "/0"
-    with redis.Redis.from_url(other) as broker:
-        try:
-            with Client(other) as client:
-                assert told(client).endswith(f"(Redis database 0), {NO_WORKER}")
-            with Client(other.removesuffix("/0")) as client:
-                assert "2 messages wait" in (seen := told(client))
-                assert "(Redis database 0)" in seen
-        finally:
-            broker.delete("credits")
+def test_in_another_database_of_redis_there_is_no_worker(working: Running, services: Embedded) -> None:
+    with new_broker_database(services) as other, Client(other) as client:
+        seen = told(client)
+    assert seen.startswith("1 message waits in the queue credits at redis://")
+    assert seen.endswith(f"{database_of(other)}, {NO_WORKER}")
+
+
+def test_a_url_that_names_no_database_of_redis_means_the_first_one(other_broker: Broker) -> None:
+    with Client(other_broker.url.removesuffix("/0")) as client:
+        assert "(Redis database 0)" in told(client)
 
 
 def test_a_worker_that_keeps_answers_elsewhere_has_taken_the_message(working: Running, other_broker: Broker) -> None:
