@@ -32,6 +32,10 @@ MOST_BYTES = 4 * 2**20
 """The largest body. The time in which a request must arrive bounds it, too: see `api_stub.protocol`."""
 
 SOME_SENT = "The broker may have some of the messages, but not all; send all of them again: that is safe."
+_MEANING = f"""Hand over up to {MOST_MESSAGES:,} messages, as JSON Lines: all of them, or none.
+
+Each line is a message with all its fields, and its `task`. Blank lines are skipped. The token must have the right to
+each message. 202 means that the broker has all of them, in this order."""
 _SCOPES = sorted({scope_of(task) for task in MESSAGES})
 
 
@@ -49,6 +53,7 @@ def add(app: FastAPI) -> None:
         name="send_messages",
         tags=["workflows", "wallet"],
         summary="Many messages",
+        description=_MEANING,
         status_code=HTTPStatus.ACCEPTED,
         response_model=answers.BatchAccepted,
         responses={
@@ -65,11 +70,6 @@ def add(app: FastAPI) -> None:
         openapi_extra={"requestBody": {"content": {"application/jsonl": _description()}, "required": True}},
     )
     async def send(principal: Anybody, request: Request, using: Using) -> Response:
-        """Hand over as many as 1,000 messages, as JSON Lines: all of them, or none.
-
-        Each line is a message with all its fields, and its `task`. Blank lines are skipped. The token must have the
-        right to each message. 202 means that the broker has all of them, in this order.
-        """
         if principal.scopes.isdisjoint(_SCOPES):
             raise Problem(HTTPStatus.FORBIDDEN, f"The token has neither the scope {' nor '.join(_SCOPES)}.")
         body = await whole_body(request, MOST_BYTES)

@@ -11,7 +11,7 @@
 
 A message is checked before it is sent. When a call returns, or a batch's block ends, the broker has it for good. After
 a NotSentError, the broker may or may not have it. **Sending the same message again is always safe**, from anywhere and
-at any time: it is applied once.
+at any time: it is applied once. `worker.async_client` is the same for asyncio.
 """
 
 import json
