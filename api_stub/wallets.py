@@ -1,7 +1,7 @@
 """The credit history and the balances of an organization, for programs."""
 
 from dataclasses import asdict
-from datetime import datetime
+from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Annotated, Any
 
@@ -98,11 +98,15 @@ def add(app: FastAPI) -> None:
         using: Using,
         at: Annotated[
             Moment | None,
-            Query(description="The wallet as of this time (ISO 8601). A date alone is the beginning of that UTC day."),
+            Query(
+                description="The wallet as of this time (ISO 8601), now at the latest. "
+                "A date alone is the beginning of that UTC day."
+            ),
         ] = None,
     ) -> dict[str, Any]:
         """The wallet, now or as of a time."""
         with using.reading() as ledger:
             if at is not None:
-                return {"org_id": org_id, "at": at, **asdict(history.balances_at(ledger, org_id, at))}
+                then = min(at, datetime.now(UTC))
+                return {"org_id": org_id, "at": then, **asdict(history.balances_at(ledger, org_id, then))}
             return views.as_item(views.wallet(ledger, org_id) or WalletView(org_id))

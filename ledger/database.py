@@ -116,6 +116,10 @@ def parse_url(url: str) -> URL:
     if "@" in (parsed.host or ""):
         raise DatabaseURLError("names a host with an @ in it; in a user's name or a password, write %40 for @")
     try:
+        parsed.get_dialect()().create_connect_args(parsed)
+    except ArgumentError as error:
+        raise DatabaseURLError(f"has an option with a wrong value: {error}") from None
+    try:
         options = conninfo.make_conninfo(**{name: str(value) for name, value in parsed.query.items()})
     except psycopg.ProgrammingError as error:
         raise DatabaseURLError(f"has an option that PostgreSQL does not know: {describe(error)}") from None

@@ -24,6 +24,7 @@ from copy import copy
 from dataclasses import dataclass
 from datetime import datetime
 from inspect import signature
+from threading import TIMEOUT_MAX
 from typing import Any, Generic, ParamSpec, Protocol, Self, cast, overload
 
 from celery.utils import uuid
@@ -167,7 +168,7 @@ class Method(Generic[Sent, Asked]):
         if args:
             raise TypeError(f"{self.task} takes its fields by name")
         assert self._sender is not None
-        wait_s = fields.pop("wait_s", None)
+        wait_s = _seconds(fields.pop("wait_s", None))
         given = {name: value for name, value in fields.items() if value is not None}
         message = {name: value.isoformat() if isinstance(value, datetime) else value for name, value in given.items()}
         if isinstance(self._sender, AsyncMessages):
@@ -179,6 +180,14 @@ class Method(Generic[Sent, Asked]):
 
     async def _awaited(self, answer: Awaitable[Result | None]) -> Result | Unanswered:
         return self._answered(await answer)
+
+
+def _seconds(wait_s: Any) -> float | None:
+    """Check `wait_s` before anything is sent. Raises InvalidMessageError."""
+    is_number = isinstance(wait_s, int | float) and not isinstance(wait_s, bool)
+    if wait_s is None or (is_number and 0 <= wait_s <= TIMEOUT_MAX):
+        return cast(float | None, wait_s)
+    raise InvalidMessageError(f"wait_s must be a number of seconds, such as 10, got {wait_s!r}; nothing was sent")
 
 
 class _Asked(BaseModel):
@@ -466,7 +475,7 @@ def waiting(publisher: Publisher) -> dict[str, Waiting]:
     except UnsupportedServerError as error:
         raise UnsupportedBrokerError(str(error)) from error
     except BROKER_ERRORS as error:
-        raise BrokerUnavailableError(str(error)) from error
+        raise BrokerUnavailableError(f"the broker at {publisher.broker} does not answer: {error}") from error
 
 
 def told(answer: dict[str, Any]) -> Result | None:
@@ -499,6 +508,8 @@ def _limit(told: dict[str, Any]) -> Limit:
 
 
 def _refuse(check: Callable[[str], None], url: str, what: str) -> None:
+    if not isinstance(url, str):
+        raise ValueError(f"the {what} must be a text, such as redis://broker:6379/0, got {url!r}")
     try:
         check(url)
     except ValueError as error:

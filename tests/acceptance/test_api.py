@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
 
@@ -303,6 +304,9 @@ def test_the_wallet_as_of_a_time(own_api: Api, history: None, engine: Engine) ->
     assert (now["available"], now["reserved_credits"], now["used_this_period"]) == (500, 20, 80)
     before = own_api.get(CREDITS, params={"at": "2000-01-01"}).json()
     assert (before["available"], before["prepaid_balance"]) == (0, 0)
+    later = own_api.get(CREDITS, params={"at": "2999-01-01"}).json()
+    assert later["available"] == 500
+    assert datetime.fromisoformat(later["at"]) <= datetime.now(UTC)
     assert own_api.problem(f"{CREDITS}?at=noon")[0] == 422
 
 

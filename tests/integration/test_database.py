@@ -54,6 +54,10 @@ PURCHASE = "INSERT INTO posted_messages VALUES ('acme', 'purchase', 'p1', '{}', 
             "postgresql+psycopg://ann:secret@/credits?host=one&host=two&target_session_attrs=read_write",
             'has an option with a wrong value: invalid target_session_attrs value: "read_write"',
         ),
+        (
+            "postgresql+psycopg://ann:secret@/credits?host=/sockets&port=first",
+            "has an option with a wrong value: Received non-integer port arguments: ('first',)",
+        ),
     ],
 )
 def test_a_url_that_cannot_be_used_is_refused_without_its_password(url: str, problem: str) -> None:

@@ -189,6 +189,20 @@ def test_an_invalid_message_is_refused_in_a_sentence(
     assert sent == []
 
 
+@pytest.mark.parametrize("wait_s", ["10", True, -1, float("nan"), float("inf")])
+def test_a_wait_that_is_no_number_of_seconds_is_refused_before_anything_is_sent(
+    client: Client, sent: Sent, wait_s: Any
+) -> None:
+    with pytest.raises(InvalidMessageError, match=r"^wait_s must be a number of seconds, such as 10, got .*"):
+        client.start(org_id="acme", workflow_id="run", credits=1, wait_s=wait_s)
+    assert sent == []
+
+
+def test_a_url_that_is_missing_is_said() -> None:
+    with pytest.raises(ValueError, match="the broker's URL must be a text, such as redis://broker:6379/0, got None"):
+        Client(None)  # type: ignore[arg-type]
+
+
 def test_who_cannot_be_answered_is_told_before_anything_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     published: list[Encoded] = []
     with Client("amqp://127.0.0.1:1//") as client:
