@@ -82,7 +82,7 @@ def strict_json(text: bytes) -> Any:
     except json.JSONDecodeError as error:
         if not error.doc[error.pos :].strip() and error.doc.lstrip().startswith(("{", "[")):
             raise ValueError("the JSON has no end: it must be complete, on one line") from None
-        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
+        raise ValueError(f"not JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}") from None
     except RecursionError:
         raise ValueError("the JSON is nested too deeply") from None
 

@@ -91,6 +91,7 @@ class AsyncClient(AsyncMessages):
         self._threads = ThreadPoolExecutor(POOL_LIMIT, thread_name_prefix="holdfast-client")
         self._results = None if result_url is None else _redis(result_url)
         self._line: _Line | None = None
+        self._looking: asyncio.Task[str] | None = None
 
     @property
     def keeps_answers(self) -> bool:
@@ -100,6 +101,8 @@ class AsyncClient(AsyncMessages):
     async def close(self) -> None:
         """Close all connections. Calls that send are waited for; those that wait for an answer must have ended."""
         await asyncio.to_thread(self._threads.shutdown)
+        if self._looking is not None:
+            await asyncio.wait([self._looking])
         self._publisher.close()
         self._celery.close()
         if self._results is not None:
@@ -143,8 +146,7 @@ class AsyncClient(AsyncMessages):
                 try:
                     return await asked.answer(wait_s)
                 except TooLateError as error:
-                    seen = await self._in_thread(lambda: what_is_seen(self._celery, self._publisher))
-                    raise NoAnswerError(f"{error}: {seen}") from None
+                    raise NoAnswerError(f"{error}: {await self._seen()}") from None
         self._refuse_not_allowed(task, args[0] if args else None)
         message = encoded(self._publisher, task, args, kwargs)
         await self._in_thread(lambda: hand_over(self._publisher, task, [message]))
@@ -182,6 +184,13 @@ class AsyncClient(AsyncMessages):
             if was_announced:
                 with suppress(*_ERRORS):
                     await self._results.delete(key)
+
+    async def _seen(self) -> str:
+        """Why answers do not come. Looked up once for all who ask meanwhile: it takes a thread, which sends need."""
+        if self._looking is None or self._looking.done():
+            looking = self._in_thread(lambda: what_is_seen(self._celery, self._publisher))
+            self._looking = asyncio.create_task(looking)
+        return await asyncio.shield(self._looking)
 
     async def _in_thread(self, act: Callable[[], Value]) -> Value:
         return await asyncio.get_running_loop().run_in_executor(self._threads, act)

@@ -5,6 +5,7 @@ import gc
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -24,6 +25,7 @@ from worker.client import (
     NotSentError,
 )
 from worker.publishing import TIMEOUT_S
+from worker.silence import what_is_seen
 
 ANSWERS = "celery-task-meta-*"
 
@@ -139,6 +141,26 @@ def test_without_a_worker_there_is_no_answer_and_the_message_is_kept(installatio
 
     with_client(installation.broker_url, act)
     eventually(lambda: connections(installation) == before)
+
+
+def test_why_no_answer_came_is_looked_up_once_for_all_who_ask_at_the_same_time(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[str] = []
+
+    def look(*of_the_client: Any) -> str:
+        looks.append(what_is_seen(*of_the_client))
+        return looks[-1]
+
+    async def act(client: AsyncClient) -> None:
+        calls = (client.cancel(org_id="acme", workflow_id=f"run-{n}", wait_s=0.5) for n in range(200))
+        late = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(error) for error in late} == {NoAnswerError}
+        assert all("no worker answers" in str(error) for error in late)
+        assert 1 <= len(looks) < 20
+
+    monkeypatch.setattr("worker.async_client.what_is_seen", look)
+    with_client(installation.broker_url, act)
 
 
 def test_a_call_that_is_cancelled_disturbs_no_other(installation: Installation) -> None:

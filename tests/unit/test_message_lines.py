@@ -64,6 +64,7 @@ def test_the_message_is_what_the_line_says_without_defaults_and_with_its_texts()
         (LINE + LINE, "not JSON: Extra data at character 85"),
         (b"org_id,credits", "not JSON: Expecting value at character 1"),
         (b"", "not JSON: Expecting value at character 1"),
+        (b'{"org_id": "a\nb"}', "not JSON: Invalid control character at character 14"),
         ("Zoë".encode("latin-1"), "the byte 0xeb at position 3 is not UTF-8: save the text as UTF-8"),
         (LINE.decode().encode("utf-16"), "the text is UTF-16: save it as UTF-8"),
         (b"[" * 60_000, "the JSON is nested too deeply"),
