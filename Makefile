@@ -58,8 +58,9 @@ format: $(VENV)/dev.stamp ## format the code, repair what lint can repair
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-docs: $(VENV)/runtime.stamp ## write docs/messages.md again, after a change of the messages
+docs: $(VENV)/runtime.stamp ## write docs/messages.md and asyncapi.json again, after a change of the messages
 	$(BIN)/python docs/generate_messages.py
+	$(BIN)/python docs/generate_asyncapi.py
 
 # One resolution for every supported Python and system. The tool has an environment of its own, so that a
 # broken lock file cannot keep it from running.
