@@ -41,7 +41,8 @@ def make(checkout: Path, *arguments: str) -> str:
 
 def test_an_environment_that_works_is_used_as_it_is(checkout: Path) -> None:
     assert make(checkout, "-n", "demo") == ".venv/bin/holdfast demo\n"
-    assert make(checkout, "-n", "docs") == ".venv/bin/python docs/generate_messages.py\n"
+    docs = [f".venv/bin/python docs/generate_{name}.py\n" for name in ("messages", "asyncapi")]
+    assert make(checkout, "-n", "docs") == "".join(docs)
 
 
 @pytest.mark.parametrize("event", ["removed", "upgraded", "broken"])
