@@ -297,12 +297,12 @@ def test_scripts_read_what_was_done_as_json(running: Installation, workflow_engi
         return {"id": letter_id, "outcome": outcome, "error": error}
 
     refused = f"dead letter {first} was discarded by ann: a test"
-    discard = ("failed", "discard", first, "--why", "a test", "--by", "ann")
+    discard = ("failed", "discard", first, first, "--why", "a test", "--by", "ann")  # once, however often it is named
     assert done(*discard) == (0, {"items": [item(first, "discarded")]})
     assert done(*discard) == (1, {"items": [item(first, None, refused)]})
     bulk = ("failed", "replay", "--all", "--org", "script", "--yes")
     assert done(*bulk, "--dry-run") == (0, {"items": [item(n, "would be replayed") for n in (second, third)]})
-    assert done("failed", "replay", first, second) == (
+    assert done("failed", "replay", first, second, first) == (
         1,
         {"items": [item(first, None, refused), item(second, "posted")]},
     )

@@ -83,6 +83,10 @@ Since = Annotated[
 _CODES = "conflict, invalid_message, refund_exceeds_usage, …"
 
 
+def _each_once(letter_ids: list[int] | None) -> list[int] | None:
+    return letter_ids and list(dict.fromkeys(letter_ids))
+
+
 def _known_code(code: str | None) -> str | None:
     """Return `code` if there is such an error. Raises typer.BadParameter."""
     if one_line(code) is not None and code not in get_args(ErrorCode):
@@ -161,7 +165,8 @@ def show(letter_id: LetterId, as_json: AsJson = False) -> None:
 @app.command(epilog="Example: holdfast failed replay --all --error refund_exceeds_usage --dry-run")
 def replay(
     letter_ids: Annotated[
-        list[int] | None, typer.Argument(metavar="ID", min=1, max=2**63 - 1, help="The dead letters' numbers.")
+        list[int] | None,
+        typer.Argument(metavar="ID", min=1, max=2**63 - 1, help="The dead letters' numbers.", callback=_each_once),
     ] = None,
     all_matching: Annotated[bool, typer.Option("--all", help="Every open dead letter that matches.")] = False,
     code: Annotated[
@@ -221,7 +226,8 @@ def replay(
 @app.command(epilog='Example: holdfast failed discard 7 8 --why "sent twice by mistake, see ticket 42"')
 def discard(
     letter_ids: Annotated[
-        list[int], typer.Argument(metavar="ID", min=1, max=2**63 - 1, help="The dead letters' numbers.")
+        list[int],
+        typer.Argument(metavar="ID", min=1, max=2**63 - 1, help="The dead letters' numbers.", callback=_each_once),
     ],
     why: Why,
     by: By = this_person(),  # noqa: B008 # who started the program stays the same
