@@ -19,7 +19,9 @@ def preferred_wait_s(request: Request) -> int:
         name, _, value = preference.partition(";")[0].partition("=")
         if name.strip().lower() == "wait":
             seconds = value.strip().removeprefix('"').removesuffix('"')
-            return min(int(seconds), MOST_WAIT_S) if re.fullmatch("[0-9]{1,9}", seconds) else 0
+            if not re.fullmatch("[0-9]+", seconds):
+                return 0
+            return MOST_WAIT_S if len(seconds.lstrip("0")) > 9 else min(int(seconds[-9:]), MOST_WAIT_S)
     return 0
 
 

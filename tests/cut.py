@@ -9,7 +9,8 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from threading import Thread
+from threading import Thread, Timer
+from urllib.parse import urlsplit
 
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, and no time to send what is left
 
@@ -19,6 +20,8 @@ class Way:
     """The `port` that leads to another one."""
 
     port: int
+    is_closed: bool = False
+    """New connections are broken at once."""
     _brokers: list[socket.socket] = field(default_factory=list)
 
     def reset(self) -> None:
@@ -26,6 +29,21 @@ class Way:
         while self._brokers:
             with suppress(OSError):  # it has ended by itself
                 self._brokers.pop().shutdown(socket.SHUT_RDWR)
+
+    def to(self, url: str) -> str:
+        """The URL that leads to the server of `url` on this way."""
+        parts = urlsplit(url)
+        return parts._replace(netloc=parts.netloc.replace(f":{parts.port}", f":{self.port}")).geturl()
+
+    @contextmanager
+    def closed_for(self, seconds: float) -> Iterator[None]:
+        """Closed from now on, and open again after some time."""
+        self.is_closed = True
+        self.reset()
+        opening = Timer(seconds, lambda: setattr(self, "is_closed", False))
+        opening.start()
+        yield
+        opening.join()
 
 
 @contextmanager
@@ -62,6 +80,8 @@ def _relay(sender: socket.socket, port: int, after_bytes: float, way: Way) -> No
         socket.create_connection(("127.0.0.1", port)) as broker,
         selectors.DefaultSelector() as ready,
     ):
+        if way.is_closed:
+            return
         way._brokers.append(broker)
         ready.register(sender, selectors.EVENT_READ)
         ready.register(broker, selectors.EVENT_READ)

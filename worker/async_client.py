@@ -22,6 +22,7 @@ from redis.asyncio.client import PubSub
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from ledger.state import Result
 from worker.broker import QUEUE, create_celery
@@ -40,12 +41,13 @@ from worker.client import (
     told,
     waiting,
 )
-from worker.publishing import POOL_LIMIT, TIMEOUT_S, Publisher
+from worker.publishing import POOL_LIMIT, RETRY_PAUSE_S, RETRY_S, TIMEOUT_S, Publisher
 from worker.silence import what_is_seen
 
 Value = TypeVar("Value")
 
 _ERRORS = (RedisError, OSError)
+_HANGS = (TimeoutError, RedisTimeoutError)
 
 
 class TooLateError(NoAnswerError):
@@ -92,6 +94,8 @@ class AsyncClient(AsyncMessages):
         self._results = None if result_url is None else _redis(result_url)
         self._line: _Line | None = None
         self._looking: asyncio.Task[str] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """The one that has used this client first."""
 
     @property
     def keeps_answers(self) -> bool:
@@ -156,7 +160,8 @@ class AsyncClient(AsyncMessages):
     async def asking(self, task: str, args: list[Any], kwargs: dict[str, Any]) -> AsyncIterator[Asked]:
         """Send a task with these arguments, unchecked. In the block the broker has it, and its answer can be awaited.
 
-        Raises NotSentError, and ValueError if no answers are kept.
+        Raises NotSentError, which is a NoAnswersError if only its answer could not be waited for, and ValueError if no
+        answers are kept.
         """
         self._refuse_not_allowed(task, args[0] if args else None)
         if self._results is None:
@@ -164,26 +169,51 @@ class AsyncClient(AsyncMessages):
         task_id = uuid()
         message = encoded(self._publisher, task, args, kwargs, task_id=task_id)
         key = answer_key(task_id)
-        line = self._line
-        if line is None or line.is_broken:
-            line = self._line = _Line(self._results.pubsub())
         try:
-            try:
-                announced = await line.expect(key)
-            except _ERRORS as error:
-                why = str(error) or f"nothing was heard from the store of answers for {TIMEOUT_S:g} s"
-                raise NoAnswersError(f"{task} was not sent, as its answer could not be waited for: {why}") from error
+            line, announced = await self._expect(self._results, key)
+        except _ERRORS as error:
+            why = str(error) or f"nothing was heard from the store of answers for {TIMEOUT_S:g} s"
+            raise NoAnswersError(f"{task} was not sent, as its answer could not be waited for: {why}") from error
+        try:
             await self._in_thread(lambda: hand_over(self._publisher, task, [message]))
             yield Asked(task, announced)
         finally:
-            was_announced = line.forget(key)
-            if line.is_idle:
-                if self._line is line:
-                    self._line = None
-                await line.close()
-            if was_announced:
+            if await self._leave(line, key):
                 with suppress(*_ERRORS):
                     await self._results.delete(key)
+
+    async def _expect(self, results: Redis, key: str) -> "tuple[_Line, asyncio.Future[bytes]]":
+        """The line and what is announced on it under `key`. Retries for RETRY_S, as sending does."""
+        self._refuse_other_loop()
+        loop = asyncio.get_running_loop()
+        until = loop.time() + RETRY_S
+        while True:
+            line = self._line
+            if line is None or line.is_broken:
+                line = self._line = _Line(results.pubsub())
+            try:
+                return line, await line.expect(key)
+            except BaseException as error:
+                await self._leave(line, key)
+                if not isinstance(error, _ERRORS) or isinstance(error, _HANGS) or loop.time() > until:
+                    raise
+            await asyncio.sleep(RETRY_PAUSE_S)
+
+    async def _leave(self, line: "_Line", key: str) -> bool:
+        """Expect nothing under `key` any more. Returns whether it was announced."""
+        was_announced = line.forget(key)
+        if line.is_idle:
+            if self._line is line:
+                self._line = None
+            await line.close()
+        return was_announced
+
+    def _refuse_other_loop(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+        elif self._loop is not loop:
+            raise RuntimeError("this AsyncClient is used by another event loop already: make one for each")
 
     async def _seen(self) -> str:
         """Why answers do not come. Looked up once for all who ask meanwhile: it takes a thread, which sends need."""
@@ -193,6 +223,7 @@ class AsyncClient(AsyncMessages):
         return await asyncio.shield(self._looking)
 
     async def _in_thread(self, act: Callable[[], Value]) -> Value:
+        self._refuse_other_loop()
         return await asyncio.get_running_loop().run_in_executor(self._threads, act)
 
 
@@ -208,6 +239,7 @@ class _Line:
         """The keys to subscribe to, or not any more; None is the end."""
         self._subscribed: dict[bytes, asyncio.Future[None]] = {}
         self._announced: dict[bytes, asyncio.Future[bytes]] = {}
+        self._heard = 0
         self.is_broken = False
         self._running = asyncio.create_task(self._run())
 
@@ -226,12 +258,16 @@ class _Line:
         subscribed = self._subscribed[channel] = loop.create_future()
         announced = self._announced[channel] = loop.create_future()
         self._wanted.put_nowait((True, key))
-        try:
-            async with asyncio.timeout(TIMEOUT_S):
-                await subscribed
-        except _ERRORS:
-            self.is_broken = True
-            raise
+        silences = 0
+        while not subscribed.done():
+            heard = self._heard
+            await asyncio.wait([subscribed], timeout=TIMEOUT_S / 2)
+            # The loop may have been too busy to hear anything, but not twice: it has read in between.
+            silences = silences + 1 if self._heard == heard else 0
+            if silences == 2 and not subscribed.done():
+                self.is_broken = True
+                raise TimeoutError
+        subscribed.result()
         return announced
 
     def forget(self, key: str) -> bool:
@@ -265,7 +301,9 @@ class _Line:
     async def _read(self) -> None:
         try:
             while True:
-                match await self._pubsub.get_message(timeout=None):
+                message = await self._pubsub.get_message(timeout=None)
+                self._heard += 1
+                match message:
                     case {"type": "subscribe", "channel": bytes(channel)} if channel in self._subscribed:
                         _set(self._subscribed[channel], None)
                     case {"type": "message", "channel": bytes(channel), "data": data} if channel in self._announced:

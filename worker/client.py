@@ -35,6 +35,7 @@ from redis import Redis
 from redis.backoff import NoBackoff
 from redis.client import PubSub
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
 from ledger.broker_urls import REDIS_SCHEMES, refuse_no_broker, refuse_no_result_store
@@ -59,7 +60,7 @@ from ledger.messages import (
 )
 from ledger.state import Limit, Result
 from worker.broker import ENGINE_QUEUE, QUEUE, create_celery
-from worker.publishing import BROKER_ERRORS, TIMEOUT_S, Encoded, Publisher, connect, leave
+from worker.publishing import BROKER_ERRORS, RETRY_PAUSE_S, RETRY_S, TIMEOUT_S, Encoded, Publisher, connect, leave
 from worker.redis_server import UnsupportedServerError
 from worker.silence import what_is_seen
 from worker.unanswered import Unanswered
@@ -414,8 +415,7 @@ class Client(Messages):
         key = answer_key(task_id)
         with self._results.pubsub() as announced:
             try:
-                announced.subscribe(key)
-                announced.get_message(timeout=TIMEOUT_S)  # subscribed: from here on, no answer is missed
+                _subscribe(announced, key)
             except RedisError as error:
                 raise NoAnswersError(f"{task} was not sent, as its answer could not be waited for: {error}") from error
             hand_over(self._publisher, task, [message])
@@ -519,6 +519,22 @@ def _refuse(check: Callable[[str], None], url: str, what: str) -> None:
 def _redis(url: str) -> Redis:
     # No retries: the caller gets the error at once, and decides.
     return Redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, retry=Retry(NoBackoff(), 0))
+
+
+def _subscribe(announced: PubSub, key: str) -> None:
+    """From here on, no answer is missed. Retries for RETRY_S, as sending does; not if the store hangs."""
+    until = time.monotonic() + RETRY_S
+    while True:
+        try:
+            announced.subscribe(key)
+            announced.get_message(timeout=TIMEOUT_S)
+        except RedisError as error:
+            if isinstance(error, RedisTimeoutError) or time.monotonic() > until:
+                raise
+            announced.reset()
+            time.sleep(RETRY_PAUSE_S)
+        else:
+            return
 
 
 def _next_message(announced: PubSub, wait_s: float) -> dict[str, Any] | None:

@@ -39,6 +39,9 @@ CHUNK_BYTES = 4 * 2**20
 """The most that is sent in one round trip: too little to slow down other users of the broker."""
 
 _PERSISTENT = 2  # AMQP's delivery mode for messages that survive a restart of the broker
+RETRY_S, RETRY_PAUSE_S = 3.0, 0.1
+"""How long a sender that wants an answer tries to be told of it, and the pause in between, if the store is away."""
+
 _RETRIES: dict[str, Any] = {"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1.0}
 
 

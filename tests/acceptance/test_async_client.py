@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -262,9 +263,50 @@ def test_a_broker_that_is_away_is_told_and_keeps_nobody_else_waiting() -> None:
     with_client("redis://127.0.0.1:1/0", act)
 
 
+def test_a_broker_that_is_away_for_a_moment_is_waited_for(running: Installation) -> None:
+    port = urlsplit(running.broker_url).port
+    assert port is not None
+    with cut_way_to(port) as way:
+
+        async def act(client: AsyncClient) -> None:
+            for number in range(2):
+                with way.closed_for(0.4):
+                    starts = [
+                        client.start(org_id="moment", workflow_id=f"run-{number}-{n}", credits=0, wait_s=PATIENCE_S)
+                        for n in range(20)
+                    ]
+                    answers = await asyncio.gather(*starts)
+                assert {answer.outcome for answer in answers} == {"reserved"}
+
+        with_client(way.to(running.broker_url), act)
+
+
+def test_a_loop_that_is_busy_is_not_a_store_that_is_silent(
+    running: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.async_client.TIMEOUT_S", 0.2)
+
+    async def act(client: AsyncClient) -> None:
+        asked = asyncio.create_task(client.start(org_id="busy", workflow_id="run", credits=0, wait_s=PATIENCE_S))
+        await asyncio.sleep(0)
+        time.sleep(0.5)
+        assert (await asked).outcome == "reserved"
+
+    with_client(running.broker_url, act)
+
+
+def test_a_client_belongs_to_one_event_loop() -> None:
+    client = AsyncClient("redis://127.0.0.1:1/0")
+    with pytest.raises(BrokerUnavailableError):
+        asyncio.run(client.waiting())
+    with pytest.raises(RuntimeError, match="this AsyncClient is used by another event loop already: make one for each"):
+        asyncio.run(client.start(org_id="acme", workflow_id="run", credits=1, wait_s=1))
+    asyncio.run(client.close())
+
+
 def test_a_batch_of_which_the_answer_is_lost_may_have_arrived_and_is_sent_again(running: Installation) -> None:
-    address = urlsplit(running.broker_url)
-    assert address.port is not None
+    port = urlsplit(running.broker_url).port
+    assert port is not None
 
     async def grant_all(client: AsyncClient) -> None:
         async with client.batch() as batch:
@@ -275,8 +317,8 @@ def test_a_batch_of_which_the_answer_is_lost_may_have_arrived_and_is_sent_again(
         with pytest.raises(NotSentError, match=r"^a batch of 100 messages, of which some may have arrived, could not"):
             await grant_all(client)
 
-    with cut_way_to(address.port, after_bytes=50_000) as way:
-        with_client(address._replace(netloc=address.netloc.replace(str(address.port), str(way.port))).geturl(), unlucky)
+    with cut_way_to(port, after_bytes=50_000) as way:
+        with_client(way.to(running.broker_url), unlucky)
     with_client(running.broker_url, grant_all)
     eventually(running.is_drained)
     assert sql(running.engine, "SELECT count(*) FROM credit_events WHERE org_id = 'half'") == [(100,)]

@@ -279,11 +279,11 @@ def test_a_connection_that_breaks_meanwhile_raises_and_sending_again_is_safe(
             for number in range(100):
                 batch.grant(org_id="unlucky", grant_id=f"gift-{number}", credits=1)
 
-    address = urlsplit(running.broker_url)
-    assert address.port is not None
+    port = urlsplit(running.broker_url).port
+    assert port is not None
     with (
-        cut_way_to(address.port, after_bytes=50_000) as way,
-        Client(address._replace(netloc=address.netloc.replace(str(address.port), str(way.port))).geturl()) as unlucky,
+        cut_way_to(port, after_bytes=50_000) as way,
+        Client(way.to(running.broker_url)) as unlucky,
         pytest.raises(NotSentError, match=r"^a batch of 100 messages, of which some may have arrived, could not be"),
     ):
         grant_all(unlucky)
@@ -291,6 +291,16 @@ def test_a_connection_that_breaks_meanwhile_raises_and_sending_again_is_safe(
     grant_all(client)
     eventually(running.is_drained)
     assert events(running, "unlucky") == 100
+
+
+def test_a_broker_that_is_away_for_a_moment_is_waited_for(running: Installation) -> None:
+    port = urlsplit(running.broker_url).port
+    assert port is not None
+    with cut_way_to(port) as way, Client(way.to(running.broker_url)) as client:
+        for number in range(2):
+            with way.closed_for(0.4):
+                run = client.start(org_id="moment", workflow_id=f"run-{number}", credits=0, wait_s=PATIENCE_S)
+            assert run.outcome == "reserved"
 
 
 def test_what_the_broker_refuses_raises(installation: Installation) -> None:
