@@ -281,6 +281,26 @@ def test_a_broker_that_is_away_for_a_moment_is_waited_for(running: Installation)
         with_client(way.to(running.broker_url), act)
 
 
+def test_idle_connections_that_the_server_has_closed_do_not_fail_the_next_calls(running: Installation) -> None:
+    port = urlsplit(running.broker_url).port
+    assert port is not None
+    with cut_way_to(port) as way:
+
+        async def burst(client: AsyncClient, name: str) -> set[str]:
+            starts = [
+                client.start(org_id="idle", workflow_id=f"{name}-{n}", credits=0, wait_s=PATIENCE_S) for n in range(50)
+            ]
+            return {answer.outcome for answer in await asyncio.gather(*starts)}
+
+        async def act(client: AsyncClient) -> None:
+            for name in ("first", "second", "third"):
+                assert await burst(client, name) == {"reserved"}
+                way.reset()
+                await asyncio.sleep(0.1)  # the client's side has noticed
+
+        with_client(way.to(running.broker_url), act)
+
+
 def test_a_loop_that_is_busy_is_not_a_store_that_is_silent(
     running: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
