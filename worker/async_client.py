@@ -19,6 +19,7 @@ from typing import Any, Self, TypeVar
 from celery.utils import uuid
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.client import PubSub
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
@@ -190,7 +191,7 @@ class AsyncClient(AsyncMessages):
         while True:
             line = self._line
             if line is None or line.is_broken:
-                line = self._line = _Line(results.pubsub())
+                line = self._line = _Line(_Announcements(results.connection_pool))
             try:
                 return line, await line.expect(key)
             except BaseException as error:
@@ -225,6 +226,13 @@ class AsyncClient(AsyncMessages):
     async def _in_thread(self, act: Callable[[], Value]) -> Value:
         self._refuse_other_loop()
         return await asyncio.get_running_loop().run_in_executor(self._threads, act)
+
+
+class _Announcements(PubSub):
+    """Does not connect again by itself: one task writes and one reads, and both would do it, on the same connection."""
+
+    async def _reconnect(self, conn: AbstractConnection, *_: object, **__: object) -> None:
+        await conn.disconnect(nowait=True)
 
 
 class _Line:
