@@ -99,8 +99,8 @@ def add(app: FastAPI) -> None:
         at: Annotated[
             Moment | None,
             Query(
-                description="The wallet as of this time (ISO 8601), now at the latest. "
-                "A date alone is the beginning of that UTC day."
+                description="The wallet after all events until this time (ISO 8601), one at that moment included; now "
+                "at the latest. A date alone is the beginning of that UTC day."
             ),
         ] = None,
     ) -> dict[str, Any]:

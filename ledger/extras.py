@@ -16,5 +16,6 @@ def of_the_server() -> Iterator[None]:
         package = str(error.name).partition(".")[0]
         if package in OURS:
             raise
-        print(f"holdfast: The package {package} is missing: pip install 'holdfast[server]'.", file=sys.stderr)
+        cure = "install the extra `server`, in a checkout with: pip install '.[server]'"
+        print(f"holdfast: The package {package} is missing: {cure}", file=sys.stderr)
         raise SystemExit(2) from None

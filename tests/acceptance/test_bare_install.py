@@ -101,4 +101,5 @@ def test_a_part_of_the_server_says_what_to_install(python: str, tmp_path: Path, 
     assert ended.returncode == 2
     assert ended.stdout == ""
     [line] = ended.stderr.splitlines()
-    assert re.fullmatch(r"holdfast: The package \w+ is missing: pip install 'holdfast\[server\]'\.", line)
+    cure = "install the extra `server`, in a checkout with: pip install '.[server]'"
+    assert re.fullmatch(rf"holdfast: The package \w+ is missing: {re.escape(cure)}", line)

@@ -614,3 +614,11 @@ def test_up_serves_until_ctrl_c_and_keeps_its_data(folder: Path) -> None:
         second.process.terminate()  # as a service manager does
         assert second.exit_code() == 0, second.said()
     assert eventually(lambda: processes_in(folder) == [])
+
+
+@pytest.mark.parametrize("command", ["wallet acme", "history acme --json"])
+def test_output_that_cannot_be_written_is_exit_code_2(books: Installation, command: str) -> None:
+    shell = ["bash", "-c", f"{HOLDFAST} {command} >/dev/full"]
+    ended = subprocess.run(shell, env=books.environment, capture_output=True, text=True, timeout=PATIENCE_S)
+    told = "holdfast: the output could not be written: No space left on device\n"
+    assert (ended.returncode, ended.stderr) == (2, told)

@@ -33,7 +33,7 @@ SENTENCES = {
     r"a correction of (?P<n>[+−][\d,]+)": "wallet.adjust",
     r"an invoice of (?P<n>[\d,]+) credits": "wallet.bill",
     r"the payment of the purchase is taken back": "wallet.reverse",
-    r"a period begins|a period ends|the grant ends": "",
+    r"a period begins|a period ends|the grant ends|the refund ends": "",
 }
 
 

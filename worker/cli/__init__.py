@@ -4,6 +4,10 @@ Exit codes: 0 success; 1 the answer is no (an invariant is broken, an organizati
 run (a wrong setting, a service that does not answer).
 """
 
+import errno
+import os
+import sys
+
 from ledger import extras
 
 with extras.of_the_server():
@@ -38,7 +42,10 @@ for group in (database, running, wallet, totals, send, failed, holds, token):
 def main() -> None:
     """Run the command line; every error is one line and an exit code."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except (
         SettingsError,
         ServiceError,
@@ -55,3 +62,8 @@ def main() -> None:
             with open_ledger() as engine:
                 fail(migrations.described(error, engine))
         fail(f"the database does not answer as it should: {describe(error)}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries once more when it ends
+        fail(f"the output could not be written: {error.strerror}")

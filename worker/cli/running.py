@@ -131,9 +131,7 @@ def _how_to_reach(system: System) -> str:
         "API_URL": system.url,
     }
     exports = [f'  export {name}="{value}"' for name, value in settings.items()]
-    ours = Path(sys.executable).parent
-    if shutil.which("holdfast") != str(ours / "holdfast"):
-        exports.append(f'  export PATH={shlex.quote(str(ours))}:"$PATH"')
+    exports.append(f'  export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"')
     lines = [
         "",
         f"The credit history of the demo organization, {story.ORGANIZATION}, in a browser:",

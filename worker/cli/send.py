@@ -59,6 +59,8 @@ def send(
     Sends to HOLDFAST_BROKER_URL; if only HOLDFAST_ENGINE_BROKER_URL is set, to the queue of engines.
     Exit code 1 if a line of the file is invalid, or if a message with --wait was rejected or could not be applied.
     """
+    if not wait and wait_s != WAIT_S:
+        raise typer.BadParameter("needs --wait", param_hint="--wait-s")
     if (task is None) == (file is None):
         raise typer.BadParameter("give either a task and its fields, or --file", param_hint="TASK")
     if file is not None:
