@@ -17,10 +17,17 @@ from ledger.history import CUSTOMER_COLUMNS
 from ledger.readable import JOINERS, as_json, escaped, escaped_json
 
 COLUMNS = (*CUSTOMER_COLUMNS, "id", "workflow_id")
+MEDIA_TYPE = "text/csv; charset=utf-8; header=present"
 PIECE_CHARACTERS = 64 * 1024
 
 _FORMULA = re.compile(rf"""(^|;)(?=[\s"{JOINERS}]*[=+\-@＝＋－＠﹦﹢﹣﹫])""")
 """Where a formula may begin: spreadsheets skip spaces and quotes before one, and some accept full-width signs."""
+
+
+def as_file(name: str) -> dict[str, str]:
+    """The headers of an answer that is kept as a file of this name, in which an id may have a colon."""
+    safe = re.sub(r"[^A-Za-z0-9_.-]", "-", name)
+    return {"Content-Disposition": f'attachment; filename="{safe}"'}
 
 
 def pieces(events: Iterable[RowMapping]) -> Iterator[str]:

@@ -170,11 +170,10 @@ def credit_history_as_csv(org_id: VisibleOrg, asked_for: Query, using: Using) ->
         raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, " ".join(asked_for.errors.values()))
     pieces = exports.pieces(history.all_events(using.engine, org_id, asked_for.matching))
     first = next(pieces)  # before the answer begins, so that a fault of the database still gets an error page
-    name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"credit-history-{org_id}.csv")
     return StreamingResponse(
         chain((first,), pieces),
-        media_type="text/csv; charset=utf-8; header=present",
-        headers={"Content-Disposition": f'attachment; filename="{name}"'},
+        media_type=exports.MEDIA_TYPE,
+        headers=exports.as_file(f"credit-history-{org_id}.csv"),
     )
 
 

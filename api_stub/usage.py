@@ -2,7 +2,6 @@
 
 import csv
 import io
-import re
 from dataclasses import asdict
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -11,13 +10,12 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Query, Response
 from sqlalchemy import Connection
 
-from api_stub import answers, errors
-from api_stub.exports import cell
+from api_stub import answers, errors, exports
 from api_stub.problems import Problem
 from api_stub.rights import ReadableOrg
 from api_stub.services import Using
-from api_stub.wallets import DayOrTime
-from ledger import filters, views
+from api_stub.wallets import DateFrom, DateTo, time_range
+from ledger import views
 from ledger.usage import MOST_GROUPED_BY, MOST_GROUPS, Group, Usage, rate, usage
 from ledger.views import WalletView
 
@@ -33,21 +31,15 @@ class Asked:
         group_by: Annotated[
             list[Group] | None, Query(description=f"Repeatable: at most {MOST_GROUPED_BY} different ones.")
         ] = None,
-        date_from: Annotated[DayOrTime | None, Query(description="First day or moment (ISO 8601).")] = None,
-        date_to: Annotated[
-            DayOrTime | None, Query(description="Last day, or the moment before which to end; not before `date_from`.")
-        ] = None,
+        date_from: DateFrom = None,
+        date_to: DateTo = None,
     ) -> None:
         self.group_by = tuple(dict.fromkeys(group_by or ()))
         if len(self.group_by) > MOST_GROUPED_BY:
             raise Problem(
                 HTTPStatus.UNPROCESSABLE_ENTITY, f"group_by may be given at most {MOST_GROUPED_BY} times, not more"
             )
-        try:
-            created_from, created_before = filters.time_range(date_from, date_to)
-        except ValueError:
-            raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "date_to must not be before date_from") from None
-        self.created_from, self.created_before = created_from, created_before
+        self.created_from, self.created_before = time_range(date_from, date_to)
 
     def of(self, ledger: Connection, org_id: str, *, most: int) -> Usage:
         """The usage that is asked for."""
@@ -102,11 +94,8 @@ def add(app: FastAPI) -> None:
                 HTTPStatus.UNPROCESSABLE_ENTITY,
                 f"these are more than {MOST_LINES:,} groups: ask for a shorter range, or for fewer values of group_by",
             )
-        name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"usage-{org_id}.csv")
         return Response(
-            _file(asked, found),
-            media_type="text/csv; charset=utf-8; header=present",
-            headers={"Content-Disposition": f'attachment; filename="{name}"'},
+            _file(asked, found), media_type=exports.MEDIA_TYPE, headers=exports.as_file(f"usage-{org_id}.csv")
         )
 
 
@@ -116,5 +105,5 @@ def _file(asked: Asked, found: Usage) -> str:
     written = io.StringIO()
     writer = csv.writer(written)
     writer.writerow(names)
-    writer.writerows([cell(group[name]) for name in names] for group in (groups if found.runs else ()))
+    writer.writerows([exports.cell(group[name]) for name in names] for group in (groups if found.runs else ()))
     return written.getvalue()

@@ -24,11 +24,23 @@ Moment = Annotated[datetime, PlainValidator(filters.moment), IS_A_TIME]
 DayOrTime = Annotated[Any, PlainValidator(filters.when), IS_A_TIME]
 
 
+DateFrom = Annotated[DayOrTime | None, Query(description="First day or moment (ISO 8601).")]
+DateTo = Annotated[
+    DayOrTime | None, Query(description="Last day, or the moment before which to end; not before `date_from`.")
+]
+
+
+def time_range(date_from: DateFrom, date_to: DateTo) -> tuple[datetime | None, datetime | None]:
+    """The range of time in a query: its first moment, and the one before which it ends. Raises Problem."""
+    try:
+        return filters.time_range(date_from, date_to)
+    except ValueError:
+        raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "date_to must not be before date_from") from None
+
+
 def event_filter(
-    date_from: Annotated[DayOrTime | None, Query(description="First day or moment (ISO 8601).")] = None,
-    date_to: Annotated[
-        DayOrTime | None, Query(description="Last day, or the moment before which to end; not before `date_from`.")
-    ] = None,
+    date_from: DateFrom = None,
+    date_to: DateTo = None,
     event_type: Annotated[list[EventType] | None, Query(description="Repeatable: any of these types.")] = None,
     project_id: Annotated[
         str | None,
@@ -42,10 +54,7 @@ def event_filter(
     ] = None,
 ) -> EventFilter:
     """The filter of events in a query."""
-    try:
-        created_from, created_before = filters.time_range(date_from, date_to)
-    except ValueError:
-        raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "date_to must not be before date_from") from None
+    created_from, created_before = time_range(date_from, date_to)
     return EventFilter(
         created_from=created_from,
         created_before=created_before,

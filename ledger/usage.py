@@ -6,6 +6,7 @@ of one moment: it never depends on when the scheduler came by.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
 from typing import Any, Literal
@@ -116,10 +117,8 @@ def rate(connection: Connection, org_id: str, *, available: int, now: datetime) 
     per_day = used / days
     lasts_until = None
     if per_day > 0:
-        try:
+        with suppress(OverflowError):
             lasts_until = now + timedelta(days=max(0, available) / per_day)
-        except OverflowError:
-            lasts_until = None
     return Rate(-(-used // days), lasts_until)
 
 
