@@ -10,6 +10,7 @@ from tests.acceptance.website import LETTERS, Visitor, operator_token, served, t
 from tests.installation import Installation, Producer, installed, wait_for_workers
 from tests.support import sql
 from worker.local.embedded import Embedded
+from worker.local.process import Process
 
 _numbers = count(1)
 
@@ -29,13 +30,19 @@ def producer(installation: Installation) -> Iterator[Producer]:
 
 
 @pytest.fixture(scope="module")
-def running(services: Embedded) -> Iterator[Installation]:
-    """A migrated ledger of this module's own, whose worker takes messages."""
+def with_worker(services: Embedded) -> Iterator[tuple[Installation, Process]]:
+    """A migrated ledger of this module's own, and its worker, which takes messages."""
     with installed(services) as own:
-        own.start_worker()
+        worker = own.start_worker()
         with closing(Producer(own.broker_url)) as plain:
             wait_for_workers(plain)
-        yield own
+        yield own, worker
+
+
+@pytest.fixture(scope="module")
+def running(with_worker: tuple[Installation, Process]) -> Installation:
+    """The same without the worker, for tests that leave it alone."""
+    return with_worker[0]
 
 
 @pytest.fixture

@@ -9,30 +9,14 @@ import pytest
 
 from ledger.messages import DELIVERY_LIMIT
 from tests.acceptance import commands
-from tests.installation import Installation, Producer, celery, envelope, installed, wait_for_workers
+from tests.installation import Installation, envelope
 from tests.messages import EMBED
 from tests.support import eventually, sql, suspended
 from worker.broker import ENGINE_QUEUE, REPLAY_OF
 from worker.client import Client
-from worker.local.embedded import Embedded
 from worker.local.process import Process
 
 _numbers = count(1)
-
-
-@pytest.fixture(scope="module")
-def with_worker(services: Embedded) -> Iterator[tuple[Installation, Process]]:
-    with installed(services) as own:
-        worker = own.start("worker", *celery("worker"))
-        producer = Producer(own.broker_url)
-        wait_for_workers(producer)
-        producer.close()
-        yield own, worker
-
-
-@pytest.fixture
-def running(with_worker: tuple[Installation, Process]) -> Installation:
-    return with_worker[0]
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.databases import new_broker_database
-from tests.installation import Installation, Producer, celery, installed, wait_for_workers
+from tests.installation import Installation
 from tests.support import suspended
 from worker.broker import ENGINE_QUEUE
 from worker.client import Client, NoAnswerError
@@ -16,16 +16,6 @@ from worker.local.process import Process
 Running = tuple[Installation, Process]
 FINISH = {"org_id": "acme", "workflow_id": "run-1", "credits": 5}
 NO_WORKER = "and no worker answers: none runs, or it is paused, or uses another broker or database"
-
-
-@pytest.fixture(scope="module")
-def working(services: Embedded) -> Iterator[Running]:
-    with installed(services) as own:
-        worker = own.start("worker", *celery("worker"))
-        producer = Producer(own.broker_url)
-        wait_for_workers(producer)
-        producer.close()
-        yield own, worker
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +37,8 @@ def database_of(url: str) -> str:
     return f"(Redis database {url.rsplit('/', 1)[1]})"
 
 
-def test_a_paused_worker_does_not_answer_and_the_messages_are_counted(working: Running) -> None:
-    installation, worker = working
+def test_a_paused_worker_does_not_answer_and_the_messages_are_counted(with_worker: Running) -> None:
+    installation, worker = with_worker
     with Client(installation.broker_url) as client, suspended(worker.pid):
         client.finish(org_id="acme", workflow_id="run-0", credits=5)
         seen = told(client)
@@ -56,7 +46,7 @@ def test_a_paused_worker_does_not_answer_and_the_messages_are_counted(working: R
     assert seen.endswith(f"{database_of(installation.broker_url)}, {NO_WORKER}")
 
 
-def test_in_another_database_of_redis_there_is_no_worker(working: Running, services: Embedded) -> None:
+def test_in_another_database_of_redis_there_is_no_worker(with_worker: Running, services: Embedded) -> None:
     with new_broker_database(services) as other, Client(other) as client:
         seen = told(client)
     assert seen.startswith("1 message waits in the queue credits at redis://")
@@ -68,8 +58,10 @@ def test_a_url_that_names_no_database_of_redis_means_the_first_one(other_broker:
         assert "(Redis database 0)" in told(client)
 
 
-def test_a_worker_that_keeps_answers_elsewhere_has_taken_the_message(working: Running, other_broker: Broker) -> None:
-    installation, _ = working
+def test_a_worker_that_keeps_answers_elsewhere_has_taken_the_message(
+    with_worker: Running, other_broker: Broker
+) -> None:
+    installation, _ = with_worker
     with Client(installation.broker_url, result_url=other_broker.url) as client:
         seen = told(client)
     assert seen.startswith("no message waits in the queue credits at redis://")
