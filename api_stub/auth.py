@@ -20,9 +20,12 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from ledger.settings import Settings, SettingsError
 
-Scope = Literal["credits:read", "workflows:write", "wallet:write", "operator"]
-"""The rights of a token: to read credits, to send the messages of workflows, to send those of wallets, or to handle the
-dead letters of all organizations. None of them includes another one."""
+Scope = Literal["credits:read", "workflows:write", "wallet:write", "operator:read", "operator"]
+"""The rights of a token: to read credits, to send the messages of workflows, to send those of wallets, to see the pages
+of operators, or to act there, for all organizations. `operator` includes `operator:read`; no other includes another."""
+
+_INCLUDED: dict[str, Scope] = {"operator": "operator:read"}
+"""The scope that another one includes."""
 
 LEEWAY_S = 30
 """The largest difference between our clock and that of the signer of tokens."""
@@ -41,6 +44,7 @@ class Principal:
     subject: str
     orgs: frozenset[str] | Literal["*"]
     scopes: frozenset[str]
+    """Those that the token names, and those that they include."""
 
     def may_see(self, org_id: str) -> bool:
         """Whether the organization exists for this principal."""
@@ -76,6 +80,10 @@ def _claims(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):  # the issuer may have meant another of the values than we would read
         raise InvalidTokenError("the token names a claim more than once")
     return found
+
+
+def _with_included(scopes: list[str]) -> frozenset[str]:
+    return frozenset(scopes).union(_INCLUDED[scope] for scope in scopes if scope in _INCLUDED)
 
 
 _JWT = _PyJWT()
@@ -138,7 +146,7 @@ class Authenticator:
         return Principal(
             subject=subject,
             orgs="*" if orgs == "*" else frozenset(orgs),
-            scopes=frozenset(scope.split()),
+            scopes=_with_included(scope.split()),
         )
 
     def _verified(self, token: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from api_stub import queries
 from api_stub.problems import Problem
 from api_stub.rendering import PageRoute, page, see_other
 from api_stub.services import Services, Using
-from api_stub.sessions import Session, SignedIn, checked_form
+from api_stub.sessions import Operator, checked_form, operator_reads
 from ledger import dead_letters
 from ledger.dead_letters import (
     KeptLetter,
@@ -41,17 +41,8 @@ MAX_SHOWN = 64 * 1024
 """The most characters of a message or a traceback that are shown."""
 
 
-def operator(session: SignedIn) -> Session:
-    """A dependency: the session, if it is an operator's. Otherwise 403."""
-    if "operator" not in session.principal.scopes:
-        raise Problem(HTTPStatus.FORBIDDEN, "This page is for operators: the token lacks the scope operator.")
-    return session
-
-
-Operator = Annotated[Session, Depends(operator)]
-
 router = APIRouter(
-    prefix="/operators", route_class=PageRoute, include_in_schema=False, dependencies=[Depends(operator)]
+    prefix="/operators", route_class=PageRoute, include_in_schema=False, dependencies=[Depends(operator_reads)]
 )
 
 

@@ -123,8 +123,8 @@ VisibleOrg = Annotated[str, Depends(readable)]
 def start(request: Request, session: SignedIn, organization: str = "") -> Response:
     """Redirect to the session's only page, or list its organizations."""
     principal = session.principal
-    is_operator, may_read = ("operator" in principal.scopes), ("credits:read" in principal.scopes)
-    if is_operator and not (principal.orgs and may_read):
+    is_staff, may_read = ("operator:read" in principal.scopes), ("credits:read" in principal.scopes)
+    if is_staff and not (principal.orgs and may_read):
         return see_other("/operators/dead-letters")
     if not may_read:
         raise Problem(HTTPStatus.FORBIDDEN, "The token lacks the scope credits:read.")
@@ -133,7 +133,7 @@ def start(request: Request, session: SignedIn, organization: str = "") -> Respon
             return see_other(f"/organizations/{organization}/credit-history")
         return page(request, "start.html", HTTPStatus.NOT_FOUND, org_ids=_org_ids(session), typed=organization)
     org_ids = _org_ids(session)
-    if org_ids is not None and len(org_ids) == 1 and not is_operator:
+    if org_ids is not None and len(org_ids) == 1 and not is_staff:
         return see_other(f"/organizations/{org_ids[0]}/credit-history")
     return page(request, "start.html", org_ids=org_ids, typed="")
 

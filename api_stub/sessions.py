@@ -52,6 +52,11 @@ class Session:
         """The value that every form of this session carries."""
         return form_token(self.token)
 
+    @property
+    def may_act(self) -> bool:
+        """Whether the pages of operators have forms for this session."""
+        return "operator" in self.principal.scopes
+
 
 def signed_in(request: Request, using: Using) -> Session:
     """The session of a request for a page, from the cookie or, for scripts, from the Authorization header.
@@ -76,6 +81,23 @@ def signed_in(request: Request, using: Using) -> Session:
 
 
 SignedIn = Annotated[Session, Depends(signed_in)]
+
+
+def operator_reads(session: SignedIn) -> Session:
+    """A dependency: the session, if it may see the pages of operators. Otherwise 403."""
+    if "operator:read" not in session.principal.scopes:
+        raise Problem(HTTPStatus.FORBIDDEN, "This page is for staff.")
+    return session
+
+
+def operator_acts(session: Annotated[Session, Depends(operator_reads)]) -> Session:
+    """A dependency: the session, if it may act on the pages of operators. Otherwise 403."""
+    if not session.may_act:
+        raise Problem(HTTPStatus.FORBIDDEN, "You may see this page, but change nothing here: that is for operators.")
+    return session
+
+
+Operator = Annotated[Session, Depends(operator_acts)]
 
 
 def form_token(secret: str) -> str:

@@ -15,9 +15,27 @@ from tests.support import sql
 def test_the_pages_of_operators_are_for_operators(customer: Visitor, letter: str) -> None:
     for path in (LETTERS, letter, f"{LETTERS}/none", "/operators/else"):
         refused = customer.get(path)
-        assert (refused.status_code, "the token lacks the scope operator" in refused.text) == (403, True)
+        assert (refused.status_code, "This page is for staff." in refused.text) == (403, True)
     for action in ("replay", "discard"):
         assert customer.post(f"{letter}/{action}", data={"reason": "x"}).status_code == 403
+
+
+def test_staff_that_only_reads_sees_no_form_and_changes_no_letter(
+    ledger: Installation, operator: Visitor, letter: str
+) -> None:
+    form = form_token(operator.get(letter))
+    operator.sign_in(token(sub="rita", orgs=[], scope="operator:read"))
+    for path in (LETTERS, letter):
+        page = operator.get(path)
+        assert (page.status_code, 'method="post"' in page.text.partition("<main")[2]) == (200, False)
+    own = form_token(operator.get(letter))  # of the button that signs out
+    for action in ("replay", "discard"):
+        for each in (form, own):
+            refused = operator.post(f"{letter}/{action}", data={"form": each, "reason": "x"})
+            assert refused.status_code == 403
+        assert "You may see this page, but change nothing here: that is for operators." in refused.text
+    number = int(letter.rpartition("/")[2])
+    assert sql(ledger.engine, "SELECT status FROM dead_letters WHERE id = :id", id=number) == [("open",)]
 
 
 def test_an_operator_reads_what_is_wrong(operator: Visitor, letter: str, org_id: str) -> None:

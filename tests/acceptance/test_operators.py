@@ -470,6 +470,7 @@ def test_a_token_says_who_may_do_what() -> None:
     assert before <= claims.pop("exp") - 60 <= time.time()
     assert claims == {"sub": "ann", "orgs": ["acme", "globex"], "scope": "credits:read workflows:write"}
     assert printed_token("--scope", "operator")["orgs"] == []
+    assert printed_token("--scope", "operator:read", "--scope", "operator")["scope"] == "operator:read operator"
     everything = printed_token("--all-orgs", "--scope", "operator")
     assert (everything["orgs"], everything["scope"]) == ("*", "operator")
 

@@ -126,8 +126,23 @@ def test_what_a_token_leaves_out_gives_no_right() -> None:
     reader = Authenticator.from_settings(settings(jwt_secret=SECRET))
     nobody = reader.read(jwt.encode({"exp": datetime.now(UTC) + timedelta(minutes=5)}, SECRET))
     assert (nobody.subject, nobody.orgs, nobody.scopes) == ("unknown", frozenset(), frozenset())
+
     star_in_a_list = reader.read(token(SECRET, "HS256", orgs=["*"]))
     assert not star_in_a_list.may_see("acme")
+
+
+@pytest.mark.parametrize(
+    ("scope", "rights"),
+    [
+        ("operator", {"operator", "operator:read"}),
+        ("operator:read", {"operator:read"}),
+        ("credits:read operators", {"credits:read", "operators"}),
+        ("wallet:write workflows:write", {"wallet:write", "workflows:write"}),
+    ],
+)
+def test_whoever_may_act_as_an_operator_may_see_what_operators_see(scope: str, rights: set[str]) -> None:
+    reader = Authenticator.from_settings(settings(jwt_secret=SECRET))
+    assert reader.read(token(SECRET, "HS256", scope=scope)).scopes == rights
 
 
 @pytest.mark.parametrize(

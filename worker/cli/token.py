@@ -18,7 +18,9 @@ def token(
     scopes: Annotated[
         list[str],
         typer.Option(
-            "--scope", metavar="SCOPE", help="Repeatable: credits:read, workflows:write, wallet:write, operator."
+            "--scope",
+            metavar="SCOPE",
+            help="Repeatable: credits:read, workflows:write, wallet:write, operator:read, operator.",
         ),
     ],
     org_ids: Annotated[
@@ -39,7 +41,7 @@ def token(
         if scope not in get_args(Scope):
             known = ", ".join(get_args(Scope))
             raise typer.BadParameter(f"{escaped(scope)} is not one of {known}", param_hint="--scope")
-    if (org_ids and all_orgs) or not (org_ids or all_orgs or set(scopes) == {"operator"}):
+    if (org_ids and all_orgs) or not (org_ids or all_orgs or {"operator:read", "operator"} >= set(scopes)):
         raise typer.BadParameter("give either organizations or --all-orgs", param_hint="--org")
     for org_id in org_ids or []:
         if not re.fullmatch(ID_PATTERN, org_id):
