@@ -1,7 +1,7 @@
 """Writes docs/messages.md: `make docs`.
 
 Names, types, bounds, defaults and meanings of fields come from `ledger.messages`. What has no other home than prose
-stands here: what an answer, an event or the code of a dead letter means. `tests/unit/test_messages_doc.py` keeps the
+stands here: what an answer or an event means. `tests/unit/test_messages_doc.py` keeps the
 page in step with the code.
 """
 
@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from ledger.causes import CODES
 from ledger.examples import EXAMPLES
 from ledger.messages import (
-    DELIVERY_LIMIT,
     MAX_AMOUNT,
     MAX_BODY_BYTES,
     MAX_CREDITS,
@@ -187,72 +187,6 @@ EVENTS = {
     ),
 }
 
-DEAD_LETTERS = {
-    "invalid_message": (
-        "A field is missing, unknown or invalid, or the task was not sent with one JSON object.",
-        "Correct the sender and send a new message; discard this one.",
-    ),
-    "too_large": (
-        (
-            f"Its body is larger than {MAX_BODY_BYTES:,} bytes, or its entry in Redis than {MOST_ENTRY_BYTES:,}. "
-            "Only the first part is kept. The error says which of the two it is, its size, and the SHA-256 of the "
-            "whole body or the SHA-1 of the whole entry."
-        ),
-        "Correct the sender and send a new message. Discard this one; it cannot be replayed.",
-    ),
-    "not_allowed": (
-        f"It came from the queue `{ENGINE_QUEUE}` and is not about a workflow, or cannot be read.",
-        f"If it is intended, a sender with that right sends it to `{QUEUE}`. Discard this one; it cannot be replayed.",
-    ),
-    "delivery_limit": (
-        f"{DELIVERY_LIMIT} workers died while they held it, or while they applied it after it had waited.",
-        "Replay it. If workers die of it again, report it.",
-    ),
-    "undecodable_message": (
-        "It is not what Celery sends: it names no task, or its headers or its body (JSON) cannot be read.",
-        "Correct the sender, which must use JSON, and send a new message; discard this one.",
-    ),
-    "unknown_task": (
-        "No message has this name.",
-        "Correct the name and send it again. Or, if a newer version of Holdfast has it, update and replay.",
-    ),
-    "conflict": (
-        (
-            "A message with the same id came before and said something else, or a subscription was to change its "
-            "anchor. What came first stands."
-        ),
-        (
-            "If the difference is intended, send it with an id of its own (for usage: `wallet.adjust`; for another "
-            "anchor: a new `subscription_id`, which replaces the old subscription). Discard this one."
-        ),
-    ),
-    "insufficient_credits": (
-        "An adjustment or a billing entry would take the prepaid balance below zero, or what a workflow holds.",
-        "Replay it once there are credits; or send the adjustment with `allow_negative` and a new id.",
-    ),
-    "refund_exceeds_usage": (
-        "Together with earlier refunds, it is more than the workflow used; or the workflow has not finished yet.",
-        "Replay it after the finish; or refund less, with a new id.",
-    ),
-    "unknown_purchase": (
-        "A reversal names a purchase that has not come.",
-        "Replay it once the purchase is there; if its id is wrong, send the right one under a new id and discard this.",
-    ),
-    "reversal_exceeds_purchase": (
-        "With the reversals before it, more would be taken back than the purchase brought.",
-        "Reverse less, under a new id; discard this one.",
-    ),
-    "balance_out_of_range": (
-        "A balance, or what is reserved, would exceed ±(2^53−1).",
-        "The amount is wrong: send the right one, and discard this one.",
-    ),
-    "unexpected_error": (
-        "A defect of Holdfast. The traceback is kept. Nothing of the message was applied; no other message waits.",
-        "Report it; replay it with the version that fixes it.",
-    ),
-}
-
-
 def render() -> str:
     """The whole page."""
     _must_be_the_same(EXAMPLES, MESSAGES)
@@ -288,7 +222,7 @@ def render() -> str:
                 _DEAD_LETTERS,
                 _table(
                     ("code", "meaning", "cure"),
-                    [(f"`{code}`", meaning, cure) for code, (meaning, cure) in DEAD_LETTERS.items()],
+                    [(f"`{name}`", code.meaning, code.cure) for name, code in CODES.items()],
                 ),
             ]
         )

@@ -17,10 +17,12 @@ from psycopg.errors import UniqueViolation
 from sqlalchemy import ColumnElement, Connection, Engine, Update, func, or_, select, update
 
 from ledger.bodies import arguments, written
+from ledger.causes import cause_of
 from ledger.messages import MAX_BODY_BYTES
 from ledger.readable import escaped, escaped_json, readable_json, shortened
 from ledger.state import ErrorCode, Result
 from ledger.tables import dead_letters
+from ledger.waiting import NOBODY
 
 MAX_ERROR_LENGTH = 4_000
 """The most characters of an error, when it is written and in lists."""
@@ -52,16 +54,18 @@ _REOPEN = """
 """
 
 _RECORD = """
-    INSERT INTO dead_letters (task, body, body_sha256, org_id, error_code, error, traceback, attempts)
-    SELECT task, body, body_sha256, org_id, error_code, error, traceback, attempts
-    FROM unnest(%b::text[], %b::bytea[], %b::bytea[], %b::text[], %b::text[], %b::text[], %b::text[], %b::bigint[])
-      AS letter (task, body, body_sha256, org_id, error_code, error, traceback, attempts)
+    INSERT INTO dead_letters (task, body, body_sha256, org_id, error_code, error, cause, traceback, attempts)
+    SELECT task, body, body_sha256, org_id, error_code, error, cause, traceback, attempts
+    FROM unnest(
+        %b::text[], %b::bytea[], %b::bytea[], %b::text[], %b::text[], %b::text[], %b::text[], %b::text[], %b::bigint[]
+    ) AS letter (task, body, body_sha256, org_id, error_code, error, cause, traceback, attempts)
     ON CONFLICT (task, body_sha256) WHERE status = 'open' DO UPDATE
       SET attempts = dead_letters.attempts + excluded.attempts,
           last_failed_at = GREATEST(dead_letters.last_failed_at, excluded.last_failed_at),
           org_id = excluded.org_id,
           error_code = excluded.error_code,
           error = excluded.error,
+          cause = excluded.cause,
           traceback = excluded.traceback
     RETURNING task, body_sha256, id
 """
@@ -92,6 +96,7 @@ def record(connection: psycopg.Connection[Any], letters: Sequence[DeadLetter]) -
             letter.org_id,
             letter.code,
             letter.error,
+            cause_of(letter.error),
             letter.traceback,
             attempts,
         )
@@ -110,7 +115,9 @@ class LetterFilter:
     code: str | None = None
     task: str | None = None
     org_id: str | None = None
+    """`NOBODY`: those that name no organization."""
     failed_since: datetime | None = None
+    cause: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +136,7 @@ class ListedLetter:
     resolved_at: datetime | None
     resolved_by: str | None
     resolution: str | None
+    cause: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +177,105 @@ def letters(
     return [ListedLetter(*row) for row in connection.execute(query.order_by(columns.id.desc()).limit(limit))]
 
 
-def count_without_organization(connection: Connection, matching: LetterFilter) -> int:
-    """The number of dead letters that name no organization and match the other conditions."""
-    conditions = _conditions(replace(matching, org_id=None))
-    query = select(func.count()).where(dead_letters.c.org_id.is_(None), *conditions)
-    return connection.execute(query).scalar_one()
+def counts(connection: Connection, matching: LetterFilter) -> dict[str, int]:
+    """The number of dead letters of each status that there is, of those that match but for their status."""
+    status = dead_letters.c.status
+    query = select(status, func.count()).where(*_conditions(replace(matching, status=None))).group_by(status)
+    return {name: count for name, count in connection.execute(query)}  # noqa: C416 # rows are no tuples to mypy
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The dead letters of one organization, task, code and cause: as a rule, those of one incident."""
+
+    org_id: str | None
+    task: str
+    error_code: str
+    cause: str
+    """Empty for letters that an older version wrote."""
+    count: int
+    first_failed_at: datetime
+    last_failed_at: datetime
+    newest_id: int
+
+    def filter(self, status: str | None) -> LetterFilter:
+        """What its letters match, and no other does."""
+        org_id = NOBODY if self.org_id is None else self.org_id
+        return LetterFilter(status, self.error_code, self.task, org_id, cause=self.cause)
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Groups of dead letters, the largest first."""
+
+    listed: list[Group]
+    total: int
+    """How many groups there are, those that are not listed included."""
+    letters: int
+    organizations: int
+    """How many letters and organizations all of them have."""
+
+
+def groups(connection: Connection, matching: LetterFilter, *, limit: int) -> Groups:
+    """The dead letters that match, by cause: the `limit` largest groups. Reads an index alone."""
+    columns = dead_letters.c
+    of_group = (columns.org_id, columns.task, columns.error_code, columns.cause)
+    count = func.count().label("count")
+    grouped = (
+        select(
+            *of_group,
+            count,
+            func.min(columns.first_failed_at).label("first_failed_at"),
+            func.max(columns.last_failed_at).label("last_failed_at"),
+            func.max(columns.id).label("newest_id"),
+        )
+        .where(*_conditions(matching))
+        .group_by(*of_group)
+        .cte("grouped")
+    )
+    sums = (
+        select(function).select_from(grouped).scalar_subquery()
+        for function in (func.count(), func.sum(grouped.c.count), func.count(grouped.c.org_id.distinct()))
+    )
+    largest = select(grouped, *sums).order_by(grouped.c.count.desc(), grouped.c.newest_id.desc()).limit(limit)
+    rows = connection.execute(largest).all()
+    total, letters, organizations = rows[0][-3:] if rows else (0, 0, 0)
+    return Groups([Group(*row[:-3]) for row in rows], total, int(letters), organizations)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an open dead letter is among all open ones, newest first."""
+
+    number: int
+    """1 for the newest."""
+    total: int
+    newer_id: int | None
+    older_id: int | None
+
+
+def place(connection: Connection, letter_id: int) -> Place:
+    """The place of the dead letter `letter_id` among the open ones; it need not be one of them."""
+    columns = dead_letters.c
+    is_newer, is_older = columns.id > letter_id, columns.id < letter_id
+    row = connection.execute(
+        select(
+            func.count().filter(is_newer),
+            func.count(),
+            func.min(columns.id).filter(is_newer),
+            func.max(columns.id).filter(is_older),
+        ).where(columns.status == "open")
+    ).one()
+    return Place(row[0] + 1, *row[1:])
+
+
+def open_ids(
+    connection: Connection, matching: LetterFilter, *, after_id: int = 0, up_to_id: int, limit: int
+) -> list[int]:
+    """The numbers of the open dead letters that match, oldest first, in this range: at most `limit`."""
+    column = dead_letters.c.id
+    query = select(column).where(*_conditions(replace(matching, status="open")), column > after_id, column <= up_to_id)
+    return list(connection.scalars(query.order_by(column).limit(limit)))
 
 
 def _conditions(matching: LetterFilter) -> list[ColumnElement[bool]]:
@@ -184,10 +286,13 @@ def _conditions(matching: LetterFilter) -> list[ColumnElement[bool]]:
             ("status", matching.status),
             ("error_code", matching.code),
             ("task", matching.task),
-            ("org_id", matching.org_id),
+            ("org_id", None if matching.org_id == NOBODY else matching.org_id),
+            ("cause", matching.cause),
         )
         if value is not None
     ]
+    if matching.org_id == NOBODY:
+        conditions.append(columns.org_id.is_(None))
     if matching.failed_since is not None:
         conditions.append(columns.last_failed_at >= matching.failed_since)
     return conditions
@@ -309,6 +414,21 @@ def discard(engine: Engine, letter_id: int, *, by: str, why: str) -> None:
             raise NotOpenError(f"dead letter {letter_id} was {kept.status} by {kept.resolved_by}: {kept.resolution}")
 
 
+def discard_all(engine: Engine, matching: LetterFilter, *, up_to_id: int, by: str, why: str, limit: int) -> int:
+    """Discard the open dead letters that match up to this number, oldest first, at most `limit`, and record why.
+
+    Returns how many it discarded. All of them are discarded, or none.
+    """
+    with engine.begin() as connection:
+        ids = open_ids(connection, matching, up_to_id=up_to_id, limit=limit)
+        columns = dead_letters.c
+        mark = update(dead_letters).where(columns.id == func.any(ids), columns.status == "open")
+        return connection.execute(mark.values(_resolved("discarded", by, why))).rowcount
+
+
 def _resolve(letter_id: int, *, status: str, by: str, resolution: str) -> Update:
-    values = {"status": status, "resolved_at": func.clock_timestamp(), "resolved_by": by, "resolution": resolution}
-    return update(dead_letters).where(dead_letters.c.id == letter_id).values(values)
+    return update(dead_letters).where(dead_letters.c.id == letter_id).values(_resolved(status, by, resolution))
+
+
+def _resolved(status: str, by: str, resolution: str) -> dict[str, Any]:
+    return {"status": status, "resolved_at": func.clock_timestamp(), "resolved_by": by, "resolution": resolution}

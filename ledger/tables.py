@@ -331,6 +331,8 @@ dead_letters = Table(
     _optional("resolved_at", Timestamp),
     _optional("resolved_by", Text),
     _optional("resolution", Text),
+    # See `causes.cause_of`; empty if an older version wrote the letter, until its message fails again.
+    Column("cause", Text, nullable=False, server_default=""),
     PrimaryKeyConstraint("id", name="dead_letters_pkey"),
     _check("dead_letters_status", "status IN ('open', 'replayed', 'discarded')"),
     _check("dead_letters_attempts", "attempts >= 1"),
@@ -347,6 +349,12 @@ dead_letters = Table(
         "body_sha256",
         unique=True,
         postgresql_where=text("status = 'open'"),
+    ),
+    # Letters are grouped through this alone, without a look at what they hold.
+    Index(
+        "dead_letters_causes",
+        *("status", "org_id", "task", "error_code", "cause", "id"),
+        postgresql_include=["first_failed_at", "last_failed_at"],
     ),
 )
 

@@ -128,6 +128,7 @@ GOOD: dict[str, Row] = {
         "body_sha256": b"digest",
         "error_code": "undecodable",
         "error": "not JSON",
+        "cause": "not JSON",
         "traceback": None,
         "attempts": 1,
         "first_failed_at": NOW,

@@ -48,6 +48,7 @@ def test_a_message_that_cannot_be_applied_is_kept_as_it_arrived(engine: Engine) 
         "error_code": "invalid_message",
         "error": "wallet.purchase: credits must be greater than 0, got 0",
         "traceback": None,
+        "cause": "credits must be greater than 0",
         "attempts": 1,
         "resolved_at": None,
         "resolved_by": None,

@@ -11,12 +11,12 @@ from typing import Any, get_args
 import pytest
 
 from api_stub.app import create_app
-from docs.generate_messages import DEAD_LETTERS, EVENTS, OF_WALLETS, OF_WORKFLOWS, OUTCOMES, PAGE, render
+from docs.generate_messages import EVENTS, OF_WALLETS, OF_WORKFLOWS, OUTCOMES, PAGE, render
 from ledger.examples import EXAMPLES
 from ledger.messages import MAX_AMOUNT, MAX_CREDITS, MESSAGES, Message, parse
 from ledger.settings import Settings
 from ledger.state import OUTCOMES as WORKFLOW_OUTCOMES
-from ledger.state import ErrorCode, Limit, OutcomeName, Reason, WorkflowState
+from ledger.state import Limit, OutcomeName, Reason, WorkflowState
 from tests.memory import MemoryLedger
 
 ROOT = Path(__file__).parents[2]
@@ -197,10 +197,6 @@ def test_every_outcome_and_reason_is_explained() -> None:
     assert {outcome for outcome, _ in OUTCOMES} == set(get_args(OutcomeName))
     assert {reason for _, reason in OUTCOMES} == {None, *get_args(Reason)}
     assert set(WORKFLOW_OUTCOMES.values()) <= set(OUTCOMES)
-
-
-def test_every_code_of_a_dead_letter_is_explained() -> None:
-    assert set(DEAD_LETTERS) == set(get_args(ErrorCode)), "see DEAD_LETTERS in docs/generate_messages.py"
 
 
 def test_every_key_that_the_ledger_adds_to_metadata_is_named_with_its_event() -> None:

@@ -5,7 +5,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, get_args
@@ -26,6 +26,7 @@ from ledger.dead_letters import (
 )
 from ledger.readable import beginning, escaped, shortened
 from ledger.state import ErrorCode
+from ledger.waiting import NOBODY
 from worker.cli.tables import Column, properties, table
 from worker.cli.terminal import (
     AsJson,
@@ -127,7 +128,7 @@ def list_letters(
         _refuse_unknown_task(connection, task)
         found = dead_letters.letters(connection, matching, limit=limit + 1)
         is_told = org_id is not None and not as_json
-        nameless = dead_letters.count_without_organization(connection, matching) if is_told else 0
+        nameless = _without_organization(connection, matching) if is_told else 0
     shown = found[:limit]
     if as_json:
         print_json({"items": [_fields(letter) for letter in shown], "has_more": len(found) > limit})
@@ -245,6 +246,11 @@ def discard(
             except (UnknownLetterError, NotOpenError) as error:
                 done.append(_refused(letter_id, str(error)))
     raise typer.Exit(0 if _well(done) == len(letter_ids) else 1)
+
+
+def _without_organization(connection: Connection, matching: LetterFilter) -> int:
+    found = dead_letters.counts(connection, replace(matching, org_id=NOBODY))
+    return sum(count for status, count in found.items() if matching.status in (None, status))
 
 
 def _refuse_unknown_task(connection: Connection, task: str | None) -> None:
