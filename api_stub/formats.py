@@ -1,4 +1,4 @@
-"""Filters of the templates, for amounts, times, names and metadata."""
+"""Filters of the templates, for times and metadata; those that the terminal has too are in `ledger.wording`."""
 
 import re
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ledger.readable import as_json
+from ledger.wording import clock, day
 
 SHORT_METADATA = 60
 """The longest metadata, in characters, that a page shows without a click."""
@@ -13,38 +14,10 @@ SHORT_METADATA = 60
 _MOMENT = re.compile(r"20\d\d-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-5]\d(\.\d{1,6})?\+00:00", re.ASCII)
 """A moment as the ledger itself writes it in metadata."""
 
-MINUS = "\N{MINUS SIGN}"
-
-
-def amount(credits: int) -> str:
-    """12,345 or −12,345."""
-    return f"{credits:,}".replace("-", MINUS)
-
-
-def change(credits: int) -> str:
-    """+12,345, −12,345 or 0."""
-    return f"+{credits:,}" if credits > 0 else amount(credits)
-
-
-def day(moment: datetime) -> str:
-    """2 Nov 2026, in UTC."""
-    utc = moment.astimezone(UTC)
-    return f"{utc.day} {utc:%b} {utc.year}"
-
-
-def clock(moment: datetime) -> str:
-    """14:05:33, in UTC."""
-    return f"{moment.astimezone(UTC):%H:%M:%S}"
-
 
 def iso(moment: datetime) -> str:
     """2026-11-02T14:05:33Z: for machines."""
     return f"{moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec='seconds')}Z"
-
-
-def label(name: str) -> str:
-    """A name in words: `prepaid_purchase` becomes Prepaid purchase."""
-    return name.replace("_", " ").capitalize()
 
 
 def pairs(metadata: Mapping[str, Any]) -> list[tuple[str, str]] | None:

@@ -16,9 +16,10 @@ from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from api_stub.formats import amount, change, clock, day, iso, label, pairs
+from api_stub.formats import iso, pairs
 from api_stub.problems import Problem
 from ledger.readable import JOINERS, beginning, escaped, readable_json, span
+from ledger.wording import amount, change, clock, day, label
 
 _HERE = Path(__file__).parent
 _STATIC = _HERE / "static"

@@ -48,6 +48,17 @@ class NextPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class NextCredits:
+    """What a plan gives next."""
+
+    plan: str
+    credits: int
+    at: datetime
+    kept: int
+    """The most unused credits of the period before that are kept."""
+
+
+@dataclass(frozen=True, slots=True)
 class WalletView:
     """An organization's wallet as last written: without what is due but not yet posted."""
 
@@ -66,6 +77,8 @@ class WalletView:
     plan_ends_at: datetime | None = None
     """When it ends, if the subscription was ended: no further period of it begins."""
     next_plan: NextPlan | None = None
+    next_credits: NextCredits | None = None
+    """What a plan gives next. None: none does."""
     current_period_start: datetime | None = None
     current_period_end: datetime | None = None
     ending: tuple[Ending, ...] = ()
@@ -127,6 +140,7 @@ def wallet(connection: Connection, org_id: str) -> WalletView | None:
         plan=row.period_plan or row.plan,
         plan_ends_at=row.next_period_at if has_period and not row.active else None,
         next_plan=_next_plan(row),
+        next_credits=_next_credits(row),
         current_period_start=period_start(row.anchor, row.period) if has_period else None,
         current_period_end=row.next_period_at if has_period else None,
         ending=ending,
@@ -137,6 +151,7 @@ def wallet(connection: Connection, org_id: str) -> WalletView | None:
 def as_item(view: WalletView) -> dict[str, Any]:
     """A wallet as its owner sees it: the fields of a JSON object."""
     fields = asdict(view)
+    del fields["next_credits"]  # programs know the terms of their plans
     start, end = fields.pop("current_period_start"), fields.pop("current_period_end")
     for part in fields["ending"]:
         part["from"] = part.pop("origin")
@@ -151,7 +166,7 @@ _CURRENT, _SCHEDULED = subscriptions.alias("current"), subscriptions.alias("sche
 _WALLET = select(
     wallets,
     *(_CURRENT.c[name] for name in ("active", "plan", "period_plan", "monthly_credits", "period_granted")),
-    *(_CURRENT.c.anchor, _CURRENT.c.period),
+    *(_CURRENT.c.rollover_limit, _CURRENT.c.anchor, _CURRENT.c.period),
     _SCHEDULED.c.plan.label("scheduled_plan"),
     _SCHEDULED.c.monthly_credits.label("scheduled_credits"),
 ).select_from(
@@ -167,6 +182,15 @@ def _next_plan(row: Any) -> NextPlan | None:
     if not row.active or row.plan == (row.period_plan or row.plan):
         return None
     return NextPlan(row.plan, row.monthly_credits, row.next_period_at)
+
+
+def _next_credits(row: Any) -> NextCredits | None:
+    if row.active and row.next_period_at and (row.scheduled_at is None or row.next_period_at < row.scheduled_at):
+        return NextCredits(row.plan, row.monthly_credits, row.next_period_at, row.rollover_limit)
+    if row.scheduled_plan is not None:
+        # What the plan before it has left is set aside: it ends with its own period.
+        return NextCredits(row.scheduled_plan, row.scheduled_credits, row.scheduled_at, kept=0)
+    return None
 
 
 def _ending(connection: Connection, org_id: str) -> tuple[tuple[Ending, ...], int]:

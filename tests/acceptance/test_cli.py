@@ -122,6 +122,13 @@ def test_a_wallet_shows_its_balances(holdfast: Any) -> None:
     }
 
 
+def test_a_wallet_says_what_its_balances_mean(holdfast: Any) -> None:
+    assert holdfast("wallet", "acme").stdout.splitlines()[0] == "4,915 available = 4,925 prepaid − 10 held"
+    [first, second, *_] = holdfast("wallet", "empty").stdout.splitlines()
+    assert first == "0 available = 0 prepaid"
+    assert second == "Nothing is available: new runs are refused until credits are added."
+
+
 def test_a_wallet_as_json_has_every_field(holdfast: Any) -> None:
     assert json.loads(holdfast("wallet", "acme", "--json").stdout) == {
         "org_id": "acme",

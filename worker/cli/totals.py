@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from ledger.totals import Totals, read
+from ledger.wording import counted
 from worker.cli.tables import Column, properties, table
 from worker.cli.terminal import AsJson, console, open_ledger, print_json, time_range
 
@@ -46,7 +47,7 @@ def totals(
 def _print(found: Totals) -> None:
     console.print(
         properties(
-            f"All {found.wallets:,} wallets",
+            f"{'All ' * (found.wallets > 1)}{counted(found.wallets, 'wallet')}",
             [
                 ("at", found.at),
                 ("available", found.available),

@@ -9,25 +9,34 @@ from rich.table import Table
 from ledger import filters, history, views
 from ledger.filters import EventFilter
 from ledger.history import Page
+from ledger.outlook import outlook
 from ledger.readable import escaped
 from ledger.state import EventType
+from ledger.usage import rate
 from ledger.views import Ending, WalletView
+from ledger.wording import amount
 from worker.cli.tables import Column, properties, table
-from worker.cli.terminal import AsJson, Organization, console, fail, open_ledger, print_json, time_range
+from worker.cli.terminal import AsJson, Organization, console, fail, open_ledger, print_json, say, time_range
 
 app = typer.Typer()
 
 
 @app.command(epilog="Example: holdfast wallet acme")
 def wallet(org_id: Organization, as_json: AsJson = False) -> None:
-    """Show an organization's balances. Exit code 1 if it has no wallet yet."""
+    """Show an organization's balances, how long they last and what comes next. Exit code 1 if it has no wallet yet."""
     with open_ledger() as engine, engine.connect() as connection:
         view = views.wallet(connection, org_id)
+        now = datetime.now(UTC)
+        speed = None if view is None else rate(connection, org_id, available=view.available, now=now)
     if view is None:
         fail(f"{org_id} has no wallet: no message has named it yet", code=1)
     if as_json:
         print_json(views.as_item(view))
     else:
+        found = outlook(view, speed, now)
+        say(f"{amount(found.available)} available = {found.arithmetic}")
+        for sentence in found.sentences:
+            say(sentence)
         console.print(wallet_table(view))
 
 
