@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -106,6 +107,30 @@ def apply_batch(
     transient database errors: see the module's docstring.
     """
     return apply_all(engine, deliveries, Work(_org_id, partial(_apply, known_to_wait), _bury, _keep_waiting))
+
+
+def apply_past(engine: Engine, past: Sequence[tuple[datetime, AnyMessage]]) -> list[Result]:
+    """Apply messages of one organization, each as if it had come at its time. Returns the result of each.
+
+    This is for a ledger that begins with a past. The times must be in order; one that is later than now counts as now,
+    and one before the wallet's last event as the time of that. What falls due between them is posted at its time.
+    Raises ValueError at a message that cannot be applied: some of those before it are applied by then.
+    """
+    results: list[Result] = []
+    due: datetime | None = None
+    while left := past[len(results) :]:
+        with raw_connection(engine) as connection:
+            messages = [message for _, message in left]
+            work = WorkingSet.load(connection, messages, known_to_wait={}, patience_s=None, at=due or left[0][0])
+            for at, message in left:
+                if due := work.wait_until(at, message.org_id):
+                    break  # the next transaction posts it
+                [decided] = work.decide([message])
+                if not isinstance(decided, Result):
+                    raise ValueError(f"{message.task} cannot be applied: {decided}")
+                results.append(decided)
+            work.write_and_commit(connection)
+    return results
 
 
 def apply_waiting(engine: Engine, org_id: str, *, limit: int, patience_s: float = PATIENCE_S) -> Applied:

@@ -73,13 +73,13 @@ class _Named:
 class WorkingSet:
     """The records that one transaction has locked and loaded, and those that it will write."""
 
-    def __init__(self, locked: Iterable[Wallet], database_now: datetime) -> None:
+    def __init__(self, locked: Iterable[Wallet], database_now: datetime, *, at: datetime | None = None) -> None:
         clocks.check(database_now)
+        self._latest = database_now
+        now = database_now if at is None else min(at, database_now)
         self.wallets = {wallet.org_id: wallet for wallet in locked}
         # The database's clock, but never before the wallet's last event.
-        self.now = {
-            org_id: max(database_now, wallet.last_event_at or database_now) for org_id, wallet in self.wallets.items()
-        }
+        self.now = {org_id: max(now, wallet.last_event_at or now) for org_id, wallet in self.wallets.items()}
         self.workflows: dict[tuple[str, str], Workflow] = {}
         self.subscriptions: dict[tuple[str, str], Subscription] = {}
         self.posted: dict[tuple[str, str, str], PostedMessage] = {}
@@ -101,13 +101,14 @@ class WorkingSet:
         known_to_wait: Mapping[str, str],
         patience_s: float | None,
         looked_twice: bool = False,
+        at: datetime | None = None,
     ) -> "WorkingSet":
-        """Lock the wallets of `messages`, load the records that they name, and post what is due.
+        """Lock the wallets of `messages`, load the records that they name, and post what is due now, or was due `at`.
 
         An organization that has to wait is in `reasons_to_wait`: it is in `known_to_wait`, with its reason, or messages
         of it wait already. With `patience_s`, nothing waits for locked records; their organizations have to wait, too.
         """
-        again = partial(cls.load, connection, messages, patience_s=patience_s)
+        again = partial(cls.load, connection, messages, patience_s=patience_s, at=at)
         named_ids = {message.org_id for message in messages}
         org_ids = sorted(named_ids.difference(known_to_wait))
         if carefully := patience_s is not None:
@@ -122,7 +123,7 @@ class WorkingSet:
             workflows = find(connection, Workflow, _WORKFLOWS, named.workflows)
             posted = find(connection, PostedMessage, _POSTED, named.posted)
         now, somebody_waits, *_ = clock.fetchall()[0]
-        work = cls(locked.fetchall(), now)
+        work = cls(locked.fetchall(), now, at=at)
         if missing := [org_id for org_id in org_ids if org_id not in work.wallets]:
             there = {org_id for (org_id,) in connection.execute(_THERE, [arrays.text(missing)])}
             # A wallet that was missing but exists now is locked, or somebody else has just created it.
@@ -317,6 +318,15 @@ class WorkingSet:
             self.wallets[org_id], workflow, self.now[org_id], most_events=max(0, MOST_DUE - len(self.events))
         )
         self._keep(wallet, events, workflow=workflow)
+
+    def wait_until(self, at: datetime, org_id: str) -> datetime | None:
+        """Let time pass for `org_id`, at most until now. If something is due by then, return when, and do nothing."""
+        now, wallet = max(min(at, self._latest), self.now[org_id]), self.wallets[org_id]
+        if wallet.is_due(now):
+            due = (wallet.next_period_at, wallet.next_hold_expiry, wallet.next_ending_at, wallet.scheduled_at)
+            return min(moment for moment in due if moment is not None)
+        self.now[org_id] = now
+        return None
 
     def decide(self, messages: Sequence[AnyMessage | InvalidMessage]) -> list[Decided]:
         """Decide `messages` in order. Those that have to wait change nothing."""

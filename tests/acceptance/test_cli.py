@@ -569,8 +569,9 @@ def settings_of(part: str, data_dir: Path) -> dict[str, str]:
 
 def test_up_serves_until_ctrl_c_and_keeps_its_data(folder: Path) -> None:
     data_dir = folder / "data"
-    with started(folder, "up", "--data-dir", str(data_dir)) as first:
+    with started(folder, "up", "--data-dir", str(data_dir), "--empty") as first:
         first.wait_to_say("Data and logs are in")
+        assert "The credit history of the demo organization, acme, in a browser" in first.said()
         with Client(exported(first)["HOLDFAST_BROKER_URL"]) as client:
             assert client.purchase(org_id="acme", purchase_id="p-1", credits=500, wait_s=PATIENCE_S).available == 500
         with Client(exported(first)["HOLDFAST_ENGINE_BROKER_URL"], queue=ENGINE_QUEUE) as engine:
@@ -608,6 +609,9 @@ def test_up_serves_until_ctrl_c_and_keeps_its_data(folder: Path) -> None:
     with started(folder, "up", "--data-dir", str(data_dir)) as second:
         second.wait_to_say("Data and logs are in")
         assert exported(second) == exported(first)
+        assert "The credit history of the demo organization, acme, in a browser" in second.said()
+        no_story = run("wallet", "northwind", HOLDFAST_DATABASE_URL=exported(first)["HOLDFAST_DATABASE_URL"])
+        assert no_story.returncode == 1
         shown = run("wallet", "acme", "--json", HOLDFAST_DATABASE_URL=exported(first)["HOLDFAST_DATABASE_URL"])
         assert json.loads(shown.stdout)["available"] == 550
         over_http = httpx.get(

@@ -8,7 +8,7 @@ from bench import past
 from ledger.history import CUSTOMER_COLUMNS, TABLE_COLUMNS
 from ledger.state import Event
 
-TEMPLATE = (Path(answers.__file__).parent / "templates" / "credit_history.html").read_text()
+TEMPLATE = (Path(answers.__file__).parent / "templates" / "history_ledger.html").read_text()
 
 
 def test_no_field_of_an_event_has_a_default_so_that_mypy_names_who_does_not_set_it() -> None:

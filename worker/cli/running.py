@@ -25,6 +25,7 @@ from worker.cli.database import print_verdict
 from worker.cli.terminal import console, fail
 from worker.cli.wallet import history_table, wallet_table
 from worker.client import Client
+from worker.local import weeks
 from worker.local.embedded import default_data_dir
 from worker.local.system import System
 
@@ -43,16 +44,21 @@ def up(
             "--fresh", help="New ports, passwords and secrets, instead of those of earlier starts. Keeps the data."
         ),
     ] = False,
+    empty: Annotated[
+        bool,
+        typer.Option("--empty", help="A new ledger is empty, instead of beginning with three weeks of a customer."),
+    ] = False,
 ) -> None:
     """Run PostgreSQL, a broker, the worker, the beat and the API, until Ctrl-C. Needs nothing else installed.
 
-    Every start on a data folder has the same URLs, passwords and secrets.
+    Every start on a data folder has the same URLs, passwords and secrets. A ledger that has events stays as it is.
     """
     settings = Settings.load()
     folder = data_dir or settings.data_dir or default_data_dir(Path.cwd())
     _stop_on_signals()
     try:
-        with System(folder, fresh=fresh, product_name=settings.product_name, progress=_step) as system:
+        named = settings.product_name
+        with System(folder, fresh=fresh, product_name=named, with_weeks=not empty, progress=_step) as system:
             console.print("[bold green]Holdfast is ready.[/] Ctrl-C stops it.")
             print(_how_to_reach(system), flush=True)
             try:
@@ -134,8 +140,7 @@ def _how_to_reach(system: System) -> str:
     exports.append(f'  export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"')
     lines = [
         "",
-        f"The credit history of the demo organization, {story.ORGANIZATION}, in a browser:",
-        f"  {story.sign_in_link(system)}",
+        *_what_to_see(system),
         "",
         "In another terminal, for the other commands and for engines:",
         *exports,
@@ -144,6 +149,21 @@ def _how_to_reach(system: System) -> str:
         f"Data and logs are in {escaped(str(system.embedded.data_dir))}",
     ]
     return "\n".join(lines)
+
+
+def _what_to_see(system: System) -> list[str]:
+    engine = connect(system.embedded.reader_url)
+    with engine.connect() as connection:
+        has_weeks = views.wallet(connection, weeks.ORGANIZATION) is not None
+    engine.dispose()
+    if not has_weeks:
+        link = story.sign_in_link(system, story.ORGANIZATION)
+        return [f"The credit history of the demo organization, {story.ORGANIZATION}, in a browser:", f"  {link}"]
+    return [
+        f"Three weeks of a customer, {weeks.ORGANIZATION}, in a browser:",
+        f"  {story.sign_in_link(system, weeks.ORGANIZATION)}",
+        f"Another one, {weeks.OVERDRAWN}, owes credits, and its refunds came too early: see the page Dead letters.",
+    ]
 
 
 _stop = threading.Event()

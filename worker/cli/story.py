@@ -9,6 +9,7 @@ from urllib.request import Request, urlopen
 from api_stub.auth import sign
 from ledger.state import Result
 from worker.client import Client
+from worker.local import weeks
 from worker.local.system import System
 
 ORGANIZATION = "acme"
@@ -66,9 +67,9 @@ def tell(client: Client) -> Iterator[tuple[str, Result]]:
         yield words, getattr(client, method)(org_id=ORGANIZATION, wait_s=30.0, **fields)
 
 
-def sign_in_link(system: System) -> str:
-    """The link that signs a browser in for a day and opens the credit history."""
-    page = quote(f"/organizations/{ORGANIZATION}/credit-history", safe="")
+def sign_in_link(system: System, org_id: str) -> str:
+    """The link that signs a browser in for a day, and opens the credit history of `org_id`."""
+    page = quote(f"/organizations/{org_id}/credit-history", safe="")
     return f"{system.url}/signin?token={_token(system)}&next={page}"
 
 
@@ -87,4 +88,6 @@ def fetch_events(system: System) -> list[dict[str, Any]]:
 
 def _token(system: System) -> str:
     scopes = ["credits:read", "workflows:write", "operator"]
-    return sign(system.jwt_secret, orgs=[ORGANIZATION], scopes=scopes, subject="demo", expires_in_s=86_400)
+    return sign(
+        system.jwt_secret, orgs=[ORGANIZATION, weeks.ORGANIZATION], scopes=scopes, subject="demo", expires_in_s=86_400
+    )

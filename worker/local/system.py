@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
@@ -18,6 +19,7 @@ from ledger import migrations
 from ledger.database import connect
 from ledger.settings import PREFIX
 from worker.broker import create_celery
+from worker.local import weeks
 from worker.local.data_folder import saying_what_is_wrong_with
 from worker.local.embedded import Embedded
 from worker.local.process import Process, ServiceError
@@ -35,8 +37,9 @@ RESTART_WINDOW_S = 60.0
 class System:
     """All services in one data folder, from `start` to `stop` (or as a context manager).
 
-    `fresh`: new ports and secrets, instead of those of earlier starts. `product_name`: on the pages. `progress` gets
-    one line before each step that takes a moment. `start` raises ServiceError, with nothing left running.
+    `fresh`: new ports and secrets, instead of those of earlier starts. `product_name`: on the pages. `with_weeks`: an
+    empty ledger begins with those of `worker.local.weeks`. `progress` gets one line before each step that takes a
+    moment. `start` raises ServiceError, with nothing left running.
     """
 
     def __init__(
@@ -45,9 +48,11 @@ class System:
         *,
         fresh: bool = False,
         product_name: str | None = None,
+        with_weeks: bool = False,
         progress: Callable[[str], None],
     ) -> None:
         self._product_name = product_name
+        self._with_weeks = with_weeks
         self.embedded = Embedded(data_dir, fresh=fresh, progress=progress)
         self._progress = progress
         self._processes: list[Process] = []
@@ -60,6 +65,8 @@ class System:
             engine = connect(self.embedded.database_url)
             migrations.upgrade(engine)
             migrations.grant(engine)
+            if self._with_weeks:
+                weeks.tell(engine, datetime.now(UTC))
             engine.dispose()
             self._progress("Starting the worker, the beat and the API …")
             celery = ("celery", "--quiet", "-A", "worker")
