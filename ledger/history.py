@@ -6,7 +6,7 @@ few, and found by their idempotency keys. Only a filter by type or project reads
 their entries in the primary key, which includes both.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Self
@@ -294,9 +294,9 @@ def all_events(engine: Engine, org_id: str, matching: EventFilter) -> Iterator[R
 
 
 # Names in constants what the index `posted_messages_refunds` names: a parameter would not be recognized.
-_KEYS_OF_REFUNDS = text("""
-    SELECT concat('refund:', message_id) FROM posted_messages
-    WHERE org_id = :org_id AND kind = 'refund' AND terms ->> 'workflow_id' = :workflow_id
+_REFUNDS = text("""
+    SELECT concat('refund:', message_id), terms ->> 'workflow_id' FROM posted_messages
+    WHERE org_id = :org_id AND kind = 'refund' AND terms ->> 'workflow_id' = ANY(:workflow_ids)
 """)
 _NUMBERS = (
     select(credit_events.c.seq)
@@ -308,13 +308,19 @@ _NUMBERS = (
 )
 
 
-def numbers_of_workflow(connection: Connection, org_id: str, workflow_id: str) -> list[int]:
-    """The numbers of a workflow's events and of its refunds, rising.
+def keys_of_workflows(connection: Connection, org_id: str, workflow_ids: Collection[str]) -> dict[str, str]:
+    """The idempotency keys of all events that these workflows can have, refunds included, each with its workflow.
 
     The refunds are found by their messages: until revision 0017, their events did not name the workflow in its column.
     """
-    keys = [f"{step}:{workflow_id}" for step in ("start", "release", "finish")]
-    keys += connection.scalars(_KEYS_OF_REFUNDS, {"org_id": org_id, "workflow_id": workflow_id})
+    keys = {f"{step}:{each}": each for each in workflow_ids for step in ("start", "release", "finish")}
+    refunds = connection.execute(_REFUNDS, {"org_id": org_id, "workflow_ids": list(workflow_ids)})
+    return keys | {row[0]: row[1] for row in refunds}
+
+
+def numbers_of_workflow(connection: Connection, org_id: str, workflow_id: str) -> list[int]:
+    """The numbers of a workflow's events and of its refunds, rising."""
+    keys = list(keys_of_workflows(connection, org_id, [workflow_id]))
     return list(connection.scalars(_NUMBERS, {"org_id": org_id, "keys": keys}))
 
 

@@ -1,0 +1,272 @@
+"""The credit history by run: one receipt for each workflow, and one for each event that belongs to none. Only reads.
+
+The receipts of a filter are those of which at least one event matches it. A receipt's place in the list is its newest
+matching event: a refund brings an old run back to where people look for it, and a filter finds receipts as quickly as
+events. A later page would lose a run that changes in the meantime, so all pages that continue one another are of one
+moment: a `Place` says of which. Their credits add up to the credits of all events until then.
+"""
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import NamedTuple, Self, cast
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Connection,
+    RowMapping,
+    Text,
+    and_,
+    any_,
+    case,
+    func,
+    literal,
+    select,
+)
+
+from ledger import history
+from ledger.filters import EVERY_EVENT, EventFilter
+from ledger.history import MAX_PAGE, Found
+from ledger.state import EventType, WorkflowState
+from ledger.tables import credit_events, posted_messages
+
+MOST_EVENTS = 10_000
+"""The most events that one page looks at. One that finds less than it was asked for among them is shorter."""
+
+_STEP = 2_000
+"""The most of them in one statement."""
+
+
+class Place(NamedTuple):
+    """Where a page begins: with the receipts before event number `before`, as they were before number `end`."""
+
+    end: int
+    before: int
+
+    def __str__(self) -> str:
+        return f"{self.end}-{self.before}"
+
+    @classmethod
+    def of(cls, text: str) -> Self:
+        """The place that is written as `text`. Raises ValueError, as `filters.when` does."""
+        if not re.fullmatch("[0-9]{1,16}-[0-9]{1,16}", text):
+            raise ValueError("must be the next_cursor of a page that is grouped by workflow")
+        return cls(*map(int, text.split("-")))
+
+
+class Step(NamedTuple):
+    """One event of a workflow."""
+
+    seq: int
+    created_at: datetime
+    event_type: EventType
+    source: str
+    project_id: str | None
+    activity_name: str | None
+    credits: int
+    reason: str | None
+    """Of the end of a reservation: why. Of others: whatever their sender says."""
+    expires_at: str | None
+    """Of a reservation: when it expires, in ISO 8601; None: its event is older than this field."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What one workflow has done to the balance, or one event that belongs to no workflow. In credits."""
+
+    workflow_id: str | None
+    event: RowMapping | None
+    """The event, if it belongs to no workflow."""
+    state: WorkflowState | None
+    project_id: str | None
+    activity_name: str | None
+    reserved_credits: int | None
+    """What was reserved for the workflow; None: nothing."""
+    used_credits: int | None
+    """What it was charged; None: it has not finished."""
+    refunded_credits: int
+    credits: int
+    """The effect of all its events on the available balance."""
+    began_at: datetime
+    changed_at: datetime
+    placed_at: datetime
+    """When the newest event was that matches the filter."""
+    last_seq: int
+    expires_at: str | None
+    """When an open reservation expires, in ISO 8601."""
+    steps: Sequence[Step] = ()
+    """The events of the workflow, oldest first."""
+
+    @classmethod
+    def of_event(cls, event: RowMapping) -> Self:
+        """The receipt of an event that belongs to no workflow."""
+        at = event["created_at"]
+        return cls(
+            workflow_id=None,
+            event=event,
+            state=None,
+            project_id=event["project_id"],
+            activity_name=event["activity_name"],
+            reserved_credits=None,
+            used_credits=None,
+            refunded_credits=event["credits"] if event["event_type"] == "refund" else 0,
+            credits=event["credits"],
+            began_at=at,
+            changed_at=at,
+            placed_at=at,
+            last_seq=event["seq"],
+            expires_at=None,
+        )
+
+    @classmethod
+    def of_run(cls, workflow_id: str, steps: Sequence[Step], placed_at: datetime) -> Self:
+        """The receipt of a workflow with these events, oldest first."""
+        reserved = [step for step in steps if step.event_type == "reservation"]
+        used = [step for step in steps if step.event_type == "usage"]
+        state = _state(steps)
+        return cls(
+            workflow_id=workflow_id,
+            event=None,
+            state=state,
+            project_id=next((step.project_id for step in reversed(steps) if step.project_id), None),
+            activity_name=next((step.activity_name for step in reversed(steps) if step.activity_name), None),
+            reserved_credits=-reserved[0].credits if reserved else None,
+            used_credits=-used[0].credits if used else None,
+            refunded_credits=sum(step.credits for step in steps if step.event_type == "refund"),
+            credits=sum(step.credits for step in steps),
+            began_at=steps[0].created_at,
+            changed_at=steps[-1].created_at,
+            placed_at=placed_at,
+            last_seq=steps[-1].seq,
+            expires_at=reserved[0].expires_at if state == "reserved" else None,
+            steps=steps,
+        )
+
+
+def _state(steps: Sequence[Step]) -> WorkflowState:
+    state: WorkflowState = "reserved"
+    for step in steps:
+        if step.event_type == "usage":
+            return "settled"
+        if step.event_type == "reservation_released":
+            state = cast(WorkflowState, step.reason)  # its usage, if it has settled, comes next
+    return state
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page of receipts, newest first."""
+
+    receipts: list[Receipt]
+    next: Place | None
+    """Where the next page begins; None: this is the last one."""
+
+
+def page(
+    connection: Connection,
+    org_id: str,
+    matching: EventFilter = EVERY_EVENT,
+    *,
+    limit: int = MAX_PAGE,
+    place: Place | None = None,
+) -> Page:
+    """A page of the receipts of `org_id`: `limit` of them (1-100), newest first, from `place` on.
+
+    It has fewer, or none, if there are no more among `MOST_EVENTS` events; `next` still leads on.
+    """
+    assert 1 <= limit <= MAX_PAGE
+    found = history.find(connection, org_id, matching)
+    if place is not None:
+        found = found.before(place.end)
+    before = found.end if place is None else place.before
+    runs: dict[str, _Run] = {}
+    lines: list[tuple[int, str | None]] = []
+    left, step = MOST_EVENTS, 4 * limit
+    while len(lines) <= limit and left:
+        step = min(step, _STEP, left)
+        numbered = found.before(before).select().with_only_columns(credit_events.c.seq, _RUN.label("run"))
+        events = connection.execute(numbered.limit(step)).all()
+        new = {event.run for event in events if event.run is not None} - runs.keys()
+        runs |= _runs(connection, found, new)
+        lines += [(each.seq, each.run) for each in events if each.run is None or runs[each.run].place.seq == each.seq]
+        if len(events) < step:
+            before = 0
+            break
+        before = events[-1].seq
+        left -= step
+        step *= 2
+    more = lines[limit - 1][0] if len(lines) > limit else before
+    shown = lines[:limit]
+    others = _whole(connection, org_id, [seq for seq, run in shown if run is None])
+    receipts = [
+        Receipt.of_event(others[seq])
+        if run is None
+        else Receipt.of_run(run, runs[run].steps, runs[run].place.created_at)
+        for seq, run in shown
+    ]
+    return Page(receipts, Place(found.end, more) if more else None)
+
+
+class _Run(NamedTuple):
+    steps: list[Step]
+    place: Step
+    """The newest that matches."""
+
+
+# A refund that was written before revision 0017 names its workflow in its message alone.
+_RUN = case(
+    (credit_events.c.workflow_id.is_not(None), credit_events.c.workflow_id),
+    (
+        credit_events.c.event_type == "refund",
+        select(posted_messages.c.terms["workflow_id"].astext)
+        .where(
+            posted_messages.c.org_id == credit_events.c.org_id,
+            posted_messages.c.kind == "refund",
+            posted_messages.c.message_id == func.substr(credit_events.c.idempotency_key, len("refund:") + 1),
+        )
+        .scalar_subquery(),
+    ),
+)
+
+
+def _runs(connection: Connection, found: Found, workflow_ids: Collection[str]) -> dict[str, _Run]:
+    """These workflows, each of which has a matching event: their events before the end of what was found."""
+    if not workflow_ids:
+        return {}
+    columns = credit_events.c
+    runs = history.keys_of_workflows(connection, found.org_id, workflow_ids)
+    steps = (
+        select(
+            *(columns[name] for name in Step._fields[:-2]),
+            columns.metadata["reason"].astext,
+            columns.metadata["expires_at"].astext,
+            columns.idempotency_key,
+            and_(columns.seq >= found.first, *found.conditions),
+        )
+        .where(
+            columns.org_id == found.org_id,
+            columns.idempotency_key == any_(literal(list(runs), ARRAY(Text))),
+            columns.seq < found.end,
+        )
+        .order_by(columns.seq)
+    )
+    of: dict[str, list[Step]] = {workflow_id: [] for workflow_id in workflow_ids}
+    places: dict[str, Step] = {}
+    for *values, key, matches in connection.execute(steps):
+        step = Step(*values)
+        of[runs[key]].append(step)
+        if matches:
+            places[runs[key]] = step
+    return {run: _Run(of[run], places[run]) for run in workflow_ids}
+
+
+def _whole(connection: Connection, org_id: str, numbers: list[int]) -> dict[int, RowMapping]:
+    """The events with these numbers, by number."""
+    if not numbers:
+        return {}
+    columns = credit_events.c
+    numbered = columns.seq == any_(literal(numbers, ARRAY(BigInteger)))
+    events = connection.execute(select(credit_events).where(columns.org_id == org_id, numbered)).mappings()
+    return {event["seq"]: event for event in events}
