@@ -57,6 +57,41 @@ class EventPage(_Answer):
     next_cursor: Annotated[int | None, Field(description="The `cursor` of the next page; null: there is none.")]
 
 
+class Receipt(_Answer):
+    """What one workflow has done to the balance, or one event that belongs to no workflow."""
+
+    workflow_id: Annotated[str | None, Field(description="null: it is an event that belongs to no workflow.")]
+    state: Annotated[WorkflowState | None, Field(description="Of the workflow.")]
+    project_id: str | None
+    activity_name: str | None
+    reserved_credits: Annotated[int | None, Field(description="The credits reserved for it; null: none.")]
+    used_credits: Annotated[int | None, Field(description="The credits charged; null: it has not finished.")]
+    refunded_credits: int
+    credits: Annotated[int, Field(description="The effect of all its events on the available balance.")]
+    began_at: Annotated[Moment, Field(description="When its first event was.")]
+    changed_at: Annotated[Moment, Field(description="When its newest event was.")]
+    expires_at: Annotated[Moment | None, Field(description="When its open reservation expires; null: it has none.")]
+    last_id: Annotated[int, Field(description="The `id` of its newest event.")]
+    event: Annotated[Event | None, Field(description="The event, if it belongs to no workflow.")]
+    events_url: Annotated[str | None, Field(description="Where the events of the workflow are; null: it is none.")]
+
+
+class ReceiptPage(_Answer):
+    """Receipts, the one with the newest matching event first."""
+
+    items: list[Receipt]
+    total: Annotated[
+        int | None,
+        Field(description="The number of all receipts, if this page has them all; otherwise null, as nobody counts."),
+    ]
+    limit: int
+    offset: Literal[0]
+    next_cursor: Annotated[
+        str | None,
+        Field(description="The `cursor` of the next page; null: there is none. A page may be shorter than its limit."),
+    ]
+
+
 class Period(_Answer):
     """A period of the subscription."""
 

@@ -1,27 +1,50 @@
 """The credit history and the balances of an organization, for programs."""
 
+import re
 from dataclasses import asdict
 from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Query
-from pydantic import AfterValidator, PlainValidator
+from pydantic import AfterValidator, PlainValidator, WithJsonSchema
 
 from api_stub import answers, errors
 from api_stub.openapi import IS_A_TIME
 from api_stub.problems import Problem
 from api_stub.rights import IS_AN_ID, ReadableOrg
 from api_stub.services import Using
-from ledger import filters, history, views
+from ledger import filters, history, receipts, views
 from ledger.filters import EventFilter
 from ledger.messages import MAX_CREDITS
+from ledger.receipts import Place
 from ledger.state import EventType
 from ledger.views import WalletView
 
 Moment = Annotated[datetime, PlainValidator(filters.moment), IS_A_TIME]
 # To FastAPI, a dataclass such as filters.When would be a body.
 DayOrTime = Annotated[Any, PlainValidator(filters.when), IS_A_TIME]
+
+
+def cursor_of(text: str) -> int | Place:
+    """Where a page of events, or of receipts, begins. Raises ValueError, as `filters.when` does."""
+    if re.fullmatch(receipts.PLACE_PATTERN, text):
+        return Place.of(text)
+    if not re.fullmatch("-?[0-9]+", text):
+        raise ValueError("must be an integer")
+    if not re.fullmatch("[0-9]{1,16}", text) or not 1 <= int(text) <= MAX_CREDITS:
+        raise ValueError(f"must be from 1 to {MAX_CREDITS}")
+    return int(text)
+
+
+IS_A_CURSOR = WithJsonSchema(
+    {
+        "anyOf": [
+            {"type": "integer", "minimum": 1, "maximum": MAX_CREDITS},
+            {"type": "string", "pattern": f"^{receipts.PLACE_PATTERN}$"},
+        ]
+    }
+)
 
 
 DateFrom = Annotated[DayOrTime | None, Query(description="First day or moment (ISO 8601).")]
@@ -70,23 +93,41 @@ def add(app: FastAPI) -> None:
     @app.get(
         "/api/organizations/{orgId}/credit-events",
         tags=["credits"],
-        response_model=answers.EventPage,
+        response_model=answers.EventPage | answers.ReceiptPage,
         responses=errors.READ_RESPONSES,
     )
     def credit_events(
         org_id: ReadableOrg,
         using: Using,
         matching: Annotated[EventFilter, Depends(event_filter)],
+        group_by: Annotated[
+            Literal["workflow"] | None,
+            Query(
+                description="Receipts in place of events: one for each workflow of which an event matches, and one for "
+                "each matching event that belongs to none. Not with `offset`."
+            ),
+        ] = None,
         limit: Annotated[int, Query(ge=1, le=history.MAX_PAGE)] = history.MAX_PAGE,
         offset: Annotated[int, Query(ge=0, le=MAX_CREDITS)] = 0,
         cursor: Annotated[
-            int | None, Query(ge=1, le=MAX_CREDITS, description="`next_cursor` of a page; not with `offset`.")
+            Annotated[Any, PlainValidator(cursor_of), IS_A_CURSOR] | None,
+            Query(description="`next_cursor` of a page; not with `offset`."),
         ] = None,
     ) -> dict[str, Any]:
         """The credit history, newest first. Follow `next_cursor` to read on while events are being added."""
         if cursor is not None and offset:
             raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "cursor cannot be combined with offset")
+        if group_by is not None and offset:
+            raise Problem(
+                HTTPStatus.UNPROCESSABLE_ENTITY, "offset cannot be combined with group_by: follow next_cursor"
+            )
+        if cursor is not None and isinstance(cursor, Place) != (group_by is not None):
+            raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "cursor must be of a page with the same group_by")
         with using.reading(through=org_id if matching.looks_at_each else None) as ledger:
+            if group_by is not None:
+                return _receipts(
+                    receipts.page(ledger, org_id, matching, limit=limit, place=cursor), org_id, limit, cursor
+                )
             page = history.events(ledger, org_id, matching, limit=limit, offset=offset, before_seq=cursor)
         return {
             "items": [history.as_item(event) for event in page.events],
@@ -119,3 +160,17 @@ def add(app: FastAPI) -> None:
                 then = min(at, datetime.now(UTC))
                 return {"org_id": org_id, "at": then, **asdict(history.balances_at(ledger, org_id, then))}
             return views.as_item(views.wallet(ledger, org_id) or WalletView(org_id))
+
+
+def _receipts(page: receipts.Page, org_id: str, limit: int, place: Place | None) -> dict[str, Any]:
+    events = f"/api/organizations/{org_id}/credit-events?workflow_id="
+    return {
+        "items": [
+            receipts.as_item(each) | {"events_url": None if each.workflow_id is None else events + each.workflow_id}
+            for each in page.receipts
+        ],
+        "total": len(page.receipts) if place is None and page.next is None else None,
+        "limit": limit,
+        "offset": 0,
+        "next_cursor": None if page.next is None else str(page.next),
+    }

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 from sqlalchemy import (
     ARRAY,
@@ -39,6 +39,10 @@ _STEP = 2_000
 """The most of them in one statement."""
 
 
+PLACE_PATTERN = "[0-9]{1,16}-[0-9]{1,16}"
+"""A `Place` as text."""
+
+
 class Place(NamedTuple):
     """Where a page begins: with the receipts before event number `before`, as they were before number `end`."""
 
@@ -51,7 +55,7 @@ class Place(NamedTuple):
     @classmethod
     def of(cls, text: str) -> Self:
         """The place that is written as `text`. Raises ValueError, as `filters.when` does."""
-        if not re.fullmatch("[0-9]{1,16}-[0-9]{1,16}", text):
+        if not re.fullmatch(PLACE_PATTERN, text):
             raise ValueError("must be the next_cursor of a page that is grouped by workflow")
         return cls(*map(int, text.split("-")))
 
@@ -69,7 +73,7 @@ class Step(NamedTuple):
     reason: str | None
     """Of the end of a reservation: why. Of others: whatever their sender says."""
     expires_at: str | None
-    """Of a reservation: when it expires, in ISO 8601; None: its event is older than this field."""
+    """Of a reservation: when it expires, in ISO 8601."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +98,8 @@ class Receipt:
     placed_at: datetime
     """When the newest event was that matches the filter."""
     last_seq: int
-    expires_at: str | None
-    """When an open reservation expires, in ISO 8601."""
+    expires_at: datetime | None
+    """When its open reservation expires."""
     steps: Sequence[Step] = ()
     """The events of the workflow, oldest first."""
 
@@ -140,7 +144,7 @@ class Receipt:
             changed_at=steps[-1].created_at,
             placed_at=placed_at,
             last_seq=steps[-1].seq,
-            expires_at=reserved[0].expires_at if state == "reserved" else None,
+            expires_at=datetime.fromisoformat(reserved[0].expires_at or "") if state == "reserved" else None,
             steps=steps,
         )
 
@@ -153,6 +157,20 @@ def _state(steps: Sequence[Step]) -> WorkflowState:
         if step.event_type == "reservation_released":
             state = cast(WorkflowState, step.reason)  # its usage, if it has settled, comes next
     return state
+
+
+def as_item(receipt: Receipt) -> dict[str, Any]:
+    """A receipt as a customer sees it: the fields of a JSON object."""
+    names = ("state", "project_id", "activity_name", "reserved_credits", "used_credits", "refunded_credits", "credits")
+    return {
+        "workflow_id": receipt.workflow_id,
+        **{name: getattr(receipt, name) for name in names},
+        "began_at": receipt.began_at.isoformat(),
+        "changed_at": receipt.changed_at.isoformat(),
+        "expires_at": None if receipt.expires_at is None else receipt.expires_at.isoformat(),
+        "last_id": receipt.last_seq,
+        "event": None if receipt.event is None else history.as_item(receipt.event),
+    }
 
 
 @dataclass(frozen=True, slots=True)

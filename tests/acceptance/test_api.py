@@ -195,7 +195,13 @@ def test_a_cursor_neither_skips_nor_repeats_while_events_are_added(own_api: Api,
         ("date_from=2026-02-01&date_to=2026-01-01", "date_to must not be before date_from"),
         ("date_from=2026-11-23&date_to=2026-11-22", "date_to must not be before date_from"),
         ("cursor=x", "cursor must be an integer"),
+        ("cursor=0", "cursor must be from 1 to 9007199254740991"),
+        (f"cursor={'9' * 5_000}", "cursor must be from 1 to 9007199254740991"),
         ("cursor=3&offset=1", "cursor cannot be combined with offset"),
+        ("group_by=project", "group_by must be 'workflow'"),
+        ("group_by=workflow&offset=1", "offset cannot be combined with group_by: follow next_cursor"),
+        ("group_by=workflow&cursor=3", "cursor must be of a page with the same group_by"),
+        ("cursor=7-3", "cursor must be of a page with the same group_by"),
         *(
             (f"{name}={typed}", f"{name} {IS_NO_ID}")
             for name in ("project_id", "workflow_id")
@@ -256,6 +262,74 @@ def test_the_events_of_a_workflow_are_its_own_and_its_refunds(own_api: Api, hist
     assert (page["total"], rest["total"]) == (4, 4)
     assert own_api.get(EVENTS, params={"workflow_id": "w1", "event_type": "usage"}).json()["total"] == 1
     assert own_api.get(EVENTS, params={"workflow_id": "nobody"}).json()["items"] == []
+
+
+def test_the_history_by_run_has_a_line_for_each_run_and_for_what_belongs_to_none(
+    own_api: Api, history: None, engine: Engine
+) -> None:
+    fields = {"org_id": "acme", "refund_id": "r1", "credits": 30, "workflow_id": "w1"}
+    apply_batch(engine, [delivery("wallet.refund", **fields)])
+    page = own_api.get(EVENTS, params={"group_by": "workflow"}).json()
+    assert {name: page[name] for name in page if name != "items"} == {
+        "total": 4,
+        "limit": 100,
+        "offset": 0,
+        "next_cursor": None,
+    }
+    run, other, purchase, allocation = page["items"]
+    assert list(run) == [
+        "workflow_id",
+        "state",
+        "project_id",
+        "activity_name",
+        "reserved_credits",
+        "used_credits",
+        "refunded_credits",
+        "credits",
+        "began_at",
+        "changed_at",
+        "expires_at",
+        "last_id",
+        "event",
+        "events_url",
+    ]
+    assert {name: run[name] for name in run if not name.endswith("_at")} == {
+        "workflow_id": "w1",
+        "state": "settled",
+        "project_id": "web",
+        "activity_name": None,
+        "reserved_credits": 75,
+        "used_credits": 80,
+        "refunded_credits": 30,
+        "credits": -50,
+        "last_id": 7,
+        "event": None,
+        "events_url": f"{EVENTS}?workflow_id=w1",
+    }
+    events = own_api.get(run["events_url"]).json()["items"]
+    assert sum(event["credits"] for event in events) == run["credits"]
+    assert (run["changed_at"], run["began_at"]) == (events[0]["created_at"], events[-1]["created_at"])
+    assert (other["state"], other["expires_at"] > other["began_at"]) == ("reserved", True)
+    assert (purchase["workflow_id"], purchase["events_url"], purchase["event"]["id"]) == (None, None, 2)
+    assert allocation["event"] == own_api.get(EVENTS, params={"event_type": "subscription_credit"}).json()["items"][0]
+    available = own_api.get(CREDITS).json()["available"]
+    assert sum(item["credits"] for item in page["items"]) == available
+
+
+def test_the_pages_by_run_continue_one_another_while_events_are_added(
+    own_api: Api, history: None, engine: Engine
+) -> None:
+    expected = own_api.get(EVENTS, params={"group_by": "workflow"}).json()["items"]
+    seen: list[dict[str, Any]] = []
+    query: dict[str, Any] = {"group_by": "workflow", "limit": 1}
+    for number in range(4):
+        page = own_api.get(EVENTS, params=query).json()
+        seen += page["items"]
+        query["cursor"] = page["next_cursor"]
+        assert page["total"] is None
+        refund = {"refund_id": f"r{number}", "credits": 1, "workflow_id": "w1"}
+        apply_batch(engine, [delivery("wallet.refund", org_id="acme", **refund)])
+    assert (seen, query["cursor"]) == (expected, None)
 
 
 def test_an_unknown_event_type_is_told_the_nine(api: Api) -> None:

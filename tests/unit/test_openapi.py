@@ -80,7 +80,7 @@ def test_every_text_has_a_form_every_number_bounds_and_everything_a_type() -> No
     for where, part in told():
         match part:
             case {"type": "string"}:
-                assert {"format", "pattern", "enum", "maxLength"} & set(part), (where, part)
+                assert {"format", "pattern", "enum", "const", "maxLength"} & set(part), (where, part)
             case {"type": "integer"}:
                 assert {"minimum", "exclusiveMinimum"} & set(part), (where, part)
                 assert "maximum" in part, (where, part)
