@@ -168,17 +168,22 @@ class WorkingSet:
         return work
 
     @classmethod
-    def look(cls, connection: Connection, org_id: str) -> "WorkingSet":
-        """Load the wallet of `org_id`, if it exists, and post what is due in it, here only: lock and write nothing.
+    def look(cls, connection: Connection, org_id: str, messages: Sequence[AnyMessage] = ()) -> "WorkingSet":
+        """Load the wallet of `org_id` and the records that its `messages` name, and post what is due, here only.
 
-        `reasons_to_wait` is as if messages were to be applied. The transaction should be one snapshot that only reads.
+        Locks and writes nothing. A wallet that does not exist is a new one. `reasons_to_wait` is as if the messages
+        were to be applied. The transaction should be one snapshot that only reads.
         """
+        named = _Named(messages)
         with connection.pipeline():
             found = select(connection, Wallet, _WALLETS, [arrays.text([org_id])])
             clock = connection.execute("SELECT clock_timestamp()")
+            workflows = find(connection, Workflow, _WORKFLOWS, named.workflows)
+            posted = find(connection, PostedMessage, _POSTED, named.posted)
         [(now,)] = clock.fetchall()
-        work = cls(found.fetchall(), now)
-        work._post_due(connection, set())
+        work = cls(found.fetchall() or [Wallet(org_id)], now)
+        work._keep_loaded(workflows(), posted())
+        work._post_due(connection, named.subscriptions)
         return work
 
     def with_locked_records(self, connection: Connection) -> set[str]:

@@ -1,7 +1,8 @@
-"""A quote says what a start would be answered, whatever is due in the wallet, and changes nothing."""
+"""A quote says what a start would be answered, whatever is due in the wallet, and changes nothing; so does a preview."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine
@@ -9,8 +10,9 @@ from sqlalchemy.exc import DBAPIError
 
 from ledger import quotes
 from ledger.database import connect
+from ledger.messages import InvalidMessage, parse
 from ledger.roles import READER
-from ledger.state import Limit, Quote, Result
+from ledger.state import Limit, Quote, Refusal, Result, Wallet
 from ledger.store import apply_batch
 from tests.messages import delivery, finish, purchase, start, subscribe
 from tests.support import as_role, begin_schedules, sql
@@ -24,6 +26,15 @@ def quote(database_url: str, org_id: str, credits: int) -> Quote:
     with engine.connect() as opened:
         reading = opened.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         return quotes.quote(reading, org_id, credits)
+
+
+def preview(database_url: str, task: str, **fields: Any) -> quotes.Preview:
+    message = parse(task, fields)
+    assert not isinstance(message, InvalidMessage)
+    engine = connect(as_role(READER, database_url), keeps_connections=False)
+    with engine.connect() as opened:
+        reading = opened.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        return quotes.preview(reading, message)
 
 
 def nothing_is_due(engine: Engine) -> None:
@@ -109,3 +120,38 @@ def test_an_error_of_the_database_is_one_as_of_any_other_query(engine: Engine, d
     sql(engine, "UPDATE wallets SET next_ending_at = now()")
     with pytest.raises(DBAPIError):
         quote(database_url, "acme", 5)
+
+
+def test_a_preview_counts_what_is_due_and_shows_what_the_message_alone_does(engine: Engine, database_url: str) -> None:
+    a_reservation_expired(engine)
+    before = sql(engine, STATE)
+    foreseen = preview(database_url, "wallet.grant", org_id="acme", grant_id="g1", credits=20, metadata={"by": "olga"})
+    assert sql(engine, STATE) == before
+    assert isinstance(foreseen.answer, Result)
+    assert (foreseen.before.available, foreseen.after.available) == (95, 115)
+    [event] = foreseen.events
+    assert (event.event_type, event.credits, event.metadata["by"]) == ("grant", 20, "olga")
+    assert foreseen.answer.event_seqs == (event.seq,)
+
+
+def test_a_preview_says_why_a_message_would_be_refused(engine: Engine, database_url: str) -> None:
+    apply_batch(engine, [purchase("acme", credits=100), finish("acme", "w1", 20)])
+    fields = {"org_id": "acme", "refund_id": "r1", "workflow_id": "w1"}
+    refused = preview(database_url, "wallet.refund", **fields, credits=21)
+    assert isinstance(refused.answer, Refusal)
+    assert refused.answer.code == "refund_exceeds_usage"
+    assert (refused.before, refused.events) == (refused.after, ())
+    allowed = preview(database_url, "wallet.refund", **fields, credits=20)
+    assert (allowed.before.available, allowed.after.available) == (80, 100)
+
+
+def test_a_preview_knows_a_message_that_came_before(engine: Engine, database_url: str) -> None:
+    apply_batch(engine, [purchase("acme", credits=100)])
+    again = preview(database_url, "wallet.purchase", org_id="acme", purchase_id="p1", credits=100)
+    assert isinstance(again.answer, Result)
+    assert (again.answer.duplicate, again.events, again.after) == (True, (), again.before)
+
+
+def test_a_preview_of_the_first_message_begins_with_nothing(database_url: str) -> None:
+    first = preview(database_url, "wallet.purchase", org_id="nobody", purchase_id="p1", credits=5)
+    assert (first.before, first.after.available) == (Wallet("nobody"), 5)

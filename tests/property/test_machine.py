@@ -21,8 +21,9 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import Engine, select, text
 
-from ledger import audit, clocks, messages, scheduler, store, tables
-from ledger.state import EndingCredits, Event, Result
+from ledger import audit, clocks, messages, quotes, scheduler, store, tables
+from ledger.messages import InvalidMessage
+from ledger.state import EndingCredits, Event, Refusal, Result
 from tests.memory import MemoryLedger
 from tests.messages import delivery
 from tests.property.model import Answer, Model, check_history
@@ -104,11 +105,8 @@ class PostgresDriver:
         deliveries = [delivery(task, org_id=self.org_id, **fields) for task, fields in messages]
         told: list[Told] = []
         for answer in store.apply_batch(self.engine, deliveries):
-            if isinstance(answer, Result):
-                told.append(((answer.outcome, answer.reason, answer.duplicate), answer.available, answer.holds))
-            else:
-                assert isinstance(answer, store.DeadLettered)
-                told.append((("refused", answer.code, False), None, False))
+            assert isinstance(answer, Result | store.DeadLettered)
+            told.append(_told(answer))
         return told
 
     def beat(self) -> None:
@@ -136,6 +134,37 @@ class PostgresDriver:
     def check(self) -> None:
         verdict = audit.verify(self.engine)
         assert verdict.is_clean, [finding for finding in verdict.findings if finding.offenders]
+
+
+def _told(answer: Result | Refusal | store.DeadLettered) -> Told:
+    if isinstance(answer, Result):
+        return (answer.outcome, answer.reason, answer.duplicate), answer.available, answer.holds
+    return ("refused", answer.code, False), None, False
+
+
+class PreviewingDriver(PostgresDriver):
+    """The same, message by message, each after a preview that says what comes of it."""
+
+    def send(self, messages: Sequence[Sent]) -> list[Told]:
+        told: list[Told] = []
+        for sent in messages:
+            foreseen = self.preview(*sent)
+            told += super().send([sent])
+            assert _told(foreseen.answer) == told[-1]
+            assert list(foreseen.events) == self.events()[foreseen.before.last_seq :]
+            assert {name: getattr(foreseen.after, name) for name in WALLET} == self.wallet()
+        return told
+
+    def preview(self, task: str, fields: dict[str, Any]) -> quotes.Preview:
+        message = messages.parse(task, {"org_id": self.org_id, **fields})
+        assert not isinstance(message, InvalidMessage)
+        before = self.events(), self.wallet()
+        with self.engine.connect() as opened:
+            found = quotes.preview(
+                opened.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True), message
+            )
+        assert (self.events(), self.wallet()) == before
+        return found
 
 
 WALLET = (
@@ -366,6 +395,11 @@ def test_the_rules_do_what_the_model_does() -> None:
 @pytest.mark.timeout(1_800)
 def test_the_ledger_in_postgresql_does_what_the_model_does(clocked_engine: Engine) -> None:
     _run(lambda: PostgresDriver(clocked_engine), share=1.0)
+
+
+@pytest.mark.timeout(1_800)
+def test_a_preview_says_what_then_happens_and_changes_nothing(clocked_engine: Engine) -> None:
+    _run(lambda: PreviewingDriver(clocked_engine), share=0.2)
 
 
 def _run(driver: Callable[[], Driver], *, share: float) -> None:
