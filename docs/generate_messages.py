@@ -181,9 +181,13 @@ EVENTS = {
         "0, ±n",
         (
             "The same to the prepaid balance. Of a reversal: `reversal_id`, the `purchase_id` that it is of, and the "
-            "`reason`. `from_ending`, `debt_settled`: as above."
+            "`reason`. `from_ending`, `debt_settled`: as above. Or 0, of new limits that were given a `reason`: the "
+            "`version`, the `credit_limit`, and the `period_cap` if there is one."
         ),
-        ("billing_id", "invoice_id", "reversal_id", "purchase_id", "reason", "from_ending", "debt_settled"),
+        (
+            *("billing_id", "invoice_id", "reversal_id", "purchase_id", "reason", "from_ending", "debt_settled"),
+            *("version", "credit_limit", "period_cap"),
+        ),
     ),
 }
 

@@ -261,6 +261,7 @@ CHECKS = (
             SELECT org_id, idempotency_key, credits FROM credit_events
             WHERE (workflow_id IS NULL OR event_type = 'refund') AND NOT starts_with(idempotency_key, 'subscription:')
               AND strpos(idempotency_key, '/ended/') = 0
+              AND NOT (starts_with(idempotency_key, 'configure:') AND credits = 0)
         ) AS event ON event.org_id = message.org_id AND idempotency_key = key
         WHERE CASE WHEN kind = 'reversal' AND message.credits IS NULL THEN COALESCE(event.credits, 0) >= 0
               ELSE message.credits IS DISTINCT FROM event.credits END

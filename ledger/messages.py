@@ -442,6 +442,10 @@ class Configure(VersionedMessage):
         description="The most credits used and reserved within one subscription period, or at all while there is no "
         "subscription. Null: no cap.",
     )
+    reason: Reason | None = Field(
+        None,
+        description="The reason. With it, the history shows the change: an event of 0 credits with the new limits.",
+    )
     source: Source = "admin"
 
 

@@ -63,7 +63,7 @@ def decide_wallet(
         case Unsubscribe():
             decision = unsubscribe(wallet, message, subscriptions)
         case Configure():
-            decision = _configure(wallet, message)
+            decision = _configure(wallet, message, now)
         case _:
             assert_never(message)
     if decision.refusal is not None:
@@ -275,7 +275,7 @@ def _reverse(wallet: Wallet, message: Reverse, now: datetime, purchase: PostedMe
     return decision._replace(posted=(purchase._replace(reversed=purchase.reversed + amount),))
 
 
-def _configure(wallet: Wallet, message: Configure) -> Decision:
+def _configure(wallet: Wallet, message: Configure, now: datetime) -> Decision:
     if message.version <= wallet.config_version:
         return Decision(wallet, "ignored", "stale_version")
     wallet = wallet._replace(
@@ -283,4 +283,16 @@ def _configure(wallet: Wallet, message: Configure) -> Decision:
         period_cap=message.period_cap,
         config_version=message.version,
     )
-    return Decision(wallet, "posted")
+    if message.reason is None:
+        return Decision(wallet, "posted")
+    limits = {name: getattr(message, name) for name in ("version", "credit_limit", "period_cap")}
+    wallet, event = post(
+        wallet,
+        now,
+        "billing",
+        0,
+        key=_key(message),
+        source=message.source,
+        metadata=metadata_of(message, reason=message.reason, **limits),
+    )
+    return Decision(wallet, "posted", events=(event,))

@@ -76,6 +76,7 @@ LEDGER = [
         monthly_credits=1,
         anchor="2999-01-01T00:00:00Z",
     ),
+    umbrella("wallet.configure", version=1, credit_limit=5, reason="as agreed"),  # 10 billing
     # Initech has a wallet and no event.
     delivery("workflow.start", org_id="initech", workflow_id="rejected", credits=1),
 ]
@@ -110,7 +111,7 @@ def test_a_ledger_that_is_well_is_clean(ledger: Engine) -> None:
     verdict = audit.verify(ledger)
     assert found(ledger) == {}
     assert verdict.is_clean
-    assert (verdict.wallets, verdict.events, verdict.open_dead_letters) == (4, 30, 0)
+    assert (verdict.wallets, verdict.events, verdict.open_dead_letters) == (4, 31, 0)
     assert [finding.check for finding in verdict.findings] == list(audit.CHECKS)
     types = {event_type for (event_type,) in sql(ledger, "SELECT DISTINCT event_type FROM credit_events")}
     assert (types, {sent.task for sent in LEDGER}) == (set(get_args(EventType)), set(MESSAGES))

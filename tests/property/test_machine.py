@@ -257,6 +257,7 @@ MESSAGES = st.one_of(
         version=version,
         credit_limit=st.sampled_from([0, 60]),
         period_cap=st.sampled_from([None, 0, 90, 300]),
+        reason=st.sampled_from([None, None, "test"]),
     ),
 )
 

@@ -148,8 +148,8 @@ FORMS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     (
         "wallet.configure",
         {"org_id": "acme", "version": MAX},
-        {"credit_limit": MAX, "period_cap": 0},
-        {"credit_limit": 0, "period_cap": None, "source": "admin"},
+        {"credit_limit": MAX, "period_cap": 0, "reason": "x" * 500},
+        {"credit_limit": 0, "period_cap": None, "reason": None, "source": "admin"},
     ),
 ]
 TASKS = [form[0] for form in FORMS]
@@ -726,9 +726,9 @@ def test_an_integer_too_long_to_print_is_refused_like_any_other(field: str) -> N
         ("wallet.unsubscribe", {"subscription_id": "s1", "version": 4}, "s1:4", {"version": 4}),
         (
             "wallet.configure",
-            {"version": 2, "period_cap": 7},
+            {"version": 2, "period_cap": 7, "reason": "as agreed"},
             "2",
-            {"credit_limit": 0, "period_cap": 7},
+            {"credit_limit": 0, "period_cap": 7, "reason": "as agreed"},
         ),
     ],
 )

@@ -83,6 +83,7 @@ def own_metadata() -> dict[str, set[str]]:
     send("workflow.start", workflow_id="run-2", credits=10)
     send("workflow.cancel", **EXAMPLES["workflow.cancel"])
     send("wallet.reverse", **EXAMPLES["wallet.reverse"])
+    send("wallet.configure", **EXAMPLES["wallet.configure"], reason="as agreed")
     # Full, and as deep in debt as can be: as after thousands of messages.
     ledger.wallet = ledger.wallet._replace(prepaid_balance=MAX_CREDITS - ledger.wallet.subscription_balance)
     send("wallet.subscribe", **{**plan, "version": 3, "plan": "large", "monthly_credits": 500, "first_credits": 500})

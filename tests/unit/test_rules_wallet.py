@@ -451,6 +451,20 @@ def test_a_configuration_replaces_all_limits_and_posts_nothing() -> None:
     assert (ledger.wallet.credit_limit, ledger.wallet.period_cap, ledger.wallet.config_version) == (0, None, 5)
 
 
+def test_a_configuration_with_a_reason_is_an_event_with_the_new_limits() -> None:
+    ledger = ledger_with(100)
+    told = {"metadata": {"by": "olga", "period_cap": 5, "version": 9}}
+    decision = ledger.send("wallet.configure", version=3, credit_limit=50, reason="a deal", **told)
+    assert rows(decision) == [("billing", 0, 100, 0, 0, 0)]
+    [event] = decision.events
+    assert event.idempotency_key == "configure:3"
+    assert event.metadata == {"by": "olga", "version": 3, "credit_limit": 50, "reason": "a deal"}
+    capped = ledger.send("wallet.configure", version=4, period_cap=70, reason="less")
+    assert capped.events[0].metadata == {"version": 4, "credit_limit": 0, "period_cap": 70, "reason": "less"}
+    assert ledger.send("wallet.configure", version=4, period_cap=70, reason="less").duplicate
+    assert ledger.send("wallet.configure", version=2, reason="late").events == ()
+
+
 def test_an_older_configuration_is_ignored() -> None:
     ledger = ledger_with(100)
     ledger.send("wallet.configure", version=3, credit_limit=50)
