@@ -1,7 +1,7 @@
 """What a message would do now, and what a start would be answered. Only reads, and holds nothing.
 
-What is due in the wallet counts as posted, as a message posts it first. Messages that are on their way, or that wait for
-their organization, do not count.
+What is due in the wallet counts as posted, as a message posts it first. Messages that are on their way, or that wait
+for their organization, do not count.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A quote says what a start would be answered, whatever is due in the wallet, and changes nothing; so does a preview."""
+"""Quotes and previews say what comes of a message, whatever is due in the wallet, and change nothing."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
