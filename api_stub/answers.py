@@ -241,6 +241,8 @@ class Workflow(_Answer):
     state: WorkflowState
     project_id: str | None
     activity_name: str | None
+    requested_credits: Annotated[int | None, Field(description="What its start asked for; null: it was never started.")]
+    reason: Annotated[Reason | None, Field(description="Why its start reserved nothing; null: it did, or none came.")]
     reserved_credits: Annotated[int | None, Field(description="The credits reserved for it; null: none.")]
     expires_at: Annotated[Moment | None, Field(description="When its reservation expires, or would have expired.")]
     used_credits: Annotated[int | None, Field(description="The credits charged; null: it has not finished.")]

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Annotated, Any, TypeVar, get_args
 from urllib.parse import urlencode
 
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Path, Request, Response
 from fastapi.responses import StreamingResponse
 from sqlalchemy import Connection
 
@@ -20,17 +20,21 @@ from api_stub.rendering import PageRoute, add_assets, page, see_other
 from api_stub.rights import OrgId, require
 from api_stub.services import Using
 from api_stub.sessions import SignedIn, signed_in
-from ledger import filters, history, views
+from ledger import filters, history, receipts, views
 from ledger.filters import EVERY_EVENT, EventFilter
-from ledger.messages import ID_PATTERN, MAX_CREDITS
+from ledger.messages import ID_PATTERN, MAX_CREDITS, MAX_ID_LENGTH
+from ledger.readable import beginning
+from ledger.receipts import Place, Receipt
 from ledger.state import EventType
 from ledger.views import Reservation, WalletView
 
 EVENT_TYPES: tuple[EventType, ...] = get_args(EventType)
 CHART_POINTS = 240
+VIEWS = "activity", "ledger"
+"""The tabs of the history: by run, and every event. The first is shown unless another is asked for."""
 PLACES = "before", "reservations_after"
 """The parameters that select the page, not its content."""
-FIELDS = ("date_from", "date_to", "project_id", "workflow_id", "limit", *PLACES)
+FIELDS = ("date_from", "date_to", "project_id", "workflow_id", "limit", "view", *PLACES)
 """The parameters with one value."""
 ID = re.compile(ID_PATTERN)
 
@@ -47,8 +51,12 @@ class HistoryQuery:
     event_types: tuple[str, ...]
     """As typed."""
     matching: EventFilter
+    view: str
     limit: int
     before_seq: int | None
+    """Where the page of events begins."""
+    place: Place | None
+    """Where the page of receipts begins."""
     reservations_after: int
     """How many of the oldest reservations to skip."""
     errors: Mapping[str, str] = field(default_factory=dict)
@@ -56,9 +64,9 @@ class HistoryQuery:
 
     def query(self, **changes: object) -> str:
         """The query of the same filter, on the newest page, with `changes`."""
-        kept = [(name, value) for name, value in self.typed.items() if value and name not in PLACES]
+        given = {name: value for name, value in self.typed.items() if value and name not in PLACES} | changes
         types = [("event_type", name) for name in self.event_types]
-        return urlencode([*kept, *types, *changes.items()])
+        return urlencode([*given.items(), *types])
 
     def kind_of_field(self, name: str) -> str:
         """`date` for a day, otherwise `text`: a field for a date would lose anything else that was typed."""
@@ -90,6 +98,12 @@ def history_query(request: Request) -> HistoryQuery:
         errors["event_type"] = f"event_type must be one of {', '.join(EVENT_TYPES)}."
     project_id = _understood(typed, "project_id", filters.identifier, errors)
     workflow_id = _understood(typed, "workflow_id", filters.identifier, errors)
+    view = _understood(typed, "view", _view, errors) or VIEWS[0]
+    before_seq, place = None, None
+    if view == "ledger":
+        before_seq = _understood(typed, "before", lambda text: _number(text, MAX_CREDITS), errors)
+    else:
+        place = _understood(typed, "before", _place, errors)
     return HistoryQuery(
         typed=typed,
         event_types=event_types,
@@ -100,8 +114,10 @@ def history_query(request: Request) -> HistoryQuery:
             project_id=project_id,
             workflow_id=workflow_id,
         ),
+        view=view,
         limit=limit or history.MAX_PAGE,
-        before_seq=_understood(typed, "before", lambda text: _number(text, MAX_CREDITS), errors),
+        before_seq=before_seq,
+        place=place,
         reservations_after=_understood(typed, PLACES[1], lambda text: _number(text, MAX_CREDITS), errors) or 0,
         errors=errors,
     )
@@ -142,12 +158,15 @@ def start(request: Request, session: SignedIn, organization: str = "") -> Respon
 def credit_history(request: Request, org_id: VisibleOrg, asked_for: Query, using: Using) -> Response:
     """The wallet, the course of its balance, its open reservations, and a page of its events."""
     now = datetime.now(UTC)
-    found: dict[str, Any] = {"events": None, "chart": None}
+    found: dict[str, Any] = {"events": None, "receipts": None, "chart": None}
     with using.reading(through=org_id) as ledger:  # the chart reads many events
         if not asked_for.errors:
             matching = history.find(ledger, org_id, asked_for.matching)
             course = matching.course(ledger, points=CHART_POINTS, now=now)
-            found["events"] = _page_of_events(ledger, matching, asked_for)
+            if asked_for.view == "ledger":
+                found["events"] = _page_of_events(ledger, matching, asked_for)
+            else:
+                found["receipts"] = receipts_of(ledger, org_id, asked_for)
             found["chart"] = None if course is None else step_chart(course)
         found["wallet"] = views.wallet(ledger, org_id) or WalletView(org_id)
         found["reservations"] = _open_reservations(ledger, org_id, asked_for)
@@ -157,6 +176,7 @@ def credit_history(request: Request, org_id: VisibleOrg, asked_for: Query, using
         HTTPStatus.UNPROCESSABLE_ENTITY if asked_for.errors else HTTPStatus.OK,
         org_id=org_id,
         event_types=EVENT_TYPES,
+        views=VIEWS,
         asked=asked_for,
         now=now,
         **found,
@@ -175,6 +195,22 @@ def credit_history_as_csv(org_id: VisibleOrg, asked_for: Query, using: Using) ->
         media_type=exports.MEDIA_TYPE,
         headers=exports.as_file(f"credit-history-{org_id}.csv"),
     )
+
+
+@router.get("/organizations/{orgId}/runs/{workflowId}")
+def run(
+    request: Request, org_id: VisibleOrg, workflow_id: Annotated[str, Path(alias="workflowId")], using: Using
+) -> Response:
+    """A run: how it stands, and each of its steps."""
+    found = None
+    if ID.fullmatch(workflow_id):
+        with using.reading() as ledger:
+            found = views.workflow(ledger, org_id, workflow_id)
+    if found is None:
+        raise Problem(
+            HTTPStatus.NOT_FOUND, f"{org_id} has no run {beginning(workflow_id, MAX_ID_LENGTH)}. Is its id complete?"
+        )
+    return page(request, "run.html", org_id=org_id, run=found, now=datetime.now(UTC))
 
 
 @router.get("/organizations/{rest:path}", dependencies=[Depends(signed_in)])
@@ -225,6 +261,26 @@ def _page_of_events(ledger: Connection, matching: history.Found, asked_for: Hist
 
 
 @dataclass(frozen=True, slots=True)
+class Receipts:
+    """A page of receipts."""
+
+    shown: list[Receipt]
+    newest: str | None
+    older: str | None
+    """The queries of other pages; None: there is no such page."""
+
+
+def receipts_of(ledger: Connection, org_id: str, asked_for: HistoryQuery) -> Receipts:
+    """The receipts that the query asks for."""
+    found = receipts.page(ledger, org_id, asked_for.matching, limit=asked_for.limit, place=asked_for.place)
+    return Receipts(
+        shown=found.receipts,
+        newest=None if asked_for.place is None else asked_for.query(),
+        older=None if found.next is None else asked_for.query(before=found.next),
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Reservations:
     """Some of the open reservations, oldest first, and their place among all."""
 
@@ -249,7 +305,7 @@ def _open_reservations(ledger: Connection, org_id: str, asked_for: HistoryQuery)
     shown = views.open_reservations(ledger, org_id=org_id, offset=passed)
     total, held = views.reservations_held(ledger, org_id)
     # The page of the events stays as it is.
-    place = {"before": asked_for.before_seq} if asked_for.before_seq is not None else {}
+    place = {"before": asked_for.typed["before"]} if asked_for.before_seq or asked_for.place else {}
     last = passed + len(shown)
     newer = asked_for.query(**place, reservations_after=last) if shown and last < total else None
     return Reservations(shown, total, held, passed, asked_for.query(**place), newer)
@@ -278,6 +334,19 @@ def _is_day(text: str) -> bool:
         return date.fromisoformat(text).isoformat() == text
     except ValueError:
         return False
+
+
+def _view(text: str) -> str:
+    if text not in VIEWS:
+        raise ValueError(f"must be {' or '.join(VIEWS)}.")
+    return text
+
+
+def _place(text: str) -> Place:
+    try:
+        return Place.of(text)
+    except ValueError:
+        raise ValueError("must be as in a link to older activity.") from None
 
 
 def _number(text: str, most: int) -> int:

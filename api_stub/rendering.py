@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from api_stub.formats import iso, pairs
 from api_stub.problems import Problem
+from api_stub.receipts import outcome, standing, told, told_step
 from ledger.readable import JOINERS, beginning, escaped, readable_json, span
 from ledger.wording import amount, change, clock, day, label
 
@@ -137,6 +138,21 @@ _templates = Environment(
 )
 _templates.filters |= {
     function.__name__: function
-    for function in (amount, change, day, clock, iso, span, label, pairs, readable_json, beginning)
+    for function in (
+        amount,
+        change,
+        day,
+        clock,
+        iso,
+        span,
+        label,
+        pairs,
+        readable_json,
+        beginning,
+        outcome,
+        standing,
+        told,
+        told_step,
+    )
 }
 _templates.globals |= {"asset": {name: f"/static/{name}?v={_version(name)}" for name in ("holdfast.css", "icon.svg")}}

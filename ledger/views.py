@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, and_, func, not_, 
 from ledger import history
 from ledger.filters import EventFilter
 from ledger.periods import period_start
-from ledger.state import WorkflowState
+from ledger.state import OUTCOMES, Reason, WorkflowState
 from ledger.tables import credit_events, ending_credits, subscriptions, wallets, workflows
 
 # Joins a workflow with the event of its reservation.
@@ -108,6 +108,10 @@ class WorkflowView:
     state: WorkflowState
     project_id: str | None
     activity_name: str | None
+    requested_credits: int | None
+    """What its start asked for; None: it was never started."""
+    reason: Reason | None
+    """Why its start reserved nothing."""
     reserved_credits: int | None
     expires_at: datetime | None
     used_credits: int | None
@@ -264,6 +268,8 @@ def workflow(connection: Connection, org_id: str, workflow_id: str) -> WorkflowV
         state=row.state,
         project_id=row.project_id,
         activity_name=row.activity_name,
+        requested_credits=row.start_credits,
+        reason=None if row.start_answer is None else OUTCOMES[row.start_answer][1],
         reserved_credits=row.start_credits if row.start_answer == "reserved" else None,
         expires_at=row.expires_at,
         used_credits=row.finish_credits,

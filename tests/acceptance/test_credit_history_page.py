@@ -11,7 +11,7 @@ import pytest
 from api_stub.pages import PLACES
 from ledger import history, views
 from ledger.readable import escaped
-from tests.acceptance.website import Visitor, figures, history_of, link, rows, shown, text_of, write
+from tests.acceptance.website import LEDGER, Visitor, figures, history_of, link, rows, shown, text_of, write
 from tests.installation import Installation
 from tests.support import eventually, sql
 
@@ -40,7 +40,7 @@ def test_the_page_shows_the_wallet(ledger: Installation, customer: Visitor, org_
         ("workflow.finish", {"workflow_id": "w1", "credits": 1_234}),
         ("workflow.start", {"workflow_id": "w2", "credits": 300, "project_id": "web", "activity_name": "Crawl"}),
     )
-    page = customer.get(history_of(org_id))
+    page = customer.get(history_of(org_id), params=LEDGER)
     assert figures(page) == {
         "available": "24,466",
         "prepaid": "24,766",
@@ -67,7 +67,7 @@ def test_the_page_says_when_a_plan_ends_and_what_is_owed(ledger: Installation, c
         ("wallet.unsubscribe", {"subscription_id": "s", "version": 2}),
         ("workflow.finish", {"workflow_id": "w1", "credits": 17}),
     )
-    text = text_of(customer.get(history_of(org_id)).text)
+    text = text_of(customer.get(history_of(org_id), params=LEDGER).text)
     with ledger.engine.connect() as connection:
         view = views.wallet(connection, org_id)
     assert view is not None
@@ -86,14 +86,16 @@ def test_the_page_says_that_credits_are_kept_past_their_end(
         ("wallet.grant", {"grant_id": "g", "credits": 20, "expires_at": soon.isoformat()}),
         ("workflow.start", {"workflow_id": "w1", "credits": 20}),
     )
-    assert f"20 end {soon.day} {soon:%b %Y}" in text_of(customer.get(history_of(org_id)).text)
-    eventually(lambda: "20 kept past their end by workflows" in text_of(customer.get(history_of(org_id)).text))
+    assert f"20 end {soon.day} {soon:%b %Y}" in text_of(customer.get(history_of(org_id), params=LEDGER).text)
+    eventually(
+        lambda: "20 kept past their end by workflows" in text_of(customer.get(history_of(org_id), params=LEDGER).text)
+    )
 
 
 def test_the_page_says_that_credits_end_now(ledger: Installation, customer: Visitor, org_id: str) -> None:
     soon = datetime.now(UTC) + timedelta(seconds=1)
     write(ledger.engine, org_id, ("wallet.grant", {"grant_id": "g", "credits": 20, "expires_at": soon.isoformat()}))
-    eventually(lambda: "20 end now" in text_of(customer.get(history_of(org_id)).text))
+    eventually(lambda: "20 end now" in text_of(customer.get(history_of(org_id), params=LEDGER).text))
 
 
 def test_the_page_shows_the_columns_in_the_order_of_the_contract_and_the_workflow(
@@ -105,7 +107,7 @@ def test_the_page_shows_the_columns_in_the_order_of_the_contract_and_the_workflo
         ("wallet.purchase", {"purchase_id": "p", "credits": 5_000}),
         ("workflow.finish", {"workflow_id": "w", "credits": 1_250, "project_id": "web", "activity_name": "Crawl"}),
     )
-    page = customer.get(history_of(org_id))
+    page = customer.get(history_of(org_id), params=LEDGER)
     assert ",".join(re.findall(r'data-column="(\w+)"', page.text)) == COLUMNS
     usage, purchase = rows(page)
     assert re.fullmatch(r"\d{1,2} [A-Z][a-z]{2} 20\d\d \d\d:\d\d:\d\d", usage[0])
@@ -134,14 +136,14 @@ def test_markup_in_the_data_is_text(ledger: Installation, customer: Visitor, org
         ),
         ("workflow.cancel", {"workflow_id": "w", "reason": markup}),
     )
-    page = customer.get(history_of(org_id))
+    page = customer.get(history_of(org_id), params=LEDGER)
     assert "<b" not in page.text.replace("<body", "").replace("<button", "")
     released, reserved = rows(page)
     assert (reserved[2], reserved[5], released[9]) == (markup, markup, f"reason cancelled given_reason {markup}")
 
 
 def test_an_empty_history_says_how_it_begins(customer: Visitor, org_id: str) -> None:
-    page = customer.get(history_of(org_id))
+    page = customer.get(history_of(org_id), params=LEDGER)
     assert page.status_code == 200
     assert set(figures(page).values()) == {"0"}
     assert "No events yet." in page.text
@@ -161,7 +163,7 @@ def test_events_can_be_filtered_by_type_project_and_day(ledger: Installation, cu
     today = datetime.now(UTC).date()
 
     def found(**params: Any) -> list[int]:
-        return shown(customer.get(history_of(org_id), params=params))
+        return shown(customer.get(history_of(org_id), params=LEDGER | params))
 
     assert found() == [5, 4, 3, 2, 1]
     assert found(event_type=["usage", "prepaid_purchase"]) == [5, 1]
@@ -170,7 +172,7 @@ def test_events_can_be_filtered_by_type_project_and_day(ledger: Installation, cu
     assert found(date_from=today - timedelta(days=1), date_to=today) == [5, 4, 3, 2, 1]
     assert found(date_to=today - timedelta(days=2)) == []
     assert found(date_from=today - timedelta(days=1), date_to="9999-12-31") == [5, 4, 3, 2, 1]
-    page = customer.get(history_of(org_id), params={"project_id": "nobody", "event_type": "refund"})
+    page = customer.get(history_of(org_id), params=LEDGER | {"project_id": "nobody", "event_type": "refund"})
     assert "No event matches the filter." in page.text
     assert 'value="nobody"' in page.text
     assert re.findall(r'value="(\w+)" checked', page.text) == ["refund"]
@@ -201,14 +203,14 @@ def test_events_can_be_filtered_by_type_project_and_day(ledger: Installation, cu
 def test_a_filter_that_makes_no_sense_is_explained_beside_what_was_typed(
     customer: Visitor, org_id: str, query: str, sentence: str
 ) -> None:
-    page = customer.get(f"{history_of(org_id)}?{query}")
+    page = customer.get(f"{history_of(org_id)}?view=ledger&{query}")
     assert (page.status_code, sentence in page.text) == (422, True)
     typed = httpx.QueryParams(query).multi_items()
     for name, value in typed:
         assert name in PLACES or f'value="{escaped(value)}"' in page.text
         assert not re.search(rf'type="date" value="{re.escape(value)}"', page.text) or date.fromisoformat(value)
     assert '<section class="card" aria-labelledby="events">' not in page.text
-    file = customer.get(f"{history_of(org_id)}.csv?{query}")
+    file = customer.get(f"{history_of(org_id)}.csv?view=ledger&{query}")
     assert (file.status_code, sentence in file.text) == (422, True)
 
 
@@ -224,11 +226,11 @@ def test_a_filter_that_makes_no_sense_is_explained_beside_what_was_typed(
 def test_a_filter_that_there_is_not_is_refused_and_said(
     customer: Visitor, org_id: str, query: str, sentence: str
 ) -> None:
-    page = customer.get(f"{history_of(org_id)}?{query}")
+    page = customer.get(f"{history_of(org_id)}?view=ledger&{query}")
     assert (page.status_code, sentence in page.text, "The filter was not applied" in page.text) == (422, True, True)
     assert '<section class="card" aria-labelledby="events">' not in page.text
     assert link(page, "Clear") == history_of(org_id)
-    file = customer.get(f"{history_of(org_id)}.csv?{query}")
+    file = customer.get(f"{history_of(org_id)}.csv?view=ledger&{query}")
     assert (file.status_code, sentence in file.text) == (422, True)
 
 
@@ -243,7 +245,7 @@ def test_the_events_of_a_workflow_are_shown_and_downloaded(
         ("workflow.finish", {"workflow_id": "w2", "credits": 10}),
         ("wallet.refund", {"refund_id": "r", "credits": 5, "workflow_id": "w1"}),
     )
-    page = customer.get(history_of(org_id), params={"workflow_id": "w1"})
+    page = customer.get(history_of(org_id), params=LEDGER | {"workflow_id": "w1"})
     assert (shown(page), [row[3] for row in rows(page)]) == ([4, 2], ["w1", "w1"])
     assert re.search(r'name="workflow_id" type="text" value="w1"', page.text)
     [file] = re.findall(r'href="([^"]*\.csv[^"]*)"', page.text)
@@ -255,7 +257,7 @@ def test_pages_continue_one_another_while_events_are_added(
     ledger: Installation, customer: Visitor, org_id: str
 ) -> None:
     write(ledger.engine, org_id, *(("wallet.grant", {"grant_id": f"g{number}", "credits": 1}) for number in range(250)))
-    first = customer.get(history_of(org_id))
+    first = customer.get(history_of(org_id), params=LEDGER)
     assert (shown(first), "1–100 of 250" in first.text) == (list(range(250, 150, -1)), True)
     assert (link(first, "Newest"), link(first, "← Newer")) == (None, None)
     write(ledger.engine, org_id, ("wallet.grant", {"grant_id": "late", "credits": 1}))
@@ -274,12 +276,12 @@ def test_pages_continue_one_another_while_events_are_added(
 def test_the_links_of_a_filtered_page_keep_the_filter(ledger: Installation, customer: Visitor, org_id: str) -> None:
     write(ledger.engine, org_id, *(("wallet.grant", {"grant_id": f"g{number}", "credits": 1}) for number in range(5)))
     write(ledger.engine, org_id, *(("wallet.refund", {"refund_id": f"r{number}", "credits": 1}) for number in range(5)))
-    first = customer.get(history_of(org_id), params={"event_type": ["grant", "usage"], "limit": 2})
+    first = customer.get(history_of(org_id), params=LEDGER | {"event_type": ["grant", "usage"], "limit": 2})
     second = customer.get(str(link(first, "Older →")))
     assert (shown(second), "3–4 of 5" in second.text) == ([3, 2], True)
     [file] = re.findall(r'href="([^"]*\.csv[^"]*)"', second.text)
     assert customer.get(unescape(file)).text.count("\r\n") == 6
-    nothing = customer.get(history_of(org_id), params={"before": 1})
+    nothing = customer.get(history_of(org_id), params=LEDGER | {"before": 1})
     assert "There are no older events." in nothing.text
 
 
@@ -290,7 +292,7 @@ def test_long_metadata_can_be_opened_and_is_bounded(ledger: Installation, custom
         org_id,
         *(("wallet.grant", {"grant_id": f"g{number}", "credits": 1, "metadata": largest}) for number in range(100)),
     )
-    page = customer.get(history_of(org_id))
+    page = customer.get(history_of(org_id), params=LEDGER)
     assert page.text.count('<summary>3 entries<span class="unseen"> of metadata</span></summary>') == 100
     assert len(page.content) < 5_000_000
 
@@ -304,16 +306,18 @@ def test_the_chart_shows_the_balance_in_the_range_and_says_it_in_words(
         ("wallet.purchase", {"purchase_id": "p", "credits": 1_000}),
         ("workflow.finish", {"workflow_id": "w", "credits": 750}),
     )
-    page = customer.get(history_of(org_id))
+    page = customer.get(history_of(org_id), params=LEDGER)
     words = "From 1,000 to 250 credits; lowest 250, highest 1,000."
     assert words in page.text
     assert '<title id="chart-title">Step chart of the available balance</title>' in page.text
     [(moment,)] = sql(ledger.engine, "SELECT max(created_at) FROM credit_events WHERE org_id = :org_id", org_id=org_id)
-    later = customer.get(history_of(org_id), params={"date_from": (moment + timedelta(microseconds=1)).isoformat()})
+    later = customer.get(
+        history_of(org_id), params=LEDGER | {"date_from": (moment + timedelta(microseconds=1)).isoformat()}
+    )
     assert "From 250 to 250 credits; lowest 250, highest 250." in later.text
-    earlier = customer.get(history_of(org_id), params={"date_to": "2020-01-01"})
+    earlier = customer.get(history_of(org_id), params=LEDGER | {"date_to": "2020-01-01"})
     assert "<figure" not in earlier.text
-    last = customer.get(history_of(org_id), params={"date_from": moment.isoformat()})
+    last = customer.get(history_of(org_id), params=LEDGER | {"date_from": moment.isoformat()})
     assert "From 1,000 to 250 credits; lowest 250, highest 1,000." in last.text
 
 
@@ -327,12 +331,12 @@ def test_the_chart_is_told_truly_however_many_events_there_are(
     ]
     purchase = ("wallet.purchase", {"purchase_id": "p", "credits": 1_000})
     write(ledger.engine, org_id, ("wallet.grant", {"grant_id": "g", "credits": 7}), purchase, *runs)
-    page = customer.get(history_of(org_id))
+    page = customer.get(history_of(org_id), params=LEDGER)
     assert "From 7 to 1,007 credits; lowest 7, highest 1,007." in page.text
     assert re.search(r"From 7 credits on [^<]* to 1,007 on [^<]*, between 7 and 1,007\.</desc>", page.text)
     write(ledger.engine, org_id, ("wallet.grant", {"grant_id": "h", "credits": 1}))
     monkeypatch.setattr(history, "MAX_COMPARED", 1_202)
-    page = customer.get(history_of(org_id))
+    page = customer.get(history_of(org_id), params=LEDGER)
     assert "From 7 to 1,008 credits. The line shows some of the events; a shorter time shows more." in page.text
     assert re.search(r"From 7 credits on [^<,]* to 1,008 on [^<,]*\.</desc>", page.text)
     assert "lowest" not in page.text
@@ -354,7 +358,7 @@ def test_all_open_reservations_can_be_reached(
     names = [f"run-{each:03}" for each in range(number)]
     starts = [("workflow.start", {"workflow_id": name, "credits": 3}) for name in names]
     write(ledger.engine, org_id, ("wallet.purchase", {"purchase_id": "p", "credits": 1_000}), *starts)
-    page = customer.get(history_of(org_id), params={"event_type": "reservation", "limit": 1})
+    page = customer.get(history_of(org_id), params=LEDGER | {"event_type": "reservation", "limit": 1})
     assert said_of_reservations(page) == words
     seen = held_by(page)
     for size in pages:
@@ -369,7 +373,7 @@ def test_all_open_reservations_can_be_reached(
     assert link(page, "More →") is None
     if pages:
         assert held_by(customer.get(str(link(page, "Oldest")))) == names[:100]
-        beyond = customer.get(history_of(org_id), params={"reservations_after": number})
+        beyond = customer.get(history_of(org_id), params=LEDGER | {"reservations_after": number})
         assert "There are no newer reservations." in beyond.text
         assert said_of_reservations(beyond) == f"0 of {number}, which hold {3 * number} credits in all"
 
@@ -400,10 +404,10 @@ def test_a_history_of_100_000_events_is_shown_page_by_page(
         """,
         org_id=org_id,
     )
-    newest = customer.get(history_of(org_id))
+    newest = customer.get(history_of(org_id), params=LEDGER)
     assert (len(shown(newest)), "1–100 of 100,000" in newest.text) == (100, True)
     assert len(newest.content) < 200_000
-    middle = customer.get(history_of(org_id), params={"before": 50_001, "project_id": "web"})
+    middle = customer.get(history_of(org_id), params=LEDGER | {"before": 50_001, "project_id": "web"})
     assert (shown(middle)[0], "50,001–50,100 of 100,000" in middle.text) == (50_000, True)
     with customer.stream("GET", f"{history_of(org_id)}.csv") as file:
         assert sum(1 for _ in file.iter_lines()) == 100_001

@@ -24,6 +24,8 @@ from tests.support import PATIENCE_S, as_role, eventually
 SECRET = "a secret for tests, of at least 32 characters"
 FUTURE = 4_102_444_800
 HISTORY = "/organizations/acme/credit-history"
+LEDGER = {"view": "ledger"}
+"""The query of the tab with every event."""
 LETTERS = "/operators/dead-letters"
 SESSION = "holdfast_session"
 

@@ -13,7 +13,7 @@ from sqlalchemy import Column
 from sqlalchemy.sql import visitors
 from starlette.requests import Request
 
-from api_stub.pages import EVENT_TYPES, Reservations, history_query
+from api_stub.pages import EVENT_TYPES, VIEWS, Reservations, history_query
 from api_stub.rendering import page
 from api_stub.wallets import event_filter
 from ledger.filters import BY_NUMBER, EVERY_EVENT, EventFilter
@@ -111,7 +111,9 @@ def form(query: str) -> str:
         now=datetime.now(UTC),
         wallet=WalletView("acme"),
         reservations=Reservations([], 0, 0, 0, "", None),
+        views=VIEWS,
         events=None,
+        receipts=None,
         chart=None,
     )
     return bytes(answer.body).decode().split('<form class="filter"')[1].split("</form>")[0]
