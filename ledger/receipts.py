@@ -32,7 +32,7 @@ from ledger.history import MAX_PAGE, Found
 from ledger.state import EventType, WorkflowState
 from ledger.tables import credit_events, posted_messages
 
-MOST_EVENTS = 10_000
+MOST_EVENTS = 5_000
 """The most events that one page looks at. One that finds less than it was asked for among them is shorter."""
 
 _STEP = 2_000
@@ -201,7 +201,7 @@ def page(
     before = found.end if place is None else place.before
     runs: dict[str, _Run] = {}
     lines: list[tuple[int, str | None]] = []
-    left, step = MOST_EVENTS, 4 * limit
+    left, step = MOST_EVENTS, 2 * limit + 1
     while len(lines) <= limit and left:
         step = min(step, _STEP, left)
         numbered = found.before(before).select().with_only_columns(credit_events.c.seq, _RUN.label("run"))

@@ -30,6 +30,7 @@ from tests.installation import Installation
 from tests.messages import delivery
 from tests.support import PATIENCE_S, eventually, sql
 
+LEDGER = f"{HISTORY}?view=ledger"
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SCREENSHOT = os.environ.get("HOLDFAST_TEST_SCREENSHOT")
 FLAGS = (
@@ -236,7 +237,7 @@ def cookies(chrome: Chrome, address: str) -> list[dict[str, Any]]:
 def customer(person: Person, cookies: list[dict[str, Any]]) -> Person:
     for cookie in cookies:
         person.driver.add_cookie(cookie)
-    person.open(HISTORY)
+    person.open(LEDGER)
     return person
 
 
@@ -302,12 +303,41 @@ def test_a_customer_follows_a_workflow_and_mistypes_a_filter(customer: Person) -
     customer.find("#workflow_id").send_keys("run-46")
     customer.click("Apply filter")
     assert customer.texts("tr[data-event] .workflow") == ["run-46"] * 3
-    customer.open(f"{HISTORY}?type=usage")
+    customer.open(f"{LEDGER}&type=usage")
     assert customer.texts(".alert li") == ["type is not a filter; did you mean event_type?"]
     assert customer.events() == []
     assert ["422" in complaint for complaint in eventually(customer.complaints)] == [True]
     customer.click("Clear")
     assert len(customer.events()) == 100
+
+
+def test_a_customer_finds_out_what_a_run_cost_and_what_came_back(running: Installation, person: Person) -> None:
+    messages: list[tuple[str, dict[str, Any]]] = [
+        ("wallet.purchase", {"purchase_id": "order-1", "credits": 1_000}),
+        ("workflow.start", {"workflow_id": "wf_77", "credits": 129, "project_id": "churn", "activity_name": "Train"}),
+        ("workflow.finish", {"workflow_id": "wf_77", "credits": 66}),
+        ("wallet.grant", {"grant_id": "sorry", "credits": 5}),
+        ("wallet.refund", {"refund_id": "SUP-8821", "credits": 20, "workflow_id": "wf_77", "source": "support"}),
+    ]
+    apply_batch(running.engine, [delivery(task, org_id="with-runs", **fields) for task, fields in messages])
+    person.sign_in(token(orgs=["with-runs"]), HISTORY.replace("acme", "with-runs"))
+    assert person.texts("tr[data-receipt] .what") == ["Train wf_77", "Grant · sorry", "Purchase · order-1"]
+    assert person.texts("tr[data-receipt] .credits") == ["−46", "+5", "+1,000"]
+    opened = person.find("tr[data-receipt] details")
+    assert opened.text == "used 66 of 129 held, 20 refunded"
+    person.driver.execute_script("arguments[0].focus()", opened.find_element(By.TAG_NAME, "summary"))
+    person.press(Keys.ENTER)
+    steps = [text.split("\n")[-2:] for text in person.texts("tr[data-receipt] .steps li")]
+    assert steps == [["Held", "−129"], ["Returned", "+129"], ["Used", "−66"], ["Refund", "+20"]]
+    person.click("Ledger")
+    person.click("wf_77")  # of the refund, which is the newest event
+    person.wait_for("/organizations/with-runs/runs/wf_77")
+    assert person.find(".sentence").text == "It used 66 of the 129 that were held for it. 20 were refunded."
+    assert person.texts("tr[data-event] .lead") == ["Held", "Returned", "Used", "Refund · SUP-8821"]
+    assert person.texts("tr[data-event] .source")[-1] == "support"
+    assert person.texts("tr[data-event] td:last-child") == ["871", "1,000", "934", "959"]
+    person.click("← Credit history")
+    person.wait_for(HISTORY.replace("acme", "with-runs"))
 
 
 def test_a_customer_reads_on_to_older_events_and_back(customer: Person) -> None:
@@ -403,7 +433,7 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(customer: Person)
         "workflow_id",
     ]
     assert seen.count("event_type") == 9
-    assert seen[-3:] == ["Apply filter", "Download as CSV", "Older →"]
+    assert seen[-5:] == ["Apply filter", "Activity", "Ledger", "Download as CSV", "Older →"]
     assert outlines == {"solid"}
 
 
@@ -433,6 +463,7 @@ def test_a_screen_reader_finds_its_way(customer: Person) -> None:
         "Events",
     ]
     assert ("navigation", "Main") in nodes
+    assert ("navigation", "Views of the history") in nodes
     assert ("navigation", "Pages, above the table") in nodes
     assert ("table", "Events of the credit history, newest first; times in UTC") in nodes
     assert ("columnheader", "Prepaid balance") in nodes
@@ -448,7 +479,15 @@ def test_a_screen_reader_finds_its_way(customer: Person) -> None:
 
 @pytest.mark.parametrize("width", [320, 360])
 @pytest.mark.parametrize(
-    "query", ["", "?event_type=grant", "?type=grant", "?date_from=x&event_type=" + "y" * 200, "?project_id=none"]
+    "query",
+    [
+        "",
+        "?view=ledger",
+        "?view=ledger&event_type=grant",
+        "?type=grant",
+        "?date_from=x&event_type=" + "y" * 200,
+        "?project_id=none",
+    ],
 )
 def test_nothing_sticks_out_of_a_phone(customer: Person, query: str, width: int) -> None:
     customer.hold_phone(width)
@@ -462,7 +501,7 @@ def test_nothing_sticks_out_of_a_phone(customer: Person, query: str, width: int)
 @pytest.mark.parametrize(("width", "highest"), [(320, 15_000), (390, 13_000)])
 def test_a_hundred_events_are_not_a_mile_on_a_phone(customer: Person, width: int, highest: int) -> None:
     customer.hold_phone(width)
-    customer.open(HISTORY)
+    customer.open(LEDGER)
     assert len(customer.events()) == 100
     assert customer.height() <= highest
     shown = customer.texts("tr[data-event='147'] td")
@@ -498,7 +537,9 @@ def test_the_longest_names_stick_out_of_nothing(running: Installation, person: P
     person.sign_in(both, HISTORY.replace("acme", org_id))
     assert person.texts("[aria-labelledby=reservations] tbody th") == ["M" * 128]
     assert len(letters) >= 2
-    for path in (HISTORY.replace("acme", org_id), LETTERS, *(f"{LETTERS}/{number}" for (number,) in letters), "/"):
+    history, ledger = HISTORY.replace("acme", org_id), LEDGER.replace("acme", org_id)
+    run = f"/organizations/{org_id}/runs/{'M' * 128}"
+    for path in (history, ledger, run, LETTERS, *(f"{LETTERS}/{number}" for (number,) in letters), "/"):
         person.open(path)
         person.driver.execute_script("document.querySelectorAll('details').forEach(each => each.open = true)")
         assert person.width_needed() == width, path
@@ -560,7 +601,7 @@ def test_what_goes_wrong_is_a_page_that_leads_on(customer: Person, path: str, he
 
 def test_on_a_phone_the_table_is_still_a_table_for_who_listens(customer: Person) -> None:
     customer.hold_phone()
-    customer.open(f"{HISTORY}?event_type=grant")
+    customer.open(f"{LEDGER}&event_type=grant")
     tree = customer.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     roles = [node["role"]["value"] for node in tree if not node["ignored"]]
     assert roles.count("row") == 1 + 3 + 1 + 1  # headings and rows: of the reservations, of the events
@@ -570,15 +611,16 @@ def test_on_a_phone_the_table_is_still_a_table_for_who_listens(customer: Person)
 @pytest.mark.parametrize("width", [600, 820, 1024])
 def test_a_wide_table_scrolls_within_its_own_region(customer: Person, width: int) -> None:
     customer.hold_phone(width)
-    customer.open(HISTORY)
-    assert customer.width_needed() == width
+    for path in (HISTORY, LEDGER, "/organizations/acme/runs/run-46"):
+        customer.open(path)
+        assert customer.width_needed() == width
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_stands_out_from_its_ground(customer: Person, scheme: str) -> None:
     customer.prefer(scheme)
-    paths = HISTORY, f"{HISTORY}?event_type=usage&project_id=crm", f"{HISTORY}?limit=0", "/organizations/none", "/none"
-    for path in paths:
+    paths = HISTORY, f"{LEDGER}&event_type=usage&project_id=crm", f"{HISTORY}?limit=0", "/organizations/none", "/none"
+    for path in (*paths, "/organizations/acme/runs/run-46"):
         customer.open(path)
         ratio, text = customer.driver.execute_script(CONTRAST)
         assert ratio >= 4.5, (path, text, ratio)
