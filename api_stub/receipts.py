@@ -84,6 +84,16 @@ def told(event: Mapping[str, Any]) -> str:
             assert_never(event_type)
 
 
+_TOLD = frozenset(
+    {"reason", "workflow_id", "expires_at", "ending", "paid_by", "unreserved", "overrun", "not_charged", "debt_settled"}
+)
+
+
+def more(event: Mapping[str, Any]) -> dict[str, Any]:
+    """What else is known of an event of a run: its metadata without what the run's page says in other words."""
+    return {name: value for name, value in event["metadata"].items() if name not in _TOLD}
+
+
 def told_step(step: Step) -> str:
     """The same for an event of a run of which less is known."""
     return told({"event_type": step.event_type, "metadata": {"reason": step.reason}})

@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from api_stub.formats import iso, pairs
 from api_stub.problems import Problem
-from api_stub.receipts import outcome, standing, told, told_step
+from api_stub.receipts import more, outcome, standing, told, told_step
 from ledger.readable import JOINERS, beginning, escaped, readable_json, span
 from ledger.wording import amount, change, clock, day, label
 
@@ -149,6 +149,7 @@ _templates.filters |= {
         pairs,
         readable_json,
         beginning,
+        more,
         outcome,
         standing,
         told,
