@@ -17,7 +17,8 @@ def outcome(receipt: Receipt) -> str:
     if receipt.state == "reserved":
         assert held is not None
         assert receipt.expires_at is not None
-        return f"holds {amount(held)} until {day(receipt.expires_at)} {clock(receipt.expires_at)[:-3]}"
+        # Within 30 days, so without the year.
+        return f"holds {amount(held)} until {day(receipt.expires_at)[:-5]} {clock(receipt.expires_at)[:-3]}"
     if used is None:
         return f"{receipt.state}, {amount(held)} returned" if held else str(receipt.state)
     said = f"used {amount(used)}" + (f" of {amount(held)} held" if held is not None else ", nothing was held")
@@ -35,7 +36,7 @@ def standing(run: WorkflowView, now: datetime) -> str:
                 return f"It holds {held}. The time of its hold is over, so they come back with the next change."
             return f"It holds {held} until it ends, until {day(run.expires_at)} {clock(run.expires_at)} at the longest."
         case "rejected":
-            return f"It was refused. {asked}. Nothing was held, and nothing was used."
+            return f"It was refused. {asked}."
         case "settled":
             used = f"It used {amount(run.used_credits or 0)}"
             if run.reserved_credits is not None:

@@ -6,11 +6,12 @@ from typing import Annotated, get_args
 import typer
 from rich.table import Table
 
-from ledger import filters, history, views
+from ledger import filters, history, receipts, views
 from ledger.filters import EventFilter
 from ledger.history import Page
 from ledger.outlook import outlook
 from ledger.readable import escaped
+from ledger.receipts import Place, Receipt
 from ledger.state import EventType
 from ledger.usage import rate
 from ledger.views import Ending, WalletView
@@ -69,9 +70,20 @@ def show_history(
     ] = None,
     limit: Annotated[int, typer.Option(min=1, max=history.MAX_PAGE, help="How many events.")] = history.MAX_PAGE,
     offset: Annotated[int, typer.Option(min=0, max=2**62, help="How many newer events to skip.")] = 0,
+    by_run: Annotated[
+        bool, typer.Option("--by-run", help="One line for each run, and one for what belongs to none.")
+    ] = False,
+    cursor: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="With --by-run: the next_cursor of the lines before.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show an organization's credit history, newest first."""
+    if by_run and offset:
+        raise typer.BadParameter("cannot be combined with --by-run: use --cursor", param_hint="--offset")
+    if cursor is not None and not by_run:
+        raise typer.BadParameter("needs --by-run", param_hint="--cursor")
+    place = _place(cursor)
     for name in event_type or ():
         if name not in get_args(EventType):
             known = ", ".join(get_args(EventType))
@@ -84,6 +96,11 @@ def show_history(
         project_id=project_id,
         workflow_id=workflow_id,
     )
+    if by_run:
+        with open_ledger() as engine, engine.connect() as connection:
+            shown = receipts.page(connection, org_id, matching, limit=limit, place=place)
+        _show_receipts(shown, org_id, limit=limit, as_json=as_json)
+        return
     with open_ledger() as engine, engine.connect() as connection:
         page = history.events(connection, org_id, matching, limit=limit, offset=offset)
     if as_json:
@@ -93,6 +110,53 @@ def show_history(
         console.print(history_table(page, org_id))
     else:
         console.print("No events.")
+
+
+def _place(text: str | None) -> Place | None:
+    try:
+        return None if text is None else Place.of(text)
+    except ValueError:
+        raise typer.BadParameter(
+            "must be the next_cursor of lines that --by-run shows", param_hint="--cursor"
+        ) from None
+
+
+def _show_receipts(page: receipts.Page, org_id: str, *, limit: int, as_json: bool) -> None:
+    if as_json:
+        next_cursor = None if page.next is None else str(page.next)
+        items = [receipts.as_item(receipt) for receipt in page.receipts]
+        print_json({"items": items, "limit": limit, "next_cursor": next_cursor})
+        return
+    console.print(receipts_table(page, org_id) if page.receipts else "No events.")
+    if page.next is not None:
+        console.print(f"Older: --cursor {page.next}")
+
+
+_RECEIPT_COLUMNS = (
+    Column("changed_at", keeps_line=True),
+    Column("what"),
+    Column("state", needs_width=60),
+    Column("project_id", needs_width=120),
+    Column("activity_name", needs_width=110),
+    Column("reserved_credits", needs_width=80, is_amount=True),
+    Column("used_credits", needs_width=70, is_amount=True),
+    Column("refunded_credits", needs_width=100, is_amount=True),
+    Column("credits", is_amount=True),
+)
+
+
+def receipts_table(page: receipts.Page, org_id: str) -> Table:
+    """A page of receipts, newest first."""
+    lines = [
+        {**receipts.as_item(each), "changed_at": each.changed_at, "what": each.workflow_id or _type_of(each)}
+        for each in page.receipts
+    ]
+    return table(f"Credit history of {org_id} by run, newest first: {len(lines)}", _RECEIPT_COLUMNS, lines)
+
+
+def _type_of(receipt: Receipt) -> str:
+    assert receipt.event is not None
+    return str(receipt.event["event_type"])
 
 
 def wallet_table(view: WalletView) -> Table:
