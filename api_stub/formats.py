@@ -29,6 +29,15 @@ def pairs(metadata: Mapping[str, Any]) -> list[tuple[str, str]] | None:
     return shown if sum(len(name) + len(value) for name, value in shown) <= SHORT_METADATA else None
 
 
+def said(value: object) -> str:
+    """A JSON value in a table: an amount, the text itself, or JSON."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return amount(value)
+    return _readable(value)
+
+
 def _readable(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_readable(part)}" for name, part in value.items())

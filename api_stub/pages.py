@@ -137,11 +137,11 @@ VisibleOrg = Annotated[str, Depends(readable)]
 
 @router.get("/")
 def start(request: Request, session: SignedIn, organization: str = "") -> Response:
-    """Redirect to the session's only page, or list its organizations."""
+    """Redirect staff to their own start page, and others to their only page; or list the organizations."""
     principal = session.principal
     is_staff, may_read = ("operator:read" in principal.scopes), ("credits:read" in principal.scopes)
-    if is_staff and not (principal.orgs and may_read):
-        return see_other("/operators/dead-letters")
+    if is_staff and not organization:
+        return see_other("/operators")
     if not may_read:
         raise Problem(HTTPStatus.FORBIDDEN, "The token lacks the scope credits:read.")
     if organization:
@@ -149,7 +149,7 @@ def start(request: Request, session: SignedIn, organization: str = "") -> Respon
             return see_other(f"/organizations/{organization}/credit-history")
         return page(request, "start.html", HTTPStatus.NOT_FOUND, org_ids=_org_ids(session), typed=organization)
     org_ids = _org_ids(session)
-    if org_ids is not None and len(org_ids) == 1 and not is_staff:
+    if org_ids is not None and len(org_ids) == 1:
         return see_other(f"/organizations/{org_ids[0]}/credit-history")
     return page(request, "start.html", org_ids=org_ids, typed="")
 

@@ -3,7 +3,6 @@
 A worker serves its own metrics (see `worker.metrics`). Nothing here is about a single organization.
 """
 
-import time
 from collections.abc import Iterator
 from http import HTTPStatus
 
@@ -75,8 +74,6 @@ class SystemCollector(Collector):
 
     def __init__(self, using: Services) -> None:
         self._using = using
-        self._oldest: dict[str, tuple[bytes | None, float]] = {}
-        """The oldest message of each queue at the last scrape, and when it was first seen there."""
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Yield the metrics of this moment."""
@@ -89,27 +86,21 @@ class SystemCollector(Collector):
         for name, (help_text, value) in found.items():
             yield GaugeMetricFamily(f"holdfast_{name}", help_text, value=value)
         try:
-            waiting = self._using.client.waiting()
+            waiting = self._using.queues.look()
         except BrokerUnavailableError:
             waiting = {}
         yield _up("broker", bool(waiting))
         messages = GaugeMetricFamily("holdfast_queue_messages", "Messages that wait in the queue.", labels=["queue"])
         ages = GaugeMetricFamily(
             "holdfast_queue_oldest_message_age_seconds",
-            "Time since a scrape first saw the oldest waiting message, which may be older.",
+            "Time since a scrape, or a page of operators, first saw the oldest waiting message, which may be older.",
             labels=["queue"],
         )
-        for queue, inside in waiting.items():
-            messages.add_metric([queue], inside.messages)
-            ages.add_metric([queue], self._seen_for_s(queue, inside.oldest))
+        for queue, (number, age_s) in waiting.items():
+            messages.add_metric([queue], number)
+            ages.add_metric([queue], age_s)
         yield messages
         yield ages
-
-    def _seen_for_s(self, queue: str, oldest: bytes | None) -> float:
-        now = time.monotonic()
-        if oldest is None or self._oldest.get(queue, (None, 0.0))[0] != oldest:
-            self._oldest[queue] = (oldest, now)
-        return now - self._oldest[queue][1]
 
 
 def _up(service: str, is_up: bool) -> GaugeMetricFamily:

@@ -16,7 +16,7 @@ from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from api_stub.formats import iso, pairs
+from api_stub.formats import iso, pairs, said
 from api_stub.problems import Problem
 from api_stub.receipts import more, outcome, standing, told, told_step
 from ledger.readable import JOINERS, beginning, escaped, readable_json, span
@@ -147,6 +147,7 @@ _templates.filters |= {
         span,
         label,
         pairs,
+        said,
         readable_json,
         beginning,
         more,

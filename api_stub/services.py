@@ -13,6 +13,7 @@ from sqlalchemy import Connection
 from api_stub.auth import Authenticator
 from api_stub.places import Places
 from api_stub.problems import BUSY, RETRY, Problem
+from api_stub.queue_ages import QueueAges
 from ledger import history
 from ledger.database import POOL_TIMEOUT_S, connect
 from ledger.settings import Settings
@@ -42,6 +43,7 @@ class Services:
         self.probe = connect(settings.database_url, keeps_connections=False)
         self.client = Client(settings.broker_url, result_url=settings.result_url)
         self.async_client = AsyncClient(settings.broker_url, result_url=settings.result_url)
+        self.queues = QueueAges(self.client)
         self.places = Places()
 
     @contextmanager

@@ -26,7 +26,7 @@ WAIT_S = 1.0
 
 BATCHES = "/api/messages"
 
-_READ = re.compile(r"/(api/organizations|organizations|operators)/.*", re.DOTALL)
+_READ = re.compile(r"/((api/organizations|organizations|operators)/.*|operators)", re.DOTALL)
 
 
 class Turns:

@@ -4,12 +4,12 @@ Pure: reads neither the database nor a clock.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from ledger.messages import DELIVERY_LIMIT, MAX_BODY_BYTES
 from ledger.readable import beginning, escaped
-from ledger.state import ErrorCode
 
 MAX_CAUSE_LENGTH = 200
 """The most characters of a cause; an index has it."""
@@ -55,7 +55,7 @@ class Code:
     """What an operator does with such a letter in the end, as a rule."""
 
 
-CODES: dict[ErrorCode, Code] = {
+CODES: Mapping[str, Code] = {
     "invalid_message": Code(
         "A field is missing, unknown or invalid, or the task was not sent with one JSON object.",
         "Correct the sender and send a new message; discard this one.",
@@ -132,4 +132,4 @@ CODES: dict[ErrorCode, Code] = {
         "replay",
     ),
 }
-"""Every code. docs/messages.md and the pages say the same."""
+"""Every `ErrorCode`. docs/messages.md and the pages say the same."""

@@ -274,8 +274,19 @@ def open_ids(
 ) -> list[int]:
     """The numbers of the open dead letters that match, oldest first, in this range: at most `limit`."""
     column = dead_letters.c.id
-    query = select(column).where(*_conditions(replace(matching, status="open")), column > after_id, column <= up_to_id)
-    return list(connection.scalars(query.order_by(column).limit(limit)))
+    query = select(column).where(*_open_between(matching, after_id, up_to_id)).order_by(column).limit(limit)
+    return list(connection.scalars(query))
+
+
+def count_open(connection: Connection, matching: LetterFilter, *, after_id: int = 0, up_to_id: int) -> int:
+    """How many open dead letters match in this range."""
+    query = select(func.count()).where(*_open_between(matching, after_id, up_to_id))
+    return connection.execute(query).scalar_one()
+
+
+def _open_between(matching: LetterFilter, after_id: int, up_to_id: int) -> list[ColumnElement[bool]]:
+    column = dead_letters.c.id
+    return [*_conditions(replace(matching, status="open")), column > after_id, column <= up_to_id]
 
 
 def _conditions(matching: LetterFilter) -> list[ColumnElement[bool]]:
@@ -393,6 +404,11 @@ def replay(
     if isinstance(answer, str) and now.attempts > kept.attempts:
         raise StillFailsError(f"{now.error} (dead letter {letter_id}, {now.error_code})")
     return outcome
+
+
+def is_known(outcome: str) -> bool:
+    """Whether a replay with this outcome was answered; otherwise the message was sent, and nobody knows more."""
+    return not outcome.startswith(_SENT)
 
 
 def described(answer: Result) -> str:

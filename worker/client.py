@@ -62,7 +62,7 @@ from ledger.state import Limit, Result
 from worker.broker import ENGINE_QUEUE, QUEUE, create_celery
 from worker.publishing import BROKER_ERRORS, RETRY_PAUSE_S, RETRY_S, TIMEOUT_S, Encoded, Publisher, connect, leave
 from worker.redis_server import UnsupportedServerError
-from worker.silence import what_is_seen
+from worker.silence import sees_worker, what_is_seen
 from worker.unanswered import Unanswered
 
 # Kombu keeps a queue as a list and takes from its right end. An entry may be large, so it is not fetched. At its end is
@@ -386,6 +386,16 @@ class Client(Messages):
     def waiting(self) -> dict[str, Waiting]:
         """The messages in each queue of the ledger. Raises BrokerUnavailableError or UnsupportedBrokerError."""
         return waiting(self._publisher)
+
+    def sees_worker(self) -> bool | None:
+        """Whether a worker answers within a second. None: this user of the broker may not ask.
+
+        Raises BrokerUnavailableError.
+        """
+        try:
+            return sees_worker(self._celery)
+        except BROKER_ERRORS as error:
+            raise BrokerUnavailableError(f"the broker at {self._publisher.broker} does not answer: {error}") from error
 
     def _take(self, task: str, message: dict[str, Any], wait_s: float | None) -> Result | None:
         return self.send_as_is(task, [message], {}, wait_s=wait_s)

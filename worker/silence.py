@@ -1,6 +1,6 @@
 """Why an answer did not come, as far as a sender can see: how many messages wait, and whether a worker is there.
 
-Takes up to PING_S longer than the caller wanted to wait, when nothing is left to hurry for. Never raises an error.
+Takes up to PING_S longer than the caller wanted to wait, when nothing is left to hurry for.
 """
 
 from celery import Celery
@@ -13,7 +13,7 @@ PING_S = 1.0
 
 
 def what_is_seen(app: Celery, publisher: Publisher) -> str:
-    """What waits in the queue of `publisher`, and whether a worker answers, in words."""
+    """What waits in the queue of `publisher`, and whether a worker answers, in words. Never raises an error."""
     try:
         # Not one of those that publish: a ping would be counted among their confirmations.
         with app.connection_for_write(connect_timeout=TIMEOUT_S) as connection:
@@ -41,6 +41,17 @@ def what_is_seen(app: Celery, publisher: Publisher) -> str:
     if is_answered:
         return f"{there}, and a worker is there: its log says what it waits for"
     return f"{there}, and no worker answers: none runs, or it is paused, or uses another broker or database"
+
+
+def sees_worker(app: Celery) -> bool | None:
+    """Whether a worker answers. None: this user of the broker may not ask. Raises BROKER_ERRORS."""
+    with app.connection_for_write(connect_timeout=TIMEOUT_S) as connection:
+        try:
+            connect(connection)
+            return _is_answered(app, connection)
+        except BROKER_ERRORS:
+            leave(connection)
+            raise
 
 
 def _waiting(connection: Connection, queue: str) -> int:

@@ -4,10 +4,11 @@ import json
 import re
 from html import unescape
 
+import httpx
 import pytest
 
-from api_stub import operators
-from tests.acceptance.website import LETTERS, Visitor, form_token, link, token, write
+from api_stub import letters
+from tests.acceptance.website import LETTERS, ONE_BY_ONE, Visitor, form_token, link, token, write
 from tests.installation import Installation
 from tests.support import sql
 
@@ -39,7 +40,7 @@ def test_staff_that_only_reads_sees_no_form_and_changes_no_letter(
 
 
 def test_an_operator_reads_what_is_wrong(operator: Visitor, letter: str, org_id: str) -> None:
-    listed = operator.get(LETTERS)
+    listed = operator.get(ONE_BY_ONE)
     assert f'<a href="{letter}">' in listed.text
     page = operator.get(letter)
     assert "wallet.purchase: credits must be greater than 0, got 0" in page.text
@@ -52,20 +53,22 @@ def test_an_operator_reads_what_is_wrong(operator: Visitor, letter: str, org_id:
 
 
 def test_dead_letters_can_be_filtered_and_paged(ledger: Installation, operator: Visitor, org_id: str) -> None:
-    write(ledger.engine, org_id, *((f"{org_id}.task", {"number": number}) for number in range(operators.PAGE + 5)))
-    first = operator.get(LETTERS, params={"task": f"{org_id}.task", "code": "unknown_task", "status": "all"})
-    assert first.text.count('scope="row"') == operators.PAGE
+    write(ledger.engine, org_id, *((f"{org_id}.task", {"number": number}) for number in range(letters.PAGE + 5)))
+    of_task = {"task": f"{org_id}.task", "view": "letters"}
+    first = operator.get(LETTERS, params={**of_task, "code": "unknown_task", "status": "all"})
+    assert first.text.count('scope="row"') == letters.PAGE
     second = operator.get(str(link(first, "Older →")))
     assert second.text.count('scope="row"') == 5
     assert link(second, "Older →") is None
-    assert link(second, "Newest") == f"{LETTERS}?status=all&code=unknown_task&task={org_id}.task"
-    none = operator.get(LETTERS, params={"task": f"{org_id}.task", "code": "conflict"})
+    assert link(second, "Newest") == f"{LETTERS}?status=all&task={org_id}.task&code=unknown_task&view=letters"
+    none = operator.get(LETTERS, params={**of_task, "code": "conflict"})
     assert "No dead letters match the filter." in none.text
-    past = operator.get(LETTERS, params={"task": f"{org_id}.task", "before_id": "1"})
+    past = operator.get(LETTERS, params={**of_task, "before_id": "1"})
     assert "There are no older dead letters." in past.text
     assert "No dead letters" not in past.text
-    assert link(past, "Back to the newest") == f"{LETTERS}?status=open&task={org_id}.task"
-    for name, value in (("status", "gone"), ("before_id", "x"), ("task", "a\0b"), ("code", "conflcit")):
+    assert link(past, "Back to the newest") == f"{LETTERS}?status=open&task={org_id}.task&view=letters"
+    wrong = {"status": "gone", "before_id": "x", "code": "conflcit", "since": "soon", "view": "x"}
+    for name, value in (wrong | dict.fromkeys(("task", "org_id", "cause"), "a\0b")).items():
         refused = operator.get(LETTERS, params={name: value})
         assert (refused.status_code, f"<li>{name} must " in refused.text) == (422, True)
     unknown = operator.get(LETTERS, params={"error_code": "conflict", "status": ["all", "open"]})
@@ -93,11 +96,28 @@ def test_a_form_of_another_session_changes_no_letter(operator: Visitor, letter: 
     assert operator.post(f"{letter}/discard", data={"reason": "a test", "form": form}).status_code == 403
 
 
+def reason_field(page: httpx.Response) -> tuple[str, str]:
+    """What stands in the field for the reason, and what the page says is wrong with it."""
+    field = re.search(
+        r'<input id="reason" name="reason" value="([^"]*)"[^>]* aria-describedby="reason-wrong"', page.text
+    )
+    said = re.search(r'<p class="wrong" id="reason-wrong">([^<]*)</p>', page.text)
+    assert field is not None
+    assert said is not None
+    return unescape(field[1]), unescape(said[1])
+
+
 def test_discarding_needs_a_reason_and_keeps_who_did_it(operator: Visitor, letter: str) -> None:
     form = form_token(operator.get(letter))
-    for reason in ("", "   ", "x" * 501, "a\0b"):
+    for reason, problem in (
+        ("", "Say why, in a sentence: it is recorded with your name."),
+        ("   ", "Say why, in a sentence: it is recorded with your name."),
+        ("x" * 501, "The reason is too long: 501 characters, and at most 500 are kept."),
+        ("a\0b", "The reason must not contain control characters."),
+    ):
         refused = operator.post(f"{letter}/discard", data={"form": form, "reason": reason})
-        assert (refused.status_code, "reason must be a text of 1 to 500 characters." in refused.text) == (422, True)
+        assert refused.status_code == 422
+        assert reason_field(refused) == (reason.replace("\0", "\\x00"), problem)
     done = operator.post(f"{letter}/discard", data={"form": form, "reason": "sent by <b>mistake</b>"})
     assert (done.status_code, done.headers["location"]) == (303, letter)
     page = operator.get(letter)
@@ -113,7 +133,7 @@ def test_discarding_needs_a_reason_and_keeps_who_did_it(operator: Visitor, lette
 def test_replaying_without_a_worker_says_that_no_answer_came(
     operator: Visitor, letter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(operators, "ANSWER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(letters, "ANSWER_TIMEOUT_S", 0.2)
     form = form_token(operator.get(letter))
     assert operator.post(f"{letter}/replay", data={"form": form}).status_code == 303
     page = operator.get(letter)
@@ -155,7 +175,7 @@ def test_however_long_a_text_is_pages_show_its_beginning(ledger: Installation, o
         text="<" * 2_000_000,
         id=int(letter.rpartition("/")[2]),
     )
-    [listed, page] = [operator.get(LETTERS), operator.get(letter)]
+    [listed, page] = [operator.get(ONE_BY_ONE), operator.get(letter)]
     assert (f'<a href="{letter}">' in listed.text, "&lt;&lt;&lt;…</span>" in listed.text) == (True, True)
     assert "&lt;&lt;&lt;…</p>" in page.text
     assert (len(listed.content) < 200_000, len(page.content) < 700_000) == (True, True)

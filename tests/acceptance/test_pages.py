@@ -47,7 +47,7 @@ def test_what_cannot_be_an_organization_does_not_exist(visitor: Visitor, strange
 
 
 @pytest.mark.parametrize(
-    "path", ["/signin", HISTORY, f"{HISTORY}.csv", f"{HISTORY}?limit=0", "/organizations/x", LETTERS]
+    "path", ["/signin", HISTORY, f"{HISTORY}.csv", f"{HISTORY}?limit=0", "/organizations/x", "/operators", LETTERS]
 )
 def test_every_answer_allows_no_script_and_is_kept_by_nobody(visitor: Visitor, path: str) -> None:
     for signed_in in (False, True):
@@ -102,7 +102,7 @@ def test_every_page_has_the_name_of_the_product_as_text(ledger: Installation, na
         as_text = str(escape(name))
         assert f"<h1>Sign in to {as_text}</h1>" in form.text
         visitor.sign_in(token(orgs=["acme", "other"], scope="credits:read operator"))
-        pages = [visitor.get(path) for path in ("/", HISTORY, LETTERS, "/nowhere")]
+        pages = [visitor.get(path) for path in ("/operators", "/?organization=x", HISTORY, LETTERS, "/nowhere")]
         for page in [form, *pages]:
             assert re.findall(r"<title>[^<]+ · ([^<]*)</title>", page.text) == [as_text]
             assert re.findall(r'<a class="brand".*</svg>([^<]*)</a>', page.text) == [as_text]

@@ -359,12 +359,12 @@ def test_the_start_page_leads_on(visitor: Visitor) -> None:
     visitor.sign_in(token(orgs="*"))
     assert visitor.get("/", params={"organization": "acme"}).headers["location"] == HISTORY
     assert visitor.get("/", params={"organization": "<b>"}).status_code == 404
-    visitor.sign_in(operator_token())
-    assert visitor.get("/").headers["location"] == LETTERS
+    for scope in ("operator", "operator:read", "credits:read operator", "workflows:write operator:read"):
+        visitor.sign_in(token(scope=scope))
+        assert visitor.get("/").headers["location"] == "/operators"
     visitor.sign_in(token(scope="credits:read operator"))
-    assert link(visitor.get("/"), "Dead letters") == LETTERS
-    visitor.sign_in(token(orgs=["b", "a"], scope="workflows:write operator"))
-    assert visitor.get("/").headers["location"] == LETTERS
+    assert visitor.get("/", params={"organization": "acme"}).headers["location"] == HISTORY
+    assert link(visitor.get("/operators"), "Dead letters") == LETTERS
     for orgs in (["a"], ["b", "a"], "*"):
         visitor.sign_in(token(orgs=orgs, scope="workflows:write"))
         refused = visitor.get("/")

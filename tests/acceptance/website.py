@@ -27,6 +27,7 @@ HISTORY = "/organizations/acme/credit-history"
 LEDGER = {"view": "ledger"}
 """The query of the tab with every event."""
 LETTERS = "/operators/dead-letters"
+ONE_BY_ONE = f"{LETTERS}?view=letters"
 SESSION = "holdfast_session"
 
 

@@ -73,7 +73,7 @@ def refusals() -> dict[str, list[str]]:
         refused("wallet.purchase", purchase_id=message_id, credits=number + 1)
         refused("workflow.finish", workflow_id=workflow_id, credits=number + 1)
         refused("workflow.start", workflow_id=f"{workflow_id}-2", credits=number + 1)
-        later = plan | {"anchor": f"2026-03-0{len(workflow_id)}T00:00:00Z"}
+        later: dict[str, Any] = plan | {"anchor": f"2026-03-0{len(workflow_id)}T00:00:00Z"}
         refused("wallet.subscribe", subscription_id=message_id, version=2, **later)
         refused("wallet.bill", billing_id=message_id, credits=-10_000 - number)
         refused("wallet.refund", refund_id="r", workflow_id=workflow_id, credits=number + 1)
