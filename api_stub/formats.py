@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ledger.readable import as_json
-from ledger.wording import clock, day
+from ledger.wording import amount, clock, day
 
 SHORT_METADATA = 60
 """The longest metadata, in characters, that a page shows without a click."""

@@ -5,10 +5,10 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Any, assert_never
 
-from api_stub.formats import amount, clock, day
 from ledger.receipts import Receipt, Step
 from ledger.state import EventType
 from ledger.views import WorkflowView
+from ledger.wording import amount, clock, day
 
 
 def outcome(receipt: Receipt) -> str:

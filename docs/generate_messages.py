@@ -191,6 +191,7 @@ EVENTS = {
     ),
 }
 
+
 def render() -> str:
     """The whole page."""
     _must_be_the_same(EXAMPLES, MESSAGES)
