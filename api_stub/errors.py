@@ -18,7 +18,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Mount
 
-from api_stub.problems import BUSY, RETRY, Problem
+from api_stub.problems import BUSY, NO_PAGE, ON_PAGE_BUSY, RETRY, OnPage, Problem
 from api_stub.rendering import FOR_ALL, NotSignedInError, error_page, to_sign_in
 from ledger import migrations
 from ledger.faults import WrongClockError, describe, is_about_schema, is_transient, took_too_long
@@ -89,6 +89,24 @@ FOR_PROGRAMS = re.compile(r"/(api|healthz|readyz|metrics|openapi\.json)(/.*)?", 
 
 TOO_LONG = "The query takes too long; ask for a shorter range of time (date_from, date_to), or try again."
 
+_TOO_LONG = OnPage(
+    "This takes too long",
+    "The credit history is long, or many people read theirs. Choose a shorter time, or try again.",
+)
+_NO_ANSWER = OnPage(
+    "The credits cannot be read right now",
+    "The database does not answer. No credits are lost, and runs are still charged once: only this page has to wait.",
+)
+_BEING_UPDATED = OnPage(
+    "The credits cannot be read right now", "An update is under way, or not finished. Try again in some minutes."
+)
+_FOR_FORMS = OnPage(
+    "This is not an address to open", "A button of another page leads here. Go back, and use that button."
+)
+_DEFECT = OnPage(
+    "Something went wrong", "This page could not be made. If it happens again, tell whoever runs this site, and when."
+)
+
 log = logging.getLogger("uvicorn.error")  # the server has set up its format and its file
 
 
@@ -108,9 +126,11 @@ async def answer(request: Request, error: Exception) -> Response:
     problem = _problem(request, error)
     if isinstance(error, DBAPIError) and is_about_schema(error):
         told = await run_in_threadpool(migrations.described, error, request.app.state.services.probe)
-        problem = Problem(HTTPStatus.SERVICE_UNAVAILABLE, f"{told[:1].upper()}{told[1:]}.", RETRY)
+        problem = Problem(
+            HTTPStatus.SERVICE_UNAVAILABLE, f"{told[:1].upper()}{told[1:]}.", RETRY, on_page=_BEING_UPDATED
+        )
     if not FOR_PROGRAMS.fullmatch(request.scope["path"]):
-        return error_page(request, problem.status, problem.detail, problem.headers)
+        return error_page(request, problem)
     title, status = problem.status.phrase, problem.status.value
     body = {"type": "about:blank", "title": title, "status": status, "detail": problem.detail, **problem.further}
     return JSONResponse(body, status_code=status, media_type=MEDIA_TYPE, headers=FOR_ALL | problem.headers)
@@ -125,31 +145,29 @@ def _problem(request: Request, error: Exception) -> Problem:
         case HTTPException():
             return _of_the_framework(request, error)
         case PoolTimeoutError():
-            return Problem(HTTPStatus.SERVICE_UNAVAILABLE, BUSY, RETRY)
+            return Problem(HTTPStatus.SERVICE_UNAVAILABLE, BUSY, RETRY, on_page=ON_PAGE_BUSY)
         case DBAPIError() if took_too_long(error):
             # 503, not 4xx: the same query may be quick when the database is less busy.
-            return Problem(HTTPStatus.SERVICE_UNAVAILABLE, TOO_LONG, RETRY)
+            return Problem(HTTPStatus.SERVICE_UNAVAILABLE, TOO_LONG, RETRY, on_page=_TOO_LONG)
         case DBAPIError() | WrongClockError() if is_transient(error):
             detail = "The ledger does not answer at the moment; try again."
-            return Problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, RETRY)
+            return Problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, RETRY, on_page=_NO_ANSWER)
         case _:
             detail = "Something went wrong on the server; its log says what."
             # uvicorn closes the connection after a 500; say so, or the client's next request is lost.
-            return Problem(HTTPStatus.INTERNAL_SERVER_ERROR, detail, {"Connection": "close"})
+            return Problem(HTTPStatus.INTERNAL_SERVER_ERROR, detail, {"Connection": "close"}, on_page=_DEFECT)
 
 
 def _of_the_framework(request: Request, error: HTTPException) -> Problem:
     headers = dict(error.headers or {})
-    match error.status_code:
-        case HTTPStatus.NOT_FOUND:
-            detail = "There is nothing at this address."
-        case HTTPStatus.METHOD_NOT_ALLOWED:
-            allowed = _allowed(request, headers["Allow"])
-            headers["Allow"] = ", ".join(allowed)
-            detail = f"This address takes {' or '.join(allowed)}, not {request.method}."
-        case _:
-            detail = error.detail
-    return Problem(HTTPStatus(error.status_code), detail, headers)
+    detail, on_page = error.detail, None
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        detail, on_page = "There is nothing at this address.", NO_PAGE
+    elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = _allowed(request, headers["Allow"])
+        headers["Allow"] = ", ".join(allowed)
+        detail, on_page = f"This address takes {' or '.join(allowed)}, not {request.method}.", _FOR_FORMS
+    return Problem(HTTPStatus(error.status_code), detail, headers, on_page=on_page)
 
 
 def _allowed(request: Request, by_one_route: str) -> list[str]:

@@ -15,7 +15,7 @@ from fastapi import APIRouter, Depends, Form, Request, Response
 from sqlalchemy import Connection
 
 from api_stub import queries
-from api_stub.problems import Problem
+from api_stub.problems import OnPage, Problem
 from api_stub.rendering import PageRoute, page, see_other
 from api_stub.services import Services, Using
 from api_stub.sessions import Operator, checked_form
@@ -55,6 +55,8 @@ MAX_SHOWN = 64 * 1024
 """The most characters of a message or a traceback that are shown."""
 EXAMPLE_SHOWN = 1_000
 """The most characters of a group's example that are shown."""
+
+NO_LETTER = OnPage("There is no such dead letter", "Check its number: the list shows every one that there is.")
 
 router = APIRouter(prefix="/dead-letters", route_class=PageRoute, include_in_schema=False)
 
@@ -144,7 +146,7 @@ def found(number: str, using: Using) -> KeptLetter:
     try:
         return _as_it_is_now(using, letter_id(number) or 0)
     except UnknownLetterError:
-        raise Problem(HTTPStatus.NOT_FOUND, "There is no such dead letter.") from None
+        raise Problem(HTTPStatus.NOT_FOUND, NO_LETTER.sentence, on_page=NO_LETTER) from None
 
 
 Query = Annotated[LetterQuery, Depends(letter_query)]

@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from api_stub import incidents, letters
-from api_stub.problems import Problem
+from api_stub.problems import NO_PAGE, Problem
 from api_stub.rendering import PageRoute, page
 from api_stub.services import Services, Using
 from api_stub.sessions import operator_reads
@@ -67,7 +67,7 @@ router.include_router(letters.router)
 @router.get("/{rest:path}")
 def nothing() -> Response:
     """Answer 404 for any other page."""
-    raise Problem(HTTPStatus.NOT_FOUND, "There is no such page.")
+    raise Problem(HTTPStatus.NOT_FOUND, "There is no such page.", on_page=NO_PAGE)
 
 
 def add(app: FastAPI) -> None:

@@ -15,9 +15,9 @@ from sqlalchemy import Connection
 
 from api_stub import exports, queries, sessions
 from api_stub.chart import step_chart
-from api_stub.problems import Problem
+from api_stub.problems import NO_PAGE, Problem
 from api_stub.rendering import PageRoute, add_assets, page, see_other
-from api_stub.rights import OrgId, require
+from api_stub.rights import NO_ACCESS, OrgId, require
 from api_stub.services import Using
 from api_stub.sessions import SignedIn, signed_in
 from ledger import filters, history, receipts, views
@@ -143,7 +143,7 @@ def start(request: Request, session: SignedIn, organization: str = "") -> Respon
     if is_staff and not organization:
         return see_other("/operators")
     if not may_read:
-        raise Problem(HTTPStatus.FORBIDDEN, "The token lacks the scope credits:read.")
+        raise Problem(HTTPStatus.FORBIDDEN, "The token lacks the scope credits:read.", on_page=NO_ACCESS)
     if organization:
         if ID.fullmatch(organization) and principal.may_see(organization):
             return see_other(f"/organizations/{organization}/credit-history")
@@ -216,7 +216,7 @@ def run(
 @router.get("/organizations/{rest:path}", dependencies=[Depends(signed_in)])
 def nothing() -> Response:
     """Answer 404 for any other page."""
-    raise Problem(HTTPStatus.NOT_FOUND, "There is no such page.")
+    raise Problem(HTTPStatus.NOT_FOUND, "There is no such page.", on_page=NO_PAGE)
 
 
 def add(app: FastAPI) -> None:

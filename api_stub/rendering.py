@@ -5,7 +5,7 @@ escape every value.
 """
 
 import hashlib
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from api_stub.formats import iso, pairs, said
-from api_stub.problems import Problem
+from api_stub.problems import OnPage, Problem
 from api_stub.receipts import more, outcome, standing, told, told_step
 from ledger.readable import JOINERS, beginning, escaped, readable_json, span
 from ledger.wording import amount, change, clock, day, label
@@ -40,6 +40,10 @@ HEADERS = FOR_ALL | {
     "Referrer-Policy": "no-referrer",
 }
 """The headers of every page, download and redirection."""
+
+
+_UNREADABLE = OnPage("This could not be read", "The form did not say how long it is. Go back, and send it again.")
+_TOO_LARGE = OnPage("This is too long", f"A form may have {MAX_FORM_BYTES // 1024} KB. Go back, and enter less.")
 
 
 class NotSignedInError(Exception):
@@ -87,12 +91,13 @@ def page(request: Request, template: str, status: HTTPStatus = HTTPStatus.OK, /,
     return HTMLResponse(text, status)
 
 
-def error_page(
-    request: Request, status: HTTPStatus, detail: str, headers: Mapping[str, str] | None = None
-) -> HTMLResponse:
-    """A page that shows an error."""
-    response = page(request, "error.html", status, status=status, detail=detail)
-    response.headers.update({**HEADERS, **(headers or {})})
+def error_page(request: Request, problem: Problem) -> HTMLResponse:
+    """A page that says what is wrong. If it will pass, and the page only shows something, with a link to try again."""
+    again = ""
+    if "Retry-After" in problem.headers and request.method == "GET":
+        again = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+    response = page(request, "error.html", problem.status, **problem.on_page._asdict(), again=again)
+    response.headers.update({**HEADERS, **problem.headers})
     return response
 
 
@@ -114,9 +119,13 @@ def _refuse_large_form(request: Request) -> None:
         return
     length = request.headers.get("content-length", "")
     if not length.isdecimal():
-        raise Problem(HTTPStatus.LENGTH_REQUIRED, "The form must have a Content-Length.")
+        raise Problem(HTTPStatus.LENGTH_REQUIRED, "The form must have a Content-Length.", on_page=_UNREADABLE)
     if int(length) > MAX_FORM_BYTES:
-        raise Problem(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The form is larger than {MAX_FORM_BYTES:,} bytes.")
+        raise Problem(
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            f"The form is larger than {MAX_FORM_BYTES:,} bytes.",
+            on_page=_TOO_LARGE,
+        )
 
 
 def _version(name: str) -> str:

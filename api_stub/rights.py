@@ -9,13 +9,21 @@ from fastapi import Depends, Path, Request, Security
 from fastapi.security import HTTPBearer
 
 from api_stub.auth import InvalidTokenError, Principal, Scope
-from api_stub.problems import Problem
+from api_stub.problems import OnPage, Problem
 from api_stub.queries import refuse_others
 from api_stub.services import Using
 from ledger.messages import ID_PATTERN, WORKFLOW_TASKS
 
 NO_ORGANIZATION = "There is no such organization, or this token does not name it (orgs)."
 """One sentence for both, so that nobody learns which organizations exist."""
+
+_NOT_YOURS = OnPage(
+    "There is no such organization, or it is not yours",
+    "Check the address. If it is your organization, ask whoever gave you the link for one that opens it.",
+)
+NO_ACCESS = OnPage(
+    "You may not see credits", "You are signed in, but without that right. Ask whoever gave you the link for it."
+)
 
 
 def bearer(request: Request, using: Using) -> Principal:
@@ -33,9 +41,9 @@ def bearer(request: Request, using: Using) -> Principal:
 def require(principal: Principal, org_id: str, scope: Scope) -> None:
     """Answer 404 for an organization that is not the principal's, and 403 if the scope is missing."""
     if not re.fullmatch(ID_PATTERN, org_id) or not principal.may_see(org_id):
-        raise Problem(HTTPStatus.NOT_FOUND, NO_ORGANIZATION)
+        raise Problem(HTTPStatus.NOT_FOUND, NO_ORGANIZATION, on_page=_NOT_YOURS)
     if scope not in principal.scopes:
-        raise Problem(HTTPStatus.FORBIDDEN, f"The token lacks the scope {scope}.")
+        raise Problem(HTTPStatus.FORBIDDEN, f"The token lacks the scope {scope}.", on_page=NO_ACCESS)
 
 
 IS_AN_ID = {"pattern": f"^{ID_PATTERN}$"}

@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 
 from api_stub.auth import Authenticator
 from api_stub.places import Places
-from api_stub.problems import BUSY, RETRY, Problem
+from api_stub.problems import BUSY, ON_PAGE_BUSY, RETRY, Problem
 from api_stub.queue_ages import QueueAges
 from ledger import history
 from ledger.database import POOL_TIMEOUT_S, connect
@@ -68,7 +68,7 @@ class Services:
     @contextmanager
     def _taking_turns(self) -> Iterator[None]:
         if not self._turn.acquire(timeout=POOL_TIMEOUT_S):
-            raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, BUSY, RETRY)
+            raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, BUSY, RETRY, on_page=ON_PAGE_BUSY)
         try:
             time.sleep(max(0.0, self._rests_until - time.monotonic()))
             began_at = time.monotonic()

@@ -22,7 +22,7 @@ import jwt
 from fastapi import APIRouter, Depends, Form, Request, Response
 
 from api_stub.auth import LEEWAY_S, EarlyTokenError, ExpiredTokenError, InvalidTokenError, Principal
-from api_stub.problems import Problem
+from api_stub.problems import OnPage, Problem
 from api_stub.rendering import NotSignedInError, PageRoute, page, see_other
 from api_stub.rights import bearer
 from api_stub.services import Services, Using
@@ -38,6 +38,13 @@ _LOCAL_PATH = re.compile(r"/(?![/\\])[!-\[\]-~]*")
 """A path on this site: printable ASCII, no backslash, and not `//host`, which is another site."""
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
+
+
+FOR_STAFF = OnPage("This page is for staff", "You are signed in, but not as staff. Ask your administrator for access.")
+FOR_OPERATORS = OnPage(
+    "This is for operators", "You may see this page, but change nothing here: that is for operators."
+)
+_OLD_FORM = OnPage("This page is out of date", "This form is not from a page of your session. Reload the page.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +93,14 @@ SignedIn = Annotated[Session, Depends(signed_in)]
 def operator_reads(session: SignedIn) -> Session:
     """A dependency: the session, if it may see the pages of operators. Otherwise 403."""
     if "operator:read" not in session.principal.scopes:
-        raise Problem(HTTPStatus.FORBIDDEN, "This page is for staff.")
+        raise Problem(HTTPStatus.FORBIDDEN, FOR_STAFF.sentence, on_page=FOR_STAFF)
     return session
 
 
 def operator_acts(session: Annotated[Session, Depends(operator_reads)]) -> Session:
     """A dependency: the session, if it may act on the pages of operators. Otherwise 403."""
     if not session.may_act:
-        raise Problem(HTTPStatus.FORBIDDEN, "You may see this page, but change nothing here: that is for operators.")
+        raise Problem(HTTPStatus.FORBIDDEN, FOR_OPERATORS.sentence, on_page=FOR_OPERATORS)
     return session
 
 
@@ -114,7 +121,7 @@ def is_form_of(secret: str, given: str) -> bool:
 def checked_form(session: SignedIn, form: Annotated[str, Form()] = "") -> Session:
     """A dependency of every change: the form must be from a page of this session. Otherwise 403."""
     if not is_form_of(session.token, form):
-        raise Problem(HTTPStatus.FORBIDDEN, "This form is not from a page of your session. Reload the page.")
+        raise Problem(HTTPStatus.FORBIDDEN, _OLD_FORM.sentence, on_page=_OLD_FORM)
     return session
 
 

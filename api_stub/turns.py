@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api_stub.auth import Authenticator, InvalidTokenError, Principal
 from api_stub.errors import answer
-from api_stub.problems import Problem
+from api_stub.problems import OnPage, Problem
 from api_stub.sessions import COOKIE
 
 AT_ONCE = 4
@@ -76,4 +76,5 @@ class Turns:
 
 def _too_many() -> Problem:
     detail = f"{AT_ONCE} requests of this token are in progress already; try again in a second."
-    return Problem(HTTPStatus.TOO_MANY_REQUESTS, detail, {"Retry-After": "1"})
+    on_page = OnPage("Too much at once", "Several pages of yours are being made already. Try again in a second.")
+    return Problem(HTTPStatus.TOO_MANY_REQUESTS, detail, {"Retry-After": "1"}, on_page=on_page)

@@ -581,12 +581,16 @@ def test_the_ends_of_a_short_chart_differ_on_any_screen(customer: Person, width:
 @pytest.mark.parametrize(
     ("path", "heading", "sentence"),
     [
-        ("/none", "Not Found", "There is nothing at this address."),
-        ("/signout", "Method Not Allowed", "This address takes POST, not GET."),
+        ("/none", "There is no such page", "Check the address. If a link led you here, tell whoever gave it to you."),
+        (
+            "/signout",
+            "This is not an address to open",
+            "A button of another page leads here. Go back, and use that button.",
+        ),
         (
             "/organizations/other/credit-history",
-            "Not Found",
-            "There is no such organization, or this token does not name it (orgs).",
+            "There is no such organization, or it is not yours",
+            "Check the address. If it is your organization, ask whoever gave you the link for one that opens it.",
         ),
     ],
 )

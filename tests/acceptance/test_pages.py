@@ -2,11 +2,13 @@
 
 import re
 import socket
+from html import unescape
 from typing import Any
 
 import pytest
 from markupsafe import escape
 
+from api_stub.sessions import form_token
 from tests.acceptance.website import HISTORY, LETTERS, Visitor, history_of, served, token
 from tests.installation import Installation
 from worker.local.embedded import Embedded
@@ -20,12 +22,12 @@ POLICY = (
 @pytest.mark.parametrize(
     ("claims", "status", "sentence"),
     [
-        ({"orgs": ["other"]}, 404, "There is no such organization, or this token does not name it (orgs)."),
-        ({"scope": "workflows:write"}, 403, "The token lacks the scope credits:read."),
+        ({"orgs": ["other"]}, 404, "There is no such organization, or it is not yours"),
+        ({"scope": "workflows:write"}, 403, "You may not see credits"),
         (
             {"orgs": ["other"], "scope": ""},
             404,
-            "There is no such organization, or this token does not name it (orgs).",
+            "There is no such organization, or it is not yours",
         ),
     ],
 )
@@ -42,7 +44,7 @@ def test_a_page_that_is_not_for_the_token_says_so(
 def test_what_cannot_be_an_organization_does_not_exist(visitor: Visitor, strange: str) -> None:
     visitor.sign_in(token(orgs="*"))
     refused = visitor.get(f"/organizations/{strange}/credit-history")
-    assert (refused.status_code, "<h1>Not Found</h1>" in refused.text) == (404, True)
+    assert (refused.status_code, "<h1>There is no such " in refused.text) == (404, True)
     assert "<b>" not in refused.text
 
 
@@ -85,11 +87,16 @@ def test_without_its_database_a_page_asks_to_try_again(services: Embedded) -> No
         url = f"postgresql+psycopg://user:sekrit@127.0.0.1:{bound.getsockname()[1]}/none"
         with served(url, services.broker_url) as address, Visitor(base_url=address) as visitor:
             visitor.sign_in(token())
-            for path in (HISTORY, f"{HISTORY}.csv"):
-                failed = visitor.get(path)
+            for path in (HISTORY, f"{HISTORY}.csv", f"{HISTORY}?event_type=usage&amp;limit=5"):
+                failed = visitor.get(unescape(path))
                 assert (failed.status_code, failed.headers["retry-after"]) == (503, "5")
-                assert "The ledger does not answer at the moment; try again." in failed.text
+                assert "No credits are lost" in failed.text
+                assert f'<a href="{path}">Try again</a>' in failed.text
                 assert "sekrit" not in failed.text
+            staff = token(scope="operator")
+            visitor.sign_in(staff)
+            failed = visitor.post(f"{LETTERS}/1/discard", data={"form": form_token(staff), "reason": "a test"})
+            assert (failed.status_code, "Try again" in failed.text) == (503, False)
 
 
 @pytest.mark.parametrize("name", ['Acme <b>Credits</b> & "Söhne"', "{{ 7 * 7 }}", "x" * 40])

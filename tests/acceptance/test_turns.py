@@ -73,7 +73,7 @@ def test_who_has_as_many_requests_as_may_be_is_told_to_come_back_and_nobody_else
         page = greedy.get(HISTORY)
         assert (page.status_code, page.headers["retry-after"]) == (429, "1")
         assert page.headers["content-type"] == "text/html; charset=utf-8"
-        assert f"<p>{TOO_MANY}</p>" in page.text
+        assert "Several pages of yours are being made already." in page.text
         with website.Visitor(base_url=address) as visitor:  # the same, as a browser keeps it
             visitor.sign_in(token(orgs=["acme", "other"], scope="credits:read"))
             assert visitor.get(HISTORY).status_code == 429
@@ -109,7 +109,7 @@ def test_a_question_that_takes_too_long_is_ended_and_told_how_to_ask(
         assert (answer.status_code, answer.json()["detail"]) == (503, TOO_LONG)
         assert answer.headers["retry-after"] == "5"
         page = reader.get(HISTORY)
-        assert (page.status_code, f"<p>{TOO_LONG}</p>" in page.text) == (503, True)
+        assert (page.status_code, "Choose a shorter time, or try again." in page.text) == (503, True)
 
 
 LOOKING = (f"{EVENTS}?project_id=nope", f"{EVENTS}?event_type=usage", HISTORY)
@@ -127,7 +127,7 @@ def test_those_who_look_through_many_events_take_turns_and_nobody_else_waits(
             with app.state.services.reading(through="acme"):
                 answer = reader.get(path)
                 assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
-                assert BUSY in answer.text
+                assert (BUSY if path.startswith("/api/") else "Many people are here right now") in answer.text
                 for of_few in (path.replace("acme", "other") for path in LOOKING):
                     assert reader.get(of_few).status_code == 200
                 for not_looking in (EVENTS, CREDITS, f"{EVENTS}?date_from=2026-01-01"):

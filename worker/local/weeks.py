@@ -19,7 +19,7 @@ from ledger.tables import wallets
 
 ORGANIZATION = "northwind"
 """The customer with a plan, purchases and many runs."""
-OVERDRAWN = "globex"
+OVERDRAWN = "initech"
 """The customer with a debt, and with refunds that came before the runs that they are of."""
 
 DAYS = 21
@@ -56,9 +56,9 @@ def tell(engine: Engine, now: datetime) -> bool:
         if connection.scalar(select(wallets.c.org_id).limit(1)) is not None:
             return False
     # Before the runs: as if they had overtaken the finishes.
-    refunds = [{"org_id": OVERDRAWN, **fields} for fields in _EARLY_REFUNDS]
-    apply_batch(engine, [Delivery("wallet.refund", fields, bodies.written([fields], {})) for fields in refunds])
-    for org_id, steps in ((OVERDRAWN, globex(now)), (ORGANIZATION, northwind(now))):
+    for refund in _EARLY_REFUNDS:
+        apply_batch(engine, [Delivery("wallet.refund", refund, bodies.written([refund], {}))])
+    for org_id, steps in ((OVERDRAWN, initech(now)), (ORGANIZATION, northwind(now))):
         in_order = sorted(steps, key=itemgetter(0))
         apply_past(engine, [(at, MESSAGES[task](org_id=org_id, **fields)) for at, task, fields in in_order])
     return True
@@ -148,14 +148,14 @@ def _start(job: _Job, workflow_id: str) -> dict[str, Any]:
 _IMPORTS = {10: 48, 8: 61, 5: 37, 2: 464}
 """The runs of the customer with a debt: how many days ago each began, and what it used."""
 _EARLY_REFUNDS = [
-    {"refund_id": f"refund-{number}", "workflow_id": f"import-{days_ago}", "credits": 20}
+    {"org_id": OVERDRAWN, "refund_id": f"refund-{number}", "workflow_id": f"import-{days_ago}", "credits": 20}
     for number, days_ago in enumerate(_IMPORTS, start=41)
 ]
 
 
-def globex(now: datetime) -> Iterator[Step]:
+def initech(now: datetime) -> Iterator[Step]:
     """The messages of the customer with a debt, in any order."""
-    plan = {"subscription_id": "sub-globex", "version": 1, "plan": "Starter", "monthly_credits": 200}
+    plan = {"subscription_id": "sub-initech", "version": 1, "plan": "Starter", "monthly_credits": 200}
     about = {"project_id": "crm", "activity_name": "Import contacts", "credits": 50}
     yield now - timedelta(days=11, hours=3), "wallet.subscribe", plan
     for days_ago, used in _IMPORTS.items():
