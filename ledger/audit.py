@@ -7,10 +7,11 @@ check what the database itself refuses, as the owner of the tables can switch th
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, func, text
+from sqlalchemy.dialects.postgresql import insert
 
 from ledger.messages import MAX_CREDITS
-from ledger.tables import metadata
+from ledger.tables import last_verification, metadata
 
 MAX_OFFENDERS = 20
 """The most offenders that one check names."""
@@ -46,9 +47,14 @@ class Verdict:
     open_dead_letters: int
 
     @property
+    def broken(self) -> int:
+        """How many invariants do not hold."""
+        return sum(bool(finding.offenders) for finding in self.findings)
+
+    @property
     def is_clean(self) -> bool:
         """Whether every invariant holds."""
-        return not any(finding.offenders for finding in self.findings)
+        return self.broken == 0
 
 
 def verify(engine: Engine) -> Verdict:
@@ -70,6 +76,14 @@ def verify(engine: Engine) -> Verdict:
             events=count("credit_events"),
             open_dead_letters=count("dead_letters WHERE status = 'open'"),
         )
+
+
+def record(engine: Engine, verdict: Verdict) -> None:
+    """Keep the result, and that it is of now, for monitoring. It replaces the one before."""
+    found = {"ended_at": func.clock_timestamp(), "broken": verdict.broken}
+    row = insert(last_verification).values(**found)
+    with engine.begin() as connection:
+        connection.execute(row.on_conflict_do_update(index_elements=["number"], set_=found))
 
 
 _STEPS = """

@@ -3,7 +3,7 @@
 from sqlalchemy import Connection, func, select
 
 from ledger.due import DUE, overdue
-from ledger.tables import credit_events, dead_letters, waiting_messages, workflows
+from ledger.tables import credit_events, dead_letters, last_verification, waiting_messages, workflows
 from ledger.views import STARTED
 
 
@@ -15,6 +15,7 @@ def system_figures(connection: Connection) -> dict[str, tuple[str, float]]:
         .where(workflows.c.state == "reserved")
     )
     longest_wait = select(func.min(waiting_messages.c.waiting_since))
+    verified_at = select(func.extract("epoch", last_verification.c.ended_at))
     now = func.clock_timestamp()
     row = connection.execute(
         select(
@@ -23,6 +24,8 @@ def system_figures(connection: Connection) -> dict[str, tuple[str, float]]:
             *(select(func.count()).select_from(overdue(task).subquery()).scalar_subquery() for task in DUE),
             select(func.count()).select_from(waiting_messages).scalar_subquery(),
             func.coalesce(func.extract("epoch", now - longest_wait.scalar_subquery()), 0),
+            func.coalesce(verified_at.scalar_subquery(), 0),
+            func.coalesce(select(last_verification.c.broken).scalar_subquery(), 0),
         )
     ).one()
     return {
@@ -35,4 +38,9 @@ def system_figures(connection: Connection) -> dict[str, tuple[str, float]]:
         "wallets_overdue_hold": ("Wallets in which a reservation may have expired.", float(row[3])),
         "waiting_messages": ("Messages that wait for their organization.", float(row[4])),
         "waiting_oldest_age_seconds": ("Age of the oldest waiting message; 0 if there is none.", float(row[5])),
+        "verify_timestamp_seconds": (
+            "When `holdfast verify` ended last, in seconds since 1970; 0: never.",
+            float(row[6]),
+        ),
+        "verify_broken_invariants": ("Invariants that `holdfast verify` found broken then.", float(row[7])),
     }

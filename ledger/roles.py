@@ -1,7 +1,8 @@
 """The roles that Holdfast connects as, and their privileges. Creates no role: see docs/operating.md, "Roles".
 
 The owner of the tables migrates them. The worker writes the ledger, but neither changes nor deletes an event. The
-reader, for the API and for people, reads, and marks dead letters. An installation with a single role uses the owner.
+reader, for the API and for people, reads, marks dead letters, and keeps the result of `holdfast verify`. An
+installation with a single role uses the owner.
 
 A new table needs a line in `PRIVILEGES` for every role that uses it; tests/integration/test_roles.py fails until then.
 """
@@ -21,6 +22,7 @@ _TABLES = (
     "usage_summed",
     "dead_letters",
     "waiting_messages",
+    "last_verification",
     "alembic_version",
 )
 
@@ -45,6 +47,7 @@ PRIVILEGES: dict[str, dict[str, tuple[str, ...]]] = {
     READER: {
         **dict.fromkeys(_TABLES, ("SELECT",)),
         "dead_letters": ("SELECT", "UPDATE (status, resolved_at, resolved_by, resolution)"),
+        "last_verification": ("SELECT", "INSERT", "UPDATE"),
     },
 }
 """The privileges that each role needs on each table. On a table that is not listed: none."""

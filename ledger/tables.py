@@ -1,8 +1,8 @@
 """The tables, for SQLAlchemy Core. `migrations/` creates them, and a test compares the two.
 
 Every CHECK restates a rule of the ledger, so the database, too, refuses a row that the rules cannot make. Every key
-begins with `org_id`, so the tables can be distributed by it. Only dead letters, which may name no organization, have a
-number of their own.
+begins with `org_id`, so the tables can be distributed by it. Only dead letters, which may name no organization, and the
+last verification have a number of their own.
 """
 
 from typing import Any, assert_never, get_args
@@ -356,6 +356,18 @@ dead_letters = Table(
         *("status", "org_id", "task", "error_code", "cause", "id"),
         postgresql_include=["first_failed_at", "last_failed_at"],
     ),
+)
+
+# One row: how many invariants the last `holdfast verify` found broken.
+last_verification = Table(
+    "last_verification",
+    metadata,
+    Column("number", BigInteger, nullable=False, server_default=text("1")),
+    _column("ended_at", Timestamp),
+    _column("broken", BigInteger),
+    PrimaryKeyConstraint("number", name="last_verification_pkey"),
+    _check("last_verification_number", "number = 1"),
+    _check("last_verification_broken", "broken >= 0"),
 )
 
 waiting_messages = Table(

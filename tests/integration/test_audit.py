@@ -7,6 +7,7 @@ import pytest
 from sqlalchemy import Engine, text
 
 from ledger import audit
+from ledger.figures import system_figures
 from ledger.messages import MESSAGES
 from ledger.state import EventType
 from ledger.store import Delivery, apply_batch
@@ -608,3 +609,21 @@ def test_verify_works_where_nothing_may_be_written(ledger: Engine) -> None:
     ledger.dispose()  # the setting is of new sessions
     assert sql(ledger, "SHOW transaction_read_only") == [("on",)]
     assert audit.verify(ledger).is_clean
+
+
+def test_the_last_result_is_kept_for_monitoring(ledger: Engine) -> None:
+    def told() -> tuple[float, float]:
+        with ledger.connect() as connection:
+            figures = system_figures(connection)
+        return figures["verify_timestamp_seconds"][1], figures["verify_broken_invariants"][1]
+
+    assert told() == (0, 0)
+    [(before,)] = sql(ledger, "SELECT extract(epoch FROM clock_timestamp())")
+    sql(ledger, wallet("period_usage = period_usage + 1"))
+    audit.record(ledger, audit.verify(ledger))
+    failed_at, broken = told()
+    assert (failed_at >= before, broken) == (True, 1)
+    sql(ledger, wallet("period_usage = period_usage - 1"))
+    audit.record(ledger, audit.verify(ledger))
+    ended_at, broken = told()
+    assert (ended_at > failed_at, broken) == (True, 0)

@@ -93,6 +93,7 @@ GOOD: dict[str, Row] = {
         "runs": 1,
     },
     "usage_summed": {"org_id": "acme", "seq": 1},
+    "last_verification": {"number": 1, "ended_at": NOW, "broken": 0},
     "posted_messages": {
         "org_id": "acme",
         "kind": "purchase",
@@ -241,6 +242,11 @@ BAD: dict[str, dict[str, list[Row]]] = {
         "usage_days_runs": [{"day": "2026-02-01", "runs": 0}],
     },
     "usage_summed": {"usage_summed_pkey": [{}], "usage_summed_seq": [{"org_id": "globex", "seq": -1}]},
+    "last_verification": {
+        "last_verification_pkey": [{}, {"broken": 1}],
+        "last_verification_number": [{"number": 0}, {"number": 2}],
+        "last_verification_broken": [{"broken": -1}],
+    },
     "posted_messages": {
         "posted_messages_pkey": [{}, {"terms": '{"credits": 1}'}],
         "posted_messages_terms": [{"terms": bad} for bad in ("[]", "null", "1", '"text"')],
@@ -339,6 +345,7 @@ ALSO_GOOD: dict[str, list[Row]] = {
     ],
     "usage_days": [{"day": "2026-02-01", "credits": 0}, {"project_id": "p1"}, {"activity_name": "Crawl"}],
     "usage_summed": [{"org_id": "globex", "seq": 0}],
+    "last_verification": [],
     "posted_messages": [
         {"message_id": "p2", "outcome": "ignored", "reason": "stale_version"},
         {"message_id": "p3", "terms": "{}"},
@@ -397,6 +404,7 @@ OPTIONAL_COLUMNS = {
     "ending_credits": {"plan"},
     "usage_days": set(),
     "usage_summed": set(),
+    "last_verification": set(),
     "posted_messages": {"reason"},
     "credit_events": {"workflow_id", "project_id", "activity_name"},
     "dead_letters": {"org_id", "traceback", "resolved_at", "resolved_by", "resolution"},

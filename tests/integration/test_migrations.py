@@ -32,6 +32,7 @@ TABLES = [
     "credit_events",
     "dead_letters",
     "ending_credits",
+    "last_verification",
     "posted_messages",
     "subscriptions",
     "usage_days",

@@ -25,6 +25,7 @@ WORKER = {
     "credit_events": "(S)I",
     "dead_letters": "SIU",
     "ending_credits": "SIUD",
+    "last_verification": "",
     "posted_messages": "SI(U)",
     "subscriptions": "SIU",
     "usage_days": "SIU",
@@ -33,7 +34,7 @@ WORKER = {
     "wallets": "SIU",
     "workflows": "SIU",
 }
-READER = {**dict.fromkeys(WORKER, "S"), "dead_letters": "S(U)"}
+READER = {**dict.fromkeys(WORKER, "S"), "dead_letters": "S(U)", "last_verification": "SIU"}
 
 LETTER = {"org_id": "acme", "refund_id": "r1", "credits": 5, "workflow_id": "none"}
 
@@ -158,7 +159,7 @@ def test_what_a_role_has_passed_on_is_taken_too(engine: Engine, database_url: st
 def test_an_older_schema_has_its_grants_too_and_the_tables_that_come_later_theirs(engine: Engine) -> None:
     migrations.downgrade(engine, "0002")
     migrations.grant(engine)
-    later = {"waiting_messages", "ending_credits", "usage_days", "usage_summed"}
+    later = {"waiting_messages", "ending_credits", "usage_days", "usage_summed", "last_verification"}
     before = {name: may for name, may in WORKER.items() if name not in later}
     assert may_do(engine, roles.WORKER) == {**before, "posted_messages": "SI"}
     migrations.upgrade(engine)
@@ -218,7 +219,7 @@ INSERT_EVENT = """
         ("UPDATE wallets SET prepaid_balance = 51", DENIED),
         ("SELECT 1 FROM wallets FOR UPDATE", DENIED),
         *((f"{verb} {table}", DENIED) for verb in ("DELETE FROM", "TRUNCATE") for table in READER),
-        *((f"INSERT INTO {table} DEFAULT VALUES", DENIED) for table in READER),
+        *((f"INSERT INTO {table} DEFAULT VALUES", DENIED) for table in READER if table != "last_verification"),
         ("UPDATE workflows SET refunded = 0", DENIED),
         ("UPDATE subscriptions SET version = 2", DENIED),
         ("UPDATE posted_messages SET outcome = 'posted'", DENIED),
@@ -417,6 +418,29 @@ def test_verify_warns_of_every_way_to_do_more_and_so_does_granting(
     finally:
         sql(admin, TAKEN_BACK.format(roles.READER))
         admin.dispose()
+
+
+def test_verify_keeps_its_result_and_where_it_cannot_it_says_so(
+    engine: Engine, database_url: str, holdfast: Any
+) -> None:
+    kept = "SELECT broken, ended_at FROM last_verification"
+    assert holdfast(as_role(roles.READER, database_url), "verify")[::2] == (0, "")
+    [(broken, ended_at)] = sql(engine, kept)
+    assert broken == 0
+    sql(engine, f"REVOKE INSERT ON last_verification FROM {roles.READER}")
+    code, out, error = holdfast(as_role(roles.READER, database_url), "verify")
+    assert (code, "Verified: every invariant holds" in out) == (0, True)
+    assert error == (
+        "holdfast: warning: the result is not kept for monitoring: permission denied for table last_verification; run "
+        "`holdfast migrate --roles` as the owner of the tables, or connect as a role that may do this\n"
+    )
+    sql(engine, f"ALTER DATABASE {engine.url.database} SET default_transaction_read_only = on")
+    code, _, error = holdfast(as_role(roles.READER, database_url), "verify")
+    assert (code, error) == (
+        0,
+        "holdfast: warning: the result is not kept for monitoring: cannot execute INSERT in a read-only transaction\n",
+    )
+    assert sql(engine, kept) == [(0, ended_at)]
 
 
 def test_a_role_of_another_name_is_compared_with_both(

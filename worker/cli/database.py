@@ -58,10 +58,14 @@ def migrate(
 def verify(as_json: AsJson = False) -> None:
     """Check every invariant of the ledger on the live database. Repairs nothing. Exit code 1 if one is broken.
 
-    Warns if the connection may do more to the tables than it needs.
+    Keeps the result for monitoring. Warns if it cannot, and if the connection may do more to the tables than it needs.
     """
     with open_ledger() as engine:
         verdict = audit.verify(engine)
+        try:
+            audit.record(engine, verdict)
+        except DBAPIError as error:  # such as on a replica
+            warn(f"warning: the result is not kept for monitoring: {migrations.described(error, engine)}")
         with engine.connect() as connection:
             excess = roles.own_excess(connection)
     if excess is not None:
