@@ -18,6 +18,7 @@ with extras.of_the_server():
     from api_stub import (
         access_log,
         batches,
+        console,
         errors,
         messages,
         operators,
@@ -63,7 +64,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(around_every_answer)
     errors.install(app)
     access_log.install()
-    for part in (wallets, usage, workflows, messages, batches, quotes, probes, pages, operators):
+    for part in (wallets, usage, workflows, messages, batches, quotes, probes, pages, console, operators):
         part.add(app)
     return app
 

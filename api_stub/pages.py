@@ -15,12 +15,13 @@ from sqlalchemy import Connection
 
 from api_stub import exports, queries, sessions
 from api_stub.chart import step_chart
+from api_stub.console import no_wallet
 from api_stub.problems import NO_PAGE, Problem
 from api_stub.rendering import PageRoute, add_assets, page, see_other
 from api_stub.rights import NO_ACCESS, OrgId, require
-from api_stub.services import Using
-from api_stub.sessions import SignedIn, signed_in
-from ledger import filters, history, receipts, views
+from api_stub.services import Services, Using
+from api_stub.sessions import Session, SignedIn, signed_in
+from ledger import directory, filters, history, receipts, views
 from ledger.filters import EVERY_EVENT, EventFilter
 from ledger.messages import ID_PATTERN, MAX_CREDITS, MAX_ID_LENGTH
 from ledger.readable import beginning
@@ -127,8 +128,12 @@ Query = Annotated[HistoryQuery, Depends(history_query)]
 
 
 def readable(org_id: OrgId, session: SignedIn) -> str:
-    """A dependency: the organization in the path, if the session may read it. Otherwise 404 or 403."""
-    require(session.principal, org_id, "credits:read")
+    """A dependency: the organization in the path, if the session may read it. Otherwise 404 or 403.
+
+    Staff may read every organization.
+    """
+    if not (session.is_staff and ID.fullmatch(org_id)):
+        require(session.principal, org_id, "credits:read")
     return org_id
 
 
@@ -136,30 +141,33 @@ VisibleOrg = Annotated[str, Depends(readable)]
 
 
 @router.get("/")
-def start(request: Request, session: SignedIn, organization: str = "") -> Response:
+def start(request: Request, session: SignedIn, using: Using, organization: str = "") -> Response:
     """Redirect staff to their own start page, and others to their only page; or list the organizations."""
     principal = session.principal
-    is_staff, may_read = ("operator:read" in principal.scopes), ("credits:read" in principal.scopes)
-    if is_staff and not organization:
+    may_read = "credits:read" in principal.scopes
+    if session.is_staff and not organization:
         return see_other("/operators")
     if not may_read:
         raise Problem(HTTPStatus.FORBIDDEN, "The token lacks the scope credits:read.", on_page=NO_ACCESS)
     if organization:
         if ID.fullmatch(organization) and principal.may_see(organization):
             return see_other(f"/organizations/{organization}/credit-history")
-        return page(request, "start.html", HTTPStatus.NOT_FOUND, org_ids=_org_ids(session), typed=organization)
+        return _start_page(request, session, using, HTTPStatus.NOT_FOUND, typed=organization)
     org_ids = _org_ids(session)
     if org_ids is not None and len(org_ids) == 1:
         return see_other(f"/organizations/{org_ids[0]}/credit-history")
-    return page(request, "start.html", org_ids=org_ids, typed="")
+    return _start_page(request, session, using)
 
 
 @router.get("/organizations/{orgId}/credit-history")
-def credit_history(request: Request, org_id: VisibleOrg, asked_for: Query, using: Using) -> Response:
+def credit_history(request: Request, org_id: VisibleOrg, asked_for: Query, using: Using, session: SignedIn) -> Response:
     """The wallet, the course of its balance, its open reservations, and a page of its events."""
     now = datetime.now(UTC)
     found: dict[str, Any] = {"events": None, "receipts": None, "chart": None}
     with using.reading(through=org_id) as ledger:  # the chart reads many events
+        wallet = views.wallet(ledger, org_id)
+        if wallet is None and session.is_staff:
+            return no_wallet(request, ledger, org_id)
         if not asked_for.errors:
             matching = history.find(ledger, org_id, asked_for.matching)
             course = matching.course(ledger, points=CHART_POINTS, now=now)
@@ -168,13 +176,14 @@ def credit_history(request: Request, org_id: VisibleOrg, asked_for: Query, using
             else:
                 found["receipts"] = receipts_of(ledger, org_id, asked_for)
             found["chart"] = None if course is None else step_chart(course)
-        found["wallet"] = views.wallet(ledger, org_id) or WalletView(org_id)
+        found["wallet"] = wallet or WalletView(org_id)
         found["reservations"] = _open_reservations(ledger, org_id, asked_for)
     return page(
         request,
         "credit_history.html",
         HTTPStatus.UNPROCESSABLE_ENTITY if asked_for.errors else HTTPStatus.OK,
         org_id=org_id,
+        is_new=wallet is None,
         event_types=EVENT_TYPES,
         views=VIEWS,
         asked=asked_for,
@@ -311,7 +320,19 @@ def _open_reservations(ledger: Connection, org_id: str, asked_for: HistoryQuery)
     return Reservations(shown, total, held, passed, asked_for.query(**place), newer)
 
 
-def _org_ids(session: SignedIn) -> list[str] | None:
+def _start_page(
+    request: Request, session: Session, using: Services, status: HTTPStatus = HTTPStatus.OK, *, typed: str = ""
+) -> Response:
+    """The session's organizations, each with what it has available."""
+    org_ids = _org_ids(session)
+    found: dict[str, directory.Listed] = {}
+    if org_ids:
+        with using.reading() as ledger:
+            found = directory.named(ledger, org_ids)
+    return page(request, "start.html", status, org_ids=org_ids, found=found, typed=typed)
+
+
+def _org_ids(session: Session) -> list[str] | None:
     """The organizations of a session whose ids are valid; None: all organizations."""
     orgs = session.principal.orgs
     return None if orgs == "*" else sorted(filter(ID.fullmatch, orgs))

@@ -60,6 +60,11 @@ class Session:
         return form_token(self.token)
 
     @property
+    def is_staff(self) -> bool:
+        """Whether the pages of operators are for this session."""
+        return "operator:read" in self.principal.scopes
+
+    @property
     def may_act(self) -> bool:
         """Whether the pages of operators have forms for this session."""
         return "operator" in self.principal.scopes
@@ -92,7 +97,7 @@ SignedIn = Annotated[Session, Depends(signed_in)]
 
 def operator_reads(session: SignedIn) -> Session:
     """A dependency: the session, if it may see the pages of operators. Otherwise 403."""
-    if "operator:read" not in session.principal.scopes:
+    if not session.is_staff:
         raise Problem(HTTPStatus.FORBIDDEN, FOR_STAFF.sentence, on_page=FOR_STAFF)
     return session
 

@@ -6,20 +6,17 @@ from typing import get_args
 
 from api_stub.auth import Scope
 from api_stub.rights import scope_of
-from ledger.messages import AnyMessage, AnyWalletMessage
+from ledger.messages import OPERATOR, AnyMessage, AnyWalletMessage
 from ledger.rules import SCHEDULER
 
 SOURCE_PATTERN = "[ -~]+"
 """The characters of a `source` over HTTP. In all of Unicode, too many look like others."""
 
-_OPERATOR = "operator"
-"""The source of `holdfast release`."""
-
 _BILLING = {model.model_fields["source"].default for model in get_args(AnyWalletMessage)}
 
 OTHERS_SOURCES: dict[Scope, Sequence[str]] = {
-    "workflows:write": sorted({*_BILLING, _OPERATOR, SCHEDULER}),
-    "wallet:write": sorted({_OPERATOR, SCHEDULER}),
+    "workflows:write": sorted({*_BILLING, OPERATOR, SCHEDULER}),
+    "wallet:write": sorted({OPERATOR, SCHEDULER}),
 }
 """Sources of messages that come in other ways than with the scope. In the credit history they must not look alike."""
 

@@ -324,6 +324,13 @@ def numbers_of_workflow(connection: Connection, org_id: str, workflow_id: str) -
     return list(connection.scalars(_NUMBERS, {"org_id": org_id, "keys": keys}))
 
 
+def event_by_key(connection: Connection, org_id: str, idempotency_key: str) -> RowMapping | None:
+    """The event of `org_id` that has this cause, such as `grant:welcome`, or None."""
+    columns = credit_events.c
+    query = select(credit_events).where(columns.org_id == org_id, columns.idempotency_key == idempotency_key)
+    return connection.execute(query).mappings().first()
+
+
 def number_of_events(connection: Connection, org_id: str) -> int:
     """The number of events in the credit history of `org_id`."""
     return connection.scalar(select(func.max(credit_events.c.seq)).where(credit_events.c.org_id == org_id)) or 0

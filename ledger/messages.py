@@ -54,6 +54,9 @@ MAX_METADATA_DEPTH = 20
 MAX_METADATA_INTEGER_BITS = 1_024
 """The longest integer in metadata."""
 
+OPERATOR = "operator"
+"""The source of what an operator does. Over HTTP nobody else may name it; `by` in the metadata says who it was."""
+
 OWN_REASONS = frozenset({"subscription_expired", "grant_expired", "purchase_expired", "refund_expired"})
 """Reasons for an adjustment that only the ledger gives."""
 

@@ -144,6 +144,8 @@ workflows = Table(
     _check("workflows_hold", "COALESCE(start_answer = 'reserved', false) = (expires_at IS NOT NULL)"),
     _check("workflows_reserved", "state NOT IN ('reserved', 'expired') OR expires_at IS NOT NULL"),
     _check("workflows_refunded", "refunded BETWEEN 0 AND COALESCE(finish_credits, 0)"),
+    # A run is found through this, whoever's it is.
+    Index("workflows_of_all", "workflow_id", postgresql_using="hash"),
     Index("workflows_open_holds", "org_id", "expires_at", postgresql_where=text("state = 'reserved'")),
 )
 
@@ -213,6 +215,8 @@ posted_messages = Table(
     _check("posted_messages_terms", "jsonb_typeof(terms) = 'object'"),
     _check("posted_messages_outcome", _one_of("outcome", OutcomeName)),
     _check("posted_messages_reversed", "reversed = 0 OR reversed BETWEEN 0 AND (terms ->> 'credits')::bigint"),
+    # A purchase, a refund and so on is found through this, whoever's it is. A version of limits has no name of its own.
+    Index("posted_messages_of_all", "message_id", postgresql_where=text("kind <> 'configure'")),
     # The refunds of a workflow are found through this.
     Index(
         "posted_messages_refunds",
@@ -286,6 +290,8 @@ credit_events = Table(
         "event_type <> 'reservation_released'"
         " OR COALESCE(metadata ->> 'reason' IN ('settled', 'cancelled', 'failed', 'expired'), false)",
     ),
+    # What operators did is found through this. Other events are not in it, and cost it nothing.
+    Index("credit_events_of_operators", "created_at", "org_id", "seq", postgresql_where=text("source = 'operator'")),
 )
 
 # Sums of usage for each UTC day: of the events up to `usage_summed.seq`. An empty text stands for none.
@@ -350,6 +356,7 @@ dead_letters = Table(
         unique=True,
         postgresql_where=text("status = 'open'"),
     ),
+    Index("dead_letters_resolved", "resolved_at", "id", postgresql_where=text("resolved_at IS NOT NULL")),
     # Letters are grouped through this alone, without a look at what they hold.
     Index(
         "dead_letters_causes",

@@ -256,6 +256,11 @@ def reservations_held(connection: Connection, org_id: str) -> tuple[int, int]:
     return row[0], int(row[1])
 
 
+def config_version(connection: Connection, org_id: str) -> int:
+    """The version of the limits of `org_id`; 0: they are the defaults."""
+    return connection.scalar(select(wallets.c.config_version).where(wallets.c.org_id == org_id)) or 0
+
+
 def workflow(connection: Connection, org_id: str, workflow_id: str) -> WorkflowView | None:
     """The workflow `workflow_id` of `org_id`, or None if no message has named it."""
     known = select(workflows).where(workflows.c.org_id == org_id, workflows.c.workflow_id == workflow_id)
