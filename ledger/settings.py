@@ -3,8 +3,10 @@
 import difflib
 import os
 import re
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -18,6 +20,7 @@ MIN_SECRET_LENGTH = 32
 MIN_SECRET_VARIETY = 8
 """The fewest different characters in a secret. Random hexadecimal digits of the minimum length have more."""
 MAX_PRODUCT_NAME = 40
+MAX_LINK_LENGTH = 2_000
 
 _ADDRESS = re.compile(r"[^\s:]+:[0-9]{1,5}")
 _SERVICE_LINK = re.compile(
@@ -65,6 +68,11 @@ class Settings(BaseSettings):
     )
     product_name: str | None = Field(
         None, description="The name on the pages, at most 40 characters on one line; default: `Holdfast`"
+    )
+    buy_credits_url: str | None = Field(
+        None,
+        description='Where customers buy credits: the link "Buy credits" of their page, `https://` (`http://` only on '
+        "this machine); default: no link",
     )
     jwt_secret: SecretStr | None = Field(
         None,
@@ -116,6 +124,16 @@ class Settings(BaseSettings):
         if name is not None and (len(name) > MAX_PRODUCT_NAME or escaped(name, keep=JOINERS) != name):
             raise ValueError(f"must be one line of printable text, of at most {MAX_PRODUCT_NAME} characters")
         return name
+
+    @field_validator("buy_credits_url")
+    @classmethod
+    def _is_a_safe_link(cls, link: str | None) -> str | None:
+        if link is not None and not _is_safe(link):
+            raise ValueError(
+                "must be the https URL of a page, such as https://billing.example.com/credits; "
+                "http only for localhost or a loopback address"
+            )
+        return link
 
     @field_validator("jwt_audience", "jwt_issuer", "product_name")
     @classmethod
@@ -175,3 +193,25 @@ class Settings(BaseSettings):
             if field in needed and getattr(settings, field) is None:
                 raise SettingsError(f"{variable} is not set. {cls.model_fields[field].description}")
         return settings
+
+
+def _is_safe(link: str) -> bool:
+    """Whether a browser can follow `link` without giving a password away or asking another machine without TLS."""
+    if len(link) > MAX_LINK_LENGTH or not link.isascii() or not link.isprintable() or set(link) & set(' "<>\\'):
+        return False
+    try:
+        parts = urlsplit(link)
+        host = parts.hostname
+        parts.port  # noqa: B018 - raises ValueError if it is none
+    except ValueError:
+        return False
+    if not host or "@" in parts.netloc:
+        return False
+    return parts.scheme == "https" or (parts.scheme == "http" and _is_this_machine(host))
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

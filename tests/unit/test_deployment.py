@@ -524,7 +524,7 @@ def test_an_engine_meets_the_broker_and_never_the_database() -> None:
 @pytest.mark.parametrize("service", OURS)
 def test_a_service_shares_a_network_with_each_server_that_it_is_told_of(service: str) -> None:
     for name, url in environment(service).items():
-        if name.endswith("_URL"):
+        if name.endswith("_URL") and url:
             assert set(SERVICES[service]["networks"]) & set(SERVICES[str(urlsplit(url).hostname)]["networks"])
 
 

@@ -317,6 +317,47 @@ def test_a_name_has_no_space_around_it(environment: Environment, name: str) -> N
     assert refusal() == "HOLDFAST_PRODUCT_NAME must not begin or end with a space"
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://billing.example.com/credits?from=holdfast#packs",
+        "https://billing.example.com:8443",
+        "http://localhost:3000/buy",
+        "http://127.0.0.2/",
+        "http://[::1]:3000/",
+    ],
+)
+def test_credits_are_bought_on_a_page_that_is_safe_to_follow(environment: Environment, url: str) -> None:
+    environment(BUY_CREDITS_URL=url)
+    assert Settings.load().buy_credits_url == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://billing.example.com/credits",
+        "http://localhost.example.com/",
+        "javascript:alert(1)",
+        "//billing.example.com",
+        "/credits",
+        "https://",
+        "https://user:pw@billing.example.com/",
+        "https://billing.example.com:port/",
+        "https://[billing",
+        "https://billing.example.com/a b",
+        "https://billing.example.com/<b>",
+        "https://b\u00fccher.example/",
+        "https://billing.example.com/" + "x" * 2_000,
+    ],
+)
+def test_a_link_that_is_not_safe_is_refused(environment: Environment, url: str) -> None:
+    environment(BUY_CREDITS_URL=url)
+    assert refusal() == (
+        "HOLDFAST_BUY_CREDITS_URL must be the https URL of a page, such as https://billing.example.com/credits; "
+        "http only for localhost or a loopback address"
+    )
+
+
 @pytest.mark.parametrize("scheme", ["redis", "rediss", "amqp", "amqps"])
 def test_every_documented_broker_is_accepted(environment: Environment, scheme: str) -> None:
     environment(BROKER_URL=f"{scheme}://user:sekrit@host:1/0")

@@ -56,9 +56,9 @@ def up(
     settings = Settings.load()
     folder = data_dir or settings.data_dir or default_data_dir(Path.cwd())
     _stop_on_signals()
+    shown = {"product_name": settings.product_name, "buy_credits_url": settings.buy_credits_url}
     try:
-        named = settings.product_name
-        with System(folder, fresh=fresh, product_name=named, with_weeks=not empty, progress=_step) as system:
+        with System(folder, fresh=fresh, **shown, with_weeks=not empty, progress=_step) as system:
             console.print("[bold green]Holdfast is ready.[/] Ctrl-C stops it.")
             print(_how_to_reach(system), flush=True)
             try:

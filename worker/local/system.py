@@ -37,9 +37,9 @@ RESTART_WINDOW_S = 60.0
 class System:
     """All services in one data folder, from `start` to `stop` (or as a context manager).
 
-    `fresh`: new ports and secrets, instead of those of earlier starts. `product_name`: on the pages. `with_weeks`: an
-    empty ledger begins with those of `worker.local.weeks`. `progress` gets one line before each step that takes a
-    moment. `start` raises ServiceError, with nothing left running.
+    `fresh`: new ports and secrets, instead of those of earlier starts. `product_name` and `buy_credits_url`: on the
+    pages. `with_weeks`: an empty ledger begins with those of `worker.local.weeks`. `progress` gets one line before each
+    step that takes a moment. `start` raises ServiceError, with nothing left running.
     """
 
     def __init__(
@@ -48,10 +48,11 @@ class System:
         *,
         fresh: bool = False,
         product_name: str | None = None,
+        buy_credits_url: str | None = None,
         with_weeks: bool = False,
         progress: Callable[[str], None],
     ) -> None:
-        self._product_name = product_name
+        self._shown = {"PRODUCT_NAME": product_name, "BUY_CREDITS_URL": buy_credits_url}
         self._with_weeks = with_weeks
         self.embedded = Embedded(data_dir, fresh=fresh, progress=progress)
         self._progress = progress
@@ -78,7 +79,7 @@ class System:
                 "worker", as_worker, *celery, "worker", port=metrics_port, METRICS_ADDRESS=metrics_address
             )
             beat = self._process("beat", as_worker, *celery, "beat")
-            shown = {"PRODUCT_NAME": self._product_name} if self._product_name else {}
+            shown = {name: value for name, value in self._shown.items() if value}
             api = self._process("api", as_reader, *uvicorn, port=api_port, JWT_SECRET=self.jwt_secret, **shown)
             self._processes = [worker, beat, api]
             for process in self._processes:
