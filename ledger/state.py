@@ -166,6 +166,8 @@ class Workflow(NamedTuple):
     """The event of its reservation."""
     paid_by_ending: Mapping[str, int] | None = None
     """What credits that end paid of its usage: how much, by their end. None: nothing."""
+    rejected_at: datetime | None = None
+    """When its start was rejected."""
 
 
 class Subscription(NamedTuple):

@@ -131,6 +131,7 @@ workflows = Table(
     _optional("activity_name", Text),
     _optional("reserved_seq", BigInteger),
     _optional("paid_by_ending", JSONB),
+    _optional("rejected_at", Timestamp),
     PrimaryKeyConstraint("org_id", "workflow_id", name="workflows_pkey"),
     _check("workflows_ids", _ids("org_id", "workflow_id", "project_id")),
     _check("workflows_state", _one_of("state", WorkflowState)),
@@ -146,6 +147,8 @@ workflows = Table(
     _check("workflows_refunded", "refunded BETWEEN 0 AND COALESCE(finish_credits, 0)"),
     # A run is found through this, whoever's it is.
     Index("workflows_of_all", "workflow_id", postgresql_using="hash"),
+    # What a customer is told of first is found through this.
+    Index("workflows_rejected", "org_id", "rejected_at", postgresql_where=text("state = 'rejected'")),
     Index("workflows_open_holds", "org_id", "expires_at", postgresql_where=text("state = 'reserved'")),
 )
 

@@ -402,8 +402,10 @@ class WorkingSet:
         # As nearly always, nothing is written that is not new: each column costs.
         new, changed = _new(self.workflows, self._loaded_workflows), _changed(self.workflows, self._loaded_workflows)
         insert_workflows, update_workflows = _INSERT_WORKFLOWS, _UPDATE_WORKFLOWS
-        if any(workflow.paid_by_ending is not None for workflow in (*new, *changed)):
-            insert_workflows, update_workflows = _INSERT_PAID_WORKFLOWS, _UPDATE_PAID_WORKFLOWS
+        if any(workflow.paid_by_ending is not None or workflow.rejected_at is not None for workflow in new):
+            insert_workflows = _INSERT_WHOLE_WORKFLOWS
+        if any(workflow.paid_by_ending is not None for workflow in changed):
+            update_workflows = _UPDATE_WHOLE_WORKFLOWS
         with connection.pipeline():
             # PostgreSQL begins while the rest is being encoded, so the largest set comes last.
             for write, rows in (
@@ -552,8 +554,8 @@ _UPDATE_WALLETS = update(tables.wallets, Wallet)
 _UPDATE_BALANCES = update(tables.wallets, Wallet, until="next_hold_expiry")
 _INSERT_WORKFLOWS = insert(tables.workflows, Workflow, until="reserved_seq")
 _UPDATE_WORKFLOWS = update(tables.workflows, Workflow, until="activity_name")
-_INSERT_PAID_WORKFLOWS = insert(tables.workflows, Workflow)
-_UPDATE_PAID_WORKFLOWS = update(tables.workflows, Workflow)
+_INSERT_WHOLE_WORKFLOWS = insert(tables.workflows, Workflow)
+_UPDATE_WHOLE_WORKFLOWS = update(tables.workflows, Workflow)
 _INSERT_SUBSCRIPTIONS = insert(tables.subscriptions, Subscription)
 _UPDATE_SUBSCRIPTIONS = update(tables.subscriptions, Subscription)
 _INSERT_POSTED = insert(tables.posted_messages, PostedMessage)

@@ -46,6 +46,7 @@ def _start(wallet: Wallet, message: Start, now: datetime, workflow: Workflow | N
         project_id=message.project_id,
         activity_name=message.activity_name,
         reserved_seq=None if expires_at is None else wallet.last_seq + 1,
+        rejected_at=now if expires_at is None else None,
     )
     if expires_at is None:
         limit = _limit(wallet, answer)

@@ -59,6 +59,7 @@ GOOD: dict[str, Row] = {
         "activity_name": None,
         "reserved_seq": None,
         "paid_by_ending": None,
+        "rejected_at": None,
     },
     "subscriptions": {
         "org_id": "acme",
@@ -399,6 +400,7 @@ OPTIONAL_COLUMNS = {
         "activity_name",
         "reserved_seq",
         "paid_by_ending",
+        "rejected_at",
     },
     "subscriptions": {"plan", "anchor", "period", "first_period", "period_plan"},
     "ending_credits": {"plan"},
