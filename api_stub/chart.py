@@ -43,9 +43,7 @@ def step_chart(course: Course) -> Chart:
     length_s = max((ends - begins).total_seconds(), 1e-6)
     amounts = [amount for _, amount in points]
     lowest, highest = min(0, *amounts, *(extremes or ())), max(0, *amounts, *(extremes or ()))
-    step = _step((highest - lowest) / INTERVALS)
-    top, bottom = math.ceil(highest / step), math.floor(lowest / step)
-    top = max(top, bottom + 1)
+    step, top, bottom = scale(lowest, highest)
 
     def x(moment: datetime) -> str:
         share = min(max((moment - begins).total_seconds() / length_s, 0), 1)
@@ -60,12 +58,19 @@ def step_chart(course: Course) -> Chart:
         area=f"{line}V{y(0)}H0Z",
         grid=[HEIGHT * index / (top - bottom) for index in range(top - bottom + 1)],
         zero=float(y(0)),
-        values=[_short(number * step) for number in range(top, bottom - 1, -1)],
+        values=[short(number * step) for number in range(top, bottom - 1, -1)],
         times=[begins + (ends - begins) * index / 2 for index in range(3)],
         first=amounts[0],
         last=amounts[-1],
         extremes=extremes,
     )
+
+
+def scale(lowest: int, highest: int) -> tuple[int, int, int]:
+    """The step between grid lines, and how many steps above zero the first and the last of them are."""
+    step = _step((highest - lowest) / INTERVALS)
+    top, bottom = math.ceil(highest / step), math.floor(lowest / step)
+    return step, max(top, bottom + 1), bottom
 
 
 def _step(least: float) -> int:
@@ -74,7 +79,7 @@ def _step(least: float) -> int:
     return next(factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude >= least)
 
 
-def _short(amount: int) -> str:
+def short(amount: int) -> str:
     """A round amount in few characters: 950, 12k, 1.5M, 9B."""
     for size, unit in ((10**15, "Q"), (10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
         if abs(amount) >= max(size, 10_000):

@@ -116,7 +116,6 @@ def organization(request: Request, org_id: Organization, using: Using) -> Respon
         wallet = views.wallet(ledger, org_id)
         if wallet is None:
             return no_wallet(request, ledger, org_id)
-        total, held = views.reservations_held(ledger, org_id)
         return page(
             request,
             "console_organization.html",
@@ -125,7 +124,7 @@ def organization(request: Request, org_id: Organization, using: Using) -> Respon
             forms=FORMS,
             now=datetime.now(UTC),
             reservations=views.open_reservations(ledger, org_id=org_id, limit=LISTED),
-            held={"number": total, "credits": held},
+            held=views.reservations_held(ledger, org_id),
             purchases=_newest(ledger, org_id, EventFilter(event_types=("prepaid_purchase",))),
             runs=_newest(ledger, org_id, EventFilter(event_types=("usage",))),
             done=actions.actions(ledger, ActionFilter(org_id=org_id), limit=LISTED),

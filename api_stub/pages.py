@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
+from dataclasses import dataclass, field, replace
+from datetime import UTC, date, datetime, timedelta
 from http import HTTPStatus
 from itertools import chain
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends, FastAPI, Path, Request, Response
@@ -14,8 +14,11 @@ from fastapi.responses import StreamingResponse
 from sqlalchemy import Connection
 
 from api_stub import exports, queries, sessions
-from api_stub.chart import step_chart
+from api_stub.banner import banner
+from api_stub.bars import LEAST, BarChart, bar_chart, each_of
+from api_stub.chart import Chart, step_chart
 from api_stub.console import no_wallet
+from api_stub.formats import iso, written_day
 from api_stub.problems import NO_PAGE, Problem
 from api_stub.rendering import PageRoute, add_assets, page, see_other
 from api_stub.rights import NO_ACCESS, OrgId, require
@@ -23,20 +26,37 @@ from api_stub.services import Services, Using
 from api_stub.sessions import Session, SignedIn, signed_in
 from ledger import directory, filters, history, receipts, views
 from ledger.filters import EVERY_EVENT, EventFilter
-from ledger.messages import ID_PATTERN, MAX_CREDITS, MAX_ID_LENGTH
+from ledger.messages import ID_PATTERN, MAX_CREDITS, MAX_ID_LENGTH, MAX_NAME_LENGTH
+from ledger.outlook import lasting
 from ledger.readable import beginning
 from ledger.receipts import Place, Receipt
 from ledger.state import EventType
-from ledger.views import Reservation, WalletView
+from ledger.usage import Breakdown, breakdown, rate
+from ledger.views import Held, Reservation, WalletView
 
 EVENT_TYPES: tuple[EventType, ...] = get_args(EventType)
+KINDS: dict[str, tuple[EventType, ...]] = {
+    "Usage": ("usage",),
+    "Top-ups & plan": ("prepaid_purchase", "grant", "subscription_credit", "billing"),
+    "Corrections": ("adjustment", "refund"),
+    "Holds": ("reservation", "reservation_released"),
+}
+"""The event types in everyday words. Each type is of one kind."""
 CHART_POINTS = 240
 VIEWS = "activity", "ledger"
 """The tabs of the history: by run, and every event. The first is shown unless another is asked for."""
+USUAL_PAGE = 25
+"""How many events a page has, unless another number is asked for: few enough for a phone."""
+RANKED = 5
+"""How many of the largest projects and activities are named."""
+MOST_FOUND = 1_000
+"""The most activities that a search may find."""
 PLACES = "before", "reservations_after"
 """The parameters that select the page, not its content."""
-FIELDS = ("date_from", "date_to", "project_id", "workflow_id", "limit", "view", *PLACES)
+FIELDS = ("date_from", "date_to", "project_id", "search", "workflow_id", "limit", "view", *PLACES)
 """The parameters with one value."""
+LISTS = "event_type", "activity_name"
+"""Those that may be repeated."""
 ID = re.compile(ID_PATTERN)
 
 Value = TypeVar("Value")
@@ -50,9 +70,12 @@ class HistoryQuery:
 
     typed: Mapping[str, str]
     event_types: tuple[str, ...]
+    activity_names: tuple[str, ...]
     """As typed."""
     matching: EventFilter
+    """Without what `searched` adds."""
     view: str
+    """One of `VIEWS`."""
     limit: int
     before_seq: int | None
     """Where the page of events begins."""
@@ -64,10 +87,10 @@ class HistoryQuery:
     """By parameter, a sentence about what is wrong with it."""
 
     def query(self, **changes: object) -> str:
-        """The query of the same filter, on the newest page, with `changes`."""
-        given = {name: value for name, value in self.typed.items() if value and name not in PLACES} | changes
-        types = [("event_type", name) for name in self.event_types]
-        return urlencode([*given.items(), *types])
+        """The query of the same filter, on the newest page, with `changes`: None leaves a parameter out."""
+        typed = {name: value for name, value in self.typed.items() if name not in PLACES}
+        lists = {"event_type": self.event_types, "activity_name": self.activity_names}
+        return urlencode({name: value for name, value in (typed | lists | changes).items() if value}, doseq=True)
 
     def kind_of_field(self, name: str) -> str:
         """`date` for a day, otherwise `text`: a field for a date would lose anything else that was typed."""
@@ -76,52 +99,98 @@ class HistoryQuery:
     @property
     def is_filtered(self) -> bool:
         """Whether there is any condition on the events."""
-        return self.matching != EVERY_EVENT
+        return self.matching != EVERY_EVENT or bool(self.typed["search"])
+
+    @property
+    def kind(self) -> str | None:
+        """The one of `KINDS` that the chosen event types are. None: none are chosen, or others."""
+        return next((kind for kind, types in KINDS.items() if set(types) == set(self.event_types)), None)
+
+    @property
+    def more_is_open(self) -> bool:
+        """Whether one of the less usual fields is used, or wrong."""
+        is_used = bool(self.typed["date_to"] or self.typed["workflow_id"] or (self.event_types and not self.kind))
+        return is_used or not {"date_from", "date_to", "event_type", "workflow_id", "limit"}.isdisjoint(self.errors)
 
 
 def history_query(request: Request) -> HistoryQuery:
     """Read the query. An empty field of the form counts as missing."""
     query = request.query_params
     typed = {name: query.get(name, "").strip() for name in FIELDS}
-    event_types = tuple(dict.fromkeys(name for name in query.getlist("event_type") if name))
-    errors = queries.complaints(query, ("event_type", *FIELDS), repeatable=("event_type",))
+    event_types, activity_names = (tuple(dict.fromkeys(each for each in query.getlist(name) if each)) for name in LISTS)
+    errors = queries.complaints(query, (*LISTS, *FIELDS), repeatable=LISTS)
 
-    first = _understood(typed, "date_from", filters.when, errors)
-    last = _understood(typed, "date_to", filters.when, errors)
+    def understood(name: str, read: Callable[[str], Value], sentence: str) -> Value | None:
+        """The value that `read` returns for a parameter; None if it is missing or wrong, which adds to `errors`."""
+        try:
+            return read(typed[name]) if typed[name] else None
+        except ValueError:
+            errors[name] = sentence
+            return None
+
+    a_date, an_id = "Enter a date like 31 Jan 2026.", f"It has at most {MAX_ID_LENGTH} letters, digits and _ . : -"
+    first, last = (understood(name, _when, a_date) for name in ("date_from", "date_to"))
     created_from, created_before = None, None
     try:
         created_from, created_before = filters.time_range(first, last)
     except ValueError:
-        errors["date_to"] = "date_to must not be before date_from."
-    limit = _understood(typed, "limit", lambda text: _number(text, history.MAX_PAGE), errors)
+        errors["date_to"] = "The last day is before the first one."
     known_types = tuple(name for name in EVENT_TYPES if name in event_types)
     if len(known_types) < len(event_types):
-        errors["event_type"] = f"event_type must be one of {', '.join(EVENT_TYPES)}."
-    project_id = _understood(typed, "project_id", filters.identifier, errors)
-    workflow_id = _understood(typed, "workflow_id", filters.identifier, errors)
-    view = _understood(typed, "view", _view, errors) or VIEWS[0]
+        errors["event_type"] = "There is no such type of event. Choose from these."
+    if typed["view"] not in ("", *VIEWS):
+        errors["view"] = f"There is no such view. Choose {' or '.join(VIEWS)}."
+    for name in activity_names:
+        try:
+            filters.name(name)
+        except ValueError:
+            errors["activity_name"] = "There is no activity of such a name."
+    understood("search", filters.name, f"Search for at most {MAX_NAME_LENGTH} characters.")
+    a_place = "The link to this page is not complete."
+    limit = understood(
+        "limit", lambda text: _number(text, history.MAX_PAGE), f"Enter a number from 1 to {history.MAX_PAGE}."
+    )
+    view = typed["view"] if typed["view"] in VIEWS else VIEWS[0]
     before_seq, place = None, None
     if view == "ledger":
-        before_seq = _understood(typed, "before", lambda text: _number(text, MAX_CREDITS), errors)
+        before_seq = understood("before", lambda text: _number(text, MAX_CREDITS), a_place)
     else:
-        place = _understood(typed, "before", _place, errors)
+        place = understood("before", Place.of, a_place)
     return HistoryQuery(
         typed=typed,
         event_types=event_types,
+        activity_names=activity_names,
         matching=EventFilter(
             created_from=created_from,
             created_before=created_before,
             event_types=known_types,
-            project_id=project_id,
-            workflow_id=workflow_id,
+            project_id=understood("project_id", filters.identifier, f"There is no such project. {an_id}."),
+            activity_names=activity_names,
+            workflow_id=understood("workflow_id", filters.identifier, f"There is no such run. {an_id}."),
         ),
         view=view,
-        limit=limit or history.MAX_PAGE,
+        limit=limit or USUAL_PAGE,
         before_seq=before_seq,
         place=place,
-        reservations_after=_understood(typed, PLACES[1], lambda text: _number(text, MAX_CREDITS), errors) or 0,
+        reservations_after=understood(PLACES[1], lambda text: _number(text, MAX_CREDITS), a_place) or 0,
         errors=errors,
     )
+
+
+def searched(ledger: Connection, org_id: str, asked: HistoryQuery) -> HistoryQuery:
+    """The same query with what its search finds: the run with this id, or else the activities with this text."""
+    text = asked.typed["search"]
+    if not text or asked.errors:
+        return asked
+    if ID.fullmatch(text) and asked.matching.workflow_id is None and views.is_workflow(ledger, org_id, text):
+        return replace(asked, matching=replace(asked.matching, workflow_id=text))
+    names = history.activities_with(ledger, org_id, text, most=MOST_FOUND + 1)
+    if len(names) > MOST_FOUND:
+        return replace(asked, errors={"search": f"More than {MOST_FOUND:,} activities are called so. Type more of it."})
+    if asked.activity_names:
+        names = [name for name in names if name in asked.activity_names]
+    # If no activity has the text, none is called so.
+    return replace(asked, matching=replace(asked.matching, activity_names=tuple(names) or (text,)))
 
 
 Query = Annotated[HistoryQuery, Depends(history_query)]
@@ -161,33 +230,44 @@ def start(request: Request, session: SignedIn, using: Using, organization: str =
 
 @router.get("/organizations/{orgId}/credit-history")
 def credit_history(request: Request, org_id: VisibleOrg, asked_for: Query, using: Using, session: SignedIn) -> Response:
-    """The wallet, the course of its balance, its open reservations, and a page of its events."""
+    """The wallet, what has to be done, what used the credits, and a page of the history."""
     now = datetime.now(UTC)
-    found: dict[str, Any] = {"events": None, "receipts": None, "chart": None}
-    with using.reading(through=org_id) as ledger:  # the chart reads many events
+    found: dict[str, Any] = {"events": None, "receipts": None, "used": None}
+    with using.reading(through=org_id) as ledger:  # the charts read many events
         wallet = views.wallet(ledger, org_id)
         if wallet is None and session.is_staff:
             return no_wallet(request, ledger, org_id)
-        if not asked_for.errors:
-            matching = history.find(ledger, org_id, asked_for.matching)
-            course = matching.course(ledger, points=CHART_POINTS, now=now)
-            if asked_for.view == "ledger":
-                found["events"] = _page_of_events(ledger, matching, asked_for)
+        asked = searched(ledger, org_id, asked_for)
+        held = views.reservations_held(ledger, org_id)
+        shown = wallet or WalletView(org_id)
+        speed = None if wallet is None else rate(ledger, org_id, available=wallet.available, now=now)
+        refused = views.last_refused(ledger, org_id)
+        if not asked.errors:
+            matching = history.find(ledger, org_id, asked.matching)
+            found["used"] = _used(ledger, matching, asked.matching, now)
+            if asked.view == "ledger":
+                found["events"] = _page_of_events(ledger, matching, asked)
             else:
-                found["receipts"] = receipts_of(ledger, org_id, asked_for)
-            found["chart"] = None if course is None else step_chart(course)
-        found["wallet"] = wallet or WalletView(org_id)
-        found["reservations"] = _open_reservations(ledger, org_id, asked_for)
+                found["receipts"] = receipts_of(ledger, org_id, asked)
+            found["sum"] = matching.credits(ledger)
+        found["reservations"] = _open_reservations(ledger, org_id, held, asked)
     return page(
         request,
         "credit_history.html",
-        HTTPStatus.UNPROCESSABLE_ENTITY if asked_for.errors else HTTPStatus.OK,
+        HTTPStatus.UNPROCESSABLE_ENTITY if asked.errors else HTTPStatus.OK,
         org_id=org_id,
         is_new=wallet is None,
         event_types=EVENT_TYPES,
+        kinds=KINDS,
         views=VIEWS,
-        asked=asked_for,
+        most=history.MAX_PAGE,
+        periods=periods(shown, now),
+        asked=asked,
         now=now,
+        wallet=shown,
+        outlook=lasting(shown, speed, now),
+        banner=banner(wallet, speed, largest_held=held.largest, refused=refused, now=now),
+        buy_credits_url=using.buy_credits_url,
         **found,
     )
 
@@ -195,9 +275,11 @@ def credit_history(request: Request, org_id: VisibleOrg, asked_for: Query, using
 @router.get("/organizations/{orgId}/credit-history.csv")
 def credit_history_as_csv(org_id: VisibleOrg, asked_for: Query, using: Using) -> Response:
     """Every matching event, newest first, as a file."""
-    if asked_for.errors:
-        raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, " ".join(asked_for.errors.values()))
-    pieces = exports.pieces(history.all_events(using.engine, org_id, asked_for.matching))
+    with using.reading() as ledger:
+        asked = searched(ledger, org_id, asked_for)
+    if asked.errors:
+        raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, " ".join(asked.errors.values()))
+    pieces = exports.pieces(history.all_events(using.engine, org_id, asked.matching))
     first = next(pieces)  # before the answer begins, so that a fault of the database still gets an error page
     return StreamingResponse(
         chain((first,), pieces),
@@ -233,6 +315,47 @@ def add(app: FastAPI) -> None:
     app.include_router(sessions.router)
     app.include_router(router)
     add_assets(app)
+
+
+@dataclass(frozen=True, slots=True)
+class Period:
+    """A period that a link selects."""
+
+    name: str
+    date_from: str | None
+
+
+def periods(wallet: WalletView, now: datetime) -> list[Period]:
+    """The periods that people ask for most."""
+    chosen = [Period("30 days", (now.date() - timedelta(days=29)).isoformat()), Period("All", None)]
+    if wallet.current_period_start is not None:
+        chosen.insert(0, Period("This period", iso(wallet.current_period_start)))
+    return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What used the credits in the range of time, and the course of the balance."""
+
+    begin: datetime
+    end: datetime
+    of: Breakdown
+    stacked_by: str
+    bars: BarChart | None
+    balance: Chart | None
+
+
+def _used(ledger: Connection, found: history.Found, matching: EventFilter, now: datetime) -> Used | None:
+    """None: there was no event by then."""
+    course = found.course(ledger, points=CHART_POINTS, now=now)
+    if course is None:
+        return None
+    begin, end = course.points[0][0], course.ends
+    stacked_by: Literal["project", "activity"] = "project" if matching.project_id is None else "activity"
+    of = breakdown(ledger, found.org_id, matching, stacked_by=stacked_by, each=each_of(begin, end), most=RANKED)
+    largest = of.projects if stacked_by == "project" else of.activities
+    balance = step_chart(course) if end - begin >= LEAST else None
+    return Used(begin, end, of, stacked_by, bar_chart(of.bars, largest, begin, end), balance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,15 +432,15 @@ class Reservations:
         return self.passed + len(self.shown)
 
 
-def _open_reservations(ledger: Connection, org_id: str, asked_for: HistoryQuery) -> Reservations:
+def _open_reservations(ledger: Connection, org_id: str, held: Held, asked_for: HistoryQuery) -> Reservations:
     passed = asked_for.reservations_after
-    shown = views.open_reservations(ledger, org_id=org_id, offset=passed)
-    total, held = views.reservations_held(ledger, org_id)
+    total = held.reservations
+    shown = views.open_reservations(ledger, org_id=org_id, offset=passed) if total else []
     # The page of the events stays as it is.
     place = {"before": asked_for.typed["before"]} if asked_for.before_seq or asked_for.place else {}
     last = passed + len(shown)
     newer = asked_for.query(**place, reservations_after=last) if shown and last < total else None
-    return Reservations(shown, total, held, passed, asked_for.query(**place), newer)
+    return Reservations(shown, total, held.credits, passed, asked_for.query(**place), newer)
 
 
 def _start_page(
@@ -338,15 +461,11 @@ def _org_ids(session: Session) -> list[str] | None:
     return None if orgs == "*" else sorted(filter(ID.fullmatch, orgs))
 
 
-def _understood(
-    typed: Mapping[str, str], name: str, read: Callable[[str], Value], errors: dict[str, str]
-) -> Value | None:
-    """The value that `read` returns for a parameter; None if it is missing or wrong, which adds to `errors`."""
+def _when(text: str) -> filters.When:
     try:
-        return read(typed[name]) if typed[name] else None
-    except ValueError as error:
-        errors[name] = f"{name} {str(error).rstrip('.')}."
-        return None
+        return filters.when(written_day(text).isoformat())
+    except ValueError:
+        return filters.when(text)
 
 
 def _is_day(text: str) -> bool:
@@ -357,20 +476,7 @@ def _is_day(text: str) -> bool:
         return False
 
 
-def _view(text: str) -> str:
-    if text not in VIEWS:
-        raise ValueError(f"must be {' or '.join(VIEWS)}.")
-    return text
-
-
-def _place(text: str) -> Place:
-    try:
-        return Place.of(text)
-    except ValueError:
-        raise ValueError("must be as in a link to older activity.") from None
-
-
 def _number(text: str, most: int) -> int:
     if not re.fullmatch(r"[0-9]{1,16}", text) or not 1 <= int(text) <= most:
-        raise ValueError(f"must be a number from 1 to {most:,}.")
+        raise ValueError("no such number")
     return int(text)

@@ -16,11 +16,11 @@ from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from api_stub.formats import iso, pairs, said
+from api_stub.formats import days, iso, pairs, said, share
 from api_stub.problems import OnPage, Problem
 from api_stub.receipts import more, outcome, standing, told, told_step
 from ledger.readable import JOINERS, beginning, escaped, readable_json, span
-from ledger.wording import amount, change, clock, day, label
+from ledger.wording import amount, change, clock, day, label, near_day
 
 _HERE = Path(__file__).parent
 _STATIC = _HERE / "static"
@@ -148,22 +148,9 @@ _templates = Environment(
 _templates.filters |= {
     function.__name__: function
     for function in (
-        amount,
-        change,
-        day,
-        clock,
-        iso,
-        span,
-        label,
-        pairs,
-        said,
-        readable_json,
-        beginning,
-        more,
-        outcome,
-        standing,
-        told,
-        told_step,
+        *(amount, change, share, day, near_day, days, clock, iso, span, label),
+        *(pairs, said, readable_json, beginning),
+        *(more, outcome, standing, told, told_step),
     )
 }
 _templates.globals |= {"asset": {name: f"/static/{name}?v={_version(name)}" for name in ("holdfast.css", "icon.svg")}}

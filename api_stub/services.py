@@ -35,6 +35,7 @@ class Services:
         assert settings.database_url is not None
         assert settings.broker_url is not None
         self.product_name = settings.product_name or "Holdfast"
+        self.buy_credits_url = settings.buy_credits_url
         self.authenticator = Authenticator.from_settings(settings)
         # A failed request is not repeated, unlike a worker's batch.
         self.engine = connect(settings.database_url, checks_connections=True, answer_timeout_s=READ_TIMEOUT_S)

@@ -16,7 +16,7 @@ from api_stub.rights import IS_AN_ID, ReadableOrg
 from api_stub.services import Using
 from ledger import filters, history, receipts, views
 from ledger.filters import EventFilter
-from ledger.messages import MAX_CREDITS
+from ledger.messages import MAX_CREDITS, Name
 from ledger.receipts import Place
 from ledger.state import EventType
 from ledger.views import WalletView
@@ -70,6 +70,7 @@ def event_filter(
         Query(description="Only of this project.", json_schema_extra=IS_AN_ID),
         AfterValidator(filters.identifier),
     ] = None,
+    activity_name: Annotated[list[Name] | None, Query(description="Repeatable: any of these activities.")] = None,
     workflow_id: Annotated[
         str | None,
         Query(description="Only of this workflow and its refunds.", json_schema_extra=IS_AN_ID),
@@ -83,6 +84,7 @@ def event_filter(
         created_before=created_before,
         event_types=tuple(event_type or ()),
         project_id=project_id,
+        activity_names=tuple(activity_name or ()),
         workflow_id=workflow_id,
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement
 
-from ledger.messages import ID_PATTERN, MAX_ID_LENGTH
+from ledger.messages import ID_PATTERN, MAX_ID_LENGTH, MAX_NAME_LENGTH
 from ledger.state import EventType
 from ledger.tables import credit_events
 
@@ -29,6 +29,7 @@ class EventFilter:
     created_before: datetime | None = None
     event_types: tuple[EventType, ...] = _where(credit_events.c.event_type.in_, default=())
     project_id: str | None = _where(credit_events.c.project_id.__eq__, default=None)
+    activity_names: tuple[str, ...] = _where(credit_events.c.activity_name.in_, default=())
     workflow_id: str | None = None
     """Only the events of this workflow and its refunds."""
 
@@ -89,6 +90,13 @@ def time_range(first: When | None, last: When | None) -> tuple[datetime | None, 
     if first is not None and last is not None and last.begin < first.begin and last.end <= first.begin:
         raise ValueError("the range ends before it begins")
     return None if first is None else first.begin, None if last is None else last.end
+
+
+def name(text: str) -> str:
+    """The name of an activity, or a part of it, as a person writes it. Raises ValueError, as `when` does."""
+    if not 1 <= len(text) <= MAX_NAME_LENGTH or "\x00" in text:
+        raise ValueError(f"must have 1 to {MAX_NAME_LENGTH} characters, and no NUL among them")
+    return text
 
 
 def identifier(text: str) -> str:

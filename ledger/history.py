@@ -2,8 +2,8 @@
 
 The events of an organization are numbered without a gap, and their times never decrease. So a range of time is a range
 of numbers, found by binary search. Counting it, or beginning a page in it, is arithmetic. The events of a workflow are
-few, and found by their idempotency keys. Only a filter by type or project reads the events of the range one by one:
-their entries in the primary key, which includes both.
+few, and found by their idempotency keys. Only a filter by type, project or activity reads the events of the range one
+by one; for types and projects, only their entries in the primary key, which includes both.
 """
 
 from collections.abc import Collection, Iterator
@@ -172,6 +172,16 @@ class Found:
         counted = self.select().order_by(None).with_only_columns(func.count())
         return connection.scalar(counted) or 0
 
+    def credits(self, connection: Connection) -> int:
+        """The sum of the credits of these events: by how much they changed the available balance."""
+        if self.conditions:
+            summed = self.select().order_by(None).with_only_columns(func.sum(credit_events.c.credits))
+            return int(connection.scalar(summed) or 0)
+        if self.first >= self.end:
+            return 0
+        before, after = (balances_after(connection, self.org_id, seq) for seq in (self.first - 1, self.end - 1))
+        return after.available - before.available
+
     def page(
         self, connection: Connection, *, limit: int = MAX_PAGE, offset: int = 0, before_seq: int | None = None
     ) -> Page:
@@ -329,6 +339,13 @@ def event_by_key(connection: Connection, org_id: str, idempotency_key: str) -> R
     columns = credit_events.c
     query = select(credit_events).where(columns.org_id == org_id, columns.idempotency_key == idempotency_key)
     return connection.execute(query).mappings().first()
+
+
+def activities_with(connection: Connection, org_id: str, text: str, *, most: int) -> list[str]:
+    """The names of activities that contain `text`, in whatever case: at most `most` of them. Reads every event."""
+    name = credit_events.c.activity_name
+    found = select(name).where(credit_events.c.org_id == org_id, name.icontains(text, autoescape=True))
+    return list(connection.scalars(found.distinct().limit(most)))
 
 
 def number_of_events(connection: Connection, org_id: str) -> int:

@@ -154,7 +154,8 @@ Source = Annotated[
     Field(description="The sender, as the credit history shows it."),
     _PLAIN,
 ]
-Name = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_plain_text), _PLAIN]
+MAX_NAME_LENGTH = 256
+Name = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_LENGTH), AfterValidator(_plain_text), _PLAIN]
 MAX_REASON_LENGTH = 500
 Reason = Annotated[
     str, StringConstraints(min_length=1, max_length=MAX_REASON_LENGTH), AfterValidator(_plain_text), _PLAIN

@@ -47,7 +47,7 @@ def outlook(view: WalletView, rate: Rate | None, now: datetime) -> Outlook:
     )
     sentences = (
         _overdrawn(view),
-        _lasting(view, rate, now),
+        lasting(view, rate, now),
         _last_of_plan(view, now),
         _ending(view, now),
         _limit(view),
@@ -68,7 +68,8 @@ def _overdrawn(view: WalletView) -> str | None:
     return f"Overdrawn by {-view.available:,}: new runs are refused until more than that is added."
 
 
-def _lasting(view: WalletView, rate: Rate | None, now: datetime) -> str | None:
+def lasting(view: WalletView, rate: Rate | None, now: datetime) -> str | None:
+    """How long the credits last, and what comes next. None: nothing is known."""
     coming = view.next_credits if view.next_credits is not None and view.next_credits.at > now else None
     adds = None if coming is None else _adds(coming)
     if rate is None or view.available <= 0:

@@ -16,8 +16,12 @@ from sqlalchemy import (
     Connection,
     Engine,
     Select,
+    Text,
+    case,
     cast,
     func,
+    literal,
+    null,
     select,
     text,
     union_all,
@@ -65,6 +69,42 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """What one project or activity used."""
+
+    name: str | None
+    """None: the usage that names none."""
+    credits: int
+    runs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """What one of the largest, or all others together, used in a day or month."""
+
+    time: str
+    """2026-01-31 or 2026-01."""
+    name: str | None
+    """As in `Share`."""
+    is_other: bool
+    credits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Breakdown:
+    """The usage of an organization in a range of time: the largest projects and activities, and its course."""
+
+    projects: list[Share]
+    activities: list[Share]
+    """The largest first."""
+    bars: list[Bar]
+    """By time."""
+    credits: int
+    runs: int
+    """All of it, the smaller ones included."""
+
+
+@dataclass(frozen=True, slots=True)
 class Rate:
     """How quickly credits are used."""
 
@@ -100,6 +140,66 @@ def usage(
     if in_time := [name for name in group_by if name in ("day", "month")]:
         groups.sort(key=lambda group: [group[name] for name in in_time])
     return Usage(groups, int(rows[0]["all_credits"]), int(rows[0]["all_runs"]), truncated=len(rows) > most)
+
+
+def breakdown(
+    connection: Connection,
+    org_id: str,
+    matching: EventFilter,
+    *,
+    stacked_by: Literal["project", "activity"],
+    each: Literal["day", "month"],
+    most: int,
+) -> Breakdown:
+    """What used credits: in the range of time of `matching`, of its project and its activities, if it names any.
+
+    The `most` largest projects and activities, and the usage of `each` day or month by those of `stacked_by`.
+    """
+    parts = _parts(connection, org_id, matching.created_from, matching.created_before).subquery()
+    wanted: list[ColumnElement[bool]] = []
+    if matching.project_id is not None:
+        wanted.append(parts.c.project_id == matching.project_id)
+    if matching.activity_names:
+        wanted.append(parts.c.activity_name.in_(matching.activity_names))
+    columns = _GROUPS[each](parts).label("time"), parts.c.project_id, parts.c.activity_name
+    sums = func.sum(parts.c.credits).label("credits"), func.sum(parts.c.runs).label("runs")
+    summed = select(*columns, *sums).where(*wanted).group_by(*columns).cte("summed")
+    used, ran = func.sum(summed.c.credits).label("credits"), func.sum(summed.c.runs).label("runs")
+    named = {"project": summed.c.project_id, "activity": summed.c.activity_name}
+    largest = {
+        what: select(name.label("name"), used, ran).group_by(name).order_by(used.desc(), name).limit(most).cte(what)
+        for what, name in named.items()
+    }
+    large = largest[stacked_by]
+    is_it = large.c.name.is_not_distinct_from(named[stacked_by])
+    is_other = large.c.credits.is_(None)
+    name = case((is_other, null()), else_=large.c.name)
+    nothing, no = cast(null(), Text), literal(False)
+    rows = connection.execute(
+        union_all(
+            select(
+                literal("all").label("what"), *(nothing.label(of) for of in ("time", "name")), no.label("is_other")
+            ).add_columns(used, ran),
+            *(select(literal(what), nothing, of.c.name, no, of.c.credits, of.c.runs) for what, of in largest.items()),
+            select(literal("bar"), summed.c.time, name, is_other, used, ran)
+            .select_from(summed.outerjoin(large, is_it))
+            .group_by(summed.c.time, name, is_other),
+        )
+    ).all()
+    total = next(row for row in rows if row.what == "all")
+
+    def shares(what: str) -> list[Share]:
+        found = [Share(row.name, int(row.credits), int(row.runs)) for row in rows if row.what == what]
+        return sorted(found, key=lambda share: (-share.credits, share.name or ""))
+
+    bars = [Bar(row.time, row.name, row.is_other, int(row.credits)) for row in rows if row.what == "bar"]
+    return Breakdown(
+        projects=shares("project"),
+        activities=shares("activity"),
+        bars=sorted(bars, key=lambda bar: (bar.time, bar.is_other, bar.name or "")),
+        credits=int(total.credits or 0),
+        runs=int(total.runs or 0),
+    )
 
 
 def rate(connection: Connection, org_id: str, *, available: int, now: datetime) -> Rate | None:

@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, and_, func, not_, 
 from ledger import history
 from ledger.filters import EventFilter
 from ledger.periods import period_start
-from ledger.state import OUTCOMES, Reason, WorkflowState
+from ledger.state import OUTCOMES, Reason, StepAnswer, WorkflowState
 from ledger.tables import credit_events, ending_credits, subscriptions, wallets, workflows
 
 # Joins a workflow with the event of its reservation.
@@ -101,6 +101,18 @@ class Reservation:
 
 
 @dataclass(frozen=True, slots=True)
+class Refused:
+    """A workflow whose start was rejected, and which has not run all the same."""
+
+    workflow_id: str
+    credits: int
+    """What it was estimated to need."""
+    reason: StepAnswer
+    """`insufficient_credits` or `period_cap`."""
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class WorkflowView:
     """One workflow and its events, oldest first."""
 
@@ -173,6 +185,7 @@ _WALLET = select(
     *(_CURRENT.c.rollover_limit, _CURRENT.c.anchor, _CURRENT.c.period),
     _SCHEDULED.c.plan.label("scheduled_plan"),
     _SCHEDULED.c.monthly_credits.label("scheduled_credits"),
+    _SCHEDULED.c.first_lacks.label("scheduled_lacks"),
 ).select_from(
     wallets.outerjoin(_CURRENT, _subscription_of(wallets.c.subscription_id, _CURRENT)).outerjoin(
         _SCHEDULED, _subscription_of(wallets.c.scheduled_id, _SCHEDULED)
@@ -193,7 +206,8 @@ def _next_credits(row: Any) -> NextCredits | None:
         return NextCredits(row.plan, row.monthly_credits, row.next_period_at, row.rollover_limit)
     if row.scheduled_plan is not None:
         # What the plan before it has left is set aside: it ends with its own period.
-        return NextCredits(row.scheduled_plan, row.scheduled_credits, row.scheduled_at, kept=0)
+        first = max(0, row.scheduled_credits - row.scheduled_lacks)
+        return NextCredits(row.scheduled_plan, first, row.scheduled_at, kept=0)
     return None
 
 
@@ -249,11 +263,38 @@ def open_reservations(
     ]
 
 
-def reservations_held(connection: Connection, org_id: str) -> tuple[int, int]:
-    """The number of open reservations of `org_id`, and the sum of their credits."""
-    held = select(func.count(), func.coalesce(func.sum(workflows.c.start_credits), 0))
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What the open reservations of an organization hold."""
+
+    reservations: int
+    credits: int
+    largest: int
+    """The credits of the largest of them; 0 if there is none."""
+
+
+def reservations_held(connection: Connection, org_id: str) -> Held:
+    """What the open reservations of `org_id` hold."""
+    of_each = workflows.c.start_credits
+    held = select(func.count(), func.coalesce(func.sum(of_each), 0), func.coalesce(func.max(of_each), 0))
     row = connection.execute(held.where(workflows.c.org_id == org_id, workflows.c.state == "reserved")).one()
-    return row[0], int(row[1])
+    return Held(row[0], int(row[1]), row[2])
+
+
+def last_refused(connection: Connection, org_id: str) -> Refused | None:
+    """The workflow of `org_id` that was rejected last. None: there is none, or an earlier version rejected it."""
+    columns = workflows.c
+    rejected = select(columns.workflow_id, columns.start_credits, columns.start_answer, columns.rejected_at).where(
+        columns.org_id == org_id, columns.state == "rejected", columns.rejected_at.is_not(None)
+    )
+    row = connection.execute(rejected.order_by(columns.rejected_at.desc()).limit(1)).first()
+    return None if row is None else Refused(*row)
+
+
+def is_workflow(connection: Connection, org_id: str, workflow_id: str) -> bool:
+    """Whether a message has named the workflow `workflow_id` of `org_id`."""
+    known = select(workflows.c.workflow_id).where(workflows.c.org_id == org_id, workflows.c.workflow_id == workflow_id)
+    return connection.scalar(known) is not None
 
 
 def config_version(connection: Connection, org_id: str) -> int:

@@ -14,7 +14,7 @@ from ledger.filters import EVERY_EVENT, EventFilter
 from ledger.history import Page
 from ledger.state import EventType
 from ledger.store import Delivery, apply_batch
-from ledger.views import MOST_ENDS, WalletView
+from ledger.views import MOST_ENDS, Held, NextCredits, WalletView
 from tests.messages import delivery, subscribe
 from tests.support import sql
 
@@ -128,6 +128,7 @@ def test_a_wallet_in_a_period_of_its_subscription(engine: Engine) -> None:
         plan="team",
         current_period_start=anchor,
         current_period_end=seen.current_period_end,
+        next_credits=NextCredits("team", 200, seen.current_period_end, kept=0),
     )
 
 
@@ -676,8 +677,97 @@ def test_open_reservations_are_read_page_by_page_and_counted(engine: Engine) -> 
     with engine.connect() as connection:
         pages = [views.open_reservations(connection, org_id="acme", limit=3, offset=offset) for offset in (0, 3, 6)]
         assert [[hold.workflow_id for hold in page] for page in pages] == [["w1", "w3", "w4"], ["w5"], []]
-        assert views.reservations_held(connection, "acme") == (4, 13)
-        assert views.reservations_held(connection, "initech") == (0, 0)
+        assert views.reservations_held(connection, "acme") == Held(reservations=4, credits=13, largest=5)
+        assert views.reservations_held(connection, "initech") == Held(0, 0, 0)
+
+
+def test_the_workflow_that_was_rejected_last_is_known_until_it_runs(engine: Engine) -> None:
+    def last() -> tuple[str, int, str] | None:
+        with engine.connect() as connection:
+            found = views.last_refused(connection, "acme")
+        if found is None:
+            return None
+        assert datetime.now(UTC) - timedelta(minutes=5) < found.at < datetime.now(UTC) + timedelta(minutes=5)
+        return found.workflow_id, found.credits, found.reason
+
+    assert last() is None
+    apply_batch(engine, [acme("wallet.purchase", purchase_id="p", credits=50)])
+    apply_batch(engine, [acme("workflow.start", workflow_id="z", credits=51)])
+    assert last() == ("z", 51, "insufficient_credits")
+    apply_batch(engine, [acme("wallet.configure", version=1, period_cap=10)])
+    apply_batch(engine, [acme("workflow.start", workflow_id="a", credits=11)])
+    assert last() == ("a", 11, "period_cap")
+    apply_batch(engine, [acme("workflow.start", workflow_id="fits", credits=1)])
+    assert last() == ("a", 11, "period_cap")
+    apply_batch(engine, [acme("workflow.finish", workflow_id="a", credits=11)])
+    assert last() == ("z", 51, "insufficient_credits")
+
+
+def test_the_next_credits_of_a_plan_are_known(engine: Engine) -> None:
+    def coming() -> tuple[str, int, int, bool] | None:
+        seen = wallet(engine)
+        assert seen is not None
+        found = seen.next_credits
+        if found is None:
+            return None
+        return found.plan, found.credits, found.kept, found.at == seen.current_period_end
+
+    apply_batch(engine, [acme("wallet.purchase", purchase_id="p", credits=1)])
+    assert coming() is None
+    apply_batch(engine, [subscribe("acme", rollover_limit=30)])
+    assert coming() == ("team", 200, 30, True)
+    apply_batch(engine, [subscribe("acme", version=2, plan="small", monthly_credits=10)])
+    assert coming() == ("small", 10, 0, True)
+    soon = (datetime.now(UTC) + timedelta(days=3)).isoformat()
+    scheduled = {"subscription_id": "next", "anchor": soon, "plan": "big", "monthly_credits": 900}
+    apply_batch(engine, [subscribe("acme", version=3, **scheduled, first_credits=300)])
+    assert coming() == ("big", 300, 0, False)
+    apply_batch(engine, [acme("wallet.unsubscribe", subscription_id="next", version=4)])
+    apply_batch(engine, [acme("wallet.unsubscribe", subscription_id="s1", version=5)])
+    assert coming() is None
+
+
+# Sums, and the names of activities.
+
+
+@pytest.mark.parametrize(
+    "matching",
+    [
+        EVERY_EVENT,
+        THREE_DAYS,
+        RED,
+        EventFilter(event_types=("usage", "reservation")),
+        EventFilter(activity_names=("Import", "Export")),
+        EventFilter(workflow_id="w1"),
+        EventFilter(created_from=datetime(2026, 1, 8, tzinfo=UTC)),
+    ],
+)
+def test_the_sum_of_what_matches_is_that_of_its_events(ledger: Engine, matching: EventFilter) -> None:
+    with ledger.connect() as connection:
+        found = history.find(connection, "acme", matching)
+        rows = connection.execute(found.select()).mappings().all()
+        assert rows
+        assert found.credits(connection) == sum(row["credits"] for row in rows)
+        assert history.find(connection, "nobody", matching).credits(connection) == 0
+
+
+def test_the_activities_that_contain_a_text_are_found_in_whatever_case(engine: Engine) -> None:
+    names = ("Train 100% model", "Train 1000 models", "retrain_all", "Crawl")
+    apply_batch(
+        engine,
+        [acme("workflow.finish", workflow_id=f"w{n}", credits=1, activity_name=name) for n, name in enumerate(names)]
+        + [acme("wallet.purchase", purchase_id="p", credits=1)],
+    )
+
+    def found(text: str, most: int = 9) -> list[str]:
+        with engine.connect() as connection:
+            return sorted(history.activities_with(connection, "acme", text, most=most))
+
+    assert found("TRAIN") == ["Train 100% model", "Train 1000 models", "retrain_all"]
+    assert found("100%") == ["Train 100% model"]
+    assert found("train_") == ["retrain_all"]
+    assert found("nothing") == []
+    assert len(found("train", most=2)) == 2
 
 
 # Exports.

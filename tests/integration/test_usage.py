@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 from typing import Any, get_args
 
 import pytest
 from sqlalchemy import Engine, text
 
 from ledger import audit, usage
+from ledger.filters import EventFilter
 from ledger.store import apply_batch
-from ledger.usage import Group, Rate, Usage
+from ledger.usage import Group, Rate, Share, Usage
 from tests.messages import delivery
 from tests.support import sql
 
@@ -131,6 +132,62 @@ def agrees(engine: Engine, used: list[dict[str, Any]]) -> bool:
             assert (found.credits, found.runs) == (sum(run["credits"] for run in runs), len(runs))
             assert not found.truncated
     return True
+
+
+MATCHING = [
+    EventFilter(),
+    EventFilter(created_from=datetime(2026, 2, 22, tzinfo=UTC)),
+    EventFilter(created_before=datetime(2026, 2, 28, 12, tzinfo=UTC), project_id="red"),
+    EventFilter(created_from=datetime(2026, 2, 22, 7, tzinfo=UTC), activity_names=("Crawl", "Train 'em")),
+    EventFilter(project_id="blue", activity_names=("Crawl",)),
+    EventFilter(created_from=datetime(2030, 1, 1, tzinfo=UTC)),
+]
+
+
+def breaks_down(engine: Engine, used: list[dict[str, Any]]) -> bool:
+    """Whether every breakdown is that of its runs."""
+    for matching, most, (by, each) in product(MATCHING, (1, 2, 5), [("project", "day"), ("activity", "month")]):
+        runs = [
+            run
+            for run in used
+            if (matching.created_from is None or run["at"] >= matching.created_from)
+            and (matching.created_before is None or run["at"] < matching.created_before)
+            and matching.project_id in (None, run["project"])
+            and (not matching.activity_names or run["activity"] in matching.activity_names)
+        ]
+        with engine.connect() as connection:
+            found = usage.breakdown(connection, "acme", matching, stacked_by=by, each=each, most=most)  # type: ignore[arg-type]
+
+        def shares(name: str, runs: list[dict[str, Any]] = runs, most: int = most) -> list[Share]:
+            credits_of, runs_of = Counter[str | None](), Counter[str | None]()
+            for run in runs:
+                credits_of[run[name]] += run["credits"]
+                runs_of[run[name]] += 1
+            return [Share(each, amount, runs_of[each]) for each, amount in credits_of.most_common(most)]
+
+        assert found.projects == shares("project")
+        assert found.activities == shares("activity")
+        assert (found.credits, found.runs) == (sum(run["credits"] for run in runs), len(runs))
+        large = {share.name for share in shares(by)}
+        bars = Counter[tuple[str, str | None, bool]]()
+        for run in runs:
+            is_other = run[by] not in large
+            bars[run[each], None if is_other else run[by], is_other] += run["credits"]
+        assert {(bar.time, bar.name, bar.is_other): bar.credits for bar in found.bars} == bars
+        assert [bar.time for bar in found.bars] == sorted(bar.time for bar in found.bars)
+    return True
+
+
+def test_what_used_the_credits_is_the_sum_of_the_events_whatever_is_summed_already(
+    engine: Engine, used: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert breaks_down(engine, used)
+    monkeypatch.setattr(usage, "NOT_SUMMED", 1)
+    monkeypatch.setattr(usage, "STEP", 200)
+    next(usage.steps(engine))
+    assert breaks_down(engine, used)
+    usage.sum_up(engine)
+    assert breaks_down(engine, used)
 
 
 def test_every_sum_is_that_of_the_events_whatever_is_summed_already(

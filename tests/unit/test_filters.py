@@ -4,6 +4,7 @@ import re
 from dataclasses import fields
 from datetime import UTC, datetime
 from inspect import signature
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from sqlalchemy import Column
 from sqlalchemy.sql import visitors
 from starlette.requests import Request
 
-from api_stub.pages import EVENT_TYPES, VIEWS, Reservations, history_query
+from api_stub.pages import EVENT_TYPES, KINDS, VIEWS, Reservations, history_query
 from api_stub.rendering import page
 from api_stub.wallets import event_filter
 from ledger.filters import BY_NUMBER, EVERY_EVENT, EventFilter
@@ -26,6 +27,7 @@ PLACES = {
     "created_before": ("date_to", "--to", "2026-01-31"),
     "event_types": ("event_type", "--type", "usage"),
     "project_id": ("project_id", "--project", "website"),
+    "activity_names": ("activity_name", "--activity", "Crawl"),
     "workflow_id": ("workflow_id", "--workflow", "run-1"),
 }
 """Each field of the filter: its name over HTTP and on the page, its option of the command line, and a value."""
@@ -64,7 +66,33 @@ def test_a_field_that_is_given_is_a_condition(name: str) -> None:
     assert EVERY_EVENT.conditions() == ()
 
 
-@pytest.mark.parametrize("name", [name for name in FIELDS if name not in BY_NUMBER])
+def test_every_type_of_event_is_of_one_kind() -> None:
+    assert sorted(chain(*KINDS.values())) == sorted(EVENT_TYPES)
+
+
+def test_the_views_are_tabs_that_keep_the_filter() -> None:
+    assert '?project_id=web&amp;view=activity">Activity</a>' in form("project_id=web")
+
+
+@pytest.mark.parametrize(
+    ("query", "is_open"),
+    [
+        ("", False),
+        ("date_from=2026-01-31&project_id=web&search=x", False),
+        ("event_type=refund&event_type=adjustment", False),
+        ("event_type=refund", True),
+        ("date_to=2026-01-31", True),
+        ("workflow_id=w", True),
+        ("date_from=x", True),
+        ("limit=x", True),
+        ("search=" + "x" * 300, False),
+    ],
+)
+def test_the_less_usual_fields_are_open_if_one_is_used(query: str, is_open: bool) -> None:
+    assert history_query(request(query)).more_is_open == is_open
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if name not in BY_NUMBER and name != "activity_names"])
 def test_a_condition_looks_at_nothing_but_the_key_so_that_no_event_is_read_that_it_leaves_out(name: str) -> None:
     key = credit_events.primary_key
     of_the_key = {*key.columns.keys(), *key.dialect_options["postgresql"]["include"]}
@@ -100,23 +128,30 @@ def request(query: str) -> Request:
 
 
 def form(query: str) -> str:
-    """The page's form for this filter."""
+    """The page's filter."""
     asked_by = request(query)
     answer = page(
         asked_by,
         "credit_history.html",
         org_id="acme",
         event_types=EVENT_TYPES,
+        kinds=KINDS,
+        most=100,
+        periods=[],
         asked=history_query(asked_by),
         now=datetime.now(UTC),
         wallet=WalletView("acme"),
+        is_new=False,
         reservations=Reservations([], 0, 0, 0, "", None),
         views=VIEWS,
+        outlook=None,
+        banner=None,
+        buy_credits_url=None,
         events=None,
         receipts=None,
-        chart=None,
+        used=None,
     )
-    return bytes(answer.body).decode().split('<form class="filter"')[1].split("</form>")[0]
+    return bytes(answer.body).decode().split('<section class="card filters"')[1].split("</form>")[0]
 
 
 def options_of(command: str) -> set[str]:

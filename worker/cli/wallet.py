@@ -64,6 +64,9 @@ def show_history(
     project_id: Annotated[
         str | None, typer.Option("--project", metavar="ID", help="Only this project.", callback=_identifier)
     ] = None,
+    activity_name: Annotated[
+        list[str] | None, typer.Option("--activity", metavar="NAME", help="Repeatable: only these activities.")
+    ] = None,
     workflow_id: Annotated[
         str | None,
         typer.Option("--workflow", metavar="ID", help="Only this workflow and its refunds.", callback=_identifier),
@@ -94,6 +97,7 @@ def show_history(
         created_before=created_before,
         event_types=tuple(event_type or ()),  # type: ignore[arg-type] # checked above
         project_id=project_id,
+        activity_names=tuple(activity_name or ()),
         workflow_id=workflow_id,
     )
     if by_run:
