@@ -41,7 +41,7 @@ MAX_PAGE = 100
 EXPORT_STEP = 1_000
 """How many events an export reads in one transaction."""
 
-MAX_COMPARED = 200_000
+MAX_COMPARED = 20_000
 """The most events of which the lowest and the highest balance are computed, as that reads all of them."""
 
 _NOT_FOR_CUSTOMERS = frozenset(

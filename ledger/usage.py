@@ -24,6 +24,7 @@ from sqlalchemy import (
     null,
     select,
     text,
+    tuple_,
     union_all,
 )
 from sqlalchemy.dialects.postgresql import DATE
@@ -161,29 +162,48 @@ def breakdown(
         wanted.append(parts.c.project_id == matching.project_id)
     if matching.activity_names:
         wanted.append(parts.c.activity_name.in_(matching.activity_names))
-    columns = _GROUPS[each](parts).label("time"), parts.c.project_id, parts.c.activity_name
-    sums = func.sum(parts.c.credits).label("credits"), func.sum(parts.c.runs).label("runs")
-    summed = select(*columns, *sums).where(*wanted).group_by(*columns).cte("summed")
-    used, ran = func.sum(summed.c.credits).label("credits"), func.sum(summed.c.runs).label("runs")
-    named = {"project": summed.c.project_id, "activity": summed.c.activity_name}
+    day, columns = parts.c.day, {"project": parts.c.project_id, "activity": parts.c.activity_name}
+    sets = [tuple_(column) for column in columns.values()] + [tuple_(day, columns[stacked_by])]
+    summed = (
+        select(
+            func.grouping(day).label("is_of_all_days"),
+            func.grouping(columns["project"]).label("is_of_all_projects"),
+            *(column.label(name) for name, column in {"day": day, **columns}.items()),
+            func.sum(parts.c.credits).label("credits"),
+            func.sum(parts.c.runs).label("runs"),
+        )
+        .where(*wanted)
+        .group_by(func.grouping_sets(*sets))
+        .cte("summed")
+    )
+    of_all_days = summed.c.is_of_all_days == 1
+    of_each = {"project": summed.c.is_of_all_projects == 0, "activity": summed.c.is_of_all_projects == 1}
     largest = {
-        what: select(name.label("name"), used, ran).group_by(name).order_by(used.desc(), name).limit(most).cte(what)
-        for what, name in named.items()
+        what: select(summed.c[what].label("name"), summed.c.credits, summed.c.runs)
+        .where(of_all_days, condition)
+        .order_by(summed.c.credits.desc(), summed.c[what])
+        .limit(most)
+        .cte(f"largest_{what}")
+        for what, condition in of_each.items()
     }
     large = largest[stacked_by]
-    is_it = large.c.name.is_not_distinct_from(named[stacked_by])
+    is_it = func.coalesce(large.c.name, "") == func.coalesce(summed.c[stacked_by], "")  # no name is empty
     is_other = large.c.credits.is_(None)
     name = case((is_other, null()), else_=large.c.name)
+    time = _GROUPS[each](summed)
+    used, ran = func.sum(summed.c.credits), func.sum(summed.c.runs)
     nothing, no = cast(null(), Text), literal(False)
     rows = connection.execute(
         union_all(
             select(
-                literal("all").label("what"), *(nothing.label(of) for of in ("time", "name")), no.label("is_other")
-            ).add_columns(used, ran),
+                *(literal("all").label("what"), nothing.label("time"), nothing.label("name"), no.label("is_other")),
+                *(used.label("credits"), ran.label("runs")),
+            ).where(of_all_days, of_each["project"]),
             *(select(literal(what), nothing, of.c.name, no, of.c.credits, of.c.runs) for what, of in largest.items()),
-            select(literal("bar"), summed.c.time, name, is_other, used, ran)
+            select(literal("bar"), time, name, is_other, used, ran)
             .select_from(summed.outerjoin(large, is_it))
-            .group_by(summed.c.time, name, is_other),
+            .where(summed.c.is_of_all_days == 0)
+            .group_by(time, name, is_other),
         )
     ).all()
     total = next(row for row in rows if row.what == "all")
@@ -236,7 +256,9 @@ def _parts(connection: Connection, org_id: str, created_from: datetime | None, c
     """The sums of whole days in the range, and each usage of it that is in none of them."""
     first_day, end_day = _first_day(created_from), _end_day(created_before)
     found = history.find(connection, org_id, EventFilter(created_from=created_from, created_before=created_before))
-    days = history.find(connection, org_id, EventFilter(created_from=first_day, created_before=end_day))
+    days = found
+    if (first_day, end_day) != (created_from, created_before):
+        days = history.find(connection, org_id, EventFilter(created_from=first_day, created_before=end_day))
     summed = connection.scalar(select(usage_summed.c.seq).where(usage_summed.c.org_id == org_id)) or 0
     columns = credit_events.c
     events = select(
