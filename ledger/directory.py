@@ -1,7 +1,7 @@
 """Finds organizations, runs and orders for somebody who works for all customers. Only reads.
 
 A name is looked up in the order of the primary key of `wallets`, from the text on; so however many wallets there are,
-few are read. Only `overdrawn` reads every wallet, as an index on balances would cost every message.
+few are read. Only `overdrawn` and `runs` look at every wallet, as an index for them would cost every message.
 """
 
 import difflib
@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from string import ascii_lowercase, digits
 from typing import Any, NamedTuple
 
-from sqlalchemy import ARRAY, ColumnElement, Connection, Select, Text, any_, literal, select, text
+from sqlalchemy import ARRAY, ColumnElement, Connection, Select, Text, any_, literal, select, text, true
 
 from ledger import history
 from ledger.messages import MAX_ID_LENGTH
@@ -97,10 +97,11 @@ def similar(connection: Connection, name: str) -> list[str]:
 
 
 def runs(connection: Connection, workflow_id: str) -> list[FoundRun]:
-    """The runs with just this id, of all organizations; at most `MOST_FOUND`."""
+    """The runs with just this id, of all organizations; at most `MOST_FOUND`. Looks it up in each wallet."""
     columns = workflows.c
-    query = select(columns.org_id, columns.workflow_id, columns.state, columns.finish_credits, columns.refunded)
-    rows = connection.execute(query.where(columns.workflow_id == workflow_id).order_by(columns.org_id))
+    found = select(columns.org_id, columns.workflow_id, columns.state, columns.finish_credits, columns.refunded)
+    of_each = found.where(columns.org_id == wallets.c.org_id, columns.workflow_id == workflow_id).lateral("run")
+    rows = connection.execute(select(of_each).select_from(wallets.join(of_each, true())).order_by(of_each.c.org_id))
     return [FoundRun(*row) for row in rows.fetchmany(MOST_FOUND)]
 
 

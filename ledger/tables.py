@@ -145,8 +145,6 @@ workflows = Table(
     _check("workflows_hold", "COALESCE(start_answer = 'reserved', false) = (expires_at IS NOT NULL)"),
     _check("workflows_reserved", "state NOT IN ('reserved', 'expired') OR expires_at IS NOT NULL"),
     _check("workflows_refunded", "refunded BETWEEN 0 AND COALESCE(finish_credits, 0)"),
-    # A run is found through this, whoever's it is.
-    Index("workflows_of_all", "workflow_id", postgresql_using="hash"),
     # What a customer is told of first is found through this.
     Index("workflows_rejected", "org_id", "rejected_at", postgresql_where=text("state = 'rejected'")),
     Index("workflows_open_holds", "org_id", "expires_at", postgresql_where=text("state = 'reserved'")),

@@ -1,4 +1,4 @@
-"""The indexes through which operators find a run, an order, and what they did."""
+"""The indexes through which operators find an order, and what they did."""
 
 from alembic import op
 
@@ -8,7 +8,6 @@ branch_labels = None
 depends_on = None
 
 INDEXES = {
-    "workflows_of_all": "workflows USING hash (workflow_id)",
     "posted_messages_of_all": "posted_messages (message_id) WHERE kind <> 'configure'",
     "credit_events_of_operators": "credit_events (created_at, org_id, seq) WHERE source = 'operator'",
     "dead_letters_resolved": "dead_letters (resolved_at, id) WHERE resolved_at IS NOT NULL",
