@@ -17,7 +17,7 @@ from sqlalchemy import Engine
 from ledger import migrations
 from ledger.database import connect
 from tests import rabbitmq
-from tests.databases import EMPTY, new_broker_database, new_database
+from tests.databases import EMPTY, administrator, new_broker_database, new_database
 from tests.rabbitmq import RabbitMQ
 from worker.local.embedded import Embedded
 
@@ -59,6 +59,7 @@ def services() -> Iterator[Embedded]:
         migrations.grant(engine)
         engine.dispose()
         yield running
+        administrator(running).dispose()
     shutil.rmtree(folder)
 
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import count
 
 import redis
-from sqlalchemy import NullPool, create_engine
+from sqlalchemy import Engine, create_engine
 
 from tests.support import sql
 from worker.local.embedded import Embedded
@@ -16,12 +17,18 @@ _numbers = count(1)
 _in_use: set[int] = set()
 
 
+@cache
+def administrator(services: Embedded) -> Engine:
+    """Who makes and drops databases, on one connection for all of them. At the end of the session: `dispose`."""
+    # The ping: a test may have ended the server, and started it again.
+    return create_engine(services.admin_url, isolation_level="AUTOCOMMIT", pool_size=1, pool_pre_ping=True)
+
+
 @contextmanager
 def new_database(services: Embedded, template: str = MIGRATED, options: str = "") -> Iterator[str]:
     """The URL of a database, as its owner. It is dropped at the end, whoever still uses it."""
     name = f"test_{next(_numbers)}"
-    # No connection is kept: at the end the server may be another one.
-    admin = create_engine(services.admin_url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    admin = administrator(services)
     sql(admin, f"CREATE DATABASE {name} OWNER holdfast TEMPLATE {template} STRATEGY FILE_COPY {options}")
     try:
         yield services.postgres.url("holdfast", name)
