@@ -8,7 +8,6 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
-from jsonschema import Draft202012Validator
 
 from api_stub import places
 from tests.acceptance import website
@@ -65,6 +64,8 @@ def taken(app: FastAPI) -> int:
 
 
 def test_every_message_is_answered_as_a_python_caller_is(sender: Sender, org_id: str) -> None:
+    from jsonschema import Draft202012Validator  # which takes more than a second: not in every test process
+
     document = sender.get("/openapi.json").json()
     for task, fields, expected in STORY:
         response = sender.tell(task, org_id, **fields)
