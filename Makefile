@@ -43,6 +43,7 @@ unit: $(VENV)/dev.stamp ## the tests without servers, and every branch of the co
 
 soak: $(VENV)/dev.stamp ## half an hour of faults: nothing lost, nothing applied twice
 	$(BIN)/pytest -m soak
+	HYPOTHESIS_PROFILE=soak $(BIN)/pytest tests/property
 	$(BIN)/python -m tests.nemesis --minutes 30
 
 bench: $(VENV)/runtime.stamp ## measure it, against the naive way: the table of docs/performance.md

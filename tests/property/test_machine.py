@@ -264,7 +264,7 @@ MESSAGES = st.one_of(
 
 @pytest.mark.parametrize("task", messages.MESSAGES)
 def test_the_machine_sends_every_message(task: str) -> None:
-    find(MESSAGES, lambda sent: sent[0] == task, settings=settings(database=None))
+    find(MESSAGES, lambda sent: sent[0] == task, settings=settings(max_examples=1_000, database=None))
 
 
 class LedgerMachine(RuleBasedStateMachine):
