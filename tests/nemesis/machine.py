@@ -61,7 +61,7 @@ DECK = (
     *["lock_wallets"] * 2,
     *["kill_beat", "expire_flood"],
 )
-"""What happens, in a random order, before it happens again."""
+"""What happens, in a random order, before it happens again. In the first round, everything happens once."""
 
 HELD = (1, 1, 3, 10)
 """How many messages a worker is to hold when it is hit; then how much longer to wait."""
@@ -198,7 +198,8 @@ class Machine:
     def next_fault(self, producer: Producer) -> None:
         """One fault of the deck."""
         if not self._deck:
-            self._deck = self._order.sample(DECK, len(DECK))
+            deck = DECK if self._decks else tuple(dict.fromkeys(DECK))
+            self._deck = self._order.sample(deck, len(deck))
             self._decks += 1
         match self._deck.pop():
             case "kill_worker":
@@ -227,7 +228,7 @@ class Machine:
 
     @property
     def has_done_all(self) -> bool:
-        """Whether everything in the deck has happened."""
+        """Whether every kind of fault has happened."""
         return self._decks > 1 or (self._decks == 1 and not self._deck)
 
     def heal(self, *, wait: bool = False) -> None:

@@ -16,7 +16,7 @@ from tests.nemesis.__main__ import new_folder
 from tests.nemesis.run import Goal, run
 from tests.support import PATIENCE_S, eventually
 
-GOAL = Goal(seconds=25, messages=3_000, kills=10, patience=4)
+GOAL = Goal(seconds=12, messages=1_500, kills=8, patience=4)
 
 pytestmark = pytest.mark.timeout(900)
 
