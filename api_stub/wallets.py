@@ -45,6 +45,17 @@ IS_A_CURSOR = WithJsonSchema(
         ]
     }
 )
+Cursor = Annotated[
+    Annotated[Any, PlainValidator(cursor_of), IS_A_CURSOR] | None,
+    Query(description="`next_cursor` of a page; not with `offset`."),
+]
+GroupBy = Annotated[
+    Literal["workflow"] | None,
+    Query(
+        description="Receipts in place of events: one for each workflow of which an event matches, and one for each "
+        "matching event that belongs to none. Not with `offset`."
+    ),
+]
 
 
 DateFrom = Annotated[DayOrTime | None, Query(description="First day or moment (ISO 8601).")]
@@ -102,29 +113,13 @@ def add(app: FastAPI) -> None:
         org_id: ReadableOrg,
         using: Using,
         matching: Annotated[EventFilter, Depends(event_filter)],
-        group_by: Annotated[
-            Literal["workflow"] | None,
-            Query(
-                description="Receipts in place of events: one for each workflow of which an event matches, and one for "
-                "each matching event that belongs to none. Not with `offset`."
-            ),
-        ] = None,
+        group_by: GroupBy = None,
         limit: Annotated[int, Query(ge=1, le=history.MAX_PAGE)] = history.MAX_PAGE,
         offset: Annotated[int, Query(ge=0, le=MAX_CREDITS)] = 0,
-        cursor: Annotated[
-            Annotated[Any, PlainValidator(cursor_of), IS_A_CURSOR] | None,
-            Query(description="`next_cursor` of a page; not with `offset`."),
-        ] = None,
+        cursor: Cursor = None,
     ) -> dict[str, Any]:
         """The credit history, newest first. Follow `next_cursor` to read on while events are being added."""
-        if cursor is not None and offset:
-            raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "cursor cannot be combined with offset")
-        if group_by is not None and offset:
-            raise Problem(
-                HTTPStatus.UNPROCESSABLE_ENTITY, "offset cannot be combined with group_by: follow next_cursor"
-            )
-        if cursor is not None and isinstance(cursor, Place) != (group_by is not None):
-            raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "cursor must be of a page with the same group_by")
+        _check(cursor, offset, group_by)
         with using.reading(through=org_id if matching.looks_at_each else None) as ledger:
             if group_by is not None:
                 return _receipts(
@@ -162,6 +157,19 @@ def add(app: FastAPI) -> None:
                 then = min(at, datetime.now(UTC))
                 return {"org_id": org_id, "at": then, **asdict(history.balances_at(ledger, org_id, then))}
             return views.as_item(views.wallet(ledger, org_id) or WalletView(org_id))
+
+
+def _check(cursor: int | Place | None, offset: int, group_by: str | None) -> None:
+    """Answer 422 if these parameters do not go together."""
+    wrong = None
+    if cursor is not None and offset:
+        wrong = "cursor cannot be combined with offset"
+    elif group_by is not None and offset:
+        wrong = "offset cannot be combined with group_by: follow next_cursor"
+    elif cursor is not None and isinstance(cursor, Place) != (group_by is not None):
+        wrong = "cursor must be of a page with the same group_by"
+    if wrong is not None:
+        raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, wrong)
 
 
 def _receipts(page: receipts.Page, org_id: str, limit: int, place: Place | None) -> dict[str, Any]:

@@ -224,10 +224,39 @@ def test_a_history_is_filtered(books: Installation, holdfast: Any) -> None:
     assert found == cases
 
 
+def test_a_history_by_run_has_a_line_for_each_run_and_fits_a_terminal(books: Installation, holdfast: Any) -> None:
+    lines = drawn("history", "acme", "--by-run", env=books.environment, width=80)
+    told = [line.split()[2:] for line in lines if re.match(r" ?\d{4}-\d\d-\d\d ", line)]
+    assert told == [
+        ["grant", "5"],
+        ["run-2", "reserved", "-10"],
+        ["run-1", "settled", "80", "-80"],
+        ["prepaid_purchase", "5,000"],
+    ]
+    assert max(map(len, lines)) <= 80
+    assert "project_id, activity_name, reserved_credits, refunded_credits" in " ".join(lines)
+
+
+def test_a_history_by_run_as_json_goes_on_where_a_page_ends(holdfast: Any) -> None:
+    options = ("history", "acme", "--by-run", "--json", "--limit", "3")
+    first = json.loads(holdfast(*options).stdout)
+    rest = json.loads(holdfast(*options, "--cursor", first["next_cursor"]).stdout)
+    items = first["items"] + rest["items"]
+    assert [(item["workflow_id"], item["last_id"], item["credits"]) for item in items] == [
+        (None, 6, 5),
+        ("run-2", 5, -10),
+        ("run-1", 4, -80),
+        (None, 1, 5000),
+    ]
+    assert (rest["next_cursor"], items[3]["event"]["event_type"]) == (None, "prepaid_purchase")
+    assert holdfast(*options[:3], "--limit", "3").stdout.splitlines()[-1] == f"Older: --cursor {first['next_cursor']}"
+
+
 @pytest.mark.parametrize("org_id", ["empty", "[bold]x[/]"])
 def test_a_history_without_events_says_so(holdfast: Any, org_id: str) -> None:
-    shown = holdfast("history", org_id)
-    assert (shown.returncode, shown.stdout, shown.stderr) == (0, "No events.\n", "")
+    for options in ((), ("--by-run",)):
+        shown = holdfast("history", org_id, *options)
+        assert (shown.returncode, shown.stdout, shown.stderr) == (0, "No events.\n", "")
 
 
 @pytest.mark.parametrize(
@@ -239,6 +268,9 @@ def test_a_history_without_events_says_so(holdfast: Any, org_id: str) -> None:
         (("--to", "9999-12-32"), "--to: 9999-12-32 is not a date or time such as 2026-01-31"),
         (("--from", "2026-11-23", "--to", "2026-11-22"), "--to: must not be before --from"),
         (("--from", "\x1b[2J"), r"--from: \x1b[2J is not a date or time"),
+        (("--by-run", "--offset", "1"), "--offset: cannot be combined with --by-run: use --cursor"),
+        (("--cursor", "7-3"), "--cursor: needs --by-run"),
+        (("--by-run", "--cursor", "7"), "--cursor: must be the next_cursor of lines that --by-run shows"),
         (("--type", "[bold]x[/]"), "--type: [bold]x[/] is not one of usage, prepaid_purchase, "),
         (("--type", "\udcff"), r"--type: \udcff is not one of usage, prepaid_purchase, "),
         *(
@@ -280,6 +312,7 @@ def test_a_terminal_may_be_narrow_but_no_figure_is_ever_cut_off(installation: In
     # How often a pattern is found on the screen.
     expected = {
         ("history", "acme"): {time_of_day: 6} | {rf"\d +{name} ": types.count(name) for name in types},
+        ("history", "acme", "--by-run"): {time_of_day: 5},
         ("wallet", "acme"): {rf" {most:,} ": 1, rf" {amount:,} ": 2, rf" {most - amount:,} ": 1},
         ("holds",): {rf" {amount:,} ": 1, time_of_day: 1},
         ("failed", "list"): {str(most): 1},

@@ -388,6 +388,161 @@ def held_by(page: httpx.Response) -> list[str]:
     return re.findall(r'<th role="rowheader" scope="row" class="mono lead">([^<]*)</th>', page.text)
 
 
+# By run
+
+
+def receipts_of(page: httpx.Response) -> list[list[str]]:
+    """The cells of the receipts that the page shows, without the time."""
+    found = re.findall(r'<tr role="row" data-receipt="\d+">(.*?)</tr>', page.text, re.DOTALL)
+    return [[text_of(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL)][1:] for row in found]
+
+
+def test_the_first_view_has_a_line_for_each_run(ledger: Installation, customer: Visitor, org_id: str) -> None:
+    run = {"workflow_id": "wf_77", "project_id": "churn", "activity_name": "<b>Train</b>"}
+    write(
+        ledger.engine,
+        org_id,
+        ("wallet.purchase", {"purchase_id": "ord-1", "credits": 5_000}),
+        ("workflow.start", {**run, "credits": 129}),
+        ("workflow.finish", {**run, "credits": 66}),
+        ("workflow.finish", {"workflow_id": "..", "credits": 1_250}),
+        ("wallet.refund", {"refund_id": "r", "credits": 120, "metadata": {"reason": "goodwill SUP-8821"}}),
+    )
+    page = customer.get(history_of(org_id))
+    refund, unnamed, named, purchase = receipts_of(page)
+    assert refund == ["Refund · goodwill SUP-8821", "", "", "+120"]
+    assert (unnamed[:2], unnamed[2].split(" nothing")[0], unnamed[3]) == (["Run ..", ""], "used 1,250,", "−1,250")
+    assert (named[:2], named[3]) == (["<b>Train</b> wf_77", "churn"], "−66")
+    assert re.fullmatch(r"used 66 of 129 held .* Held −129 .* Returned \+129 .* Used −66", named[2])
+    assert purchase == ["Purchase · ord-1", "", "", "+5,000"]
+    assert shown(page) == []
+    assert link(page, "&lt;b&gt;Train&lt;/b&gt;") == f"/organizations/{org_id}/runs/wf_77"
+    # A browser takes the last two characters of /runs/.. for the folder above.
+    of_the_unnamed = customer.get(str(link(page, "Run")))
+    assert (shown(of_the_unnamed), link(of_the_unnamed, "Activity")) == (
+        [5],
+        f"{history_of(org_id)}?workflow_id=..&view=activity",
+    )
+
+
+def test_pages_of_receipts_continue_one_another_while_events_are_added(
+    ledger: Installation, customer: Visitor, org_id: str
+) -> None:
+    write(ledger.engine, org_id, ("wallet.purchase", {"purchase_id": "p", "credits": 500}))
+    write(ledger.engine, org_id, *(("workflow.start", {"workflow_id": f"w{n}", "credits": 1}) for n in range(5)))
+    page = customer.get(history_of(org_id), params={"limit": 2})
+    assert link(page, "Newest") is None
+    seen = [[cells[0] for cells in receipts_of(page)]]
+    for number in (2, 0):
+        write(ledger.engine, org_id, ("workflow.finish", {"workflow_id": f"w{number}", "credits": 1}))
+        page = customer.get(str(link(page, "Older →")))
+        seen.append([cells[0] for cells in receipts_of(page)])
+    assert seen == [["Run w4", "Run w3"], ["Run w2", "Run w1"], ["Run w0", "Purchase · p"]]
+    assert link(page, "Older →") is None
+    newest = customer.get(str(link(page, "Newest")))
+    assert [cells[0] for cells in receipts_of(newest)] == ["Run w0", "Run w2"]
+    beyond = customer.get(history_of(org_id), params={"before": "9-1"})
+    assert "There is no older activity." in beyond.text
+
+
+def test_receipts_are_filtered_and_the_filter_is_kept_by_both_tabs(
+    ledger: Installation, customer: Visitor, org_id: str
+) -> None:
+    write(
+        ledger.engine,
+        org_id,
+        ("wallet.purchase", {"purchase_id": "p", "credits": 500}),
+        ("workflow.start", {"workflow_id": "w1", "credits": 10, "project_id": "web"}),
+        ("workflow.start", {"workflow_id": "w2", "credits": 10, "project_id": "crm"}),
+    )
+    page = customer.get(history_of(org_id), params={"project_id": "crm"})
+    assert [cells[:2] for cells in receipts_of(page)] == [["Run w2", "crm"]]
+    events = customer.get(str(link(page, "Ledger")))
+    assert shown(events) == [3]
+    assert receipts_of(customer.get(str(link(events, "Activity")))) == receipts_of(page)
+    assert 'type="hidden" name="view" value="ledger"' in events.text
+    nothing = customer.get(history_of(org_id), params={"project_id": "nobody"})
+    assert "Nothing matches the filter." in nothing.text
+
+
+@pytest.mark.parametrize(
+    ("query", "sentence"),
+    [
+        ("view=runs", "view must be activity or ledger."),
+        ("before=7", "before must be as in a link to older activity."),
+        ("before=7-3&view=ledger", "before must be a number from 1 to 9,007,199,254,740,991."),
+    ],
+)
+def test_a_place_that_there_is_not_is_explained(customer: Visitor, org_id: str, query: str, sentence: str) -> None:
+    page = customer.get(f"{history_of(org_id)}?{query}")
+    assert (page.status_code, sentence in page.text, receipts_of(page)) == (422, True, [])
+
+
+def test_a_run_has_a_page_of_its_steps(ledger: Installation, customer: Visitor, org_id: str) -> None:
+    run = {"workflow_id": "a:b", "project_id": "churn", "activity_name": "Train"}
+    refund = {"refund_id": "r1", "credits": 6, "workflow_id": "a:b", "source": "support"}
+    write(
+        ledger.engine,
+        org_id,
+        ("wallet.purchase", {"purchase_id": "p", "credits": 500}),
+        ("workflow.start", {**run, "credits": 129}),
+        ("workflow.finish", {**run, "credits": 66}),
+        ("wallet.refund", {**refund, "metadata": {"reason": "crashed", "ticket": "<i>9</i>"}}),
+    )
+    page = customer.get(f"/organizations/{org_id}/runs/a:b")
+    assert [row[1:] for row in rows(page)] == [
+        ["Held", "workflow-engine", "", "−129", "371"],
+        ["Returned", "workflow-engine", "", "+129", "500"],
+        ["Used", "workflow-engine", "", "−66", "434"],
+        ["Refund · crashed", "support", "ticket <i>9</i> refund_id r1", "+6", "440"],
+    ]
+    text = text_of(page.text)
+    assert "It used 66 of the 129 that were held for it. 6 were refunded." in text
+    assert "Effect on the balance −60" in text
+    assert shown(customer.get(str(link(page, "In the ledger")))) == [5, 4, 3, 2]
+    assert link(page, "← Credit history") == history_of(org_id)
+
+
+def test_a_refund_of_an_older_version_leads_to_its_run_too(
+    ledger: Installation, customer: Visitor, org_id: str
+) -> None:
+    refund = {"refund_id": "r1", "credits": 6, "workflow_id": "w1"}
+    write(ledger.engine, org_id, ("workflow.finish", {"workflow_id": "w1", "credits": 9}), ("wallet.refund", refund))
+    sql(ledger.engine, "ALTER TABLE credit_events DISABLE TRIGGER credit_events_append_only")
+    sql(ledger.engine, "UPDATE credit_events SET workflow_id = NULL WHERE seq = 2 AND org_id = :org_id", org_id=org_id)
+    sql(ledger.engine, "ALTER TABLE credit_events ENABLE TRIGGER credit_events_append_only")
+    page = customer.get(history_of(org_id), params=LEDGER | {"event_type": "refund"})
+    run = customer.get(str(link(page, "w1")))
+    assert [row[1] for row in rows(run)] == ["Used", "Refund · r1"]
+    assert [cells[0] for cells in receipts_of(customer.get(history_of(org_id)))] == ["Run w1"]
+
+
+def test_a_run_that_was_refused_says_why(ledger: Installation, customer: Visitor, org_id: str) -> None:
+    write(ledger.engine, org_id, ("workflow.start", {"workflow_id": "w1", "credits": 1_290}))
+    page = customer.get(f"/organizations/{org_id}/runs/w1")
+    assert "It was refused. It asked for 1,290, which was more than was available." in text_of(page.text)
+    assert rows(page) == []
+    assert link(page, "In the ledger") is None
+
+
+def test_the_page_of_a_run_is_bounded(ledger: Installation, customer: Visitor, org_id: str) -> None:
+    refunds = [("wallet.refund", {"refund_id": f"r{n}", "credits": 1, "workflow_id": "w1"}) for n in range(150)]
+    write(ledger.engine, org_id, ("workflow.finish", {"workflow_id": "w1", "credits": 500}), *refunds)
+    page = customer.get(f"/organizations/{org_id}/runs/w1")
+    assert (len(rows(page)), "the oldest 100 of 151" in page.text) == (100, True)
+    history = customer.get(history_of(org_id))
+    [[name, _, steps, change]] = receipts_of(history)
+    assert (name, change, steps.count("Refund")) == ("Run w1", "−350", 12)
+    assert link(history, "all of them") == f"/organizations/{org_id}/runs/w1"
+
+
+@pytest.mark.parametrize("run", ["nightly-3", "x" * 128, "a%20b", "x" * 300])
+def test_a_run_that_there_is_not_is_told(customer: Visitor, org_id: str, run: str) -> None:
+    page = customer.get(f"/organizations/{org_id}/runs/{run}")
+    assert (page.status_code, f"{org_id} has no run " in text_of(page.text)) == (404, True)
+    assert customer.get(f"/organizations/other/runs/{run}").status_code == 404
+
+
 # Size
 
 

@@ -29,11 +29,6 @@ PLAN = {"subscription_id": "s", "plan": "Team", "monthly_credits": 5_000, "rollo
         ),
         ("wallet.refund", {"refund_id": "r", "credits": 5, "metadata": {"reason": 7}}, "Refund · r"),
         ("wallet.adjust", {"adjustment_id": "a", "credits": 5, "reason": "moved"}, "Adjustment · moved"),
-        (
-            "wallet.adjust",
-            {"adjustment_id": "a", "credits": 5, "reason": "subscription_expired"},
-            "Adjustment · subscription_expired",
-        ),
         ("wallet.bill", {"billing_id": "b", "credits": 0, "invoice_id": "INV-2026-1201"}, "Invoice INV-2026-1201"),
         ("wallet.bill", {"billing_id": "b", "credits": 0}, "Billing · b"),
         ("wallet.subscribe", PLAN | {"version": 1}, "Plan Team · credits until 24 Dec 2026"),

@@ -87,15 +87,11 @@ def show_history(
     if cursor is not None and not by_run:
         raise typer.BadParameter("needs --by-run", param_hint="--cursor")
     place = _place(cursor)
-    for name in event_type or ():
-        if name not in get_args(EventType):
-            known = ", ".join(get_args(EventType))
-            raise typer.BadParameter(f"{escaped(name)} is not one of {known}", param_hint="--type")
     created_from, created_before = time_range(first, last)
     matching = EventFilter(
         created_from=created_from,
         created_before=created_before,
-        event_types=tuple(event_type or ()),  # type: ignore[arg-type] # checked above
+        event_types=_event_types(event_type or []),
         project_id=project_id,
         activity_names=tuple(activity_name or ()),
         workflow_id=workflow_id,
@@ -114,6 +110,14 @@ def show_history(
         console.print(history_table(page, org_id))
     else:
         console.print("No events.")
+
+
+def _event_types(names: list[str]) -> tuple[EventType, ...]:
+    for name in names:
+        if name not in get_args(EventType):
+            known = ", ".join(get_args(EventType))
+            raise typer.BadParameter(f"{escaped(name)} is not one of {known}", param_hint="--type")
+    return tuple(names)  # type: ignore[arg-type] # checked above
 
 
 def _place(text: str | None) -> Place | None:
@@ -142,7 +146,7 @@ _RECEIPT_COLUMNS = (
     Column("state", needs_width=60),
     Column("project_id", needs_width=120),
     Column("activity_name", needs_width=110),
-    Column("reserved_credits", needs_width=80, is_amount=True),
+    Column("reserved_credits", needs_width=90, is_amount=True),
     Column("used_credits", needs_width=70, is_amount=True),
     Column("refunded_credits", needs_width=100, is_amount=True),
     Column("credits", is_amount=True),
