@@ -234,7 +234,8 @@ def test_a_history_by_run_has_a_line_for_each_run_and_fits_a_terminal(books: Ins
         ["prepaid_purchase", "5,000"],
     ]
     assert max(map(len, lines)) <= 80
-    assert "project_id, activity_name, reserved_credits, refunded_credits" in " ".join(lines)
+    left_out = "project_id, activity_name, reserved_credits, refunded_credits"
+    assert left_out in " ".join(" ".join(lines).split())
 
 
 def test_a_history_by_run_as_json_goes_on_where_a_page_ends(holdfast: Any) -> None:

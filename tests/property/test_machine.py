@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import Engine, select, text
 
-from ledger import audit, clocks, messages, quotes, scheduler, store, tables
+from ledger import audit, clocks, messages, quotes, receipts, scheduler, store, tables
 from ledger.messages import InvalidMessage
 from ledger.state import EndingCredits, Event, Refusal, Result
 from tests.memory import MemoryLedger
@@ -134,6 +134,25 @@ class PostgresDriver:
     def check(self) -> None:
         verdict = audit.verify(self.engine)
         assert verdict.is_clean, [finding for finding in verdict.findings if finding.offenders]
+        assert self.receipts() == sorted(self.by_run().values(), reverse=True)
+
+    def receipts(self) -> list[tuple[int, int]]:
+        """The last event and the credits of each receipt, page by page."""
+        found, place = [], None
+        with self.engine.connect() as connection:
+            while True:
+                page = receipts.page(connection, self.org_id, limit=5, place=place)
+                found += [(each.last_seq, each.credits) for each in page.receipts]
+                if (place := page.next) is None:
+                    return found
+
+    def by_run(self) -> dict[str, tuple[int, int]]:
+        """The same, told from the events one by one."""
+        runs: dict[str, tuple[int, int]] = {}
+        for event in self.events():
+            run = event.workflow_id or f"event {event.seq}"
+            runs[run] = event.seq, runs.get(run, (0, 0))[1] + event.credits
+        return runs
 
 
 def _told(answer: Result | Refusal | store.DeadLettered) -> Told:
