@@ -162,6 +162,30 @@ def test_a_list_fits_a_narrow_terminal_and_says_what_it_leaves_out(desk: Desk, w
     assert len(said[1].split(", ") if said else []) == left_out
 
 
+def words(lines: list[str]) -> str:
+    return " ".join(" ".join(lines).split())
+
+
+def test_a_list_of_80_columns_has_the_error_and_times_without_seconds(desk: Desk) -> None:
+    lines = drawn("failed", "list", "--task", "wallet.purchase", env=desk.installation.environment, width=80)
+    assert max(map(len, lines)) <= 80
+    [row] = [line for line in lines if line.startswith(" 2 ")]
+    assert re.match(r" 2 +2026-02-01 00:00 +acme +wallet\.purchase: credits must be ", row)
+    assert "error_code" in words(lines).partition("Not shown, as the terminal is narrow: ")[2]
+
+
+def test_a_list_by_cause_has_a_line_for_each_incident(desk: Desk) -> None:
+    listed = desk.holdfast("failed", "list", "--by-cause")
+    assert (listed.returncode, listed.stderr) == (0, "")
+    assert "Open dead letters by cause: 4, 4 dead letters of 2 organizations" in listed.stdout
+    narrow = drawn("failed", "list", "--by-cause", env=desk.installation.environment, width=80)
+    assert max(map(len, narrow)) <= 80
+    assert any(re.match(r" +1 +acme +wallet\.purchase +credits must be greater ", line) for line in narrow)
+    first = json.loads(desk.holdfast("failed", "list", "--by-cause", "--limit", "1", "--json").stdout)
+    assert (len(first["items"]), first["has_more"]) == (1, True)
+    assert desk.holdfast("failed", "list", "--by-cause", "--status", "replayed").stdout == "No dead letters match.\n"
+
+
 def test_an_empty_list_says_so(desk: Desk) -> None:
     assert desk.holdfast("failed", "list", "--status", "replayed").stdout == "No dead letters match.\n"
 

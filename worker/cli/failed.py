@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, get_args
 
@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Engine
 from ledger import bodies, dead_letters
 from ledger.dead_letters import (
     MAX_ERROR_LENGTH,
+    Groups,
     KeptLetter,
     LetterFilter,
     ListedLetter,
@@ -98,16 +99,29 @@ def _known_code(code: str | None) -> str | None:
     return code
 
 
+# The error is what a person looks for; it begins with the task.
 _COLUMNS = (
     Column("id", keeps_line=True),
-    Column("last_failed_at", keeps_line=True, needs_width=70),
-    Column("status", keeps_line=True, needs_width=90),
-    Column("attempts", needs_width=100, is_amount=True),
-    Column("org_id", needs_width=80),
-    Column("task"),
-    Column("error_code"),
-    Column("error", needs_width=120),
+    Column("last_failed_at", keeps_line=True, needs_width=60),
+    Column("status", keeps_line=True, needs_width=120),
+    Column("attempts", needs_width=120, is_amount=True),
+    Column("org_id", keeps_line=True, needs_width=70),
+    Column("task", needs_width=110),
+    Column("error_code", needs_width=100),
+    Column("error"),
 )
+_CAUSE_COLUMNS = (
+    Column("count", is_amount=True),
+    Column("org_id", keeps_line=True),
+    Column("task", needs_width=70),
+    Column("error_code", needs_width=110),
+    Column("cause"),
+    Column("first_failed_at", keeps_line=True, needs_width=90),
+    Column("last_failed_at", keeps_line=True, needs_width=120),
+)
+NARROW = 100
+"""A terminal of fewer characters gets times without seconds, and only the beginning of ids."""
+SHORT_ID = 16
 
 
 @app.command("list", epilog="Example: holdfast failed list --error conflict --since 2026-01-31")
@@ -119,6 +133,9 @@ def list_letters(
     org_id: Org = None,
     since: Since = None,
     status: Annotated[Status, typer.Option(help="Only this status.")] = Status.OPEN,
+    by_cause: Annotated[
+        bool, typer.Option("--by-cause", help="One line for each cause of an organization, the most letters first.")
+    ] = False,
     limit: Annotated[int, typer.Option(min=1, max=MAX_LISTED, help="How many, at most.")] = 100,
     as_json: AsJson = False,
 ) -> None:
@@ -126,6 +143,9 @@ def list_letters(
     matching = LetterFilter(None if status is Status.ALL else status, code, task, org_id, moment(since, "--since"))
     with open_ledger() as engine, engine.connect() as connection:
         _refuse_unknown_task(connection, task)
+        if by_cause:
+            _print_groups(dead_letters.groups(connection, matching, limit=limit), status, as_json=as_json)
+            return
         found = dead_letters.letters(connection, matching, limit=limit + 1)
         is_told = org_id is not None and not as_json
         nameless = _without_organization(connection, matching) if is_told else 0
@@ -133,14 +153,41 @@ def list_letters(
     if as_json:
         print_json({"items": [_fields(letter) for letter in shown], "has_more": len(found) > limit})
     elif shown:
-        which = "Dead letters" if status is Status.ALL else f"{status.capitalize()} dead letters"
         count = f"the newest {limit}, of more" if len(found) > limit else str(len(shown))
-        rows = (asdict(letter) | {"error": beginning(letter.error, ERROR_LISTED)} for letter in shown)
-        console.print(table(f"{which}, newest first: {count}", _COLUMNS, rows))
+        rows = [_narrowed(asdict(letter) | {"error": beginning(letter.error, ERROR_LISTED)}) for letter in shown]
+        console.print(table(f"{_which(status)}, newest first: {count}", _COLUMNS, rows))
     else:
         say("No dead letters." if matching == LetterFilter(None) else "No dead letters match.")
     if nameless:
         say(f"Also {_counted(nameless)} without an organization: list {_them(nameless)} without --org.")
+
+
+def _print_groups(found: Groups, status: Status, *, as_json: bool) -> None:
+    has_more = found.total > len(found.listed)
+    if as_json:
+        print_json({"items": [asdict(group) for group in found.listed], "has_more": has_more})
+    elif found.listed:
+        count = f"the largest {len(found.listed)} of {found.total:,}" if has_more else f"{found.total:,}"
+        organizations = "1 organization" if found.organizations == 1 else f"{found.organizations:,} organizations"
+        letters = f"{_counted(found.letters)} of {organizations}"
+        rows = [_narrowed(asdict(group) | {"cause": group.cause or group.error_code}) for group in found.listed]
+        console.print(table(f"{_which(status)} by cause: {count}, {letters}", _CAUSE_COLUMNS, rows))
+    else:
+        say("No dead letters match.")
+
+
+def _which(status: Status) -> str:
+    return "Dead letters" if status is Status.ALL else f"{status.capitalize()} dead letters"
+
+
+def _narrowed(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as a narrow terminal shows it, so that there is room for the error."""
+    if console.width >= NARROW:
+        return row
+    times = {
+        name: f"{value.astimezone(UTC):%Y-%m-%d %H:%M}" for name, value in row.items() if name.endswith("_failed_at")
+    }
+    return row | times | {"org_id": row["org_id"] and beginning(row["org_id"], SHORT_ID)}
 
 
 @app.command(epilog="Example: holdfast failed show 7")
