@@ -1,19 +1,17 @@
 """Filters of the templates, for times and metadata; those that the terminal has too are in `ledger.wording`."""
 
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
-from ledger.readable import as_json
-from ledger.wording import amount, clock, day, near_day
+from ledger.state import EventType
+from ledger.wording import Fact, day, facts, in_words, near_day
 
-SHORT_METADATA = 60
+SHORT_METADATA = 120
 """The longest metadata, in characters, that a page shows without a click."""
-
-_MOMENT = re.compile(r"20\d\d-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-5]\d(\.\d{1,6})?\+00:00", re.ASCII)
-"""A moment as the ledger itself writes it in metadata."""
+MOST_FACTS = 5
+"""The most entries of metadata that it shows so."""
 
 
 def share(part: int, whole: int) -> str:
@@ -48,33 +46,16 @@ def iso(moment: datetime) -> str:
     return f"{moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec='seconds')}Z"
 
 
-def pairs(metadata: Mapping[str, Any]) -> list[tuple[str, str]] | None:
-    """The names and values of `metadata`, or None if they are too long to be shown without a click."""
-    parts = [part for value in metadata.values() for part in (value.values() if isinstance(value, dict) else [value])]
-    if any(isinstance(part, dict | list) for part in parts) or max(len(metadata), len(parts)) > 4:
+def pairs(metadata: Mapping[str, Any], event_type: EventType) -> list[Fact] | None:
+    """The metadata of an event in words, or None if it is too long to be shown without a click."""
+    shown = facts(event_type, metadata)
+    as_they_are = [metadata[fact.name] for fact in shown if fact.name in metadata]
+    parts = [part for value in as_they_are for part in (value.values() if isinstance(value, dict) else [value])]
+    if any(isinstance(part, dict | list) for part in parts) or max(len(shown), len(parts)) > MOST_FACTS:
         return None
-    shown = [(name, _readable(value)) for name, value in metadata.items()]
-    return shown if sum(len(name) + len(value) for name, value in shown) <= SHORT_METADATA else None
+    return shown if sum(len(str(fact)) for fact in shown) <= SHORT_METADATA else None
 
 
 def said(value: object) -> str:
     """A JSON value in a table: an amount, the text itself, or JSON."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return amount(value)
-    return _readable(value)
-
-
-def _readable(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_readable(part)}" for name, part in value.items())
-    if not isinstance(value, str):
-        return as_json(value)
-    if not _MOMENT.fullmatch(value):
-        return value
-    try:
-        moment = datetime.fromisoformat(value)
-    except ValueError:  # the 31st of February
-        return value
-    return f"{day(moment)} {clock(moment)}"
+    return "nothing" if value is None else in_words(value)

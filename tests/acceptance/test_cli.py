@@ -314,7 +314,7 @@ def test_a_terminal_may_be_narrow_but_no_figure_is_ever_cut_off(installation: In
     expected = {
         ("history", "acme"): {time_of_day: 6} | {rf"\d +{name} ": types.count(name) for name in types},
         ("history", "acme", "--by-run"): {time_of_day: 5},
-        ("wallet", "acme"): {rf" {most:,} ": 1, rf" {amount:,} ": 2, rf" {most - amount:,} ": 1},
+        ("wallet", "acme"): {rf"\b{most:,} ": 2, rf"\b{amount:,} ": 3, rf"\b{most - amount:,} ": 2},
         ("holds",): {rf" {amount:,} ": 1, time_of_day: 1},
         ("failed", "list"): {str(most): 1},
     }

@@ -120,9 +120,9 @@ def test_the_page_shows_the_columns_in_the_order_of_the_contract_and_the_workflo
         "−1,250",
         "3,750",
         "1,250",
-        "paid_by prepaid 1250 unreserved true",
+        "Paid by prepaid 1,250 Nothing was reserved",
     ]
-    assert purchase[1:] == ["Prepaid purchase", "billing", "", "", "", "+5,000", "5,000", "0", "purchase_id p"]
+    assert purchase[1:] == ["Prepaid purchase", "billing", "", "", "", "+5,000", "5,000", "0", "Purchase p"]
 
 
 def test_markup_in_the_data_is_text(ledger: Installation, customer: Visitor, org_id: str) -> None:
@@ -139,7 +139,7 @@ def test_markup_in_the_data_is_text(ledger: Installation, customer: Visitor, org
     page = customer.get(history_of(org_id), params=LEDGER)
     assert "<b" not in page.text.replace("<body", "").replace("<button", "")
     released, reserved = rows(page)
-    assert (reserved[2], reserved[5], released[9]) == (markup, markup, f"reason cancelled given_reason {markup}")
+    assert (reserved[2], reserved[5], released[9]) == (markup, markup, f"The run was cancelled Reason: {markup}")
 
 
 def test_an_empty_history_says_how_it_begins(customer: Visitor, org_id: str) -> None:

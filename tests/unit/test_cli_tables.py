@@ -18,10 +18,10 @@ def printed(shown: Table) -> str:
     return captured.get()
 
 
-def test_metadata_is_told_in_words_and_what_is_deep_in_json() -> None:
-    metadata = {"reason": "settled", "paid_by": {"ending": 5, "prepaid": 75}, "ending": [{"credits": 5}]}
-    shown = printed(table("", [Column("metadata")], [{"metadata": metadata}]))
-    assert 'reason: settled, paid_by: {"ending":5,"prepaid":75}, ending: [{"credits":5}]' in shown
+def test_a_change_is_shown_with_its_sign_and_a_balance_as_it_is() -> None:
+    columns = [Column("credits", is_amount=True, is_change=True), Column("balance", is_amount=True)]
+    lines = printed(table("", columns, [{"credits": change, "balance": 1_234} for change in (1_200, 0, -5)]))
+    assert re.findall(r"^ *(\S+) +1,234", lines, re.MULTILINE) == ["+1,200", "0", "-5"]
 
 
 def test_a_wallet_tells_the_next_ends_and_how_much_ends_in_all() -> None:

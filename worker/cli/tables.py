@@ -13,7 +13,7 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from ledger.readable import as_json, escaped
+from ledger.readable import escaped
 from worker.cli.terminal import console
 
 NARROWEST = 10
@@ -28,6 +28,8 @@ class Column:
     needs_width: int = 0
     """The width of the terminal, in characters, from which on this column is shown; 0: always."""
     is_amount: bool = False
+    is_change: bool = False
+    """Of an amount: whether it is shown with its sign."""
     keeps_line: bool = False
     """Whether its values are wrapped only if there is no room, and only between words."""
 
@@ -50,7 +52,7 @@ def table(title: str, columns: Sequence[Column], rows: Iterable[Mapping[Any, Any
 
     If the columns that are always shown need more room, the table is wider than the terminal: no amount is ever cut.
     """
-    lines = [{column: _cell(row[column.name], is_amount=column.is_amount) for column in columns} for row in rows]
+    lines = [{column: _of(row, column) for column in columns} for row in rows]
     widths = {column: column.widths(line[column] for line in lines) for column in columns}
     shown = [column for column in columns if console.width >= column.needs_width]
 
@@ -115,6 +117,13 @@ def properties(title: str, rows: Iterable[tuple[str, Any]], *, amounts: bool) ->
     return drawn
 
 
+def _of(row: Mapping[Any, Any], column: Column) -> Text:
+    value = row[column.name]
+    if column.is_change and value > 0:
+        return Text(f"+{value:,}")
+    return _cell(value, is_amount=column.is_amount)
+
+
 def _cell(value: Any, *, is_amount: bool) -> Text:
     match value:
         case None:
@@ -123,8 +132,5 @@ def _cell(value: Any, *, is_amount: bool) -> Text:
             return Text(f"{value:,}")
         case datetime():
             return Text(value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S"))
-        case dict():
-            parts = (f"{name}: {item if isinstance(item, str) else as_json(item)}" for name, item in value.items())
-            return Text(escaped(", ".join(parts)))
         case _:
             return Text(escaped(str(value)))

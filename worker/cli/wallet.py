@@ -5,6 +5,8 @@ from typing import Annotated, get_args
 
 import typer
 from rich.table import Table
+from rich.text import Text
+from sqlalchemy import RowMapping
 
 from ledger import filters, history, receipts, views
 from ledger.filters import EventFilter
@@ -15,9 +17,9 @@ from ledger.receipts import Place, Receipt
 from ledger.state import EventType
 from ledger.usage import rate
 from ledger.views import Ending, WalletView
-from ledger.wording import amount
+from ledger.wording import amount, facts
 from worker.cli.tables import Column, properties, table
-from worker.cli.terminal import AsJson, Organization, console, fail, open_ledger, print_json, say, time_range
+from worker.cli.terminal import AsJson, Organization, console, fail, open_ledger, print_json, time_range
 
 app = typer.Typer()
 
@@ -35,9 +37,8 @@ def wallet(org_id: Organization, as_json: AsJson = False) -> None:
         print_json(views.as_item(view))
     else:
         found = outlook(view, speed, now)
-        say(f"{amount(found.available)} available = {found.arithmetic}")
-        for sentence in found.sentences:
-            say(sentence)
+        for sentence in (f"{amount(found.available)} available = {found.arithmetic}", *found.sentences):
+            console.print(Text(escaped(sentence)))
         console.print(wallet_table(view))
 
 
@@ -202,12 +203,12 @@ _COLUMNS = (
     Column("created_at", keeps_line=True),
     Column("event_type", keeps_line=True),
     Column("source", needs_width=140),
-    Column("workflow_id", needs_width=80),
+    Column("workflow_id", needs_width=60),
     Column("project_id", needs_width=90),
     Column("activity_name", needs_width=110),
-    Column("credits", is_amount=True),
-    Column("prepaid_balance_after", needs_width=40, is_amount=True),
-    Column("period_usage_after", needs_width=50, is_amount=True),
+    Column("credits", is_amount=True, is_change=True),
+    Column("prepaid_balance_after", needs_width=65, is_amount=True),
+    Column("period_usage_after", needs_width=75, is_amount=True),
 )
 _BY_NAME = {column.name: column for column in _COLUMNS}
 _HISTORY_COLUMNS = [_BY_NAME.get(name, Column(name, needs_width=160)) for name in history.TABLE_COLUMNS]
@@ -216,4 +217,9 @@ _HISTORY_COLUMNS = [_BY_NAME.get(name, Column(name, needs_width=160)) for name i
 def history_table(page: Page, org_id: str) -> Table:
     """A page of events, newest first."""
     shown = f"{len(page.events)} of {page.total}" if len(page.events) < page.total else str(page.total)
-    return table(f"Credit history of {org_id}, newest first: {shown}", _HISTORY_COLUMNS, page.events)
+    rows = [{**event, "metadata": _in_words(event)} for event in page.events]
+    return table(f"Credit history of {org_id}, newest first: {shown}", _HISTORY_COLUMNS, rows)
+
+
+def _in_words(event: RowMapping) -> str:
+    return " · ".join(map(str, facts(event["event_type"], event["metadata"])))
