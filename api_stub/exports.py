@@ -1,4 +1,4 @@
-"""The credit history as CSV (RFC 4180, UTF-8), piece by piece, so that its length costs no memory.
+"""The credit history as CSV (RFC 4180, UTF-8), piece by piece, so that its length costs no memory; and the usage.
 
 It is for spreadsheets. An apostrophe precedes any text that they would read as a formula, whether a comma or a
 semicolon separates cells. Control characters and other invisible ones are written as escapes. The API's JSON has every
@@ -8,17 +8,20 @@ text unchanged.
 import csv
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 
 from sqlalchemy import RowMapping
 
 from ledger.history import CUSTOMER_COLUMNS
 from ledger.readable import JOINERS, as_json, escaped, escaped_json
+from ledger.usage import Group, Usage
 
 COLUMNS = (*CUSTOMER_COLUMNS, "id", "workflow_id")
 MEDIA_TYPE = "text/csv; charset=utf-8; header=present"
 PIECE_CHARACTERS = 64 * 1024
+MOST_LINES = 100_000
+"""The most groups of usage in a file."""
 
 _FORMULA = re.compile(rf"""(^|;)(?=[\s"{JOINERS}]*[=+\-@＝＋－＠﹦﹢﹣﹫])""")
 """Where a formula may begin: spreadsheets skip spaces and quotes before one, and some accept full-width signs."""
@@ -42,6 +45,17 @@ def pieces(events: Iterable[RowMapping]) -> Iterator[str]:
             written.seek(0)
             written.truncate()
     yield written.getvalue()
+
+
+def usage(group_by: Sequence[Group], found: Usage) -> str:
+    """The usage as a file: a line a group. Without `group_by`, one line with the sum."""
+    names = (*group_by, "credits", "runs")
+    groups = found.groups or [{"credits": found.credits, "runs": found.runs}]
+    written = io.StringIO()
+    writer = csv.writer(written)
+    writer.writerow(names)
+    writer.writerows([cell(group[name]) for name in names] for group in (groups if found.runs else ()))
+    return written.getvalue()
 
 
 def cell(value: object) -> str | int:

@@ -1,7 +1,5 @@
 """What used the credits of an organization: for programs, and as a file for spreadsheets."""
 
-import csv
-import io
 from dataclasses import asdict
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -11,6 +9,7 @@ from fastapi import Depends, FastAPI, Query, Response
 from sqlalchemy import Connection
 
 from api_stub import answers, errors, exports
+from api_stub.exports import MOST_LINES
 from api_stub.problems import Problem
 from api_stub.rights import ReadableOrg
 from api_stub.services import Using
@@ -18,9 +17,6 @@ from api_stub.wallets import DateFrom, DateTo, time_range
 from ledger import views
 from ledger.usage import MOST_GROUPED_BY, MOST_GROUPS, Group, Usage, rate, usage
 from ledger.views import WalletView
-
-MOST_LINES = 100_000
-"""The most groups of a file."""
 
 
 class Asked:
@@ -94,16 +90,5 @@ def add(app: FastAPI) -> None:
                 HTTPStatus.UNPROCESSABLE_ENTITY,
                 f"these are more than {MOST_LINES:,} groups: ask for a shorter range, or for fewer values of group_by",
             )
-        return Response(
-            _file(asked, found), media_type=exports.MEDIA_TYPE, headers=exports.as_file(f"usage-{org_id}.csv")
-        )
-
-
-def _file(asked: Asked, found: Usage) -> str:
-    names = (*asked.group_by, "credits", "runs")
-    groups = found.groups or [{"credits": found.credits, "runs": found.runs}]
-    written = io.StringIO()
-    writer = csv.writer(written)
-    writer.writerow(names)
-    writer.writerows([exports.cell(group[name]) for name in names] for group in (groups if found.runs else ()))
-    return written.getvalue()
+        file = exports.usage(asked.group_by, found)
+        return Response(file, media_type=exports.MEDIA_TYPE, headers=exports.as_file(f"usage-{org_id}.csv"))

@@ -26,6 +26,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def share(part: int, whole: int) -> str:
+    """43 %. What is there, but less than one percent, is <1 %."""
+    percent = round(100 * part / whole)
+    return f"{percent} %" if percent or not part else "<1 %"
+
+
 def day(moment: datetime) -> str:
     """2 Nov 2026, in UTC."""
     utc = moment.astimezone(UTC)

@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from worker.broker import ENGINE_QUEUE
 from worker.client import Client
 from worker.local.embedded import Embedded
 
-COMMANDS = "migrate", "up", "demo", "verify", "wallet", "history", "totals", "send"
+COMMANDS = "migrate", "up", "demo", "verify", "wallet", "history", "usage", "totals", "send"
 TIMEOUT_S = 300
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
@@ -325,6 +327,37 @@ def test_a_terminal_may_be_narrow_but_no_figure_is_ever_cut_off(installation: In
         found = {pattern: len(re.findall(pattern, screen)) for pattern in expected[command]}
         assert found == expected[command], screen
         assert width < 80 or max(map(len, lines)) <= width, screen
+
+
+def test_usage_has_shares_and_a_sum(installation: Installation) -> None:
+    engine = installation.engine
+    apply(engine, "wallet.purchase", org_id="acme", purchase_id="p-1", credits=5_000)
+    for number, (project, used) in enumerate([("web", 750), ("web", 1_000), ("crm", 248), (None, 2)]):
+        apply(engine, "workflow.finish", org_id="acme", workflow_id=f"w{number}", credits=used, project_id=project)
+    day = f"{datetime.now(UTC):%Y-%m-%d}"
+    lines = [line.split() for line in drawn("usage", "acme", env=installation.environment, width=80)]
+    assert [line for line in lines if line][:1] == [["Usage", "of", "acme"]]
+    assert [line for line in lines if line and line[-1].isdecimal()] == [
+        ["web", "1,750", "88", "%", "2"],
+        ["crm", "248", "12", "%", "1"],
+        ["–", "2", "<1", "%", "1"],
+        ["all", "2,000", "4"],
+    ]
+    told = partial(run, "usage", "acme", **installation.environment)
+    assert told("--by", "day", "--csv").stdout == f"day,credits,runs\n{day},2000,4\n"
+    assert json.loads(told("--by", "project", "--by", "day", "--json").stdout) == {
+        "groups": [
+            {"project": "web", "day": day, "credits": 1750, "runs": 2},
+            {"project": "crm", "day": day, "credits": 248, "runs": 1},
+            {"project": None, "day": day, "credits": 2, "runs": 1},
+        ],
+        "total": {"credits": 2000, "runs": 4},
+        "truncated": False,
+    }
+    assert told("--to", "2020-01-01").stdout == "No usage.\n"
+    assert "at most 2" in told("--by", "day", "--by", "project", "--by", "source").stderr
+    assert "is not combined with --json" in told("--csv", "--json").stderr
+    assert_one_line(run("usage", "none", **installation.environment), "none has no wallet: .*", code=1)
 
 
 def test_totals_are_balances_and_events_by_type(holdfast: Any) -> None:

@@ -96,6 +96,7 @@ def test_the_readme_names_these_commands_and_every_one_is_run_here() -> None:
         "holdfast wallet acme",
         "holdfast history acme --type usage --from 2026-01-01",
         "holdfast history acme --by-run",
+        "holdfast usage northwind --by project --by day",
         "holdfast verify",
         "TOKEN=$(holdfast token --org acme --scope credits:read)",
         (
@@ -149,6 +150,7 @@ def test_the_walk_through_make_up_works_in_the_order_of_the_readme(environment: 
     assert re.search(r"newest first: 1\s", shown)
     assert "-80" in shown
     assert re.search(r" run-1 +settled +80 +-80\s", shown)
+    assert "support-bot" in shown
     assert "every invariant holds" in shown
     subprocess.run([sys.executable, "-c", celery_program], env=environment, check=True, timeout=PATIENCE_S)
     assert "already" in run("holdfast migrate", environment)

@@ -7,7 +7,7 @@ import pytest
 
 from docs.generate_messages import EVENTS
 from ledger.state import EventType
-from ledger.wording import NAMES, amount, change, clock, counted, day, facts, label, near_day
+from ledger.wording import NAMES, amount, change, clock, counted, day, facts, label, near_day, share
 
 
 def test_amounts_have_separators_and_a_true_minus_sign() -> None:
@@ -17,6 +17,10 @@ def test_amounts_have_separators_and_a_true_minus_sign() -> None:
 
 def test_one_of_a_thing_is_not_several() -> None:
     assert [counted(number, "wallet") for number in (0, 1, 2_000)] == ["0 wallets", "1 wallet", "2,000 wallets"]
+
+
+def test_a_share_is_a_whole_percentage_and_never_nothing_of_something() -> None:
+    assert [share(part, 1_000) for part in (0, 4, 6, 426, 1_000)] == ["0 %", "<1 %", "1 %", "43 %", "100 %"]
 
 
 def test_days_and_times_are_those_of_utc() -> None:

@@ -18,7 +18,7 @@ with extras.of_the_server():
     from ledger.database import UnsuitableDatabaseError
     from ledger.faults import describe, is_about_schema
     from ledger.settings import SettingsError
-    from worker.cli import database, failed, holds, running, send, token, totals, wallet
+    from worker.cli import database, failed, holds, running, send, token, totals, usage, wallet
     from worker.cli.terminal import fail, open_ledger
     from worker.cli.wording import Commands
     from worker.client import ClientError
@@ -35,7 +35,7 @@ app = typer.Typer(
 )
 
 
-for group in (database, running, wallet, totals, send, failed, holds, token):
+for group in (database, running, wallet, usage, totals, send, failed, holds, token):
     app.add_typer(group.app)
 
 
