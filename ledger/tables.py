@@ -357,7 +357,6 @@ dead_letters = Table(
         unique=True,
         postgresql_where=text("status = 'open'"),
     ),
-    Index("dead_letters_resolved", "resolved_at", "id", postgresql_where=text("resolved_at IS NOT NULL")),
     # Letters are grouped through this alone, without a look at what they hold.
     Index(
         "dead_letters_causes",

@@ -22,7 +22,7 @@ from starlette.types import Message
 
 from api_stub.sources import OTHERS_SOURCES
 from ledger.database import CONNECT_TIMEOUT_S, POOL_TIMEOUT_S, connect
-from ledger.messages import MESSAGES
+from ledger.messages import MESSAGES, OPERATOR
 from ledger.roles import READER
 from ledger.rules import SCHEDULER
 from ledger.store import apply_batch
@@ -32,7 +32,6 @@ from tests.installation import Installation, installed, log_of
 from tests.messages import STEPS, delivery
 from tests.support import PATIENCE_S, eventually, sql, suspended
 from worker.broker import ENGINE_QUEUE
-from worker.cli.holds import SOURCE as OPERATOR
 from worker.client import Client
 from worker.local.embedded import Embedded
 

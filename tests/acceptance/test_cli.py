@@ -255,11 +255,20 @@ def test_a_history_by_run_as_json_goes_on_where_a_page_ends(holdfast: Any) -> No
     assert holdfast(*options[:3], "--limit", "3").stdout.splitlines()[-1] == f"Older: --cursor {first['next_cursor']}"
 
 
-@pytest.mark.parametrize("org_id", ["empty", "[bold]x[/]"])
-def test_a_history_without_events_says_so(holdfast: Any, org_id: str) -> None:
+def test_a_history_without_events_says_so(holdfast: Any) -> None:
     for options in ((), ("--by-run",)):
-        shown = holdfast("history", org_id, *options)
+        shown = holdfast("history", "empty", *options)
         assert (shown.returncode, shown.stdout, shown.stderr) == (0, "No events.\n", "")
+
+
+def test_a_history_that_nobody_has_says_so_and_names_similar_ones(holdfast: Any) -> None:
+    line = r"\[bold\]x\[/\] has no wallet: no message has named it yet"
+    assert_one_line(holdfast("history", "[bold]x[/]"), line, code=1)
+    for command in ("wallet", "history"):
+        line = "acne has no wallet: no message has named it yet; similar: acme"
+        assert_one_line(holdfast(command, "acne"), line, code=1)
+    as_json = holdfast("history", "acne", "--json")
+    assert (as_json.returncode, json.loads(as_json.stdout)["items"]) == (0, [])
 
 
 @pytest.mark.parametrize(

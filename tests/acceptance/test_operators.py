@@ -457,12 +457,12 @@ def test_open_reservations_are_listed_and_released(running: Installation, workfl
     ]
     assert run(running, "holds", "stuck", "--older-than", "1h").stdout == "No open reservation matches.\n"
 
-    released = run(running, "release", "stuck", "run-1", "--why", "the engine lost it")
+    released = run(running, "release", "stuck", "run-1", "--why", "the engine lost it", "--by", "ann")
     assert (released.returncode, released.stderr) == (0, "")
     assert released.stdout == "Released 30 credits of stuck; 80 are available.\n"
     [event] = json.loads(run(running, "history", "stuck", "--json", "--limit", "1").stdout)["items"]
     assert (event["event_type"], event["source"], event["credits"]) == ("reservation_released", "operator", 30)
-    assert event["metadata"] == {"reason": "cancelled", "given_reason": "the engine lost it"}
+    assert event["metadata"] == {"reason": "cancelled", "given_reason": "the engine lost it", "by": "ann"}
     left = json.loads(run(running, "holds", "stuck", "--json").stdout)["items"]
     assert [(hold["workflow_id"], hold["credits"]) for hold in left] == [("run-2", 20)]
 

@@ -11,11 +11,12 @@ import typer
 from ledger import views
 from ledger import waiting as ledger_waiting
 from ledger.dead_letters import described
-from ledger.messages import Cancel
+from ledger.messages import OPERATOR, Cancel
 from ledger.readable import escaped, span
 from worker.cli.tables import Column, table
 from worker.cli.terminal import (
     AsJson,
+    By,
     Organization,
     WaitS,
     Why,
@@ -26,11 +27,10 @@ from worker.cli.terminal import (
     open_ledger,
     print_json,
     say,
+    this_person,
 )
 
 MAX_LISTED = 1_000
-SOURCE = "operator"
-"""The source of the events that an operator causes."""
 
 app = typer.Typer()
 
@@ -94,12 +94,14 @@ def release(
     org_id: Organization,
     workflow_id: Annotated[str, typer.Argument(metavar="WORKFLOW", help="The workflow's id.", callback=one_line)],
     why: Why,
+    by: By = this_person(),  # noqa: B008 # who started the program stays the same
     wait_s: WaitS = 10,
     as_json: AsJson = False,
 ) -> None:
     """Release the reservation of a workflow that never ended, by cancelling the workflow.
 
-    The credit history shows the release, with the reason. If the workflow finishes later, it is charged as usual.
+    The credit history shows the release, with the reason and your name. If the workflow finishes later, it is charged
+    as usual.
     Exit code 1 if it holds no reservation.
     """
     with open_ledger() as engine, engine.connect() as connection:
@@ -109,7 +111,8 @@ def release(
     if workflow.state != "reserved":
         fail(f"workflow {workflow_id} of {org_id} is {workflow.state}: it holds no reservation", code=1)
     with open_client() as client:
-        message = {"org_id": org_id, "workflow_id": workflow_id, "reason": why, "source": SOURCE}
+        who = {"source": OPERATOR, "metadata": {"by": by}}
+        message = {"org_id": org_id, "workflow_id": workflow_id, "reason": why, **who}
         answer = client.send(Cancel.task, message, wait_s=wait_s if client.keeps_answers else None)
     if answer is not None and answer.outcome != "released":
         fail(f"workflow {workflow_id} of {org_id} ended meanwhile: {described(answer)}", code=1)

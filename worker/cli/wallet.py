@@ -1,14 +1,14 @@
 """`holdfast wallet` and `holdfast history`: a customer's balances and credit history in a terminal."""
 
 from datetime import UTC, datetime
-from typing import Annotated, get_args
+from typing import Annotated, NoReturn, get_args
 
 import typer
 from rich.table import Table
 from rich.text import Text
-from sqlalchemy import RowMapping
+from sqlalchemy import Connection, RowMapping
 
-from ledger import filters, history, receipts, views
+from ledger import directory, filters, history, receipts, views
 from ledger.filters import EventFilter
 from ledger.history import Page
 from ledger.outlook import outlook
@@ -29,10 +29,10 @@ def wallet(org_id: Organization, as_json: AsJson = False) -> None:
     """Show an organization's balances, how long they last and what comes next. Exit code 1 if it has no wallet yet."""
     with open_ledger() as engine, engine.connect() as connection:
         view = views.wallet(connection, org_id)
+        if view is None:
+            _fail_without_wallet(connection, org_id)
         now = datetime.now(UTC)
-        speed = None if view is None else rate(connection, org_id, available=view.available, now=now)
-    if view is None:
-        fail(f"{org_id} has no wallet: no message has named it yet", code=1)
+        speed = rate(connection, org_id, available=view.available, now=now)
     if as_json:
         print_json(views.as_item(view))
     else:
@@ -40,6 +40,12 @@ def wallet(org_id: Organization, as_json: AsJson = False) -> None:
         for sentence in (f"{amount(found.available)} available = {found.arithmetic}", *found.sentences):
             console.print(Text(escaped(sentence)))
         console.print(wallet_table(view))
+
+
+def _fail_without_wallet(connection: Connection, org_id: str) -> NoReturn:
+    similar = directory.similar(connection, org_id)
+    hint = f"; similar: {', '.join(similar)}" if similar else ""
+    fail(f"{org_id} has no wallet: no message has named it yet{hint}", code=1)
 
 
 def _identifier(text: str | None) -> str | None:
@@ -82,7 +88,7 @@ def show_history(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show an organization's credit history, newest first."""
+    """Show an organization's credit history, newest first. Without --json, exit code 1 if it has no wallet yet."""
     if by_run and offset:
         raise typer.BadParameter("cannot be combined with --by-run: use --cursor", param_hint="--offset")
     if cursor is not None and not by_run:
@@ -100,10 +106,14 @@ def show_history(
     if by_run:
         with open_ledger() as engine, engine.connect() as connection:
             shown = receipts.page(connection, org_id, matching, limit=limit, place=place)
+            if not (as_json or shown.receipts or views.wallet(connection, org_id)):
+                _fail_without_wallet(connection, org_id)
         _show_receipts(shown, org_id, limit=limit, as_json=as_json)
         return
     with open_ledger() as engine, engine.connect() as connection:
         page = history.events(connection, org_id, matching, limit=limit, offset=offset)
+        if not (as_json or page.events or views.wallet(connection, org_id)):
+            _fail_without_wallet(connection, org_id)
     if as_json:
         items = [history.as_item(event) for event in page.events]
         print_json({"items": items, "total": page.total, "limit": limit, "offset": offset})
