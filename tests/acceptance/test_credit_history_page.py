@@ -4,14 +4,30 @@ import re
 from datetime import UTC, date, datetime, timedelta
 from html import unescape
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
 
+from api_stub import pages
+from api_stub.formats import days, near_day
 from api_stub.pages import PLACES
 from ledger import history, views
 from ledger.readable import escaped
-from tests.acceptance.website import LEDGER, Visitor, figures, history_of, link, rows, shown, text_of, write
+from tests.acceptance.website import (
+    LEDGER,
+    Visitor,
+    figures,
+    history_of,
+    link,
+    rows,
+    served,
+    shown,
+    spread,
+    text_of,
+    token,
+    write,
+)
 from tests.installation import Installation
 from tests.support import eventually, sql
 
@@ -48,10 +64,17 @@ def test_the_page_shows_the_wallet(ledger: Installation, customer: Visitor, org_
         "reserved": "300",
         "used": "1,234",
     }
-    assert "of 1,000 included" in page.text
-    assert 'plan <span class="plan">Team &amp; Co</span>' in page.text
-    assert f"{anchor.day} {anchor:%b %Y} – " in page.text
-    assert "holding 300 credits" in page.text
+    with ledger.engine.connect() as connection:
+        view = views.wallet(connection, org_id)
+    assert view is not None
+    assert view.current_period_start is not None
+    assert view.current_period_end is not None
+    text = text_of(page.text)
+    assert "24,466 available = 24,766 prepaid + 0 plan − 300 held" in text
+    period = days(view.current_period_start, view.current_period_end, datetime.now(UTC))
+    assert f"1,234 / 1,000 included {period}" in text
+    assert f"{org_id} · Team & Co 1,000" in text
+    assert "1 run holds 300" in text
     assert re.search(
         r'scope="row" class="mono lead">w2</th>.*?>web<.*?>Crawl<.*?>300<.*?>\d+ s ago<', page.text, re.DOTALL
     )
@@ -72,8 +95,10 @@ def test_the_page_says_when_a_plan_ends_and_what_is_owed(ledger: Installation, c
         view = views.wallet(connection, org_id)
     assert view is not None
     assert view.plan_ends_at is not None
-    assert f"plan Team , ends {view.plan_ends_at.day} {view.plan_ends_at:%b %Y}" in text
-    assert "Prepaid -7 owed: what comes in settles it" in text.replace("−", "-")
+    assert f"plan Team ends {near_day(view.plan_ends_at, datetime.now(UTC))}" in text
+    assert "−7 available = −7 prepaid + 0 plan " in text
+    assert "7 owed: what comes in settles it" in text
+    assert "Overdrawn by 7. New runs are refused until you top up." in text
 
 
 def test_the_page_says_that_credits_are_kept_past_their_end(
@@ -86,16 +111,19 @@ def test_the_page_says_that_credits_are_kept_past_their_end(
         ("wallet.grant", {"grant_id": "g", "credits": 20, "expires_at": soon.isoformat()}),
         ("workflow.start", {"workflow_id": "w1", "credits": 20}),
     )
-    assert f"20 end {soon.day} {soon:%b %Y}" in text_of(customer.get(history_of(org_id), params=LEDGER).text)
+    assert f"20 prepaid end {near_day(soon, soon)}" in text_of(customer.get(history_of(org_id), params=LEDGER).text)
     eventually(
-        lambda: "20 kept past their end by workflows" in text_of(customer.get(history_of(org_id), params=LEDGER).text)
+        lambda: (
+            "20 prepaid kept past their end by workflows"
+            in text_of(customer.get(history_of(org_id), params=LEDGER).text)
+        )
     )
 
 
 def test_the_page_says_that_credits_end_now(ledger: Installation, customer: Visitor, org_id: str) -> None:
     soon = datetime.now(UTC) + timedelta(seconds=1)
     write(ledger.engine, org_id, ("wallet.grant", {"grant_id": "g", "credits": 20, "expires_at": soon.isoformat()}))
-    eventually(lambda: "20 end now" in text_of(customer.get(history_of(org_id), params=LEDGER).text))
+    eventually(lambda: "20 prepaid end now" in text_of(customer.get(history_of(org_id), params=LEDGER).text))
 
 
 def test_the_page_shows_the_columns_in_the_order_of_the_contract_and_the_workflow(
@@ -181,23 +209,21 @@ def test_events_can_be_filtered_by_type_project_and_day(ledger: Installation, cu
 @pytest.mark.parametrize(
     ("query", "sentence"),
     [
-        ("date_from=31.01.2026", "date_from must be a date or time such as 2026-01-31 or 2026-01-31T09:00:00Z."),
-        ("date_from=2026-02-31", "date_from must be a date or time such as 2026-01-31 or 2026-01-31T09:00:00Z."),
-        ("date_from=2026-11-23&date_to=2026-11-22", "date_to must not be before date_from."),
-        ("date_from=2026-02-01&date_to=2026-01-01", "date_to must not be before date_from."),
-        ("event_type=usage&event_type=gift", "event_type must be one of usage, prepaid_purchase, "),
-        (
-            "project_id=a%00b",
-            "project_id must have 1 to 128 characters, and only letters, digits and _ . : - among them.",
-        ),
-        ("limit=101", "limit must be a number from 1 to 100."),
-        ("limit=٣", "limit must be a number from 1 to 100."),
-        ("reservations_after=-1", "reservations_after must be a number from 1 to 9,007,199,254,740,991."),
-        (
-            "workflow_id=a%00b",
-            "workflow_id must have 1 to 128 characters, and only letters, digits and _ . : - among them.",
-        ),
-        ("before=0", "before must be a number from 1 to 9,007,199,254,740,991."),
+        ("date_from=31.01.2026", "Enter a date like 31 Jan 2026."),
+        ("date_from=2026-02-31", "Enter a date like 31 Jan 2026."),
+        ("date_to=31+Feb+2026", "Enter a date like 31 Jan 2026."),
+        ("date_from=2026-11-23&date_to=2026-11-22", "The last day is before the first one."),
+        ("date_from=1+Feb+2026&date_to=31+Jan+2026", "The last day is before the first one."),
+        ("event_type=usage&event_type=gift", "There is no such type of event. Choose from these."),
+        ("project_id=a%00b", "There is no such project. It has at most 128 letters, digits and _ . : -."),
+        ("search=" + "x" * 257, "Search for at most 256 characters."),
+        ("activity_name=" + "x" * 257, "There is no activity of such a name."),
+        ("limit=101", "Enter a number from 1 to 100."),
+        ("limit=٣", "Enter a number from 1 to 100."),
+        ("reservations_after=-1", "The link to this page is not complete."),
+        ("workflow_id=a%00b", "There is no such run. It has at most 128 letters, digits and _ . : -."),
+        ("before=0", "The link to this page is not complete."),
+        ("view=pie", "There is no such view. Choose "),
     ],
 )
 def test_a_filter_that_makes_no_sense_is_explained_beside_what_was_typed(
@@ -218,7 +244,7 @@ def test_a_filter_that_makes_no_sense_is_explained_beside_what_was_typed(
     ("query", "sentence"),
     [
         ("type=usage", "type is not a filter; did you mean event_type?"),
-        ("run=1&project_id=web", "run is not a filter; there are event_type, date_from, date_to, project_id, "),
+        ("run=1&project_id=web", "run is not a filter; there are event_type, activity_name, date_from, date_to, "),
         ("project_id=web&project_id=crm", "project_id is given more than once."),
         ("<b>=1", "&lt;b&gt; is not a filter; there are "),
     ],
@@ -247,6 +273,7 @@ def test_the_events_of_a_workflow_are_shown_and_downloaded(
     )
     page = customer.get(history_of(org_id), params=LEDGER | {"workflow_id": "w1"})
     assert (shown(page), [row[3] for row in rows(page)]) == ([4, 2], ["w1", "w1"])
+    assert "2 events, sum −5 credits" in page.text
     assert re.search(r'name="workflow_id" type="text" value="w1"', page.text)
     [file] = re.findall(r'href="([^"]*\.csv[^"]*)"', page.text)
     lines = customer.get(unescape(file)).text.splitlines()
@@ -257,7 +284,10 @@ def test_pages_continue_one_another_while_events_are_added(
     ledger: Installation, customer: Visitor, org_id: str
 ) -> None:
     write(ledger.engine, org_id, *(("wallet.grant", {"grant_id": f"g{number}", "credits": 1}) for number in range(250)))
-    first = customer.get(history_of(org_id), params=LEDGER)
+    usual = customer.get(history_of(org_id), params=LEDGER)
+    assert (shown(usual), "1–25 of 250" in usual.text) == (list(range(250, 225, -1)), True)
+    first = customer.get(str(link(usual, "100 events on a page")))
+    assert link(first, "100 events on a page") is None
     assert (shown(first), "1–100 of 250" in first.text) == (list(range(250, 150, -1)), True)
     assert (link(first, "Newest"), link(first, "← Newer")) == (None, None)
     write(ledger.engine, org_id, ("wallet.grant", {"grant_id": "late", "credits": 1}))
@@ -292,7 +322,7 @@ def test_long_metadata_can_be_opened_and_is_bounded(ledger: Installation, custom
         org_id,
         *(("wallet.grant", {"grant_id": f"g{number}", "credits": 1, "metadata": largest}) for number in range(100)),
     )
-    page = customer.get(history_of(org_id), params=LEDGER)
+    page = customer.get(history_of(org_id), params=LEDGER | {"limit": 100})
     assert page.text.count('<summary>3 entries<span class="unseen"> of metadata</span></summary>') == 100
     assert len(page.content) < 5_000_000
 
@@ -306,19 +336,21 @@ def test_the_chart_shows_the_balance_in_the_range_and_says_it_in_words(
         ("wallet.purchase", {"purchase_id": "p", "credits": 1_000}),
         ("workflow.finish", {"workflow_id": "w", "credits": 750}),
     )
+    assert "<figure" not in customer.get(history_of(org_id), params=LEDGER).text  # so soon, there is nothing to draw
+    spread(ledger.engine, org_id, days=3)
     page = customer.get(history_of(org_id), params=LEDGER)
     words = "From 1,000 to 250 credits; lowest 250, highest 1,000."
     assert words in page.text
     assert '<title id="chart-title">Step chart of the available balance</title>' in page.text
     [(moment,)] = sql(ledger.engine, "SELECT max(created_at) FROM credit_events WHERE org_id = :org_id", org_id=org_id)
-    later = customer.get(
-        history_of(org_id), params=LEDGER | {"date_from": (moment + timedelta(microseconds=1)).isoformat()}
-    )
-    assert "From 250 to 250 credits; lowest 250, highest 250." in later.text
+    later = customer.get(history_of(org_id), params=LEDGER | {"date_from": (moment - timedelta(days=2)).isoformat()})
+    assert "From 1,000 to 250 credits; lowest 250, highest 1,000." in later.text
+    before = customer.get(history_of(org_id), params=LEDGER | {"date_to": (moment - timedelta(hours=1)).isoformat()})
+    assert "From 1,000 to 1,000 credits; lowest 1,000, highest 1,000." in before.text
     earlier = customer.get(history_of(org_id), params=LEDGER | {"date_to": "2020-01-01"})
     assert "<figure" not in earlier.text
     last = customer.get(history_of(org_id), params=LEDGER | {"date_from": moment.isoformat()})
-    assert "From 1,000 to 250 credits; lowest 250, highest 1,000." in last.text
+    assert "<figure" not in last.text
 
 
 def test_the_chart_is_told_truly_however_many_events_there_are(
@@ -331,14 +363,15 @@ def test_the_chart_is_told_truly_however_many_events_there_are(
     ]
     purchase = ("wallet.purchase", {"purchase_id": "p", "credits": 1_000})
     write(ledger.engine, org_id, ("wallet.grant", {"grant_id": "g", "credits": 7}), purchase, *runs)
+    spread(ledger.engine, org_id, days=3)
     page = customer.get(history_of(org_id), params=LEDGER)
     assert "From 7 to 1,007 credits; lowest 7, highest 1,007." in page.text
-    assert re.search(r"From 7 credits on [^<]* to 1,007 on [^<]*, between 7 and 1,007\.</desc>", page.text)
+    assert re.search(r"From 7 to 1,007 credits, [^<]*, between 7 and 1,007\.</desc>", page.text)
     write(ledger.engine, org_id, ("wallet.grant", {"grant_id": "h", "credits": 1}))
     monkeypatch.setattr(history, "MAX_COMPARED", 1_202)
     page = customer.get(history_of(org_id), params=LEDGER)
     assert "From 7 to 1,008 credits. The line shows some of the events; a shorter time shows more." in page.text
-    assert re.search(r"From 7 credits on [^<,]* to 1,008 on [^<,]*\.</desc>", page.text)
+    assert re.search(r"From 7 to 1,008 credits, [^<,]*\.</desc>", page.text)
     assert "lowest" not in page.text
 
 
@@ -346,10 +379,10 @@ def test_the_chart_is_told_truly_however_many_events_there_are(
     ("number", "words", "pages"),
     [
         (0, None, []),
-        (1, "1, holding 3 credits", []),
-        (100, "100, holding 300 credits", []),
-        (101, "the 100 oldest of 101, which hold 303 credits in all", [1]),
-        (250, "the 100 oldest of 250, which hold 750 credits in all", [100, 50]),
+        (1, "1 run holds 3", []),
+        (100, "100 runs hold 300", []),
+        (101, "101 runs hold 303 The 100 oldest of 101", [1]),
+        (250, "250 runs hold 750 The 100 oldest of 250", [100, 50]),
     ],
 )
 def test_all_open_reservations_can_be_reached(
@@ -366,7 +399,7 @@ def test_all_open_reservations_can_be_reached(
         assert (len(held_by(page)), len(shown(page)), said_of_reservations(page)) == (
             size,
             1,
-            f"{len(seen) + 1}–{len(seen) + size} of {number}, oldest first, which hold {3 * number} credits in all",
+            f"{number} runs hold {3 * number} {len(seen) + 1}–{len(seen) + size} of {number}, oldest first",
         )
         seen += held_by(page)
     assert seen == names
@@ -374,12 +407,11 @@ def test_all_open_reservations_can_be_reached(
     if pages:
         assert held_by(customer.get(str(link(page, "Oldest")))) == names[:100]
         beyond = customer.get(history_of(org_id), params=LEDGER | {"reservations_after": number})
-        assert "There are no newer reservations." in beyond.text
-        assert said_of_reservations(beyond) == f"0 of {number}, which hold {3 * number} credits in all"
+        assert said_of_reservations(beyond) == f"{number} runs hold {3 * number} There are no newer ones."
 
 
 def said_of_reservations(page: httpx.Response) -> str | None:
-    found = re.search(r'Open reservations</h2>\s*<p class="note">(.*?)</p>', page.text, re.DOTALL)
+    found = re.search(r'<summary id="reservations">(.*?</summary>(\s*<p class="note">.*?</p>)?)', page.text, re.DOTALL)
     return None if found is None else text_of(found[1])
 
 
@@ -468,9 +500,9 @@ def test_receipts_are_filtered_and_the_filter_is_kept_by_both_tabs(
 @pytest.mark.parametrize(
     ("query", "sentence"),
     [
-        ("view=runs", "view must be activity or ledger."),
-        ("before=7", "before must be as in a link to older activity."),
-        ("before=7-3&view=ledger", "before must be a number from 1 to 9,007,199,254,740,991."),
+        ("view=runs", "There is no such view. Choose activity or ledger."),
+        ("before=7", "The link to this page is not complete."),
+        ("before=7-3&view=ledger", "The link to this page is not complete."),
     ],
 )
 def test_a_place_that_there_is_not_is_explained(customer: Visitor, org_id: str, query: str, sentence: str) -> None:
@@ -543,6 +575,206 @@ def test_a_run_that_there_is_not_is_told(customer: Visitor, org_id: str, run: st
     assert customer.get(f"/organizations/other/runs/{run}").status_code == 404
 
 
+# What used the credits, and what has to be done
+
+
+def runs_of(ledger: Installation, org_id: str) -> None:
+    """1,000 credits, of which seven runs of three projects used 280."""
+    runs = [
+        ("web", "Crawl"),
+        ("web", "Train <b>"),
+        ("crm", "Crawl"),
+        (None, "Train <b>"),
+        ("crm", None),
+        ("crm", "Sync"),
+    ]
+    finish = [
+        (
+            "workflow.finish",
+            {"workflow_id": f"w{n}", "credits": 10 * (n + 1)}
+            | {name: value for name, value in (("project_id", project), ("activity_name", activity)) if value},
+        )
+        for n, (project, activity) in enumerate([*runs, ("web", "Crawl")])
+    ]
+    write(ledger.engine, org_id, ("wallet.purchase", {"purchase_id": "p", "credits": 1_000}), *finish)
+
+
+def ranked(page: httpx.Response, what: str) -> list[str]:
+    [found] = re.findall(rf'<ol aria-labelledby="by-{what}">(.*?)</ol>', page.text, re.DOTALL)
+    return [text_of(item) for item in re.findall(r"<li>(.*?)</li>", found, re.DOTALL)]
+
+
+def test_what_used_the_credits_is_ranked_and_each_leads_to_its_events(
+    ledger: Installation, customer: Visitor, org_id: str
+) -> None:
+    runs_of(ledger, org_id)
+    spread(ledger.engine, org_id, days=4)
+    page = customer.get(history_of(org_id), params=LEDGER)
+    assert "Used 280" in page.text
+    assert ranked(page, "project") == ["crm 140 50 %", "web 100 36 %", "No project 40 14 %"]
+    assert ranked(page, "activity") == [
+        "Crawl 110 39 %",
+        "Train <b> 60 21 %",
+        "Sync 60 21 %",
+        "No activity 50 18 %",
+    ] or (ranked(page, "activity") == ["Crawl 110 39 %", "Sync 60 21 %", "Train <b> 60 21 %", "No activity 50 18 %"])
+    assert re.search(r'<title id="bars-title">Bar chart of the credits used each day, by project</title>', page.text)
+    crm = customer.get(str(link(page, "crm")))
+    assert [row[4] for row in rows(crm)] == ["crm"] * 3
+    assert "3 events, sum −140 credits" in crm.text
+    assert "Bar chart of the credits used each day, by activity" in crm.text
+    train = customer.get(str(link(page, "Train &lt;b&gt;")))
+    assert [row[5] for row in rows(train)] == ["Train <b>"] * 2
+    both = customer.get(str(link(crm, "Crawl")))
+    assert shown(both) == [4]
+    assert 'name="activity_name" value="Crawl" checked' in both.text
+
+
+def test_the_range_of_what_was_used_ends_with_its_last_day(
+    ledger: Installation, customer: Visitor, org_id: str
+) -> None:
+    runs_of(ledger, org_id)
+    spread(ledger.engine, org_id, days=9)
+    now = datetime.now(UTC)
+    first, last = (now - timedelta(days=6)).date(), (now - timedelta(days=3)).date()
+    page = customer.get(history_of(org_id), params=LEDGER | {"date_from": str(first), "date_to": str(last)})
+    begin = datetime.combine(first, datetime.min.time(), UTC)
+    assert f"{days(begin, begin + timedelta(days=4), now)} · " in page.text
+    in_words = {"date_from": f"{first:%d %b %Y}", "date_to": f"{last:%d %B %Y}"}
+    assert shown(customer.get(history_of(org_id), params=LEDGER | in_words)) == shown(page)
+    file = customer.get(f"{history_of(org_id)}.csv", params=in_words)
+    assert file.text.count("\r\n") == 1 + len(shown(page))
+
+
+def test_a_search_finds_a_run_by_its_id_and_otherwise_activities_by_a_part_of_their_name(
+    ledger: Installation, customer: Visitor, org_id: str
+) -> None:
+    runs_of(ledger, org_id)
+
+    def found(search: str, **params: str) -> list[int]:
+        return shown(customer.get(history_of(org_id), params=LEDGER | {"search": search, **params}))
+
+    assert found("w3") == [5]
+    assert found("CRAWL") == [8, 4, 2]
+    assert found("n <") == [5, 3]
+    assert found("crawl", project_id="web") == [8, 2]
+    assert found("crawl", activity_name="Sync") == []
+    assert found("w") == [8, 4, 2]
+    assert found("%") == []
+    nothing = customer.get(history_of(org_id), params=LEDGER | {"search": "w33"})
+    assert "No event matches the filter." in nothing.text
+    file = customer.get(f"{history_of(org_id)}.csv", params={"search": "sync"})
+    assert file.text.count("\r\n") == 2
+
+
+def test_a_search_that_finds_too_many_activities_asks_for_more(
+    ledger: Installation, customer: Visitor, org_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs_of(ledger, org_id)
+    monkeypatch.setattr(pages, "MOST_FOUND", 2)
+    for path in (history_of(org_id), f"{history_of(org_id)}.csv"):
+        page = customer.get(path, params={"search": "n"})
+        assert page.status_code == 200
+        page = customer.get(path, params={"search": "a"})
+        assert page.status_code == 200
+        page = customer.get(path, params={"search": ""})
+        assert page.status_code == 200
+    write(ledger.engine, org_id, ("workflow.finish", {"workflow_id": "w9", "credits": 1, "activity_name": "Crash"}))
+    for path in (history_of(org_id), f"{history_of(org_id)}.csv"):
+        page = customer.get(path, params={"search": "a"})
+        assert (page.status_code, "More than 2 activities are called so. Type more of it." in page.text) == (422, True)
+
+
+def test_the_links_of_a_period_and_a_kind_keep_the_rest_of_the_filter(
+    ledger: Installation, customer: Visitor, org_id: str
+) -> None:
+    runs_of(ledger, org_id)
+    write(
+        ledger.engine,
+        org_id,
+        ("wallet.subscribe", {"subscription_id": "s", "version": 1, "plan": "Team", "monthly_credits": 9}),
+        ("wallet.refund", {"refund_id": "r", "credits": 2, "workflow_id": "w0"}),
+        ("workflow.start", {"workflow_id": "last", "credits": 3, "project_id": "web"}),
+    )
+    page = customer.get(history_of(org_id), params=LEDGER)
+    for kind, numbers in {
+        "Usage": [8, 7, 6, 5, 4, 3, 2],
+        "Top-ups &amp; plan": [9, 1],
+        "Corrections": [10],
+        "Holds": [11],
+        "Every kind": [11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1],
+    }.items():
+        page = customer.get(str(link(page, kind)))
+        assert (kind, shown(page)) == (kind, numbers)
+        assert re.search(rf'aria-current="true">{kind}</a>', page.text)
+    web = customer.get(history_of(org_id), params=LEDGER | {"project_id": "web"})
+    assert shown(customer.get(str(link(web, "Usage")))) == [8, 3, 2]
+    this_period = customer.get(str(link(web, "This period")))
+    assert shown(this_period)[:1] == [11]
+    assert 'aria-current="true">This period</a>' in this_period.text
+    assert 'aria-current="true">30 days</a>' in customer.get(str(link(this_period, "30 days"))).text
+    assert shown(customer.get(str(link(this_period, "All")))) == [11, 10, 8, 3, 2]
+
+
+def test_a_refused_run_is_shown_with_why_and_what_to_do(ledger: Installation, customer: Visitor, org_id: str) -> None:
+    write(
+        ledger.engine,
+        org_id,
+        ("wallet.purchase", {"purchase_id": "p", "credits": 120}),
+        ("workflow.start", {"workflow_id": "nightly:3", "credits": 500}),
+    )
+    page = customer.get(history_of(org_id), params=LEDGER)
+    text = text_of(page.text)
+    assert "A run was refused. Top up at least 380 credits, then start it again, as a new run." in text
+    assert re.search(
+        r"The run nightly:3 , estimated at 500, was refused on \d+ \w{3} at [\d:]{8}: too few credits were available\.",
+        text,
+    )
+    assert link(page, "nightly:3") == f"/organizations/{org_id}/runs/nightly:3"
+    write(ledger.engine, org_id, ("wallet.purchase", {"purchase_id": "q", "credits": 380}))
+    assert (
+        "There is room for it now: start it again, as a new run."
+        in customer.get(history_of(org_id), params=LEDGER).text
+    )
+
+
+def test_without_a_wallet_and_with_enough_there_is_no_banner(
+    ledger: Installation, customer: Visitor, org_id: str
+) -> None:
+    assert 'class="banner' not in customer.get(history_of(org_id), params=LEDGER).text
+    write(ledger.engine, org_id, ("wallet.purchase", {"purchase_id": "p", "credits": 120}))
+    assert 'class="banner' not in customer.get(history_of(org_id), params=LEDGER).text
+
+
+def test_the_page_says_how_long_the_credits_last(ledger: Installation, customer: Visitor, org_id: str) -> None:
+    anchor = datetime.now(UTC) - timedelta(days=9)
+    plan = {"subscription_id": "s", "version": 1, "plan": "Team", "monthly_credits": 500, "anchor": anchor.isoformat()}
+    runs_of(ledger, org_id)
+    write(ledger.engine, org_id, ("wallet.subscribe", {**plan, "rollover_limit": 50}))
+    assert "a day" not in customer.get(history_of(org_id), params=LEDGER).text
+    spread(ledger.engine, org_id, days=8)
+    with ledger.engine.connect() as connection:
+        view = views.wallet(connection, org_id)
+    assert view is not None
+    assert view.next_credits is not None
+    text = text_of(customer.get(history_of(org_id), params=LEDGER).text)
+    end = near_day(view.next_credits.at, datetime.now(UTC))
+    assert re.search(rf"About \d+ a day; enough until {end}, when Team adds 500 \(up to 50 unused are kept\)\.", text)
+
+
+def test_credits_are_bought_where_the_deployment_says(ledger: Installation, customer: Visitor, org_id: str) -> None:
+    assert link(customer.get(history_of(org_id), params=LEDGER), "Buy credits") is None
+    buy = "https://billing.example.com/credits?from=holdfast&x=<y>"
+    with (
+        served(ledger.database_url, ledger.broker_url, buy_credits_url=quote(buy, safe=":/?=&")) as address,
+        Visitor(base_url=address) as visitor,
+    ):
+        visitor.sign_in(token(orgs=[org_id]))
+        page = visitor.get(history_of(org_id))
+        assert link(page, "Buy credits") == "https://billing.example.com/credits?from=holdfast&x=%3Cy%3E"
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+
+
 # Size
 
 
@@ -559,10 +791,10 @@ def test_a_history_of_100_000_events_is_shown_page_by_page(
         """,
         org_id=org_id,
     )
-    newest = customer.get(history_of(org_id), params=LEDGER)
+    newest = customer.get(history_of(org_id), params=LEDGER | {"limit": 100})
     assert (len(shown(newest)), "1–100 of 100,000" in newest.text) == (100, True)
     assert len(newest.content) < 200_000
-    middle = customer.get(history_of(org_id), params=LEDGER | {"before": 50_001, "project_id": "web"})
+    middle = customer.get(history_of(org_id), params=LEDGER | {"before": 50_001, "project_id": "web", "limit": 100})
     assert (shown(middle)[0], "50,001–50,100 of 100,000" in middle.text) == (50_000, True)
     with customer.stream("GET", f"{history_of(org_id)}.csv") as file:
         assert sum(1 for _ in file.iter_lines()) == 100_001

@@ -4,6 +4,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from html import unescape
 from typing import Any
 
@@ -11,7 +12,7 @@ import httpx
 import jwt
 import uvicorn
 from fastapi import FastAPI
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 
 from api_stub.app import create_app
 from api_stub.protocol import PromptProtocol
@@ -107,6 +108,28 @@ def form_token(page: httpx.Response) -> str:
 
 def write(engine: Engine, org_id: str, *messages: tuple[str, dict[str, Any]]) -> None:
     apply_batch(engine, [delivery(task, org_id=org_id, **fields) for task, fields in messages])
+
+
+def spread(engine: Engine, org_id: str, *, days: float) -> None:
+    """Give the events of `org_id` times that are spread evenly over the last `days`."""
+    about = {"org_id": org_id, "days": timedelta(days=days)}
+    with engine.begin() as connection:  # which no other test may see: the trigger guards every organization
+        connection.execute(text("ALTER TABLE credit_events DISABLE TRIGGER credit_events_append_only"))
+        connection.execute(
+            text("""
+                UPDATE credit_events SET created_at = now() - :days * (1 - (seq - 1.0) / GREATEST(1, (
+                    SELECT last_seq - 1 FROM wallets WHERE org_id = :org_id))) WHERE org_id = :org_id
+            """),
+            about,
+        )
+        connection.execute(text("ALTER TABLE credit_events ENABLE TRIGGER credit_events_append_only"))
+        connection.execute(
+            text("""
+                UPDATE wallets SET last_event_at = (SELECT max(created_at) FROM credit_events WHERE org_id = :org_id)
+                WHERE org_id = :org_id
+            """),
+            about,
+        )
 
 
 def history_of(org_id: str) -> str:
