@@ -24,7 +24,7 @@ from sqlalchemy import Engine
 
 from api_stub import letters
 from ledger.store import apply_batch
-from tests.acceptance.website import HISTORY, LETTERS, ONE_BY_ONE, operator_token, served, token
+from tests.acceptance.website import HISTORY, LETTERS, ONE_BY_ONE, operator_token, served, spread, token
 from tests.installation import Installation
 from tests.messages import delivery
 from tests.support import PATIENCE_S, eventually, sql
@@ -207,7 +207,8 @@ def address(running: Installation) -> Iterator[str]:
     tell_the_story(running.engine)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(letters, "ANSWER_TIMEOUT_S", PATIENCE_S)
-        with served(running.database_url, running.broker_url) as address:
+        buy = "https://billing.example.com/credits"
+        with served(running.database_url, running.broker_url, buy_credits_url=buy) as address:
             yield address
 
 
@@ -241,7 +242,7 @@ def customer(person: Person, cookies: list[dict[str, Any]]) -> Person:
 
 
 def tell_the_story(engine: Engine) -> None:
-    """Fifty workflows of acme, three of them still running: 148 events."""
+    """Fifty workflows of acme in eight days, three of them still running: 148 events."""
     anchor = (datetime.now(UTC) - timedelta(days=9)).isoformat()
     activities = ("Weekly report", "Import contacts", "Train ranking", "Render video")
     projects = ("website", "crm", "search")
@@ -261,6 +262,7 @@ def tell_the_story(engine: Engine) -> None:
             acme("workflow.finish", **workflow, credits=estimate - number % 7)
     long = {"note": "word " * 400, "list": list(range(300))}
     acme("wallet.grant", grant_id="sorry", credits=250, reason="<b>sorry</b> for the trouble", metadata=long)
+    spread(engine, "acme", days=8)
 
 
 # What a customer does
@@ -268,10 +270,71 @@ def tell_the_story(engine: Engine) -> None:
 
 def test_a_customer_signs_in_and_sees_the_figures(customer: Person) -> None:
     assert customer.driver.title == "Credit history of acme · Holdfast"
-    assert customer.texts(".figures strong") == ["11,061", "11,889", "0", "828", "13,361"]
-    assert customer.find("#count").text == "1–100 of 148, newest first"
-    assert len(customer.events()) == 100
+    assert customer.find("h1").text == "Credit history of\nacme · Team 12,000"
+    assert customer.find(".equation").text == "11,061 available = 11,889 prepaid + 0 plan − 828 held"
+    assert re.fullmatch(r"About 1,\d{3} a day; enough until about \d+ \w{3}\. On .*", customer.find("#outlook").text)
+    assert customer.find(".period p").text.startswith("13,361 / 12,000 included")
+    assert customer.find("#count").text == "1–25 of 148, newest first"
+    assert len(customer.events()) == 25
+    customer.find("#reservations").click()
+    assert customer.find("#reservations").text == "3 runs hold 828"
     assert customer.texts("[aria-labelledby=reservations] tbody th") == ["run-47", "run-48", "run-49"]
+
+
+def test_a_customer_sees_what_used_the_credits_and_follows_it(customer: Person) -> None:
+    assert customer.find("#used").text == "Used 13,361"
+    assert [text.split("\n")[0] for text in customer.texts("[aria-labelledby=by-project] li")] == [
+        "crm",
+        "website",
+        "search",
+    ]
+    bars = customer.driver.find_elements(By.CSS_SELECTOR, ".bars g")
+    assert len(bars) >= 8
+    assert all(bar.size["height"] > 0 for bar in bars)
+    customer.click("crm")
+    assert customer.find("#sum").text == "49 events, sum −4,978 credits"
+    assert customer.find("#project_id").get_attribute("value") == "crm"
+    customer.click("Train ranking")
+    assert set(customer.texts("tr[data-event] .activity")) == {"Train ranking"}
+    assert customer.find(".choice input[name=activity_name]").is_selected()
+    customer.click("Clear")
+    assert customer.find("#count").text == "1–25 of 148, newest first"
+
+
+def test_a_customer_whose_run_was_refused_finds_out_why_and_what_to_do(running: Installation, person: Person) -> None:
+    """Ann's nightly export did not run. She looks at the page, tops up, and sees that it can be started again."""
+
+    def initech(task: str, **fields: Any) -> None:
+        apply_batch(running.engine, [delivery(task, org_id="initech", **fields)])
+
+    initech("wallet.purchase", purchase_id="first", credits=1_000)
+    for number in range(9):
+        initech("workflow.finish", workflow_id=f"export-{number}", credits=100, activity_name="Nightly export")
+    initech("workflow.start", workflow_id="export-9", credits=350, activity_name="Nightly export")
+
+    person.sign_in(token(sub="ann@initech.example", orgs=["initech"]), HISTORY.replace("acme", "initech"))
+    assert person.texts(".banner p") == [
+        "A run was refused. Top up at least 250 credits, then start it again, as a new run.",
+        person.texts(".banner .refused")[0],
+    ]
+    assert re.fullmatch(
+        r"The run export-9, estimated at 350, was refused on \d+ \w{3} at [\d:]{8}: too few credits were available\.",
+        person.find(".banner .refused").text,
+    )
+    run = person.find(".banner a")
+    assert run.get_attribute("href") == f"{person.address}/organizations/initech/runs/export-9"
+    buy = person.driver.find_element(By.LINK_TEXT, "Buy credits")
+    assert buy.get_attribute("href") == "https://billing.example.com/credits"
+
+    initech("wallet.purchase", purchase_id="second", credits=250)
+    person.driver.refresh()
+    assert person.find(".equation").text == "350 available = 350 prepaid"
+    assert person.find(".banner p").text == (
+        "A run was refused. There is room for it now: start it again, as a new run."
+    )
+    initech("workflow.start", workflow_id="export-10", credits=350, activity_name="Nightly export")
+    person.driver.refresh()
+    assert person.find(".banner.urgent p").text == ("There are no credits. New runs are refused until you top up.")
 
 
 def test_a_wrong_token_is_told_and_the_right_one_leads_on(person: Person) -> None:
@@ -286,28 +349,37 @@ def test_a_wrong_token_is_told_and_the_right_one_leads_on(person: Person) -> Non
 
 
 def test_a_customer_filters_the_events(customer: Person) -> None:
+    customer.find(".more summary").click()
     customer.find("[value=usage]").click()
     customer.find("#project_id").send_keys("crm")
     customer.click("Apply filter")
     assert set(customer.texts("tr[data-event] .type")) == {"Usage"}
     assert set(customer.texts("tr[data-event] .project")) == {"crm"}
     assert customer.find("#count").text == "1–16 of 16, newest first"
+    assert customer.find("[aria-label=Kind] [aria-current]").text == "Usage"
+    assert not customer.find("[value=usage]").is_displayed()  # a kind needs none of the less usual fields
     assert customer.find("[value=usage]").is_selected()
     assert customer.find("#project_id").get_attribute("value") == "crm"
     customer.click("Clear")
-    assert customer.find("#count").text == "1–100 of 148, newest first"
+    assert customer.find("#count").text == "1–25 of 148, newest first"
 
 
 def test_a_customer_follows_a_workflow_and_mistypes_a_filter(customer: Person) -> None:
-    customer.find("#workflow_id").send_keys("run-46")
-    customer.click("Apply filter")
+    customer.find("#search").send_keys("run-46")
+    customer.click("Search")
     assert customer.texts("tr[data-event] .workflow") == ["run-46"] * 3
     customer.open(f"{LEDGER}&type=usage")
     assert customer.texts(".alert li") == ["type is not a filter; did you mean event_type?"]
     assert customer.events() == []
     assert ["422" in complaint for complaint in eventually(customer.complaints)] == [True]
-    customer.click("Clear")
-    assert len(customer.events()) == 100
+    customer.open(f"{LEDGER}&date_to=tomorrow")
+    assert customer.find("#date_to-wrong").text == "Enter a date like 31 Jan 2026."
+    assert customer.find("#date_to").get_attribute("value") == "tomorrow"
+    customer.find("#date_to").clear()
+    customer.find("#date_to").send_keys("31 Jan 2099")
+    customer.click("Apply filter")
+    assert ["422" in complaint for complaint in eventually(customer.complaints)] == [True]
+    assert len(customer.events()) == 25
 
 
 def test_a_customer_finds_out_what_a_run_cost_and_what_came_back(running: Installation, person: Person) -> None:
@@ -340,6 +412,7 @@ def test_a_customer_finds_out_what_a_run_cost_and_what_came_back(running: Instal
 
 
 def test_a_customer_reads_on_to_older_events_and_back(customer: Person) -> None:
+    customer.click("100 events on a page")
     newest = customer.events()
     customer.click("Older →")
     assert customer.events() == list(range(48, 0, -1))
@@ -349,6 +422,7 @@ def test_a_customer_reads_on_to_older_events_and_back(customer: Person) -> None:
 
 
 def test_a_customer_downloads_what_is_filtered(customer: Person, downloads: Path) -> None:
+    customer.find(".more summary").click()
     customer.find("[value=prepaid_purchase]").click()
     customer.click("Apply filter")
     customer.find(".download").click()
@@ -407,7 +481,7 @@ def test_a_link_signs_in_at_one_click_and_on_another_site_at_two(person: Person)
 def test_the_first_key_skips_to_the_content(customer: Person) -> None:
     skip = customer.press(Keys.TAB)
     assert (skip.text, skip.is_displayed()) == ("Skip to content", True)
-    assert customer.press(Keys.ENTER, Keys.TAB).tag_name == "summary"
+    assert customer.press(Keys.ENTER, Keys.TAB).text == "Buy credits"
 
 
 def test_the_keyboard_reaches_everything_and_shows_where_it_is(customer: Person) -> None:
@@ -422,17 +496,13 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(customer: Person)
         )
         if seen[-1] == "Older →":
             break
-    order = ["Skip to content", "Holdfast", "Credit history", "Sign out", "date_from", "date_to", "project_id"]
-    order.append("workflow_id")
-    assert [name for name in seen if name in order] == [
-        *order[:4],
-        *["date_from"] * 4,
-        *["date_to"] * 4,
-        "project_id",
-        "workflow_id",
+    assert seen == [
+        *("Skip to content", "Holdfast", "Credit history", "Sign out", "Buy credits", "3 runs hold 828"),
+        *("crm", "website", "search", "Train ranking", "Import contacts", "Weekly report", "Render video"),
+        *("Available balance", "Activity", "Ledger", "This period", "30 days", "All"),
+        *("Every kind", "Usage", "Top-ups & plan", "Corrections", "Holds"),
+        *("project_id", "search", "Search", "More", "Download as CSV", "Older →"),
     ]
-    assert seen.count("event_type") == 9
-    assert seen[-5:] == ["Apply filter", "Activity", "Ledger", "Download as CSV", "Older →"]
     assert outlines == {"solid"}
 
 
@@ -440,8 +510,9 @@ def test_the_keyboard_alone_filters(customer: Person) -> None:
     project = customer.find("#project_id")
     customer.driver.execute_script("arguments[0].focus()", project)
     before = customer.find("html")
-    customer.press("search", Keys.TAB, Keys.TAB, Keys.SPACE)
-    customer.press(Keys.ENTER)
+    customer.press("search", Keys.TAB, Keys.TAB, Keys.TAB, Keys.SPACE)
+    assert customer.press(*[Keys.TAB] * 11).get_attribute("value") == "usage"
+    customer.press(Keys.SPACE, Keys.ENTER)
     customer.wait_for_page_after(before)
     assert set(customer.texts("tr[data-event] .type")) == {"Usage"}
     assert set(customer.texts("tr[data-event] .project")) == {"search"}
@@ -454,10 +525,11 @@ def test_a_screen_reader_finds_its_way(customer: Person) -> None:
     for landmark in ("banner", "main", "contentinfo"):
         assert roles.count(landmark) == 1
     assert [name for role, name in nodes if role == "heading"] == [
-        "Credit history",
+        "Credit history of acme · Team 12,000",
         "Wallet",
-        "Available balance",
-        "Open reservations",
+        "Used 13,361",
+        "By project",
+        "By activity",
         "Filter",
         "Events",
     ]
@@ -466,9 +538,10 @@ def test_a_screen_reader_finds_its_way(customer: Person) -> None:
     assert ("navigation", "Pages, above the table") in nodes
     assert ("table", "Events of the credit history, newest first; times in UTC") in nodes
     assert ("columnheader", "Prepaid balance") in nodes
-    assert ("rowheader", "run-47") in nodes
+    assert ("navigation", "Period") in nodes
+    assert ("navigation", "Kind") in nodes
     chart = next(name for role, name in nodes if role in ("image", "img"))
-    assert chart.startswith("Step chart of the available balance From ")
+    assert chart.startswith("Bar chart of the credits used each day, by project The most in a day: ")
     for role, name in nodes:
         assert name or role not in ("textbox", "checkbox", "button", "link", "combobox", "Date")
 
@@ -491,21 +564,30 @@ def test_a_screen_reader_finds_its_way(customer: Person) -> None:
 def test_nothing_sticks_out_of_a_phone(customer: Person, query: str, width: int) -> None:
     customer.hold_phone(width)
     customer.open(HISTORY + query)
-    customer.driver.execute_script("document.querySelectorAll('details').forEach(each => each.open = true)")
-    assert customer.width_needed() == width
-    assert customer.driver.execute_script(STICKING_OUT) == 0
+    for columns in ("the usual", "every"):
+        customer.driver.execute_script("document.querySelectorAll('details').forEach(each => each.open = true)")
+        assert customer.width_needed() == width, columns
+        assert customer.driver.execute_script(STICKING_OUT) == 0, columns
+        customer.driver.execute_script("document.querySelectorAll('.every-column input').forEach(e => e.click())")
     assert all("422 (Unprocessable Entity)" in complaint for complaint in customer.complaints())
 
 
-@pytest.mark.parametrize(("width", "highest"), [(320, 15_000), (390, 13_000)])
-def test_a_hundred_events_are_not_a_mile_on_a_phone(customer: Person, width: int, highest: int) -> None:
+@pytest.mark.parametrize(("width", "highest"), [(320, 3_600), (390, 3_300)])
+def test_a_page_of_events_is_short_on_a_phone_and_has_every_column_at_a_tap(
+    customer: Person, width: int, highest: int
+) -> None:
     customer.hold_phone(width)
     customer.open(LEDGER)
-    assert len(customer.events()) == 100
+    assert len(customer.events()) == 25
     assert customer.height() <= highest
-    shown = customer.texts("tr[data-event='147'] td")
-    assert [each for each in shown if each] == [
-        shown[0],
+    row = customer.find("tr[data-event='147']")
+    assert row.size["height"] <= 56  # two lines
+    when, *others = [each for each in customer.texts("tr[data-event='147'] td") if each]
+    assert re.fullmatch(r"\d+ \w{3} \d\d:\d\d:\d\d", when)
+    assert others == ["Reservation", "crm", "Import contacts", "−313"]
+    customer.find(".every-column").click()
+    shown = [each for each in customer.texts("tr[data-event='147'] td") if each]
+    assert shown[1:-1] == [
         "Reservation",
         "workflow-engine",
         "run-49",
@@ -514,8 +596,36 @@ def test_a_hundred_events_are_not_a_mile_on_a_phone(customer: Person, width: int
         "−313",
         "11,639",
         "13,361",
-        shown[-1],
     ]
+
+
+def test_on_a_laptop_the_history_begins_above_the_fold(running: Installation, customer: Person) -> None:
+    customer.hold_phone(1440, 900)
+    for path, heading in ((HISTORY, "#activity"), (LEDGER, "#events")):
+        customer.open(path)
+        assert customer.find(heading).rect["y"] < 900
+
+
+@pytest.mark.parametrize("width", [768, 1024, 1280, 1440])
+def test_no_column_is_cut_where_there_is_a_table(customer: Person, width: int) -> None:
+    customer.hold_phone(width, 900)
+    customer.open(LEDGER)
+    for column in ("created_at", "credits", "period_usage_after", "metadata"):
+        right = customer.driver.execute_script(
+            "return document.querySelector(arguments[0]).getBoundingClientRect().right", f"[data-column={column}]"
+        )
+        assert 0 < right <= width, column
+    heads, cells = (
+        customer.driver.execute_script(
+            "return [...arguments[0].children].map(cell => Math.round(cell.getBoundingClientRect().right))",
+            customer.find(row),
+        )
+        for row in (".events thead tr", "tr[data-event='147']")
+    )
+    assert heads[6:9] == cells[6:9]  # amounts stand under their headings
+    assert customer.width_needed() == width
+    customer.driver.execute_script("document.querySelectorAll('details').forEach(each => each.open = true)")
+    assert customer.driver.execute_script(HIDDEN) == []
 
 
 @pytest.mark.parametrize("width", [320, 360, 1280])
@@ -534,6 +644,7 @@ def test_the_longest_names_stick_out_of_nothing(running: Installation, person: P
     both = token(orgs=[org_id], scope="credits:read operator", sub="ann@" + "w" * 128)
     person.hold_phone(width)
     person.sign_in(both, HISTORY.replace("acme", org_id))
+    person.find("#reservations").click()
     assert person.texts("[aria-labelledby=reservations] tbody th") == ["M" * 128]
     assert len(numbers) >= 2
     history, ledger = HISTORY.replace("acme", org_id), LEDGER.replace("acme", org_id)
@@ -563,18 +674,21 @@ def test_no_number_is_broken_on_any_screen(running: Installation, person: Person
     apply_batch(running.engine, [delivery(task, org_id=org_id, **fields) for task, fields in messages])
     person.sign_in(token(orgs=[org_id]), HISTORY.replace("acme", org_id))
     used = f"{credits // 3:,}"
-    assert person.texts(".figures strong")[2:] == [f"{credits - credits // 3:,}", used, used]
-    for width in (320, 360, 500, 620, 1280):
+    assert person.texts(".wallet strong")[2:] == [f"{credits - credits // 3:,}", used, used]
+    for width in (320, 360, 500, 620, 768, 1024, 1280):
         person.hold_phone(width)
         assert (width, person.driver.execute_script(BROKEN), person.width_needed()) == (width, [], width)
 
 
 @pytest.mark.parametrize("width", [360, 1280])
-def test_the_ends_of_a_short_chart_differ_on_any_screen(customer: Person, width: int) -> None:
+def test_the_ends_of_a_chart_are_told_on_any_screen(customer: Person, width: int) -> None:
     customer.hold_phone(width)
-    begins, *_, ends = (text for text in customer.texts(".chart .times > span") if text)
-    for text in (begins, ends):
-        assert re.fullmatch(r"\d+ \w{3} \d{4}\s\d\d:\d\d:\d\d", text)
+    customer.find("#course").click()
+    for chart, form in ((".bars", r"\d+ \w{3}"), ("details .chart", r"\d+ \w{3} \d\d:\d\d:\d\d")):
+        begins, ends = customer.texts(f"{chart} .times > span")
+        assert begins != ends
+        assert re.fullmatch(form, begins)
+        assert re.fullmatch(form, ends)
 
 
 @pytest.mark.parametrize(
@@ -608,8 +722,11 @@ def test_on_a_phone_the_table_is_still_a_table_for_who_listens(customer: Person)
     customer.open(f"{LEDGER}&event_type=grant")
     tree = customer.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     roles = [node["role"]["value"] for node in tree if not node["ignored"]]
-    assert roles.count("row") == 1 + 3 + 1 + 1  # headings and rows: of the reservations, of the events
-    assert roles.count("cell") == 3 * 5 + 7  # a grant has no project and no activity
+    assert roles.count("row") == 1 + 1
+    assert roles.count("cell") == 3  # when, what, and how much: a grant has no project and no activity
+    customer.find(".every-column").click()
+    tree = customer.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    assert [node["role"]["value"] for node in tree if not node["ignored"]].count("cell") == 7
 
 
 @pytest.mark.parametrize("width", [600, 820, 1024])
