@@ -52,6 +52,7 @@ class EventPage(_Answer):
 
     items: list[Event]
     total: Annotated[int, Field(description="The number of all matching events.")]
+    credits: Annotated[int, Field(description="The sum of the credits of all matching events.")]
     limit: int
     offset: int
     next_cursor: Annotated[int | None, Field(description="The `cursor` of the next page; null: there is none.")]

@@ -5,12 +5,15 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import WithJsonSchema
 
-from ledger.messages import PLAIN_TEXT_PATTERN, TIME_PATTERN
+from ledger.messages import MAX_NAME_LENGTH, PLAIN_TEXT_PATTERN, TIME_PATTERN
 
 # The times that the description allows; `filters.when` accepts more. No offset takes these years out of the calendar.
 _A_DAY = {"type": "string", "format": "date", "pattern": "^[12][0-9]{3}-[0-9]{2}-[0-9]{2}$"}
 _A_TIME = {"type": "string", "format": "date-time", "pattern": f"^[12][0-9]{{3}}-{TIME_PATTERN}$"}
 IS_A_TIME = WithJsonSchema({"anyOf": [_A_DAY, _A_TIME]})
+IS_A_NAME = WithJsonSchema(
+    {"type": "string", "minLength": 1, "maxLength": MAX_NAME_LENGTH, "pattern": PLAIN_TEXT_PATTERN}
+)
 
 _VALUE = {"$ref": "#/components/schemas/Value"}
 ANY_OBJECT = {"type": "object", "propertyNames": {"pattern": PLAIN_TEXT_PATTERN}, "additionalProperties": _VALUE}

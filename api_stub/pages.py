@@ -142,10 +142,10 @@ def history_query(request: Request) -> HistoryQuery:
         errors["view"] = f"There is no such view. Choose {' or '.join(VIEWS)}."
     for name in activity_names:
         try:
-            filters.name(name)
+            filters.activity_name(name)
         except ValueError:
             errors["activity_name"] = "There is no activity of such a name."
-    understood("search", filters.name, f"Search for at most {MAX_NAME_LENGTH} characters.")
+    understood("search", filters.activity_name, f"Search for at most {MAX_NAME_LENGTH} characters.")
     a_place = "The link to this page is not complete."
     limit = understood(
         "limit", lambda text: _number(text, history.MAX_PAGE), f"Enter a number from 1 to {history.MAX_PAGE}."
@@ -249,7 +249,7 @@ def credit_history(request: Request, org_id: VisibleOrg, asked_for: Query, using
                 found["events"] = _page_of_events(ledger, matching, asked)
             else:
                 found["receipts"] = receipts_of(ledger, org_id, asked)
-            found["sum"] = matching.credits(ledger) if asked.is_filtered else None
+            found["sum"] = matching.totals(ledger).credits if asked.is_filtered else None
         found["reservations"] = _open_reservations(ledger, org_id, held, asked)
     return page(
         request,

@@ -15,7 +15,8 @@ from api_stub.places import Places
 from api_stub.problems import BUSY, ON_PAGE_BUSY, RETRY, Problem
 from api_stub.queue_ages import QueueAges
 from ledger import history
-from ledger.database import POOL_TIMEOUT_S, connect
+from ledger.database import POOL_TIMEOUT_S, connect, snapshot
+from ledger.filters import EventFilter
 from ledger.settings import Settings
 from worker.async_client import AsyncClient
 from worker.client import Client
@@ -24,7 +25,7 @@ READ_TIMEOUT_S = 5
 """How long the database may take for one statement of a request."""
 
 MANY_EVENTS = 20_000
-"""Readers of more events than this take turns. Reading fewer takes a few milliseconds."""
+"""Readers of more events than this, or of as many sums of them, take turns. Reading fewer takes a few milliseconds."""
 
 
 class Services:
@@ -48,23 +49,26 @@ class Services:
         self.places = Places()
 
     @contextmanager
-    def reading(self, *, through: str | None = None) -> Iterator[Connection]:
+    def reading(self, *, through: str | None = None, matching: EventFilter | None = None) -> Iterator[Connection]:
         """A connection that only reads: one snapshot of the ledger.
 
-        A reader that goes `through` the events of an organization one by one waits for a turn, if they are many. All
-        such readers together use at most half of one processor of the database; the workers have the rest. Raises
-        Problem if no turn comes.
+        A reader that goes `through` the events of an organization one by one waits for a turn, if they are many. With
+        `matching`, it only adds up those that match, by their daily sums: it waits if the sums are many, or the events
+        in none. All such readers together use at most half of one processor of the database; the workers have the rest.
+        Raises Problem if no turn comes.
 
         For use within a handler, not as a dependency. Dependencies run before the handler, on the same pool of threads.
         Under load, all threads would wait for connections of requests that wait for a thread.
         """
-        takes_long = through is not None and self._has_many_events(through)
-        with self._taking_turns() if takes_long else nullcontext(), self.engine.connect() as opened:
-            yield opened.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        takes_long = through is not None and self._reads_many_events(through, matching)
+        with self._taking_turns() if takes_long else nullcontext(), snapshot(self.engine) as ledger:
+            yield ledger
 
-    def _has_many_events(self, org_id: str) -> bool:
-        with self.engine.connect() as connection:
-            return history.number_of_events(connection, org_id) > MANY_EVENTS
+    def _reads_many_events(self, org_id: str, matching: EventFilter | None) -> bool:
+        with snapshot(self.engine) as ledger:
+            if matching is None:
+                return history.number_of_events(ledger, org_id) > MANY_EVENTS
+            return history.find(ledger, org_id, matching).reads_more_than(ledger, MANY_EVENTS)
 
     @contextmanager
     def _taking_turns(self) -> Iterator[None]:

@@ -15,7 +15,8 @@ from api_stub.rights import ReadableOrg
 from api_stub.services import Using
 from api_stub.wallets import DateFrom, DateTo, time_range
 from ledger import views
-from ledger.usage import MOST_GROUPED_BY, MOST_GROUPS, Group, Usage, rate, usage
+from ledger.filters import EventFilter
+from ledger.usage import MOST_GROUPED_BY, MOST_GROUPS, Group, Usage, of_usage, rate, usage
 from ledger.views import WalletView
 
 
@@ -36,6 +37,11 @@ class Asked:
                 HTTPStatus.UNPROCESSABLE_ENTITY, f"group_by may be given at most {MOST_GROUPED_BY} times, not more"
             )
         self.created_from, self.created_before = time_range(date_from, date_to)
+
+    @property
+    def matching(self) -> EventFilter:
+        """The events that are added up."""
+        return of_usage(self.created_from, self.created_before)
 
     def of(self, ledger: Connection, org_id: str, *, most: int) -> Usage:
         """The usage that is asked for."""
@@ -64,7 +70,7 @@ def add(app: FastAPI) -> None:
     )
     def usage_of(org_id: ReadableOrg, using: Using, asked: AskedFor) -> dict[str, Any]:
         """What used credits: usage by project, activity, source, day or month. Refunds are not subtracted."""
-        with using.reading() as ledger:
+        with using.reading(through=org_id, matching=asked.matching) as ledger:
             found = asked.of(ledger, org_id, most=MOST_GROUPS)
             view = views.wallet(ledger, org_id) or WalletView(org_id)
             speed = rate(ledger, org_id, available=view.available, now=datetime.now(UTC))
@@ -83,7 +89,7 @@ def add(app: FastAPI) -> None:
     )
     def usage_as_csv(org_id: ReadableOrg, using: Using, asked: AskedFor) -> Response:
         """The same as a file: a line a group."""
-        with using.reading() as ledger:
+        with using.reading(through=org_id, matching=asked.matching) as ledger:
             found = asked.of(ledger, org_id, most=MOST_LINES)
         if found.truncated:
             raise Problem(

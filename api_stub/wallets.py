@@ -10,13 +10,13 @@ from fastapi import Depends, FastAPI, Query
 from pydantic import AfterValidator, PlainValidator, WithJsonSchema
 
 from api_stub import answers, errors
-from api_stub.openapi import IS_A_TIME
+from api_stub.openapi import IS_A_NAME, IS_A_TIME
 from api_stub.problems import Problem
 from api_stub.rights import IS_AN_ID, ReadableOrg
 from api_stub.services import Using
 from ledger import filters, history, receipts, views
 from ledger.filters import EventFilter
-from ledger.messages import MAX_CREDITS, Name
+from ledger.messages import MAX_CREDITS
 from ledger.receipts import Place
 from ledger.state import EventType
 from ledger.views import WalletView
@@ -81,7 +81,10 @@ def event_filter(
         Query(description="Only of this project.", json_schema_extra=IS_AN_ID),
         AfterValidator(filters.identifier),
     ] = None,
-    activity_name: Annotated[list[Name] | None, Query(description="Repeatable: any of these activities.")] = None,
+    activity_name: Annotated[
+        list[Annotated[str, AfterValidator(filters.activity_name), IS_A_NAME]] | None,
+        Query(description="Repeatable: any of these activities."),
+    ] = None,
     workflow_id: Annotated[
         str | None,
         Query(description="Only of this workflow and its refunds.", json_schema_extra=IS_AN_ID),
@@ -120,7 +123,7 @@ def add(app: FastAPI) -> None:
     ) -> dict[str, Any]:
         """The credit history, newest first. Follow `next_cursor` to read on while events are being added."""
         _check(cursor, offset, group_by)
-        with using.reading(through=org_id if matching.looks_at_each else None) as ledger:
+        with using.reading(through=org_id if matching.looks_at_each else None, matching=matching) as ledger:
             if group_by is not None:
                 return _receipts(
                     receipts.page(ledger, org_id, matching, limit=limit, place=cursor), org_id, limit, cursor
@@ -129,6 +132,7 @@ def add(app: FastAPI) -> None:
         return {
             "items": [history.as_item(event) for event in page.events],
             "total": page.total,
+            "credits": page.credits,
             "limit": limit,
             "offset": offset,
             "next_cursor": page.next_before_seq,

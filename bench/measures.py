@@ -17,7 +17,7 @@ from bench.latency import latencies_ms
 from bench.limits import bare_inserts_s
 from bench.stand import EMPTY, Stand, check_ledger
 from bench.workload import NotAccountedError, Workload, organization
-from ledger import history, scheduler
+from ledger import daily_sums, history, scheduler
 from ledger.filters import EventFilter
 from ledger.store import apply_batch
 from worker.client import Client
@@ -225,6 +225,7 @@ class _Measurements:
             ("project", "one project", EventFilter(project_id="project-1")),
         )
         with self._stand.opened(self._long) as engine, engine.connect() as connection:
+            daily_sums.sum_up(engine)
             for key, name, matching in filters:
                 for place, offset in (("newest", 0), ("far", self._sizes.offset)):
                     read = partial(history.events, connection, organization(0), matching, offset=offset)

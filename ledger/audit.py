@@ -395,18 +395,20 @@ CHECKS = (
         """,
     ),
     Check(
-        "usage sums",
-        "The sums of usage by day are those of the events that have been summed.",
+        "daily sums",
+        "The daily sums are those of the events that have been summed.",
         """
-        SELECT org_id, 'the usage of ' || day AS offender
-        FROM usage_days FULL JOIN (
-            SELECT org_id, CAST(timezone('UTC', created_at) AS date) AS day, COALESCE(project_id, '') AS project_id,
-                   COALESCE(activity_name, '') AS activity_name, source,
-                   sum(-event.credits) AS used, count(*) AS counted
-            FROM credit_events AS event JOIN usage_summed AS summed USING (org_id)
-            WHERE event_type = 'usage' AND event.seq <= summed.seq GROUP BY 1, 2, 3, 4, 5
-        ) AS history USING (org_id, day, project_id, activity_name, source)
-        WHERE credits IS DISTINCT FROM used OR runs IS DISTINCT FROM counted
+        SELECT org_id, 'the sums of ' || day AS offender
+        FROM daily_sums FULL JOIN (
+            SELECT org_id, CAST(timezone('UTC', created_at) AS date) AS day, event_type,
+                   COALESCE(project_id, '') AS project_id, COALESCE(activity_name, '') AS activity_name, source,
+                   count(*) AS counted, sum(event.credits) AS added, min(event.seq) AS first_seq,
+                   max(event.seq) AS last_seq
+            FROM credit_events AS event JOIN daily_sums_through AS through USING (org_id)
+            WHERE event.seq <= through.seq GROUP BY 1, 2, 3, 4, 5, 6
+        ) AS history USING (org_id, day, event_type, project_id, activity_name, source)
+        WHERE (events, credits, daily_sums.first_seq, daily_sums.last_seq)
+            IS DISTINCT FROM (counted, added, history.first_seq, history.last_seq)
         """,
     ),
     Check(

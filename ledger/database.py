@@ -12,7 +12,7 @@ from psycopg import conninfo, pq
 from psycopg.errors import Diagnostic, OperatorIntervention
 from psycopg.pq import TransactionStatus
 from psycopg.types.numeric import Int8BinaryDumper
-from sqlalchemy import URL, Engine, NullPool, create_engine, make_url
+from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from ledger.arrays import Array, ArrayDumper
@@ -183,6 +183,13 @@ def connect(
     engine.dialect.connect = open_session  # type: ignore[assignment, method-assign]
     _connections[engine] = connections
     return engine
+
+
+@contextmanager
+def snapshot(engine: Engine) -> Iterator[Connection]:
+    """A connection that only reads. All its statements see the ledger as it was at the first one."""
+    with engine.connect() as opened:
+        yield opened.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
 
 
 _KNOWS_TRANSACTION_TIMEOUT = 170_000

@@ -92,15 +92,15 @@ def time_range(first: When | None, last: When | None) -> tuple[datetime | None, 
     return None if first is None else first.begin, None if last is None else last.end
 
 
-def name(text: str) -> str:
-    """The name of an activity, or a part of it, as a person writes it. Raises ValueError, as `when` does."""
-    if not 1 <= len(text) <= MAX_NAME_LENGTH or "\x00" in text:
-        raise ValueError(f"must have 1 to {MAX_NAME_LENGTH} characters, and no NUL among them")
-    return text
-
-
 def identifier(text: str) -> str:
     """The id of a project or a workflow as a person writes it. Raises ValueError, as `when` does."""
     if not re.fullmatch(ID_PATTERN, text):
         raise ValueError(f"must have 1 to {MAX_ID_LENGTH} characters, and only letters, digits and _ . : - among them")
+    return text
+
+
+def activity_name(text: str) -> str:
+    """The name of an activity as a person writes it. Raises ValueError, as `when` does."""
+    if not 1 <= len(text) <= MAX_NAME_LENGTH or re.search("[\0\ud800-\udfff]", text):
+        raise ValueError(f"must have 1 to {MAX_NAME_LENGTH} characters, and no NUL or invalid character among them")
     return text

@@ -2,14 +2,16 @@
 
 The events of an organization are numbered without a gap, and their times never decrease. So a range of time is a range
 of numbers, found by binary search. Counting it, or beginning a page in it, is arithmetic. The events of a workflow are
-few, and found by their idempotency keys. Only a filter by type, project or activity reads the events of the range one
-by one; for types and projects, only their entries in the primary key, which includes both.
+few, and found by their idempotency keys. A filter by type, project or activity adds up the daily sums, which also tell
+on which days events match. It reads one by one only the events that are in no sum yet, and the days of its page.
+
+What is read for one answer has to be of one snapshot of the ledger: see `ledger.database.snapshot`.
 """
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from sqlalchemy import (
     ARRAY,
@@ -19,18 +21,24 @@ from sqlalchemy import (
     Engine,
     RowMapping,
     Select,
+    Subquery,
     Text,
     and_,
     any_,
     bindparam,
     case,
+    cast,
     func,
     literal,
     select,
     text,
     true,
+    union_all,
 )
+from sqlalchemy.dialects.postgresql import DATE
+from sqlalchemy.types import Numeric
 
+from ledger import daily_sums
 from ledger.filters import EVERY_EVENT, EventFilter
 from ledger.state import Event
 from ledger.tables import credit_events
@@ -66,10 +74,11 @@ def as_item(event: RowMapping) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A page of events, newest first, and the number of all matching events."""
+    """A page of events, newest first, and the number and the credits of all matching events."""
 
     events: list[RowMapping]
     total: int
+    credits: int
     next_before_seq: int | None
     """The `before_seq` of the next page; None: this is the last one."""
 
@@ -94,6 +103,22 @@ class Course:
     ends: datetime
     extremes: tuple[int, int] | None
     """The lowest and the highest balance; None: there are too many events to compute them."""
+
+
+class Totals(NamedTuple):
+    """How many events there are, and the sum of their credits."""
+
+    events: int
+    credits: int
+
+
+class Day(NamedTuple):
+    """A day on which events match: their lowest and their highest number, how many they are, and their credits."""
+
+    first: int
+    last: int
+    events: int
+    credits: int
 
 
 def find(connection: Connection, org_id: str, matching: EventFilter = EVERY_EVENT) -> "Found":
@@ -165,22 +190,70 @@ class Found:
         numbered = and_(columns.org_id == self.org_id, columns.seq >= self.first, columns.seq < self.end)
         return select(credit_events).where(numbered, *self.conditions).order_by(columns.seq.desc())
 
-    def count(self, connection: Connection) -> int:
-        """The number of these events."""
-        if not self.conditions:
-            return max(0, self.end - self.first)
-        counted = self.select().order_by(None).with_only_columns(func.count())
-        return connection.scalar(counted) or 0
+    def sums(self, connection: Connection) -> Subquery:
+        """These events, added up as far as they are in the daily sums: a row for each sum, and for each other event.
 
-    def credits(self, connection: Connection) -> int:
-        """The sum of the credits of these events: by how much they changed the available balance."""
+        Each row has the columns of `daily_sums`.
+        """
+        days = None if self.numbers is not None else self._summed(connection)
+        if days is None:
+            return self.each().subquery()
+        newer, older = self.since(days.end), self.before(days.first)
+        return union_all(newer.each(), days.select(self.conditions), older.each()).subquery()
+
+    def reads_more_than(self, connection: Connection, rows: int) -> bool:
+        """Whether more than so many rows have to be read to add up these events, if these are not all events."""
+        days = self._summed(connection)
+        if days is None:
+            return self.end - self.first > rows
+        most = rows - (self.end - days.end) - (days.first - self.first)
+        if most < 0:
+            return True
+        some = days.select().limit(most + 1).with_only_columns(literal(1)).subquery()
+        return (connection.scalar(select(func.count()).select_from(some)) or 0) > most
+
+    def _summed(self, connection: Connection) -> daily_sums.Days | None:
+        return daily_sums.whole_days(connection, self.org_id, self.first, self.end)
+
+    def each(self) -> Select[Any]:
+        """The same columns of each of these events."""
+        columns = credit_events.c
+        return (
+            self.select()
+            .order_by(None)
+            .with_only_columns(
+                columns.org_id,
+                cast(func.timezone("UTC", columns.created_at), DATE).label("day"),
+                columns.event_type,
+                columns.project_id,
+                columns.activity_name,
+                columns.source,
+                literal(1, BigInteger).label("events"),
+                cast(columns.credits, Numeric).label("credits"),
+                columns.seq.label("first_seq"),
+                columns.seq.label("last_seq"),
+            )
+        )
+
+    def days(self, connection: Connection) -> list[Day]:
+        """The days on which events match, newest first."""
+        rows = self.sums(connection).c
+        first = func.min(rows.first_seq)
+        by_day = select(first, func.max(rows.last_seq), func.sum(rows.events), func.sum(rows.credits))
+        days = connection.execute(by_day.group_by(rows.day).order_by(first.desc()))
+        return [Day(first, last, int(events), int(credits_)) for first, last, events, credits_ in days]
+
+    def totals(self, connection: Connection) -> Totals:
+        """The number of these events, and the sum of their credits, which is exact at every moment."""
         if self.conditions:
-            summed = self.select().order_by(None).with_only_columns(func.sum(credit_events.c.credits))
-            return int(connection.scalar(summed) or 0)
+            return _total(self.days(connection))
         if self.first >= self.end:
-            return 0
-        before, after = (balances_after(connection, self.org_id, seq) for seq in (self.first - 1, self.end - 1))
-        return after.available - before.available
+            return Totals(0, 0)
+        # The credits of an event are its effect on what is available.
+        before, after = (
+            balances_after(connection, self.org_id, seq).available for seq in (self.first - 1, self.end - 1)
+        )
+        return Totals(self.end - self.first, after - before)
 
     def page(
         self, connection: Connection, *, limit: int = MAX_PAGE, offset: int = 0, before_seq: int | None = None
@@ -192,25 +265,54 @@ class Found:
         """
         assert 1 <= limit <= MAX_PAGE
         assert offset >= 0
-        page = self if before_seq is None else self.before(before_seq)
-        columns = credit_events.c
-        total = None
-        if page.conditions:
-            # Skips, and perhaps sorts, the newer events by their numbers alone, as rows can be long. Not a subquery,
-            # which the planner may run again for every row.
-            numbers = connection.scalars(
-                page.select().with_only_columns(columns.seq).offset(offset).limit(limit + 1)
-            ).all()
-            query = page.select().where(columns.seq.in_(numbers))
-            if before_seq is None and len(numbers) <= limit and (numbers or not offset):
-                total = offset + len(numbers)  # every match was read, so no second query
+        older = self if before_seq is None else self.before(before_seq)
+        if self.conditions:
+            days = older.days(connection)
+            total = _total(days)
+            if before_seq is not None:
+                newer = self.since(before_seq).totals(connection)
+                total = Totals(newer.events + total.events, newer.credits + total.credits)
+            numbers = older.numbers_on(connection, days, offset=offset, limit=limit + 1)
+            columns = credit_events.c
+            # By their numbers, which are no subquery, as the planner may run that again for every row.
+            query = select(credit_events).where(columns.org_id == self.org_id, columns.seq.in_(numbers or [0]))
+            query = query.order_by(columns.seq.desc())
         else:
-            query = page.before(page.end - offset).select()
+            total = self.totals(connection)
+            query = older.before(older.end - offset).select()
         rows = list(connection.execute(query.limit(limit + 1)).mappings())  # one more: whether there is a next page
         shown = rows[:limit]
-        if total is None:
-            total = self.count(connection)
-        return Page(shown, total, shown[-1]["seq"] if len(rows) > limit else None)
+        return Page(shown, *total, next_before_seq=shown[-1]["seq"] if len(rows) > limit else None)
+
+    def numbers_on(self, connection: Connection, days: list[Day], *, offset: int, limit: int) -> list[int]:
+        """The numbers of `limit` events after the `offset` newest, which are looked for on those of the `days` only."""
+        chosen: list[Day] = []
+        there = 0
+        for day in days:
+            if not chosen and day.events <= offset:
+                offset -= day.events
+                continue
+            chosen.append(day)
+            there += day.events
+            if there >= offset + limit:
+                break
+        if not chosen:
+            return []
+        columns = credit_events.c
+        firsts = literal([day.first for day in chosen], ARRAY(BigInteger))
+        lasts = literal([day.last for day in chosen], ARRAY(BigInteger))
+        ends = func.unnest(firsts, lasts).table_valued("first", "last", name="ends").render_derived()
+        # Each day on its own, and the numbers alone, as rows can be long: so a day is read in the primary key, from its
+        # end on, until there are enough.
+        of_day = (
+            select(columns.seq)
+            .where(columns.org_id == self.org_id, columns.seq.between(ends.c.first, ends.c.last), *self.conditions)
+            .order_by(columns.seq.desc())
+            .limit(offset + limit)
+            .lateral("of_day")
+        )
+        newest = select(of_day.c.seq).select_from(ends.join(of_day, true())).order_by(of_day.c.seq.desc())
+        return list(connection.scalars(newest.offset(offset).limit(limit)))
 
     def newer(self, connection: Connection, *, limit: int, before_seq: int) -> tuple[int, int | None]:
         """The events that are newer than the page with `before_seq`.
@@ -220,10 +322,13 @@ class Found:
         """
         found = self.since(before_seq)
         if not found.conditions:
-            begins = found.first + limit
-            return found.count(connection), begins if begins < found.end else None
-        upwards = found.select().order_by(None).order_by(credit_events.c.seq).with_only_columns(credit_events.c.seq)
-        return found.count(connection), connection.scalar(upwards.offset(limit).limit(1))
+            count, begins = max(0, found.end - found.first), found.first + limit
+            return count, begins if begins < found.end else None
+        days = found.days(connection)
+        count = _total(days).events
+        if count <= limit:
+            return count, None
+        return count, found.numbers_on(connection, days, offset=count - limit - 1, limit=1)[0]
 
     def course(self, connection: Connection, *, points: int, now: datetime) -> Course | None:
         """The course of the available balance in the time range, until `now` at most, in about `points` steps.
@@ -267,6 +372,10 @@ class Found:
         ends = self.select().order_by(None).with_only_columns(func.min(_available), func.max(_available))
         row = connection.execute(ends).one()
         return row[0], row[1]
+
+
+def _total(days: list[Day]) -> Totals:
+    return Totals(sum(day.events for day in days), sum(day.credits for day in days))
 
 
 def balances_at(connection: Connection, org_id: str, moment: datetime) -> Balances:
@@ -342,10 +451,9 @@ def event_by_key(connection: Connection, org_id: str, idempotency_key: str) -> R
 
 
 def activities_with(connection: Connection, org_id: str, text: str, *, most: int) -> list[str]:
-    """The names of activities that contain `text`, in whatever case: at most `most` of them. Reads every event."""
-    name = credit_events.c.activity_name
-    found = select(name).where(credit_events.c.org_id == org_id, name.icontains(text, autoescape=True))
-    return list(connection.scalars(found.distinct().limit(most)))
+    """The names of activities that contain `text`, in whatever case: at most `most` of them."""
+    name = find(connection, org_id).sums(connection).c.activity_name
+    return list(connection.scalars(select(name).where(name.icontains(text, autoescape=True)).distinct().limit(most)))
 
 
 def number_of_events(connection: Connection, org_id: str) -> int:

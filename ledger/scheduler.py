@@ -9,7 +9,7 @@ from datetime import datetime
 
 from sqlalchemy import ColumnElement, Engine, select, tuple_
 
-from ledger import usage
+from ledger import daily_sums
 from ledger.due import DUE, POST_DUE, RELEASE_EXPIRED
 from ledger.store import catch_up
 from ledger.tables import wallets
@@ -39,8 +39,8 @@ def steps(engine: Engine, task: str) -> Iterator[int]:
 
     Raises transient database errors; the steps yielded before are committed.
     """
-    if task == usage.SUM_UP:
-        yield from usage.steps(engine)
+    if task == daily_sums.SUM_UP:
+        yield from daily_sums.steps(engine)
         return
     for due_at, is_due in DUE[task]:
         yield from _steps(engine, task, due_at, is_due)

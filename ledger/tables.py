@@ -295,29 +295,34 @@ credit_events = Table(
     Index("credit_events_of_operators", "created_at", "org_id", "seq", postgresql_where=text("source = 'operator'")),
 )
 
-# Sums of usage for each UTC day: of the events up to `usage_summed.seq`. An empty text stands for none.
-usage_days = Table(
-    "usage_days",
+# For each UTC day, the sums of the events up to `daily_sums_through.seq`. An empty text stands for none.
+daily_sums = Table(
+    "daily_sums",
     metadata,
     _column("org_id", Text),
     _column("day", Date),
+    _column("event_type", Text),
     _column("project_id", Text),
     _column("activity_name", Text),
     _column("source", Text),
+    _column("events", BigInteger),
     _column("credits", Numeric),
-    _column("runs", BigInteger),
-    PrimaryKeyConstraint("org_id", "day", "project_id", "activity_name", "source", name="usage_days_pkey"),
-    _check("usage_days_credits", "credits >= 0"),
-    _check("usage_days_runs", "runs >= 1"),
+    _column("first_seq", BigInteger),
+    _column("last_seq", BigInteger),
+    PrimaryKeyConstraint(
+        "org_id", "day", "event_type", "project_id", "activity_name", "source", name="daily_sums_pkey"
+    ),
+    _check("daily_sums_events", "events BETWEEN 1 AND last_seq - first_seq + 1"),
+    _check("daily_sums_first_seq", "first_seq >= 1"),
 )
 
-usage_summed = Table(
-    "usage_summed",
+daily_sums_through = Table(
+    "daily_sums_through",
     metadata,
     _column("org_id", Text),
     _column("seq", BigInteger),
-    PrimaryKeyConstraint("org_id", name="usage_summed_pkey"),
-    _check("usage_summed_seq", "seq >= 0"),
+    PrimaryKeyConstraint("org_id", name="daily_sums_through_pkey"),
+    _check("daily_sums_through_seq", "seq >= 0"),
 )
 
 dead_letters = Table(

@@ -10,7 +10,7 @@ from typing import Any
 from celery import Celery
 from sqlalchemy import Engine
 
-from ledger import bodies, due, scheduler, usage
+from ledger import bodies, daily_sums, due, scheduler
 from ledger.messages import MESSAGES
 from ledger.state import Limit, Result
 from ledger.store import DeadLettered, Delivery, apply_batch
@@ -19,7 +19,7 @@ from ledger.waiting import Waits
 SCHEDULER_TASKS = {
     due.POST_DUE: scheduler.post_due,
     due.RELEASE_EXPIRED: scheduler.release_expired,
-    usage.SUM_UP: usage.sum_up,
+    daily_sums.SUM_UP: daily_sums.sum_up,
 }
 
 TASKS = frozenset([*MESSAGES, *SCHEDULER_TASKS])

@@ -223,7 +223,7 @@ def _end_vacuum(connection: Connection, statement: str) -> None:
     PostgreSQL does so for a statement that waits for the lock, but only after longer than a change may wait. The lock
     requested here blocks neither readers nor writers.
     """
-    changed = re.match(r"\s*ALTER TABLE (\w+)", statement)
+    changed = re.match(r"\s*(?:ALTER|DROP) TABLE (\w+)", statement)
     if changed is not None:
         with suppress(OperationalError), connection.begin():
             connection.execute(text(f"SET LOCAL lock_timeout = {VACUUM_WAIT_S * 1_000:.0f}"))

@@ -10,10 +10,11 @@ import httpx
 import pytest
 
 from api_stub import pages
-from api_stub.formats import days, near_day
+from api_stub.formats import days
 from api_stub.pages import PLACES
 from ledger import history, views
 from ledger.readable import escaped
+from ledger.wording import near_day
 from tests.acceptance.website import (
     LEDGER,
     Visitor,

@@ -521,7 +521,7 @@ def test_the_scheduler_catches_up_idle_wallets_once_however_often_it_runs(
     hold_and_expire(installation, producer, holding)
     assert installation.count("credit_events") == 20
 
-    runs = [producer.ask(task) for _ in range(4) for task in (POST_DUE, RELEASE_EXPIRED, "usage.sum_up")]
+    runs = [producer.ask(task) for _ in range(4) for task in (POST_DUE, RELEASE_EXPIRED, "events.sum_up")]
     assert sum(run.get(timeout=PATIENCE_S) for run in runs) == 20
     assert events_by_wallet(installation, subscribed) == each(subscribed, [PERIOD])
     assert events_by_wallet(installation, holding) == each(holding, EXPIRED)
@@ -575,7 +575,7 @@ def test_the_schedule_is_every_run_every_minute_to_the_ledgers_own_queue() -> No
         assert app.conf.beat_schedule == {
             "subscriptions.post_due": {"task": "subscriptions.post_due", "schedule": schedule(60.0)},
             "reservations.release_expired": {"task": "reservations.release_expired", "schedule": schedule(60.0)},
-            "usage.sum_up": {"task": "usage.sum_up", "schedule": schedule(60.0)},
+            "events.sum_up": {"task": "events.sum_up", "schedule": schedule(60.0)},
         }
         queues = [app.amqp.router.route({}, name)["queue"].name for name in app.conf.beat_schedule]
     assert queues == ["credits"] * 3

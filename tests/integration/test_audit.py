@@ -407,10 +407,10 @@ HARMS = {
         "UPDATE ending_credits SET remaining = remaining - 1 WHERE org_id = 'umbrella' AND origin = 'purchase:p1'",
         [("umbrella", "came in and left: 50, there are 49")],
     ),
-    "usage is summed that nobody has": Harm(
-        "usage sums",
-        "INSERT INTO usage_days VALUES ('acme', '2026-01-31', '', '', 'workflow-engine', 5, 1)",
-        [("acme", "the usage of 2026-01-31")],
+    "events are summed that are not there": Harm(
+        "daily sums",
+        "INSERT INTO daily_sums VALUES ('acme', '2026-01-31', 'usage', '', '', 'workflow-engine', 1, -5, 1, 1)",
+        [("acme", "the sums of 2026-01-31")],
     ),
     "the subscription that is scheduled is unknown": Harm(
         "periods",

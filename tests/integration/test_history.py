@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import accumulate, chain
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, Engine, QueuePool, text
 
-from ledger import filters, history, views
+from ledger import daily_sums, filters, history, views
 from ledger.filters import EVERY_EVENT, EventFilter
 from ledger.history import Page
 from ledger.state import EventType
@@ -550,34 +551,63 @@ def test_what_is_read_does_not_grow_with_the_history(
         assert messages <= 20
 
 
+def sum_up(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bring the daily sums up to the last event."""
+    monkeypatch.setattr(daily_sums, "NOT_SUMMED", 1)
+    sql(
+        engine,
+        """
+        INSERT INTO wallets (org_id, last_seq, last_event_at, prepaid_balance, subscription_balance, reserved,
+                             period_usage, credit_limit, config_version)
+        SELECT org_id, max(seq), max(created_at), max(seq), 0, 0, 0, 0, 0 FROM credit_events GROUP BY org_id
+        """,
+    )
+    daily_sums.sum_up(engine)
+    engine.dispose()  # what this connection has read may still be counted
+
+
 FILTERED: dict[str, Callable[[Connection], object]] = {
     "a type": lambda c: history.events(c, "acme", EventFilter(event_types=("grant",))),
     "a type that no event has": lambda c: history.events(c, "acme", EventFilter(event_types=("usage",))),
     "a project": lambda c: history.events(c, "acme", EventFilter(project_id="red"), offset=1_500),
     "a project that no event has": lambda c: history.events(c, "acme", EventFilter(project_id="nope")),
     "both": lambda c: history.events(c, "acme", EventFilter(event_types=("refund",), project_id="red")),
-    "what is newer": lambda c: history.find(c, "acme", RED).newer(c, limit=100, before_seq=500),
+    "what is newer": lambda c: history.find(c, "acme", RED).newer(c, limit=100, before_seq=1_441),  # the second day
+    "three days": lambda c: history.events(c, "acme", replace(THREE_DAYS, project_id="red"), offset=500),
 }
 
 
 @pytest.mark.parametrize("name", FILTERED)
-def test_what_a_filter_leaves_out_is_not_read(engine: Engine, name: str) -> None:
+def test_what_a_filter_leaves_out_is_not_read(engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     begin = datetime(2026, 1, 1, tzinfo=UTC)
     for org_id in ("acme", "other", "third"):
         write_grants(engine, org_id, [begin + timedelta(minutes=n) for n in range(10_000)])
+    sum_up(engine, monkeypatch)
     sql(engine.execution_options(isolation_level="AUTOCOMMIT"), "VACUUM ANALYZE credit_events")
     with engine.connect() as connection:
         FILTERED[name](connection)
-        assert 0 <= events_read(connection) <= 150  # the rest was told by the index
+        assert 0 <= events_read(connection) <= 150  # the rest was told by the sums and the index
 
 
-def test_events_are_passed_over_once_where_the_page_has_all_that_match(engine: Engine) -> None:
+def test_of_the_day_in_which_a_range_ends_each_event_is_read(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = datetime(2026, 1, 1, tzinfo=UTC)
+    write_grants(engine, "acme", [begin + timedelta(minutes=n) for n in range(10_000)])
+    sum_up(engine, monkeypatch)
+    with engine.connect() as connection:
+        since = history.find(connection, "acme", RED).newer(connection, limit=100, before_seq=500)
+        assert since == (1_901, 1_000)
+        assert events_read(connection) <= 24 * 60 + 150
+
+
+def test_events_that_are_in_no_sum_are_passed_over_once_and_those_of_the_days_of_the_page(engine: Engine) -> None:
     begin = datetime(2026, 1, 1, tzinfo=UTC)
     write_grants(engine, "acme", [begin + timedelta(minutes=n) for n in range(3_000)])
+    sql(engine, "ANALYZE credit_events")
     with engine.connect() as connection:
         assert history.events(connection, "acme", EventFilter(project_id="nope")).total == 0
+        assert 3_000 <= events_read(connection) <= 3_050
         assert history.events(connection, "acme", EventFilter(project_id="red"), offset=550).total == 600
-        assert 0 < events_read(connection) <= 3 * 3_100  # the third time for the rows of the page
+        assert 0 < events_read(connection) <= 3_050 + 3_050 + 24 * 60 + 100
 
 
 def test_a_page_far_back_is_found_by_passing_over_the_newer_ones_once(engine: Engine) -> None:
@@ -747,8 +777,8 @@ def test_the_sum_of_what_matches_is_that_of_its_events(ledger: Engine, matching:
         found = history.find(connection, "acme", matching)
         rows = connection.execute(found.select()).mappings().all()
         assert rows
-        assert found.credits(connection) == sum(row["credits"] for row in rows)
-        assert history.find(connection, "nobody", matching).credits(connection) == 0
+        assert found.totals(connection).credits == sum(row["credits"] for row in rows)
+        assert history.find(connection, "nobody", matching).totals(connection).credits == 0
 
 
 def test_the_activities_that_contain_a_text_are_found_in_whatever_case(engine: Engine) -> None:

@@ -30,13 +30,13 @@ from worker.local.embedded import Embedded
 
 TABLES = [
     "credit_events",
+    "daily_sums",
+    "daily_sums_through",
     "dead_letters",
     "ending_credits",
     "last_verification",
     "posted_messages",
     "subscriptions",
-    "usage_days",
-    "usage_summed",
     "waiting_messages",
     "wallets",
     "workflows",
@@ -602,6 +602,7 @@ QUICK = [
     rf"ALTER TABLE (\w+) ADD CONSTRAINT \w+ CHECK {PARENTHESES} NOT VALID",
     r"ALTER TABLE (\w+) ADD CONSTRAINT \w+ (UNIQUE|PRIMARY KEY) USING INDEX \w+",
     r"ALTER TABLE (\w+) DROP (CONSTRAINT|COLUMN) \w+",
+    r"DROP TABLE (\w+)",
     rf"ALTER TABLE (\w+) ALTER COLUMN \w+ (DROP NOT NULL|DROP DEFAULT|SET DEFAULT {CONSTANT})",
 ]
 CREATE = r"CREATE TABLE (\w+) \(.*\)"
@@ -625,7 +626,7 @@ def may_stop_somebody(statements: list[str]) -> list[str]:
     changed: set[str] = set()
     refused = []
     for part in one_by_one:
-        named = re.match(r"(?:CREATE TABLE|ALTER TABLE|CREATE (?:UNIQUE )?INDEX \w+ ON) (\w+)", part)
+        named = re.match(r"(?:CREATE TABLE|ALTER TABLE|DROP TABLE|CREATE (?:UNIQUE )?INDEX \w+ ON) (\w+)", part)
         if named and named[1] in created:
             continue
         if not any(re.fullmatch(form, part) for form in QUICK):
@@ -677,6 +678,10 @@ def test_no_migration_after_0002_stops_anybody(empty_engine: Engine) -> None:
         (["CREATE INDEX CONCURRENTLY i ON t (a)"], 1),
         (["SET lock_timeout = 0", "DROP INDEX CONCURRENTLY IF EXISTS i", "CREATE INDEX CONCURRENTLY i ON t (a)"], 0),
         (["CREATE TABLE t (a BIGINT)", "CREATE INDEX i ON t (a)", "ALTER TABLE u ADD COLUMN c TEXT"], 0),
+        (["DROP TABLE t"], 0),
+        (["DROP TABLE t, u"], 1),
+        (["DROP TABLE t", "DROP TABLE u"], 1),
+        (["DROP TABLE t CASCADE"], 1),
         (["DELETE FROM t"], 1),
         (["LOCK TABLE t"], 1),
     ],

@@ -23,13 +23,13 @@ from worker.local.embedded import Embedded
 WORKER = {
     "alembic_version": "S",
     "credit_events": "(S)I",
+    "daily_sums": "SIU",
+    "daily_sums_through": "SIU",
     "dead_letters": "SIU",
     "ending_credits": "SIUD",
     "last_verification": "",
     "posted_messages": "SI(U)",
     "subscriptions": "SIU",
-    "usage_days": "SIU",
-    "usage_summed": "SIU",
     "waiting_messages": "SIUD",
     "wallets": "SIU",
     "workflows": "SIU",
@@ -159,7 +159,7 @@ def test_what_a_role_has_passed_on_is_taken_too(engine: Engine, database_url: st
 def test_an_older_schema_has_its_grants_too_and_the_tables_that_come_later_theirs(engine: Engine) -> None:
     migrations.downgrade(engine, "0002")
     migrations.grant(engine)
-    later = {"waiting_messages", "ending_credits", "usage_days", "usage_summed", "last_verification"}
+    later = {"waiting_messages", "ending_credits", "daily_sums", "daily_sums_through", "last_verification"}
     before = {name: may for name, may in WORKER.items() if name not in later}
     assert may_do(engine, roles.WORKER) == {**before, "posted_messages": "SI"}
     migrations.upgrade(engine)

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import pytest
 from sqlalchemy import Engine, text
 
-from ledger import audit, usage
+from ledger import audit, daily_sums, usage
 from ledger.filters import EventFilter
 from ledger.store import apply_batch
 from ledger.usage import Group, Rate, Share, Usage
@@ -182,11 +182,11 @@ def test_what_used_the_credits_is_the_sum_of_the_events_whatever_is_summed_alrea
     engine: Engine, used: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert breaks_down(engine, used)
-    monkeypatch.setattr(usage, "NOT_SUMMED", 1)
-    monkeypatch.setattr(usage, "STEP", 200)
-    next(usage.steps(engine))
+    monkeypatch.setattr(daily_sums, "NOT_SUMMED", 1)
+    monkeypatch.setattr(daily_sums, "STEP", 200)
+    next(daily_sums.steps(engine))
     assert breaks_down(engine, used)
-    usage.sum_up(engine)
+    daily_sums.sum_up(engine)
     assert breaks_down(engine, used)
 
 
@@ -194,32 +194,32 @@ def test_every_sum_is_that_of_the_events_whatever_is_summed_already(
     engine: Engine, used: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert agrees(engine, used)
-    monkeypatch.setattr(usage, "NOT_SUMMED", 1)
-    monkeypatch.setattr(usage, "STEP", 70)
-    for _, summed in zip(range(3), usage.steps(engine), strict=False):
+    monkeypatch.setattr(daily_sums, "NOT_SUMMED", 1)
+    monkeypatch.setattr(daily_sums, "STEP", 70)
+    for _, summed in zip(range(3), daily_sums.steps(engine), strict=False):
         assert summed == 70
         assert agrees(engine, used)
-    assert usage.sum_up(engine) == 2 * 301 - 210
+    assert daily_sums.sum_up(engine) == 2 * 301 - 210
     assert agrees(engine, used)
-    assert usage.sum_up(engine) == 0
+    assert daily_sums.sum_up(engine) == 0
     assert agrees(engine, used)
     assert audit.verify(engine).is_clean
 
 
 def test_few_events_are_not_summed(engine: Engine, used: list[dict[str, Any]]) -> None:
-    assert usage.sum_up(engine) == 0
-    assert sql(engine, "SELECT * FROM usage_days") == []
+    assert daily_sums.sum_up(engine) == 0
+    assert sql(engine, "SELECT * FROM daily_sums") == []
 
 
 def test_two_schedulers_at_once_sum_each_event_once(
     engine: Engine, used: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(usage, "NOT_SUMMED", 1)
-    monkeypatch.setattr(usage, "STEP", 10)
+    monkeypatch.setattr(daily_sums, "NOT_SUMMED", 1)
+    monkeypatch.setattr(daily_sums, "STEP", 10)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(usage.sum_up, [engine] * 4))
-    usage.sum_up(engine)
-    assert sql(engine, "SELECT org_id, seq FROM usage_summed ORDER BY 1") == [("acme", 301), ("globex", 301)]
+        list(pool.map(daily_sums.sum_up, [engine] * 4))
+    daily_sums.sum_up(engine)
+    assert sql(engine, "SELECT org_id, seq FROM daily_sums_through ORDER BY 1") == [("acme", 301), ("globex", 301)]
     assert agrees(engine, used)
     assert audit.verify(engine).is_clean
 
@@ -251,12 +251,12 @@ def test_an_unknown_organization_has_used_nothing(engine: Engine, used: list[dic
 def test_verify_finds_a_sum_that_is_wrong(
     engine: Engine, used: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(usage, "NOT_SUMMED", 1)
-    usage.sum_up(engine)
+    monkeypatch.setattr(daily_sums, "NOT_SUMMED", 1)
+    daily_sums.sum_up(engine)
     with engine.begin() as connection:
-        connection.execute(text("UPDATE usage_days SET runs = runs + 1 WHERE org_id = 'acme' AND day = '2026-02-24'"))
+        connection.execute(text("UPDATE daily_sums SET credits = 1 WHERE org_id = 'acme' AND day = '2026-02-24'"))
     [broken] = [finding for finding in audit.verify(engine).findings if finding.offenders]
-    assert broken.check.name == "usage sums"
+    assert broken.check.name == "daily sums"
     assert {org_id for org_id, _ in broken.offenders} == {"acme"}
 
 

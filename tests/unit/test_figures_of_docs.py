@@ -11,6 +11,7 @@ from api_stub.services import MANY_EVENTS, READ_TIMEOUT_S
 from api_stub.turns import AT_ONCE
 from ledger import migrations
 from ledger.clocks import MOST_APART_S
+from ledger.daily_sums import NOT_SUMMED
 from ledger.database import TRANSACTION_TIMEOUT_S
 from ledger.history import MAX_PAGE
 from ledger.isolation import MOST_CULPRITS
@@ -83,6 +84,7 @@ FIGURES: list[tuple[str, str, set[str]]] = [
     ("docs/reliability.md", "clocks.MOST_APART_S", seconds(MOST_APART_S)),
     ("docs/operating.md", "AT_ONCE", count(AT_ONCE, "reads")),
     ("docs/operating.md", "MANY_EVENTS", count(MANY_EVENTS, "events")),
+    ("docs/performance.md", "NOT_SUMMED", count(NOT_SUMMED, "events")),
     ("docs/operating.md", "READ_TIMEOUT_S", seconds(READ_TIMEOUT_S)),
     ("docs/operating.md", "REQUEST_TIMEOUT_S", seconds(REQUEST_TIMEOUT_S)),
     ("docs/operating.md", "MIN_RSA_BITS", count(MIN_RSA_BITS, "bits")),

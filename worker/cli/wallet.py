@@ -9,6 +9,7 @@ from rich.text import Text
 from sqlalchemy import Connection, RowMapping
 
 from ledger import directory, filters, history, receipts, views
+from ledger.database import snapshot
 from ledger.filters import EventFilter
 from ledger.history import Page
 from ledger.outlook import outlook
@@ -55,6 +56,13 @@ def _identifier(text: str | None) -> str | None:
         raise typer.BadParameter(str(error)) from None
 
 
+def _activities(names: list[str] | None) -> list[str]:
+    try:
+        return [filters.activity_name(name) for name in names or ()]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 @app.command("history", epilog="Example: holdfast history acme --type usage --type refund --from 2026-01-01")
 def show_history(
     org_id: Organization,
@@ -71,8 +79,9 @@ def show_history(
     project_id: Annotated[
         str | None, typer.Option("--project", metavar="ID", help="Only this project.", callback=_identifier)
     ] = None,
-    activity_name: Annotated[
-        list[str] | None, typer.Option("--activity", metavar="NAME", help="Repeatable: only these activities.")
+    activity_names: Annotated[
+        list[str] | None,
+        typer.Option("--activity", metavar="NAME", help="Repeatable: any of these activities.", callback=_activities),
     ] = None,
     workflow_id: Annotated[
         str | None,
@@ -100,23 +109,23 @@ def show_history(
         created_before=created_before,
         event_types=_event_types(event_type or []),
         project_id=project_id,
-        activity_names=tuple(activity_name or ()),
+        activity_names=tuple(activity_names or ()),
         workflow_id=workflow_id,
     )
     if by_run:
-        with open_ledger() as engine, engine.connect() as connection:
+        with open_ledger() as engine, snapshot(engine) as connection:
             shown = receipts.page(connection, org_id, matching, limit=limit, place=place)
             if not (as_json or shown.receipts or views.wallet(connection, org_id)):
                 _fail_without_wallet(connection, org_id)
         _show_receipts(shown, org_id, limit=limit, as_json=as_json)
         return
-    with open_ledger() as engine, engine.connect() as connection:
+    with open_ledger() as engine, snapshot(engine) as connection:
         page = history.events(connection, org_id, matching, limit=limit, offset=offset)
         if not (as_json or page.events or views.wallet(connection, org_id)):
             _fail_without_wallet(connection, org_id)
     if as_json:
         items = [history.as_item(event) for event in page.events]
-        print_json({"items": items, "total": page.total, "limit": limit, "offset": offset})
+        print_json({"items": items, "total": page.total, "credits": page.credits, "limit": limit, "offset": offset})
     elif page.events:
         console.print(history_table(page, org_id))
     else:
