@@ -8,7 +8,7 @@ on which days events match. It reads one by one only the events that are in no s
 What is read for one answer has to be of one snapshot of the ledger: see `ledger.database.snapshot`.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, NamedTuple, Self
@@ -134,7 +134,7 @@ def find(connection: Connection, org_id: str, matching: EventFilter = EVERY_EVEN
     if matching.workflow_id is None:
         return found
     numbers = [seq for seq in numbers_of_workflow(connection, org_id, matching.workflow_id) if first <= seq < end]
-    is_one = credit_events.c.seq == any_(literal(numbers, ARRAY(BigInteger)))
+    is_one = credit_events.c.seq == any_(_bigints(numbers))
     return replace(found, conditions=(is_one, *found.conditions), numbers=tuple(numbers))
 
 
@@ -299,8 +299,7 @@ class Found:
         if not chosen:
             return []
         columns = credit_events.c
-        firsts = literal([day.first for day in chosen], ARRAY(BigInteger))
-        lasts = literal([day.last for day in chosen], ARRAY(BigInteger))
+        firsts, lasts = _bigints(day.first for day in chosen), _bigints(day.last for day in chosen)
         ends = func.unnest(firsts, lasts).table_valued("first", "last", name="ends").render_derived()
         # Each day on its own, and the numbers alone, as rows can be long: so a day is read in the primary key, from its
         # end on, until there are enough.
@@ -372,6 +371,11 @@ class Found:
         ends = self.select().order_by(None).with_only_columns(func.min(_available), func.max(_available))
         row = connection.execute(ends).one()
         return row[0], row[1]
+
+
+def _bigints(numbers: Iterable[int]) -> ColumnElement[Any]:
+    """An array. As text: psycopg gives the lists of a statement one type, which may be too small for the later ones."""
+    return cast(literal(f"{{{','.join(map(str, numbers))}}}", Text), ARRAY(BigInteger))
 
 
 def _total(days: list[Day]) -> Totals:
