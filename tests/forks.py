@@ -1,8 +1,9 @@
-"""Programs in Python that start at once: forks of a process that has imported the packages of others, and nothing else.
+"""Programs in Python that start at once: forks of a process that has imported the packages of others, and the ledger.
 
-Most of the time that a command, a worker or a beat takes to start is for importing what is not ours. Each fork is a
-process like any other, with arguments, environment, folder and standard streams of its own, and imports our code
-itself. What must be started anew is: the demo, the services, what the README shows.
+Most of the time that a command, a worker or a beat takes to start is for imports. Each fork is a process like any
+other, with arguments, environment, folder and standard streams of its own. It imports itself whatever of ours reads a
+setting, registers something or looks at its terminal: the rest of `worker`, and `api_stub`. What must be started anew
+is: the demo, the services, what the README shows.
 """
 
 import atexit
@@ -29,10 +30,15 @@ PACKAGES = """
     pythonjsonlogger.json redis.asyncio rich.console rich.table sqlalchemy.dialects.postgresql.psycopg typer uvicorn
 """
 
+OURS = """
+    ledger.audit ledger.dead_letters ledger.history ledger.logs ledger.migrations ledger.scheduler ledger.settings
+    ledger.store ledger.totals ledger.views ledger.waiting worker.client
+"""
+
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(PACKAGES.split())
+_processes.set_forkserver_preload(PACKAGES.split() + OURS.split())
 
 
 def start(
