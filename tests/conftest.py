@@ -4,15 +4,19 @@ And how hard Hypothesis tries: `default` on every push, `soak` (HYPOTHESIS_PROFI
 """
 
 import os
+import re
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 from sqlalchemy import Engine
+from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
 
 from ledger import migrations
 from ledger.database import connect
@@ -33,11 +37,28 @@ settings.register_profile("soak", EVERY_PUSH, max_examples=1_000, derandomize=Fa
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+class OneRabbitMQ(LoadFileScheduling):  # type: ignore[misc]
+    """A file to a process, but all files that share a RabbitMQ to the same: its start takes as long as many tests."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "RabbitMQ" if _needs_rabbitmq(self.config.rootpath / file) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneRabbitMQ:
+    return OneRabbitMQ(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest begin first, so that no process works on one while the others have ended."""
     long = {item.path for item in items if item.get_closest_marker("timeout") is not None}
     tests = Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path not in long, -tests[item.path]))
+    items.sort(key=lambda item: (not _needs_rabbitmq(item.path), item.path not in long, -tests[item.path]))
+
+
+@cache
+def _needs_rabbitmq(file: Path) -> bool:
+    return re.search(r"\brabbitmq_(server|url)\b", file.read_text()) is not None
 
 
 class Services(Embedded):
@@ -102,7 +123,7 @@ def broker_url(services: Embedded) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def rabbitmq_server() -> Iterator[RabbitMQ]:
-    """A RabbitMQ of this session's own; where it is not installed, the test skips."""
+    """A RabbitMQ of this session's own, which a test may end; where it is not installed, the test skips."""
     if not rabbitmq.is_installed():
         pytest.skip("RabbitMQ (rabbitmq-server) is not installed")
     with rabbitmq.running() as broker:
@@ -112,6 +133,8 @@ def rabbitmq_server() -> Iterator[RabbitMQ]:
 @pytest.fixture
 def rabbitmq_url(rabbitmq_server: RabbitMQ) -> str:
     """The URL of a RabbitMQ in which nothing was ever declared."""
+    if not rabbitmq_server.server.is_running:
+        rabbitmq_server.start()
     rabbitmq_server.clear()
     return rabbitmq_server.url
 
