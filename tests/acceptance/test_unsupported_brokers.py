@@ -1,6 +1,5 @@
 """A server that can never be the broker is refused by everybody: nobody takes a message that no worker would take."""
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -146,7 +145,7 @@ def test_every_process_refuses_several_servers_with_commas(folder: Path, argv: l
     settings = environment(
         HOLDFAST_DATABASE_URL=DATABASE, HOLDFAST_BROKER_URL="amqp://u:sekrit@a,b//", HOLDFAST_JWT_SECRET=SECRET
     )
-    ended = subprocess.run(argv, env=settings, cwd=folder, capture_output=True, text=True, timeout=PATIENCE_S)
+    ended = commands.run_program(argv, env=settings, cwd=folder)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.startswith("holdfast: HOLDFAST_BROKER_URL must name one server, or ")
     assert ended.stderr.count("\n") == 1
