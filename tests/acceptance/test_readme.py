@@ -149,7 +149,7 @@ def test_the_walk_through_make_up_works_in_the_order_of_the_readme(environment: 
     assert re.search("│ available +│ +420 │", shown)
     assert re.search(r"newest first: 1\s", shown)
     assert "-80" in shown
-    assert re.search(r" run-1 +settled +80 +-80\s", shown)
+    assert re.search(r" run-1 +settled .* -80\s", shown)
     assert "support-bot" in shown
     assert "every invariant holds" in shown
     subprocess.run([sys.executable, "-c", celery_program], env=environment, check=True, timeout=PATIENCE_S)
