@@ -861,14 +861,20 @@ def test_a_reason_that_is_missing_is_said_at_its_field(operator: Person, letter:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [320, 360, 768, 1024])
 def test_the_operators_pages_are_readable_everywhere(
-    operator: Person, incident: str, letter: str, scheme: str, width: int
+    running: Installation, operator: Person, incident: str, letter: str, scheme: str, width: int
 ) -> None:
     operator.prefer(scheme)
     operator.hold_phone(width)
+    plan = {"subscription_id": "s", "plan": "Team", "monthly_credits": 10**12, "anchor": "2026-01-31T00:00:00Z"}
+    other = plan | {"anchor": "2026-01-30T00:00:00Z", "monthly_credits": 1}
+    versions = [delivery("wallet.subscribe", org_id=incident, version=1, **each) for each in (plan, other)]
+    apply_batch(running.engine, versions)
+    [(conflict,)] = sql(running.engine, "SELECT id FROM dead_letters WHERE error_code = 'conflict'")
     group = f"{LETTERS}?status=open&org_id={incident}&task=wallet.purchase&code=invalid_message&cause="
     group += "credits+must+be+an+integer"
-    for path in ("/operators", LETTERS, ONE_BY_ONE, group, letter, f"{LETTERS}?code=x"):
+    for path in ("/operators", LETTERS, ONE_BY_ONE, group, letter, f"{LETTERS}/{conflict}", f"{LETTERS}?code=x"):
         operator.open(path)
+        operator.driver.execute_script("document.querySelectorAll('details').forEach(each => each.open = true)")
         assert operator.width_needed() == width, path
         assert operator.driver.execute_script(STICKING_OUT) == 0, path
         ratio, text = operator.driver.execute_script(CONTRAST)

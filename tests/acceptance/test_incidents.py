@@ -358,7 +358,7 @@ def test_the_first_page_says_what_needs_somebody(
         f"Dead letters 4 open · 1 organization 4 {org_id} · wallet.purchase: {CAUSE} since "
     )
     assert link(page, re.escape(f"{org_id} · wallet.purchase: {CAUSE}")) == purchases(org_id)
-    assert f"2 min {org_id} its wallet is locked 1 message" in seen["waiting"]
+    assert f"2 min {org_id} : its wallet is locked 1 message" in seen["waiting"]
     assert f"1 Reservations have expired such as {org_id}" in seen["overdue"]
     assert f"{org_id} Train 30 credits" in seen["holds"]
     assert f"−960 {org_id}" in seen["owing"]
