@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, time, timedelta
 from typing import Any, NamedTuple
 
 from ledger.readable import as_json
@@ -47,6 +47,26 @@ def near_day(moment: datetime, now: datetime) -> str:
 def clock(moment: datetime) -> str:
     """14:05:33, in UTC."""
     return f"{moment.astimezone(UTC):%H:%M:%S}"
+
+
+def during(first: datetime | None, before: datetime | None) -> str:
+    """A range of time, of which `before` is no part: 1 Nov 2026 – 20 Nov 2026, from …, until …, or all time."""
+    begin = None if first is None else _moment_or_day(first)
+    end = None if before is None else _last_moment_or_day(before)
+    if begin is None:
+        return "all time" if end is None else f"until {end}"
+    if end is None:
+        return f"from {begin}"
+    return begin if begin == end else f"{begin} – {end}"
+
+
+def _moment_or_day(moment: datetime) -> str:
+    return day(moment) if moment.astimezone(UTC).time() == time.min else f"{day(moment)} {clock(moment)}"
+
+
+def _last_moment_or_day(before: datetime) -> str:
+    is_midnight = before.astimezone(UTC).time() == time.min
+    return day(before - timedelta(microseconds=1)) if is_midnight else f"{day(before)} {clock(before)}"
 
 
 def label(name: str) -> str:

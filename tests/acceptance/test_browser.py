@@ -220,6 +220,7 @@ def person(chrome: Chrome, address: str) -> Iterator[Person]:
     chrome.delete_all_cookies()
     person.complaints()
     yield person
+    person.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
     person.prefer("light")
     person.put_phone_away()
     assert person.complaints() == []
@@ -735,6 +736,47 @@ def test_a_wide_table_scrolls_within_its_own_region(customer: Person, width: int
     for path in (HISTORY, LEDGER, "/organizations/acme/runs/run-46"):
         customer.open(path)
         assert customer.width_needed() == width
+
+
+# On paper
+
+PAPER = {"paperWidth": 8.27, "paperHeight": 11.69}
+"""A4, in inches."""
+
+
+def printed(person: Person) -> bytes:
+    """The page as a PDF file."""
+    return base64.b64decode(person.driver.execute_cdp_cmd("Page.printToPDF", PAPER)["data"])
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_twenty_five_events_are_two_pages_of_paper(customer: Person, scheme: str) -> None:
+    customer.prefer(scheme)
+    customer.open(f"{HISTORY}?limit=25")
+    pages = re.findall(rb"/Type\s*/Page\b(?!s)", printed(customer))
+    assert 1 <= len(pages) <= 2
+
+
+def test_paper_is_black_on_white_and_has_the_organization_the_range_and_a_table(customer: Person) -> None:
+    customer.open(f"{HISTORY}?limit=25&date_from=2026-01-01&event_type=usage&project_id=crm")
+    features = [{"name": "prefers-color-scheme", "value": "dark"}]
+    customer.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": features})
+    colors = "const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]"
+    assert customer.driver.execute_script(colors) == ["rgb(0, 0, 0)", "rgb(255, 255, 255)"]
+    assert customer.find("main h1").text == "Credit history"
+    assert customer.find(".org").text.endswith("acme")
+    assert re.fullmatch(
+        r"Events: from 1 Jan 2026; types: Usage; project: crm. Printed on \d{1,2} \w{3} \d{4} \d\d:\d\d:\d\d UTC.",
+        customer.find(".on-paper").text,
+    )
+    displays = (
+        "return arguments[0].map(each => [...document.querySelectorAll(each)].map(e => getComputedStyle(e).display))"
+    )
+    shown, hidden = ["tr[data-event]", ".events thead"], ["form", "nav", ".pager", ".download", "header.site"]
+    rows, heads = customer.driver.execute_script(displays, shown)
+    assert (set(rows), heads) == ({"table-row"}, ["table-header-group"])
+    left = customer.driver.execute_script(displays, [f"{each}:not(header *)" for each in hidden])
+    assert {display for displays_of_one in left for display in displays_of_one} == {"none"}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

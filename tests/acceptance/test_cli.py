@@ -353,7 +353,7 @@ def test_usage_has_shares_and_a_sum(installation: Installation) -> None:
         ["all", "2,000", "4"],
     ]
     told = partial(run, "usage", "acme", **installation.environment)
-    assert told("--by", "day", "--csv").stdout == f"day,credits,runs\n{day},2000,4\n"
+    assert told("--by", "day", "--csv").stdout == f"day,credits,runs\r\n{day},2000,4\r\n"
     assert json.loads(told("--by", "project", "--by", "day", "--json").stdout) == {
         "groups": [
             {"project": "web", "day": day, "credits": 1750, "runs": 2},

@@ -7,7 +7,7 @@ import pytest
 
 from docs.generate_messages import EVENTS
 from ledger.state import EventType
-from ledger.wording import NAMES, amount, change, clock, counted, day, facts, label, near_day, share
+from ledger.wording import NAMES, amount, change, clock, counted, day, during, facts, label, near_day, share
 
 
 def test_amounts_have_separators_and_a_true_minus_sign() -> None:
@@ -32,6 +32,20 @@ def test_a_day_of_the_same_year_needs_no_year() -> None:
     now = datetime(2026, 11, 26, tzinfo=UTC)
     days = [near_day(moment, now) for moment in (datetime(2026, 1, 2, tzinfo=UTC), datetime(2027, 1, 2, tzinfo=UTC))]
     assert days == ["2 Jan", "2 Jan 2027"]
+
+
+def test_a_range_of_days_ends_with_its_last_day() -> None:
+    tenth, twentieth = datetime(2026, 11, 10, tzinfo=UTC), datetime(2026, 11, 20, tzinfo=UTC)
+    end = twentieth + timedelta(days=1)
+    assert during(tenth, end) == "10 Nov 2026 – 20 Nov 2026"
+    assert during(twentieth, end) == "20 Nov 2026"
+    assert (during(None, end), during(tenth, None), during(None, None)) == (
+        "until 20 Nov 2026",
+        "from 10 Nov 2026",
+        "all time",
+    )
+    noon = timedelta(hours=12)
+    assert during(tenth + noon, twentieth + noon) == "10 Nov 2026 12:00:00 – 20 Nov 2026 12:00:00"
 
 
 def test_a_name_becomes_words() -> None:
