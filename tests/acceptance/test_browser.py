@@ -772,7 +772,10 @@ def test_paper_is_black_on_white_and_has_the_organization_the_range_and_a_table(
     displays = (
         "return arguments[0].map(each => [...document.querySelectorAll(each)].map(e => getComputedStyle(e).display))"
     )
-    shown, hidden = ["tr[data-event]", ".events thead"], ["form", "nav", ".pager", ".download", "header.site"]
+    shown, hidden = (
+        ["tr[data-event]", ".events thead"],
+        ["form", "nav", ".filter", ".pager", ".download", "header.site"],
+    )
     rows, heads = customer.driver.execute_script(displays, shown)
     assert (set(rows), heads) == ({"table-row"}, ["table-header-group"])
     left = customer.driver.execute_script(displays, [f"{each}:not(header *)" for each in hidden])

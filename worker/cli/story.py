@@ -89,5 +89,9 @@ def fetch_events(system: System) -> list[dict[str, Any]]:
 def _token(system: System) -> str:
     scopes = ["credits:read", "workflows:write", "operator"]
     return sign(
-        system.jwt_secret, orgs=[ORGANIZATION, weeks.ORGANIZATION], scopes=scopes, subject="demo", expires_in_s=86_400
+        system.jwt_secret,
+        orgs=[ORGANIZATION, weeks.ORGANIZATION, weeks.OVERDRAWN],
+        scopes=scopes,
+        subject="demo",
+        expires_in_s=86_400,
     )
