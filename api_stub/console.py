@@ -37,7 +37,9 @@ ANSWER_TIMEOUT_S = 5
 PAGE = 50
 """How many actions a page of the audit lists."""
 LISTED = 10
-"""How many of each kind an organization's page lists, and the lists of organizations."""
+"""How many organizations a list has."""
+LATEST = 5
+"""How many of each kind the page of an organization lists."""
 MUCH_DUE = "Much is due in this wallet, and the change would have to wait for it; try again in a minute."
 ID = re.compile(ID_PATTERN)
 
@@ -82,7 +84,7 @@ def organizations(request: Request, using: Using) -> Response:
         recent = directory.recent(ledger)
         found = {
             "recent": recent[:LISTED],
-            "low": directory.low(ledger, recent, now=now)[:LISTED],
+            "low": directory.low(ledger, recent)[:LISTED],
             "overdrawn": directory.overdrawn(ledger, limit=LISTED),
         }
     return page(request, "console_organizations.html", now=now, typed="", **found)
@@ -123,11 +125,11 @@ def organization(request: Request, org_id: Organization, using: Using) -> Respon
             wallet=wallet,
             forms=FORMS,
             now=datetime.now(UTC),
-            reservations=views.open_reservations(ledger, org_id=org_id, limit=LISTED),
+            reservations=views.open_reservations(ledger, org_id=org_id, limit=LATEST),
             held=views.reservations_held(ledger, org_id),
             purchases=_newest(ledger, org_id, EventFilter(event_types=("prepaid_purchase",))),
             runs=_newest(ledger, org_id, EventFilter(event_types=("usage",))),
-            done=actions.actions(ledger, ActionFilter(org_id=org_id), limit=LISTED),
+            done=actions.actions(ledger, ActionFilter(org_id=org_id), limit=LATEST),
         )
 
 
@@ -143,7 +145,7 @@ def no_wallet(request: Request, ledger: Connection, org_id: str) -> Response:
 
 
 def _newest(ledger: Connection, org_id: str, matching: EventFilter) -> list[Any]:
-    return list(history.events(ledger, org_id, matching, limit=LISTED).events)
+    return list(history.events(ledger, org_id, matching, limit=LATEST).events)
 
 
 # Changing

@@ -6,14 +6,13 @@ few are read. Only `overdrawn` and `runs` look at every wallet, as an index for 
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
-from datetime import datetime, timedelta
+from collections.abc import Sequence
+from datetime import datetime
 from string import ascii_lowercase, digits
 from typing import Any, NamedTuple
 
 from sqlalchemy import ARRAY, ColumnElement, Connection, Select, Text, any_, literal, select, text, true
 
-from ledger import history
 from ledger.messages import MAX_ID_LENGTH
 from ledger.tables import posted_messages, wallets, workflows
 
@@ -133,20 +132,14 @@ def recent(connection: Connection) -> list[Listed]:
     return [found[org_id] for org_id in org_ids if org_id in found]
 
 
-def low(connection: Connection, among: Iterable[Listed], *, now: datetime) -> list[Listed]:
-    """Those of `among` that have credits, but fewer than they used in the 24 hours before `now`; the fewest first.
+def low(connection: Connection, among: Sequence[Listed]) -> list[Listed]:
+    """Those of `among` that have credits, but fewer than they use in a day; the fewest first.
 
-    A period that began since then counts from its beginning.
+    What they use is the usage of their last 300 events: of a day, if these span more than one.
     """
-    yesterday = now - timedelta(days=1)
-    found: list[Listed] = []
-    for each in among:
-        if each.available >= 0:
-            used = history.balances_at(connection, each.org_id, now).used_this_period
-            before = history.balances_at(connection, each.org_id, yesterday).used_this_period
-            if each.available < (used - before if used >= before else used):
-                found.append(each)
-    return sorted(found, key=lambda each: each.available)
+    rows = connection.scalars(_USE_MORE_IN_A_DAY, {"org_ids": [each.org_id for each in among]})
+    found = set(rows)
+    return sorted((each for each in among if each.org_id in found), key=lambda each: each.available)
 
 
 def overdrawn(connection: Connection, *, limit: int) -> list[Listed]:
@@ -157,6 +150,17 @@ def overdrawn(connection: Connection, *, limit: int) -> list[Listed]:
 _OF_THE_TAIL = text("""
     SELECT org_id FROM credit_events WHERE ctid >= CAST(:begin AS tid)
     GROUP BY org_id ORDER BY max(created_at) DESC, org_id LIMIT :most
+""")
+
+
+_USE_MORE_IN_A_DAY = text("""
+    SELECT org_id FROM wallets CROSS JOIN LATERAL (
+        SELECT sum(-credits) AS used, extract(epoch FROM clock_timestamp() - min(created_at)) / 86400 AS days
+        FROM credit_events AS event
+        WHERE event.org_id = wallets.org_id AND seq > last_seq - 300 AND event_type = 'usage'
+    ) AS latest
+    WHERE org_id = ANY(:org_ids) AND prepaid_balance + subscription_balance - reserved >= 0
+      AND prepaid_balance + subscription_balance - reserved < used / GREATEST(days, 1)
 """)
 
 

@@ -22,7 +22,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 from sqlalchemy import Engine
 
-from api_stub import letters
+from api_stub import console, letters
 from ledger.store import apply_batch
 from tests.acceptance.website import HISTORY, LETTERS, ONE_BY_ONE, operator_token, served, spread, token
 from tests.installation import Installation
@@ -206,7 +206,8 @@ def chrome(downloads: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def address(running: Installation) -> Iterator[str]:
     tell_the_story(running.engine)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(letters, "ANSWER_TIMEOUT_S", PATIENCE_S)
+        for pages in (letters, console):
+            patched.setattr(pages, "ANSWER_TIMEOUT_S", PATIENCE_S)
         buy = "https://billing.example.com/credits"
         with served(running.database_url, running.broker_url, buy_credits_url=buy) as address:
             yield address
@@ -967,3 +968,61 @@ def copy_over_nine_days(engine: Engine, org_id: str) -> None:
             """,
             org_id=org_id,
         )
+
+
+# Support gives back the credits of a failed run
+
+
+def test_support_gives_back_the_credits_of_a_failed_run(person: Person) -> None:
+    person.sign_in(token(sub="olga", orgs="*", scope="credits:read operator"), "/operators/organizations")
+    before = person.find("html")
+    person.find("#q").send_keys("run-46", Keys.ENTER)
+    person.wait_for_page_after(before)
+    [run] = person.texts("[aria-labelledby=runs] li")
+    assert " ".join(run.split()).startswith("run-46 of acme settled, used 198 ")
+
+    person.click("Refund")
+    assert person.find("#workflow_id").get_attribute("value") == "run-46"
+    assert person.find("#credits").get_attribute("value") == "198"
+    person.click("Preview")
+    assert person.find("#why-wrong").text == "Say why, in a few words."
+    assert ["422" in complaint for complaint in eventually(person.complaints)] == [True]
+    person.find("#why").send_keys("SUP-8821: it failed")
+    person.click("Preview")
+    available, *_ = person.texts("[data-change] dd")
+    assert available.split() == ["11,061", "→", "becomes", "11,259"]
+    assert "Refund +198" in person.find("main").text
+
+    person.click("Refund a run")
+    assert person.find("#done").text.startswith("✓ Refunded 198 to the run run-46; ")
+    address = person.driver.current_url
+    person.driver.refresh()
+    assert (person.driver.current_url, person.find("#done").text[:1]) == (address, "✓")
+
+    person.open(f"{HISTORY}?workflow_id=run-46")
+    assert "SUP-8821: it failed" in person.find("main").text
+    person.open("/operators/audit?kind=refund")
+    [listed] = person.texts("[data-action]")
+    assert all(said in listed for said in ("olga", "acme", "+198", "SUP-8821: it failed"))
+
+    person.driver.delete_all_cookies()
+    person.sign_in(token(sub="ann@acme.example"), f"{HISTORY}?workflow_id=run-46")
+    assert "SUP-8821: it failed" in person.find("main").text
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1024, 1440])
+def test_the_console_fits_every_screen_and_can_be_read_by_night(person: Person, width: int) -> None:
+    person.sign_in(token(sub="olga", orgs="*", scope="credits:read operator"), "/operators/organizations")
+    organization = "/operators/organizations/acme"
+    for path in (
+        *("/operators/organizations", "/operators/search?q=run-46", "/operators/search?q=acne", organization),
+        *(f"{organization}/grant", f"{organization}/reverse", "/operators/audit"),
+    ):
+        for scheme in ("light", "dark"):
+            person.hold_phone(width, 900)
+            person.prefer(scheme)
+            person.open(path)
+            assert (path, person.driver.execute_script(STICKING_OUT), person.width_needed()) == (path, 0, width)
+            worst, text = person.driver.execute_script(CONTRAST)
+            assert worst >= 5, (path, scheme, text)
+    assert all("404" in complaint for complaint in person.complaints())  # of the name that nobody has
