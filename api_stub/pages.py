@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from http import HTTPStatus
 from itertools import chain
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends, FastAPI, Path, Request, Response
@@ -31,7 +31,7 @@ from ledger.outlook import lasting
 from ledger.readable import beginning
 from ledger.receipts import Place, Receipt
 from ledger.state import EventType
-from ledger.usage import Breakdown, breakdown, rate
+from ledger.usage import Breakdown, Stack, breakdown, rate
 from ledger.views import Held, Reservation, WalletView
 
 EVENT_TYPES: tuple[EventType, ...] = get_args(EventType)
@@ -351,7 +351,7 @@ def _used(ledger: Connection, found: history.Found, matching: EventFilter, now: 
     if course is None:
         return None
     begin, end = course.points[0][0], course.ends
-    stacked_by: Literal["project", "activity"] = "project" if matching.project_id is None else "activity"
+    stacked_by: Stack = "project" if matching.project_id is None else "activity"
     of = breakdown(ledger, found.org_id, matching, stacked_by=stacked_by, each=each_of(begin, end), most=RANKED)
     largest = of.projects if stacked_by == "project" else of.activities
     balance = step_chart(course) if end - begin >= LEAST else None

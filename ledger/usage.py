@@ -9,7 +9,20 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, time, timedelta
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Text, case, cast, func, literal, null, select, tuple_, union_all
+from sqlalchemy import (
+    CompoundSelect,
+    Connection,
+    Subquery,
+    Text,
+    case,
+    cast,
+    func,
+    literal,
+    null,
+    select,
+    tuple_,
+    union_all,
+)
 
 from ledger import history
 from ledger.filters import EventFilter
@@ -17,6 +30,9 @@ from ledger.tables import credit_events
 
 Group = Literal["project", "activity", "source", "day", "month"]
 """What usage can be grouped by. `day` and `month` are those of UTC."""
+
+Stack = Literal["project", "activity"]
+"""What the bars of a breakdown are stacked by."""
 
 MOST_GROUPED_BY = 2
 """The most of them at once."""
@@ -100,7 +116,7 @@ def usage(
     assert len(set(group_by)) == len(group_by) <= MOST_GROUPED_BY
     sums = history.find(connection, org_id, of_usage(created_from, created_before)).sums(connection).c
     by = [_GROUPS[name](sums).label(name) for name in group_by]
-    used, runs = func.sum(-sums.credits).label("credits"), func.sum(sums.events).label("runs")
+    used, runs = func.sum(-sums.c.credits).label("credits"), func.sum(sums.events).label("runs")
     of_all = (func.sum(used).over().label("all_credits"), func.sum(runs).over().label("all_runs"))
     summed = select(*by, used, runs, *of_all).group_by(*by).order_by(used.desc(), *by)
     rows = connection.execute(summed.limit(most + 1)).mappings().all()
@@ -125,7 +141,7 @@ def breakdown(
     org_id: str,
     matching: EventFilter,
     *,
-    stacked_by: Literal["project", "activity"],
+    stacked_by: Stack,
     each: Literal["day", "month"],
     most: int,
 ) -> Breakdown:
@@ -134,16 +150,35 @@ def breakdown(
     The `most` largest projects and activities, and the usage of `each` day or month by those of `stacked_by`.
     """
     used = replace(matching, event_types=("usage",), workflow_id=None)
-    sums = history.find(connection, org_id, used).sums(connection).c
-    day, columns = sums.day, {"project": sums.project_id, "activity": sums.activity_name}
+    sums = history.find(connection, org_id, used).sums(connection)
+    rows = connection.execute(_broken_down(sums, stacked_by, each, most)).all()
+    total = next(row for row in rows if row.what == "all")
+
+    def shares(what: str) -> list[Share]:
+        found = [Share(row.name, int(row.credits), int(row.runs)) for row in rows if row.what == what]
+        return sorted(found, key=lambda share: (-share.credits, share.name or ""))
+
+    bars = [Bar(row.time, row.name, row.is_other, int(row.credits)) for row in rows if row.what == "bar"]
+    return Breakdown(
+        projects=shares("project"),
+        activities=shares("activity"),
+        bars=sorted(bars, key=lambda bar: (bar.time, bar.is_other, bar.name or "")),
+        credits=int(total.credits or 0),
+        runs=int(total.runs or 0),
+    )
+
+
+def _broken_down(sums: Subquery, stacked_by: Stack, each: Group, most: int) -> CompoundSelect[Any]:
+    """The total, the largest projects and activities, and the bars: one pass over the sums."""
+    day, columns = sums.c.day, {"project": sums.c.project_id, "activity": sums.c.activity_name}
     sets = [tuple_(column) for column in columns.values()] + [tuple_(day, columns[stacked_by])]
     summed = (
         select(
             func.grouping(day).label("is_of_all_days"),
             func.grouping(columns["project"]).label("is_of_all_projects"),
             *(column.label(name) for name, column in {"day": day, **columns}.items()),
-            func.sum(-sums.credits).label("credits"),
-            func.sum(sums.events).label("runs"),
+            func.sum(-sums.c.credits).label("credits"),
+            func.sum(sums.c.events).label("runs"),
         )
         .group_by(func.grouping_sets(*sets))
         .cte("summed")
@@ -162,35 +197,19 @@ def breakdown(
     is_it = func.coalesce(large.c.name, "") == func.coalesce(summed.c[stacked_by], "")  # no name is empty
     is_other = large.c.credits.is_(None)
     name = case((is_other, null()), else_=large.c.name)
-    time = _GROUPS[each](summed.c)
+    of_bar = _GROUPS[each](summed.c)
     credits_, runs = func.sum(summed.c.credits), func.sum(summed.c.runs)
     nothing, no = cast(null(), Text), literal(False)
-    rows = connection.execute(
-        union_all(
-            select(
-                *(literal("all").label("what"), nothing.label("time"), nothing.label("name"), no.label("is_other")),
-                *(credits_.label("credits"), runs.label("runs")),
-            ).where(of_all_days, of_each["project"]),
-            *(select(literal(what), nothing, of.c.name, no, of.c.credits, of.c.runs) for what, of in largest.items()),
-            select(literal("bar"), time, name, is_other, credits_, runs)
-            .select_from(summed.outerjoin(large, is_it))
-            .where(summed.c.is_of_all_days == 0)
-            .group_by(time, name, is_other),
-        )
-    ).all()
-    total = next(row for row in rows if row.what == "all")
-
-    def shares(what: str) -> list[Share]:
-        found = [Share(row.name, int(row.credits), int(row.runs)) for row in rows if row.what == what]
-        return sorted(found, key=lambda share: (-share.credits, share.name or ""))
-
-    bars = [Bar(row.time, row.name, row.is_other, int(row.credits)) for row in rows if row.what == "bar"]
-    return Breakdown(
-        projects=shares("project"),
-        activities=shares("activity"),
-        bars=sorted(bars, key=lambda bar: (bar.time, bar.is_other, bar.name or "")),
-        credits=int(total.credits or 0),
-        runs=int(total.runs or 0),
+    return union_all(
+        select(
+            *(literal("all").label("what"), nothing.label("time"), nothing.label("name"), no.label("is_other")),
+            *(credits_.label("credits"), runs.label("runs")),
+        ).where(of_all_days, of_each["project"]),
+        *(select(literal(what), nothing, of.c.name, no, of.c.credits, of.c.runs) for what, of in largest.items()),
+        select(literal("bar"), of_bar, name, is_other, credits_, runs)
+        .select_from(summed.outerjoin(large, is_it))
+        .where(summed.c.is_of_all_days == 0)
+        .group_by(of_bar, name, is_other),
     )
 
 
