@@ -116,7 +116,7 @@ def usage(
     assert len(set(group_by)) == len(group_by) <= MOST_GROUPED_BY
     sums = history.find(connection, org_id, of_usage(created_from, created_before)).sums(connection).c
     by = [_GROUPS[name](sums).label(name) for name in group_by]
-    used, runs = func.sum(-sums.c.credits).label("credits"), func.sum(sums.events).label("runs")
+    used, runs = func.sum(-sums.credits).label("credits"), func.sum(sums.events).label("runs")
     of_all = (func.sum(used).over().label("all_credits"), func.sum(runs).over().label("all_runs"))
     summed = select(*by, used, runs, *of_all).group_by(*by).order_by(used.desc(), *by)
     rows = connection.execute(summed.limit(most + 1)).mappings().all()
