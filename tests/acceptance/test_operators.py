@@ -202,6 +202,7 @@ def test_a_letter_is_shown_with_everything_about_it(desk: Desk) -> None:
         "attempts": "3",
         "first_failed_at": "2026-01-31 00:00:00",
         "last_failed_at": "2026-02-01 00:00:00",
+        "what_to_do": "Correct the sender and send a new message; discard this one.",
     }
     assert json.loads(shown.stdout.partition("Message\n")[2]) == {"org_id": "acme", "purchase_id": "p-1", "credits": 0}
     assert '  "purchase_id": "p-1",\n' in shown.stdout

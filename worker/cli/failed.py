@@ -14,6 +14,7 @@ import typer
 from sqlalchemy import Connection, Engine
 
 from ledger import bodies, dead_letters
+from ledger.causes import CODES
 from ledger.dead_letters import (
     MAX_ERROR_LENGTH,
     Groups,
@@ -201,9 +202,11 @@ def show(letter_id: LetterId, as_json: AsJson = False) -> None:
     if as_json:
         print_json(_item(letter))
         return
-    names = [name for name in asdict(letter) if name not in ("id", "body", "traceback")]
+    names = [name for name in asdict(letter) if name not in ("id", "body", "traceback", "cause")]
     values = asdict(letter) | {"error": beginning(letter.error, MAX_ERROR_LENGTH)}
     rows = [(name, values[name]) for name in names if values[name] is not None]
+    if letter.status == "open" and letter.error_code in CODES:
+        rows.append(("what_to_do", CODES[letter.error_code].cure))
     console.print(properties(f"Dead letter {letter.id}", rows, amounts=False))
     _show_text("Message", dead_letters.readable(letter.body, MESSAGE_SHOWN, _REST))
     if letter.traceback is not None:
