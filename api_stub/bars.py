@@ -29,8 +29,8 @@ class Piece:
 
     series: str
     """Its place among the largest: 0, 1, …; or OTHER."""
-    y: float
-    height: float
+    line: str
+    """The path around it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,6 @@ class Column:
 
     label: str
     credits: int
-    x: float
-    width: float
     pieces: list[Piece]
 
 
@@ -77,17 +75,18 @@ def bar_chart(bars: Sequence[Bar], largest: Sequence[Share], begin: datetime, en
         return None
     step, top, _ = scale(0, highest)
     times = list(_times(begin, end, each))
-    width = WIDTH / len(times)
+    place = WIDTH / len(times)
+    width = f"{place * (1 - GAP):.2f}"
     columns = []
     for number, (key, label) in enumerate(times):
         of, y, pieces = used.get(key, {}), float(HEIGHT), []
+        x = f"{(number + GAP / 2) * place:.2f}"
         for series in (*places.values(), OTHER):
             if of.get(series):
                 height = of[series] / (top * step) * HEIGHT
                 y -= height
-                pieces.append(Piece(series, round(y, 2), round(height, 2)))
-        x = (number + GAP / 2) * width
-        columns.append(Column(label, sum(of.values()), round(x, 2), round(width * (1 - GAP), 2), pieces))
+                pieces.append(Piece(series, f"M{x} {y:.2f}h{width}v{height:.2f}h-{width}Z"))
+        columns.append(Column(label, sum(of.values()), pieces))
     return BarChart(
         each=each,
         columns=columns,

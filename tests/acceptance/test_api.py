@@ -156,6 +156,9 @@ def test_the_history_has_the_columns_of_the_contract_newest_first(api: Api) -> N
         ("event_type=usage&event_type=reservation", [6, 5, 3]),
         ("project_id=web", [5, 4, 3]),
         ("project_id=unknown", []),
+        ("activity_name=Crawl", [6]),
+        ("activity_name=Import&activity_name=Crawl&event_type=usage&event_type=reservation", [6]),
+        ("activity_name=crawl", []),
         ("limit=2&offset=1", [5, 4]),
         ("date_from=2000-01-01&date_to=9999-12-31", [6, 5, 4, 3, 2, 1]),
         ("date_from=2000-01-01T10:00:00+00:00&date_to=2999-12-31T10:00:00+02:00", [6, 5, 4, 3, 2, 1]),
@@ -206,6 +209,7 @@ def test_a_cursor_neither_skips_nor_repeats_while_events_are_added(own_api: Api,
             for name in ("project_id", "workflow_id")
             for typed in ("", "%00", "a%20b", "x" * 129)
         ),
+        ("activity_name=%00", "activity_name[0] must not contain the NUL character"),
         ("type=usage", "type is not a filter; did you mean event_type?"),
         (
             "limit=5&Event-Type=usage&limit=7",

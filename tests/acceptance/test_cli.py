@@ -208,6 +208,8 @@ def test_a_history_is_filtered(books: Installation, holdfast: Any) -> None:
     cases: dict[tuple[str, ...], list[int]] = {
         ("--type", "usage", "--type", "grant"): [6, 4],
         ("--project", "web", "--type", "reservation"): [2],
+        ("--activity", "[red]Report[/red]", "--activity", "Crawl"): [4, 3, 2],
+        ("--activity", "Crawl"): [],
         ("--workflow", "run-1"): [4, 3, 2],
         ("--workflow", "run-1", "--type", "usage"): [4],
         ("--workflow", "run-9"): [],
@@ -289,6 +291,10 @@ def test_a_history_that_nobody_has_says_so_and_names_similar_ones(holdfast: Any)
             ((option, typed), f"'{option}': must have 1 to 128 characters, and only letters, digits and _ . : -")
             for option in ("--project", "--workflow")
             for typed in ("\udcff", "bad id", "")
+        ),
+        *(
+            (("--activity", typed), "'--activity': must have 1 to 256 characters, and only such as can be stored")
+            for typed in ("\udcff", "", "x" * 257)
         ),
     ],
 )

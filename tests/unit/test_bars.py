@@ -1,5 +1,6 @@
 """The bars of usage: every credit has its place, and no day is left out."""
 
+import re
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
@@ -29,9 +30,13 @@ def test_what_the_largest_used_is_stacked_and_all_others_are_on_top() -> None:
         2,
     )
     first, second, third = chart.columns
-    assert first.pieces == [Piece("0", 60, 40), Piece("1", 20, 40), Piece(OTHER, 0, 20)]
+    assert first.pieces == [
+        Piece("0", "M33.33 60.00h266.67v40.00h-266.67Z"),
+        Piece("1", "M33.33 20.00h266.67v40.00h-266.67Z"),
+        Piece(OTHER, "M33.33 0.00h266.67v20.00h-266.67Z"),
+    ]
     assert (second.credits, second.pieces) == (0, [])
-    assert third.pieces == [Piece("0", 80, 20)]
+    assert third.pieces == [Piece("0", "M700.00 80.00h266.67v20.00h-266.67Z")]
     assert [column.label for column in chart.columns] == ["10 Nov", "11 Nov", "12 Nov"]
     assert chart.highest is first
     assert chart.values == ["100", "50", "0"]
@@ -39,12 +44,14 @@ def test_what_the_largest_used_is_stacked_and_all_others_are_on_top() -> None:
 
 
 def test_the_columns_are_within_the_drawing_and_do_not_touch() -> None:
-    columns = drawn([Bar("2026-11-10", "web", False, 1)], 29).columns
-    assert len(columns) == 30
-    for left, right in pairwise(columns):
-        assert left.x + left.width < right.x
-    assert columns[0].x > 0
-    assert columns[-1].x + columns[-1].width < 1_000
+    days = [f"2026-11-{day}" for day in range(10, 31)]
+    columns = drawn([Bar(day, "web", False, 1) for day in days], 20).columns
+    [*places] = (re.match(r"M([\d.]+) [\d.]+h([\d.]+)v", column.pieces[0].line) for column in columns)
+    ends = [(float(place[1]), float(place[1]) + float(place[2])) for place in places if place]
+    assert len(ends) == 21
+    assert all(left_ends < right_begins for (_, left_ends), (right_begins, _) in pairwise(ends))
+    assert ends[0][0] > 0
+    assert ends[-1][1] < 1_000
 
 
 def test_an_end_at_midnight_begins_no_day() -> None:
