@@ -76,14 +76,16 @@ def _capped(wallet: WalletView, now: datetime) -> Banner | None:
     if wallet.period_cap is None:
         return None
     left = _under_cap(wallet, wallet.period_cap)
-    cap = f"cap of {amount(wallet.period_cap)}"
-    until = _cap_lifted(wallet, now)
+    cap, until = f"cap of {amount(wallet.period_cap)}", _cap_lifted(wallet, now)
+    has_period = wallet.current_period_end is not None
     if left <= 0:
-        return Banner(f"The {cap} for this period is reached.", f"New runs are refused until {until}.")
+        title = f"The {cap} for this period is reached." if has_period else f"The {cap} is reached."
+        return Banner(title, f"New runs are refused until {until}.")
     if wallet.period_cap - left < NEARLY * wallet.period_cap:
         return None
-    text = f"Runs that are estimated higher are refused until {until}."
-    return Banner(f"Only {amount(left)} left of this period's {cap}.", text, is_urgent=False)
+    of_what = f"this period's {cap}" if has_period else f"the {cap}"
+    title = f"Only {amount(left)} left of {of_what}."
+    return Banner(title, f"Runs that are estimated higher are refused until {until}.", is_urgent=False)
 
 
 def _little_left(wallet: WalletView, needed_soon: int, now: datetime) -> Banner | None:

@@ -51,6 +51,8 @@ RANKED = 5
 """How many of the largest projects and activities are named."""
 MOST_FOUND = 1_000
 """The most activities that a search may find."""
+NO_NAME = ("-" * (MAX_NAME_LENGTH + 1),)
+"""Longer than names are: no activity is called so."""
 PLACES = "before", "reservations_after"
 """The parameters that select the page, not its content."""
 FIELDS = ("date_from", "date_to", "project_id", "search", "workflow_id", "limit", "view", *PLACES)
@@ -189,8 +191,7 @@ def searched(ledger: Connection, org_id: str, asked: HistoryQuery) -> HistoryQue
         return replace(asked, errors={"search": f"More than {MOST_FOUND:,} activities are called so. Type more of it."})
     if asked.activity_names:
         names = [name for name in names if name in asked.activity_names]
-    # If no activity has the text, none is called so.
-    return replace(asked, matching=replace(asked.matching, activity_names=tuple(names) or (text,)))
+    return replace(asked, matching=replace(asked.matching, activity_names=tuple(names) or NO_NAME))
 
 
 Query = Annotated[HistoryQuery, Depends(history_query)]

@@ -659,7 +659,8 @@ def test_a_search_finds_a_run_by_its_id_and_otherwise_activities_by_a_part_of_th
     assert found("CRAWL") == [8, 4, 2]
     assert found("n <") == [5, 3]
     assert found("crawl", project_id="web") == [8, 2]
-    assert found("crawl", activity_name="Sync") == []
+    assert found("Crawl", activity_name="Sync") == []
+    assert found("Crawl", activity_name="Crawl") == [8, 4, 2]
     assert found("w") == [8, 4, 2]
     assert found("%") == []
     nothing = customer.get(history_of(org_id), params=LEDGER | {"search": "w33"})

@@ -120,11 +120,16 @@ def test_a_plan_that_another_one_follows_was_not_cancelled() -> None:
             {"used_this_period": 80, "reserved_credits": 10},
             f"Only 10 left of this period's cap of 100. Runs that are estimated higher are refused until {LIFTED}",
         ),
+        (
+            100,
+            {"used_this_period": 95, "current_period_end": None},
+            "Only 5 left of the cap of 100. Runs that are estimated higher are refused until the cap is raised.",
+        ),
         (100, {"used_this_period": 80, "reserved_credits": 9}, None),
         (
             0,
             {"current_period_end": None},
-            "!The cap of 0 for this period is reached. New runs are refused until the cap is raised.",
+            "!The cap of 0 is reached. New runs are refused until the cap is raised.",
         ),
     ],
 )
