@@ -417,6 +417,8 @@ def test_a_workflow_and_its_events(api: Api) -> None:
         "state": "settled",
         "project_id": "web",
         "activity_name": None,
+        "requested_credits": 75,
+        "reason": None,
         "reserved_credits": 75,
         "used_credits": 80,
         "refunded_credits": 0,
@@ -426,6 +428,13 @@ def test_a_workflow_and_its_events(api: Api) -> None:
             404,
             "There is no such workflow in this organization.",
         )
+
+
+def test_a_workflow_says_what_it_asked_for_and_why_it_was_refused(own_api: Api, engine: Engine) -> None:
+    apply_batch(engine, [delivery("workflow.start", org_id="acme", workflow_id="w1", credits=75)])
+    body = own_api.get("/api/organizations/acme/workflows/w1").json()
+    names = ("state", "requested_credits", "reason", "reserved_credits", "events")
+    assert [body[name] for name in names] == ["rejected", 75, "insufficient_credits", None, []]
 
 
 @pytest.mark.parametrize("org_id", ["%00", "a%20b", "x" * 129])
