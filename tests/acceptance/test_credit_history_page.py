@@ -176,8 +176,11 @@ def test_an_empty_history_says_how_it_begins(customer: Visitor, org_id: str) -> 
     assert page.status_code == 200
     assert set(figures(page).values()) == {"0"}
     assert "No events yet." in page.text
-    assert "<figure" not in page.text
-    assert ".csv" not in page.text
+    by_run = customer.get(history_of(org_id))
+    assert "No activity yet." in by_run.text
+    for each in (page, by_run):
+        assert "<figure" not in each.text
+        assert ".csv" not in each.text
 
 
 def test_events_can_be_filtered_by_type_project_and_day(ledger: Installation, customer: Visitor, org_id: str) -> None:
