@@ -370,6 +370,7 @@ def test_usage_has_shares_and_a_sum(installation: Installation) -> None:
         "truncated": False,
     }
     assert told("--to", "2020-01-01").stdout == "No usage.\n"
+    assert run("totals", **installation.environment).stdout.startswith("1 wallet ")
     assert "at most 2" in told("--by", "day", "--by", "project", "--by", "source").stderr
     assert "is not combined with --json" in told("--csv", "--json").stderr
     assert_one_line(run("usage", "none", **installation.environment), "none has no wallet: .*", code=1)

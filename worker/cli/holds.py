@@ -13,6 +13,7 @@ from ledger import waiting as ledger_waiting
 from ledger.dead_letters import described
 from ledger.messages import OPERATOR, Cancel
 from ledger.readable import escaped, span
+from ledger.wording import counted
 from worker.cli.tables import Column, table
 from worker.cli.terminal import (
     AsJson,
@@ -123,7 +124,8 @@ def release(
     elif answer is None:
         say(f"Asked to cancel {workflow_id} of {org_id}; this broker keeps no answers, so check `holdfast holds`.")
     else:
-        say(f"Released {workflow.reserved_credits:,} credits of {org_id}; {answer.available:,} are available.")
+        held, verb = counted(workflow.reserved_credits or 0, "credit"), "is" if answer.available == 1 else "are"
+        say(f"Released {held} of {org_id}; {answer.available:,} {verb} available.")
 
 
 @app.command(epilog="Example: holdfast waiting")

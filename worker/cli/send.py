@@ -17,6 +17,7 @@ from ledger.dead_letters import described
 from ledger.message_lines import strict_json
 from ledger.messages import MESSAGES, InvalidMessage, parse
 from ledger.settings import Settings
+from ledger.wording import counted
 from worker.broker import ENGINE_QUEUE, QUEUE
 from worker.cli.terminal import LONGEST_WAIT_S, AsJson, fail, print_json, say, warn
 from worker.cli.transfer import PIECE_BYTES, Transfer
@@ -179,7 +180,7 @@ def _send_file(path: Path, transfer: Transfer, *, as_json: bool) -> None:
     for number, problem in transfer.problems:
         warn(f"line {number}: {problem}")
     if transfer.invalid > len(transfer.problems):
-        warn(f"… and {transfer.invalid - len(transfer.problems):,} invalid lines more")
+        warn(f"… and {counted(transfer.invalid - len(transfer.problems), 'invalid line')} more")
     if as_json:
         print_json(_figures(transfer))
     else:
