@@ -7,8 +7,9 @@ import pytest
 from sqlalchemy import Engine, text
 
 from ledger import audit, views
+from ledger.messages import Grant, Refund
 from ledger.state import EventType
-from ledger.store import apply_batch
+from ledger.store import apply_batch, apply_past
 from tests.messages import purchase
 from worker.local import weeks
 
@@ -73,3 +74,18 @@ def test_what_falls_due_is_posted_at_its_time(engine: Engine) -> None:
     ended = [(at, datetime.fromisoformat(by)) for at, by in due if by is not None]
     assert len(ended) >= 2
     assert [at for at, _ in ended] == [by for _, by in ended]
+
+
+def test_a_past_is_never_in_the_future_nor_before_what_is_there(engine: Engine) -> None:
+    apply_batch(engine, [purchase("acme")])
+    grants = [Grant(org_id="acme", grant_id=grant_id, credits=1) for grant_id in ("early", "late")]
+    apply_past(engine, list(zip((LAST_MIDNIGHT, datetime(2999, 1, 1, tzinfo=UTC)), grants, strict=True)))
+    bought, early, late = (at for (at,) in rows(engine, "SELECT created_at FROM credit_events ORDER BY seq"))
+    assert bought == early <= late <= datetime.now(UTC)
+
+
+def test_a_past_with_a_message_that_cannot_be_applied_is_an_error(engine: Engine) -> None:
+    past = [(LAST_MIDNIGHT, Refund(org_id="acme", refund_id="r", workflow_id="w", credits=1))]
+    with pytest.raises(ValueError, match=r"wallet.refund cannot be applied: .*used 0 credits"):
+        apply_past(engine, past)
+    assert rows(engine, "SELECT seq FROM credit_events") == []

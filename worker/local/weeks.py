@@ -4,7 +4,7 @@ Everything is applied by the ledger's own rules, as if each message had come at 
 but for the time of day and the day of the week.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, time, timedelta
 from operator import itemgetter
 from random import Random
@@ -29,6 +29,8 @@ JUST_NOW = timedelta(minutes=50)
 """What happened within this time is told message by message."""
 
 Step = tuple[datetime, str, dict[str, Any]]
+Moments = Callable[[int, float], datetime]
+"""The moment so many days before today, and so many hours after its midnight."""
 
 
 class _Job(NamedTuple):
@@ -79,7 +81,7 @@ def northwind(now: datetime) -> Iterator[Step]:
         yield now - timedelta(minutes=minutes), "workflow.start", _start(job, name)
 
 
-def _billing(on: Any, year: int) -> Iterator[Step]:
+def _billing(on: Moments, year: int) -> Iterator[Step]:
     anchor = on(SUBSCRIBED_BEFORE, 0).isoformat()
     terms = {"plan": "Team", "monthly_credits": 5_000, "rollover_limit": 1_000}
     yield (
@@ -103,7 +105,7 @@ def _billing(on: Any, year: int) -> Iterator[Step]:
     yield on(4, 12.0), "wallet.grant", {"grant_id": "review", "credits": 250, **thanks}
 
 
-def _troubles(on: Any) -> Iterator[Step]:
+def _troubles(on: Moments) -> Iterator[Step]:
     """A cancelled run; a failed one, and its second try, which overruns and is refunded in part; a refused one."""
     train, translate = _JOBS[0], _JOBS[4]
     yield on(15, 11.0), "workflow.start", _start(translate, "translate-old-shop")
