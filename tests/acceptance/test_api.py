@@ -55,6 +55,7 @@ NOT_ASCII = (
     "größe",
 )
 UNSIGNED = jwt.encode({"orgs": "*", "exp": FUTURE}, None, algorithm="none")  # type: ignore[arg-type]
+IS_NO_NAME = "activity_name must have 1 to 256 characters, and no NUL or invalid character among them"
 IS_NO_ID = "must have 1 to 128 characters, and only letters, digits and _ . : - among them"
 MOMENT = r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{6})?\+00:00"
 
@@ -171,6 +172,23 @@ def test_the_history_is_filtered_and_paged(api: Api, query: str, ids: list[int])
     assert [item["id"] for item in api.get(f"{EVENTS}?{query}").json()["items"]] == ids
 
 
+@pytest.mark.parametrize(
+    ("query", "total", "credits_"),
+    [
+        ("", 6, 500),
+        ("limit=1&offset=3", 6, 500),
+        ("event_type=usage&event_type=reservation", 3, -175),
+        ("event_type=usage&event_type=reservation&limit=1&cursor=5", 3, -175),
+        ("workflow_id=w1", 3, -80),
+        ("date_to=2000-01-01", 0, 0),
+        ("project_id=unknown", 0, 0),
+    ],
+)
+def test_all_events_that_match_are_counted_and_added_up(api: Api, query: str, total: int, credits_: int) -> None:
+    page = api.get(f"{EVENTS}?{query}").json()
+    assert (page["total"], page["credits"]) == (total, credits_)
+
+
 def test_a_cursor_neither_skips_nor_repeats_while_events_are_added(own_api: Api, history: None, engine: Engine) -> None:
     seen: list[int] = []
     cursor = None
@@ -209,7 +227,7 @@ def test_a_cursor_neither_skips_nor_repeats_while_events_are_added(own_api: Api,
             for name in ("project_id", "workflow_id")
             for typed in ("", "%00", "a%20b", "x" * 129)
         ),
-        ("activity_name=%00", "activity_name[0] must not contain the NUL character"),
+        *((f"activity_name=Crawl&activity_name={typed}", IS_NO_NAME) for typed in ("", "a%00", "x" * 257)),
         ("type=usage", "type is not a filter; did you mean event_type?"),
         (
             "limit=5&Event-Type=usage&limit=7",

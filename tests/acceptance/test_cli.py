@@ -198,6 +198,7 @@ def test_a_history_as_json_has_the_nine_columns_and_what_names_the_event(books: 
             },
         ],
         "total": 6,
+        "credits": 4_915,
         "limit": 2,
         "offset": 2,
     }
@@ -213,6 +214,8 @@ def test_a_history_is_filtered(books: Installation, holdfast: Any) -> None:
         ("--workflow", "run-1"): [4, 3, 2],
         ("--workflow", "run-1", "--type", "usage"): [4],
         ("--workflow", "run-9"): [],
+        ("--activity", "[red]Report[/red]", "--activity", "Crawl"): [4, 3, 2],
+        ("--activity", "Report"): [],
         ("--from", grant_at.isoformat()): [6],
         ("--to", grant_at.isoformat()): [5, 4, 3, 2, 1],
         ("--from", f"{day}", "--to", f"{day}", "--limit", "2", "--offset", "3"): [3, 2],
@@ -278,6 +281,7 @@ def test_a_history_that_nobody_has_says_so_and_names_similar_ones(holdfast: Any)
     [
         (("--limit", "0"), "'--limit': must be greater than or equal to 1, got 0"),
         (("--limit", "101"), "'--limit': must be less than or equal to 100, got 101"),
+        (("--activity", ""), "'--activity': must have 1 to 256 characters, and no NUL or invalid character among them"),
         (("--from", "2026-02-30"), "--from: 2026-02-30 is not a date or time such as 2026-01-31"),
         (("--to", "9999-12-32"), "--to: 9999-12-32 is not a date or time such as 2026-01-31"),
         (("--from", "2026-11-23", "--to", "2026-11-22"), "--to: must not be before --from"),

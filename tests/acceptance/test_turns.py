@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Engine
 
 from api_stub import services as api_services
 from api_stub.turns import AT_ONCE
-from ledger import history
+from ledger import daily_sums, history
 from ledger.store import apply_batch
 from tests.acceptance import website
 from tests.acceptance.website import HISTORY, Patient, serving, token
@@ -112,7 +112,14 @@ def test_a_question_that_takes_too_long_is_ended_and_told_how_to_ask(
         assert (page.status_code, "Choose a shorter time, or try again." in page.text) == (503, True)
 
 
-LOOKING = (f"{EVENTS}?project_id=nope", f"{EVENTS}?event_type=usage", HISTORY)
+LOOKING = (
+    f"{EVENTS}?project_id=nope",
+    f"{EVENTS}?event_type=usage",
+    f"{EVENTS}?activity_name=Crawl",
+    "/api/organizations/acme/usage",
+    "/api/organizations/acme/usage.csv",
+    HISTORY,
+)
 
 
 def test_those_who_look_through_many_events_take_turns_and_nobody_else_waits(
@@ -130,9 +137,23 @@ def test_those_who_look_through_many_events_take_turns_and_nobody_else_waits(
                 assert (BUSY if path.startswith("/api/") else "Many people are here right now") in answer.text
                 for of_few in (path.replace("acme", "other") for path in LOOKING):
                     assert reader.get(of_few).status_code == 200
-                for not_looking in (EVENTS, CREDITS, f"{EVENTS}?date_from=2026-01-01"):
+                for not_looking in (EVENTS, CREDITS, f"{EVENTS}?date_from=2026-01-01", f"{EVENTS}?workflow_id=w1"):
                     assert reader.get(not_looking).status_code == 200
             assert reader.get(path).status_code == 200
+
+
+def test_those_who_find_what_they_ask_for_in_the_daily_sums_take_no_turns(
+    app: FastAPI, address: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api_services, "POOL_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(api_services, "MANY_EVENTS", 1)
+    monkeypatch.setattr(daily_sums, "NOT_SUMMED", 1)
+    apply_batch(
+        engine, [delivery("wallet.grant", org_id="acme", grant_id=f"g{number}", credits=1) for number in range(3)]
+    )
+    assert daily_sums.sum_up(engine) == 3
+    with client(address) as reader, app.state.services.reading(through="acme"):
+        assert {path: reader.get(path).status_code for path in LOOKING} == dict.fromkeys(LOOKING, 200) | {HISTORY: 503}
 
 
 def test_after_each_turn_the_database_is_left_alone_for_as_long(
