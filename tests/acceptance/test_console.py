@@ -1,6 +1,7 @@
 """The console of operators: find an organization, see what would come of a change, make it, and read who did what."""
 
 import re
+import socket
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from html import unescape
@@ -16,6 +17,7 @@ from tests.acceptance.website import (
     form_token,
     history_of,
     link,
+    operator_token,
     served,
     text_of,
     token,
@@ -331,6 +333,36 @@ def test_what_is_not_answered_yet_can_be_looked_at_again(
     assert link(page, "Look again") == f"{wallet}/grant/operator-1"
     write(running.engine, org_id, ("wallet.grant", {"grant_id": "operator-1", "credits": 7}))
     assert sentence(operator.get(f"{wallet}/grant/operator-1")) == "✓ Granted 7; 407 available then."
+
+
+def test_without_a_worker_a_change_is_sent_and_said_to_be_under_way(
+    ledger: Installation, org_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "ANSWER_TIMEOUT_S", 0.2)
+    write(ledger.engine, org_id, ("wallet.purchase", {"purchase_id": "p", "credits": 5}))
+    address = f"{ORGANIZATIONS}/{org_id}/grant"
+    with served(ledger.database_url, ledger.broker_url) as site, Visitor(base_url=site) as operator:
+        operator.sign_in(operator_token())
+        sent = operator.post(f"{address}/send", data=hidden(preview(operator, address, TYPED["grant"])))
+        assert sent.status_code == 303
+        assert sentence(operator.get(sent.headers["location"])).startswith("Not answered yet.")
+
+
+def test_without_a_broker_nothing_is_sent_and_the_same_change_can_be_sent_again(
+    ledger: Installation, org_id: str
+) -> None:
+    write(ledger.engine, org_id, ("wallet.purchase", {"purchase_id": "p", "credits": 5}))
+    address = f"{ORGANIZATIONS}/{org_id}/grant"
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        nobody = f"redis://127.0.0.1:{bound.getsockname()[1]}/0"
+        with served(ledger.database_url, nobody) as site, Visitor(base_url=site) as operator:
+            operator.sign_in(operator_token())
+            page = preview(operator, address, TYPED["grant"])
+            failed = operator.post(f"{address}/send", data=hidden(page))
+    assert failed.status_code == 503
+    assert "It could not be handed to the broker; nothing has changed. Send it again: it applies once." in failed.text
+    assert hidden(failed) == hidden(page)
 
 
 # Finding
