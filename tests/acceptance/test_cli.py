@@ -214,7 +214,6 @@ def test_a_history_is_filtered(books: Installation, holdfast: Any) -> None:
         ("--workflow", "run-1"): [4, 3, 2],
         ("--workflow", "run-1", "--type", "usage"): [4],
         ("--workflow", "run-9"): [],
-        ("--activity", "[red]Report[/red]", "--activity", "Crawl"): [4, 3, 2],
         ("--activity", "Report"): [],
         ("--from", grant_at.isoformat()): [6],
         ("--to", grant_at.isoformat()): [5, 4, 3, 2, 1],
