@@ -231,6 +231,8 @@ def person(chrome: Chrome, address: str) -> Iterator[Person]:
 def cookies(chrome: Chrome, address: str) -> list[dict[str, Any]]:
     """What a customer's browser keeps after signing in."""
     person = Person(chrome, address)
+    person.open("/signin")
+    chrome.delete_all_cookies()  # of whoever was here before
     person.sign_in(token(sub="ann@acme.example"), HISTORY)
     return list(chrome.get_cookies())
 
