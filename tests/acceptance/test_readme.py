@@ -108,6 +108,7 @@ def test_the_readme_names_these_commands_and_every_one_is_run_here() -> None:
         "celery -A worker worker",
         "celery -A worker beat",
         "holdfast failed list",
+        "holdfast failed list --by-cause",
         "holdfast failed show 1",
         "holdfast failed replay --all --error refund_exceeds_usage --dry-run",
         "holdfast failed replay 1",
@@ -193,8 +194,9 @@ def test_the_commands_of_operators_do_what_the_readme_says(environment: dict[str
         client.grant(org_id="acme", grant_id="gift", credits=100, wait_s=PATIENCE_S)
         client.start(org_id="acme", workflow_id="run-7", credits=30, wait_s=PATIENCE_S)
     said = [run_fork(command, environment) for command in COMMANDS[COMMANDS.index("holdfast failed list") :]]
-    listed, shown, dry_run, replayed, discarded, held, waiting, released = said
+    listed, grouped, shown, dry_run, replayed, discarded, held, waiting, released = said
     assert "Open dead letters, newest first: 4" in listed
+    assert re.search("Open dead letters by cause: [14], 4 dead letters of 1 organization", grouped)
     assert '"refund_id": "refund-41"' in shown
     assert "Would replay 4 dead letters. Nothing was sent." in dry_run
     assert replayed == "Dead letter 1: posted.\n"
