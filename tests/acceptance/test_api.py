@@ -870,8 +870,8 @@ def log(own_api: Api) -> Iterator[io.StringIO]:
         (EVENTS, "history.events", _defect),
         (EVENTS, "history.events", _wrong_statement),
         ("/metrics", "figures.system_figures", _defect),
-        (HISTORY, "views.open_reservations", _defect),
-        (HISTORY, "views.open_reservations", _wrong_statement),
+        (HISTORY, "views.reservations_held", _defect),
+        (HISTORY, "views.reservations_held", _wrong_statement),
     ],
 )
 def test_what_nobody_expected_is_a_sentence_and_the_log_has_the_rest(
