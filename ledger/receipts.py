@@ -28,7 +28,7 @@ from sqlalchemy import (
 
 from ledger import history
 from ledger.filters import EVERY_EVENT, EventFilter
-from ledger.history import MAX_PAGE, Found
+from ledger.history import MAX_PAGE, Day, Found
 from ledger.state import EventType, WorkflowState
 from ledger.tables import credit_events, posted_messages
 
@@ -199,21 +199,22 @@ def page(
     if place is not None:
         found = found.before(place.end)
     before = found.end if place is None else place.before
+    older = found.before(before)
+    days = older.days(connection) if older.conditions else []
     runs: dict[str, _Run] = {}
     lines: list[tuple[int, str | None]] = []
-    left, step = MOST_EVENTS, 2 * limit + 1
-    while len(lines) <= limit and left:
-        step = min(step, _STEP, left)
-        numbered = found.before(before).select().with_only_columns(credit_events.c.seq, _RUN.label("run"))
-        events = connection.execute(numbered.limit(step)).all()
-        new = {event.run for event in events if event.run is not None} - runs.keys()
+    seen, step = 0, 2 * limit + 1
+    while len(lines) <= limit and seen < MOST_EVENTS:
+        step = min(step, _STEP, MOST_EVENTS - seen)
+        events = _events(connection, older, days, offset=seen, limit=step)
+        new = {run for _, run in events if run is not None} - runs.keys()
         runs |= _runs(connection, found, new)
-        lines += [(each.seq, each.run) for each in events if each.run is None or runs[each.run].place.seq == each.seq]
+        lines += [(seq, run) for seq, run in events if run is None or runs[run].place.seq == seq]
         if len(events) < step:
             before = 0
             break
-        before = events[-1].seq
-        left -= step
+        before = events[-1][0]
+        seen += step
         step *= 2
     more = lines[limit - 1][0] if len(lines) > limit else before
     shown = lines[:limit]
@@ -225,6 +226,20 @@ def page(
         for seq, run in shown
     ]
     return Page(receipts, Place(found.end, more) if more else None)
+
+
+def _events(
+    connection: Connection, found: Found, days: list[Day], *, offset: int, limit: int
+) -> Sequence[tuple[int, str | None]]:
+    """The numbers of `limit` events after the `offset` newest, each with its workflow. `days`: those of `found`."""
+    columns = credit_events.c
+    if found.conditions:
+        numbers = found.numbers_on(connection, days, offset=offset, limit=limit)
+        chosen = select(credit_events).where(columns.org_id == found.org_id, columns.seq.in_(numbers or [0]))
+        chosen = chosen.order_by(columns.seq.desc())
+    else:
+        chosen = found.before(found.end - offset).select().limit(limit)
+    return [(seq, run) for seq, run in connection.execute(chosen.with_only_columns(columns.seq, _RUN.label("run")))]
 
 
 class _Run(NamedTuple):
