@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from api_stub import letters
-from tests.acceptance.website import LETTERS, Visitor, form_token, served, text_of, token, write
+from tests.acceptance.website import LETTERS, Visitor, form_token, served, text_of, write
 from tests.installation import Installation
 from tests.support import PATIENCE_S, sql
 
