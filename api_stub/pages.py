@@ -140,8 +140,8 @@ def history_query(request: Request) -> HistoryQuery:
     known_types = tuple(name for name in EVENT_TYPES if name in event_types)
     if len(known_types) < len(event_types):
         errors["event_type"] = "There is no such type of event. Choose from these."
-    if typed["view"] not in ("", *VIEWS):
-        errors["view"] = f"There is no such view. Choose {' or '.join(VIEWS)}."
+    no_view = f"There is no such view. Choose {' or '.join(VIEWS)}."
+    view = understood("view", lambda text: VIEWS[VIEWS.index(text)], no_view) or VIEWS[0]
     for name in activity_names:
         try:
             filters.activity_name(name)
@@ -152,7 +152,6 @@ def history_query(request: Request) -> HistoryQuery:
     limit = understood(
         "limit", lambda text: _number(text, history.MAX_PAGE), f"Enter a number from 1 to {history.MAX_PAGE}."
     )
-    view = typed["view"] if typed["view"] in VIEWS else VIEWS[0]
     before_seq, place = None, None
     if view == "ledger":
         before_seq = understood("before", lambda text: _number(text, MAX_CREDITS), a_place)
@@ -409,7 +408,7 @@ def receipts_of(ledger: Connection, org_id: str, asked_for: HistoryQuery) -> Rec
     return Receipts(
         shown=found.receipts,
         newest=None if asked_for.place is None else asked_for.query(),
-        older=None if found.next is None else asked_for.query(before=found.next),
+        older=None if found.next is None else asked_for.query(before=str(found.next)),
     )
 
 

@@ -141,6 +141,9 @@ NAMES: Mapping[EventType, Mapping[str, str]] = {
         "purchase_id": "Purchase",
         "from_ending": "Of them with an end:",
         "debt_settled": "Settled a debt of",
+        "credit_limit": "Credit limit",
+        "period_cap": "Cap of a period:",
+        "version": "Version",
         "billing_id": "Entry",
     },
     "adjustment": {

@@ -928,7 +928,7 @@ TO_PEOPLE = {
         ("GET", "/apinothing", 404, "There is nothing at this address."),
         ("GET", "/static/nothing.css", 404, "There is nothing at this address."),
         ("GET", "/static", 404, "There is nothing at this address."),
-        ("GET", "/operators", 404, "There is nothing at this address."),
+        ("GET", "/operator", 404, "There is nothing at this address."),
         ("GET", "/organizations/acme/nothing", 404, "There is no such page."),
         ("POST", HISTORY, 405, "This address takes GET or HEAD, not POST."),
         ("PUT", "/signin", 405, "This address takes GET or HEAD or POST, not PUT."),

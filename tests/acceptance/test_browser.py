@@ -538,7 +538,7 @@ def test_a_screen_reader_finds_its_way(customer: Person) -> None:
         "Events",
     ]
     assert ("navigation", "Main") in nodes
-    assert ("navigation", "Views of the history") in nodes
+    assert ("navigation", "Views") in nodes
     assert ("navigation", "Pages, above the table") in nodes
     assert ("table", "Events of the credit history, newest first; times in UTC") in nodes
     assert ("columnheader", "Prepaid balance") in nodes
@@ -766,7 +766,7 @@ def test_paper_is_black_on_white_and_has_the_organization_the_range_and_a_table(
     customer.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": features})
     colors = "const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]"
     assert customer.driver.execute_script(colors) == ["rgb(0, 0, 0)", "rgb(255, 255, 255)"]
-    assert customer.find("main h1").text == "Credit history"
+    assert customer.find("main h1").text.startswith("Credit history of")
     assert customer.find(".org").text.endswith("acme")
     assert re.fullmatch(
         r"Events: from 1 Jan 2026; types: Usage; project: crm. Printed on \d{1,2} \w{3} \d{4} \d\d:\d\d:\d\d UTC.",

@@ -296,7 +296,10 @@ def test_a_history_that_nobody_has_says_so_and_names_similar_ones(holdfast: Any)
             for typed in ("\udcff", "bad id", "")
         ),
         *(
-            (("--activity", typed), "'--activity': must have 1 to 256 characters, and only such as can be stored")
+            (
+                ("--activity", typed),
+                "'--activity': must have 1 to 256 characters, and no NUL or invalid character among them",
+            )
             for typed in ("\udcff", "", "x" * 257)
         ),
     ],

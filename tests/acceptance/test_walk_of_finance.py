@@ -52,7 +52,7 @@ def test_the_page_its_file_the_usage_and_the_totals_agree(
 ) -> None:
     events: list[dict[str, str]] = []
     for org_id in CUSTOMERS:
-        finance.open(f"{history_of(org_id)}?date_from={FIRST}&date_to={LAST}")
+        finance.open(f"{history_of(org_id)}?view=ledger&date_from={FIRST}&date_to={LAST}")
         counted = finance.find("#count").text
         of_customer = downloaded(finance, downloads / f"credit-history-{org_id}.csv")
         assert f"of {len(of_customer):,}" in counted

@@ -71,7 +71,8 @@ def test_every_type_of_event_is_of_one_kind() -> None:
 
 
 def test_the_views_are_tabs_that_keep_the_filter() -> None:
-    assert '?project_id=web&amp;view=activity">Activity</a>' in form("project_id=web")
+    assert '?project_id=web&amp;view=activity" aria-current="page">Activity</a>' in form("project_id=web")
+    assert '?project_id=web&amp;view=ledger">Ledger</a>' in form("project_id=web")
 
 
 @pytest.mark.parametrize(

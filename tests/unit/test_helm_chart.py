@@ -53,7 +53,12 @@ EVERYTHING: dict[str, Any] = {
     "imagePullSecrets": [{"name": "registry"}],
     "migrate": {"roles": False},
     "worker": {"scaling": {"enabled": True, "prometheus": "http://prometheus:9090"}},
-    "api": {"jwtAudience": "credits", "jwtIssuer": "https://id.example.com", "productName": "A: 'product'"},
+    "api": {
+        "jwtAudience": "credits",
+        "jwtIssuer": "https://id.example.com",
+        "productName": "A: 'product'",
+        "buyCreditsUrl": "https://shop.example.com/credits?of=acme",
+    },
     "monitoring": {"enabled": True, "labels": {"release": "prometheus"}},
     "podAnnotations": {"example.com/team": "billing"},
     "nodeSelector": {"kubernetes.io/arch": "amd64"},
@@ -267,7 +272,12 @@ def test_every_secret_comes_from_a_secret_that_is_there_under_the_name_of_its_se
 
 
 def test_what_is_written_in_the_values_is_a_setting_that_the_program_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not {"HOLDFAST_JWT_AUDIENCE", "HOLDFAST_JWT_ISSUER", "HOLDFAST_PRODUCT_NAME"} & set(given("api"))
+    assert not {
+        "HOLDFAST_JWT_AUDIENCE",
+        "HOLDFAST_JWT_ISSUER",
+        "HOLDFAST_PRODUCT_NAME",
+        "HOLDFAST_BUY_CREDITS_URL",
+    } & set(given("api"))
     for part in ("worker", "api"):
         for name, one in given(part, FULL).items():
             if "value" in one:

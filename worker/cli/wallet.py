@@ -98,11 +98,7 @@ def show_history(
     as_json: AsJson = False,
 ) -> None:
     """Show an organization's credit history, newest first. Without --json, exit code 1 if it has no wallet yet."""
-    if by_run and offset:
-        raise typer.BadParameter("cannot be combined with --by-run: use --cursor", param_hint="--offset")
-    if cursor is not None and not by_run:
-        raise typer.BadParameter("needs --by-run", param_hint="--cursor")
-    place = _place(cursor)
+    place = _place(cursor, offset, by_run=by_run)
     created_from, created_before = time_range(first, last)
     matching = EventFilter(
         created_from=created_from,
@@ -140,9 +136,14 @@ def _event_types(names: list[str]) -> tuple[EventType, ...]:
     return tuple(names)  # type: ignore[arg-type] # checked above
 
 
-def _place(text: str | None) -> Place | None:
+def _place(cursor: str | None, offset: int, *, by_run: bool) -> Place | None:
+    """Where the lines of --by-run begin."""
+    if by_run and offset:
+        raise typer.BadParameter("cannot be combined with --by-run: use --cursor", param_hint="--offset")
+    if cursor is not None and not by_run:
+        raise typer.BadParameter("needs --by-run", param_hint="--cursor")
     try:
-        return None if text is None else Place.of(text)
+        return None if cursor is None else Place.of(cursor)
     except ValueError:
         raise typer.BadParameter(
             "must be the next_cursor of lines that --by-run shows", param_hint="--cursor"
