@@ -149,9 +149,7 @@ def history_query(request: Request) -> HistoryQuery:
             errors["activity_name"] = "There is no activity of such a name."
     understood("search", filters.activity_name, f"Search for at most {MAX_NAME_LENGTH} characters.")
     a_place = "The link to this page is not complete."
-    limit = understood(
-        "limit", lambda text: _number(text, history.MAX_PAGE), f"Enter a number from 1 to {history.MAX_PAGE}."
-    )
+    limit = understood("limit", _page_size, f"Enter a number from 1 to {history.MAX_PAGE}.")
     before_seq, place = None, None
     if view == "ledger":
         before_seq = understood("before", lambda text: _number(text, MAX_CREDITS), a_place)
@@ -474,6 +472,10 @@ def _is_day(text: str) -> bool:
         return date.fromisoformat(text).isoformat() == text
     except ValueError:
         return False
+
+
+def _page_size(text: str) -> int:
+    return _number(text, history.MAX_PAGE)
 
 
 def _number(text: str, most: int) -> int:

@@ -17,6 +17,7 @@ from kombu.message import Message
 from sqlalchemy import Engine
 
 from ledger.messages import DELIVERY_LIMIT
+from tests import rabbitmq
 from tests.cut import cut_way_to
 from tests.installation import SENT_BY_FORKS, send_from_forks
 from tests.rabbitmq import RabbitMQ
@@ -228,16 +229,17 @@ def test_a_broker_that_falls_silent_is_given_up(client: Client, channel: Any, ra
     assert set(arrived) == {"gift-1", "gift-2"}
 
 
-def test_what_was_confirmed_survives_the_death_of_the_broker(rabbitmq_server: RabbitMQ, rabbitmq_url: str) -> None:
-    with Client(rabbitmq_url) as client:
+@pytest.mark.skipif(not rabbitmq.is_installed(), reason="RabbitMQ (rabbitmq-server) is not installed")
+def test_what_was_confirmed_survives_the_death_of_the_broker() -> None:
+    with rabbitmq.running() as mortal, Client(mortal.url) as client:
         grant_many(client, 100)
         grant(client, 100)
-        rabbitmq_server.server.kill()
-        with pytest.raises(NotSentError, match=f"127.0.0.1:{rabbitmq_server.port}"):
+        mortal.server.kill()
+        with pytest.raises(NotSentError, match=f"127.0.0.1:{mortal.port}"):
             grant(client, 101)
-        rabbitmq_server.restart()
+        mortal.restart()
         eventually(lambda: is_sent(client, 101))  # at first the queue has no leader, and may refuse
-        with Connection(rabbitmq_url) as connection, connection.channel() as channel:
+        with Connection(mortal.url) as connection, connection.channel() as channel:
             assert take_all(channel, QUEUE, 102) == [f"gift-{number}" for number in range(102)]
 
 

@@ -15,6 +15,7 @@ from kombu.connection import Connection
 
 from ledger import audit
 from ledger.messages import DELIVERY_LIMIT, MAX_BODY_BYTES
+from tests import rabbitmq
 from tests.cut import cut_way_to
 from tests.installation import (
     Installation,
@@ -177,20 +178,20 @@ def test_what_ends_its_worker_each_time_is_a_dead_letter_that_can_be_replayed(
 
 
 def test_neither_the_end_of_the_broker_nor_that_of_the_database_costs_a_message(
-    ledger: Installation, rabbitmq_server: RabbitMQ, rabbitmq_url: str
+    services: Embedded, ledger: Installation
 ) -> None:
-    with Client(rabbitmq_url, result_url=ledger.broker_url) as client:
-        worker = ledger.start_worker_on(rabbitmq_url)
+    with rabbitmq.running() as broker, Client(broker.url, result_url=ledger.broker_url) as client:
+        worker = ledger.start_worker_on(broker.url)
         client.grant(org_id="acme", grant_id="gift", credits=5, wait_s=PATIENCE_S)
         with ledger.engine.connect() as rival, rival.begin():
             rival.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")  # a broker may take its time
             rival.exec_driver_sql("SELECT 1 FROM wallets WHERE org_id = 'acme' FOR UPDATE")
             client.grant(org_id="acme", grant_id="second", credits=5)
             grant_many(client, 0, 100)
-            rabbitmq_server.restart()
+            broker.restart()
         eventually(lambda: ledger.count("credit_events") == 102)
         assert client.grant(org_id="acme", grant_id="third", credits=5, wait_s=PATIENCE_S).available == 15
-        eventually(lambda: is_drained(rabbitmq_url))
+        eventually(lambda: is_drained(broker.url))
         assert worker.is_running
         assert "Traceback" not in log_of(worker)
         assert any("Connection to broker lost" in line for line in warnings_in(worker))

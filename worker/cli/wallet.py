@@ -98,8 +98,7 @@ def show_history(
     as_json: AsJson = False,
 ) -> None:
     """Show an organization's credit history, newest first. Without --json, exit code 1 if it has no wallet yet."""
-    place = _place(cursor, offset, by_run=by_run)
-    created_from, created_before = time_range(first, last)
+    place, (created_from, created_before) = _place(cursor, offset, by_run=by_run), time_range(first, last)
     matching = EventFilter(
         created_from=created_from,
         created_before=created_before,
@@ -122,10 +121,8 @@ def show_history(
     if as_json:
         items = [history.as_item(event) for event in page.events]
         print_json({"items": items, "total": page.total, "credits": page.credits, "limit": limit, "offset": offset})
-    elif page.events:
-        console.print(history_table(page, org_id))
     else:
-        console.print("No events.")
+        console.print(history_table(page, org_id) if page.events else "No events.")
 
 
 def _event_types(names: list[str]) -> tuple[EventType, ...]:
