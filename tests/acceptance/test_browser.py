@@ -755,19 +755,19 @@ def printed(person: Person) -> bytes:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_twenty_five_events_are_two_pages_of_paper(customer: Person, scheme: str) -> None:
     customer.prefer(scheme)
-    customer.open(f"{HISTORY}?limit=25")
-    pages = re.findall(rb"/Type\s*/Page\b(?!s)", printed(customer))
-    assert 1 <= len(pages) <= 2
+    for path in (HISTORY, LEDGER):
+        customer.open(path)
+        pages = re.findall(rb"/Type\s*/Page\b(?!s)", printed(customer))
+        assert 1 <= len(pages) <= 2, path
 
 
 def test_paper_is_black_on_white_and_has_the_organization_the_range_and_a_table(customer: Person) -> None:
-    customer.open(f"{HISTORY}?limit=25&date_from=2026-01-01&event_type=usage&project_id=crm")
+    customer.open(f"{LEDGER}&date_from=2026-01-01&event_type=usage&project_id=crm")
     features = [{"name": "prefers-color-scheme", "value": "dark"}]
     customer.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": features})
     colors = "const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]"
     assert customer.driver.execute_script(colors) == ["rgb(0, 0, 0)", "rgb(255, 255, 255)"]
     assert customer.find("main h1").text.startswith("Credit history of")
-    assert customer.find(".org").text.endswith("acme")
     assert re.fullmatch(
         r"Events: from 1 Jan 2026; types: Usage; project: crm. Printed on \d{1,2} \w{3} \d{4} \d\d:\d\d:\d\d UTC.",
         customer.find(".on-paper").text,
