@@ -231,7 +231,7 @@ def credit_history(request: Request, org_id: VisibleOrg, asked_for: Query, using
     """The wallet, what has to be done, what used the credits, and a page of the history."""
     now = datetime.now(UTC)
     found: dict[str, Any] = {"events": None, "receipts": None, "used": None}
-    with using.reading(through=org_id) as ledger:  # the charts read many events
+    with using.reading(through=org_id, matching=asked_for.matching) as ledger:
         wallet = views.wallet(ledger, org_id)
         if wallet is None and session.is_staff:
             return no_wallet(request, ledger, org_id)

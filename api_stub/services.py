@@ -16,7 +16,7 @@ from api_stub.problems import BUSY, ON_PAGE_BUSY, RETRY, Problem
 from api_stub.queue_ages import QueueAges
 from ledger import history
 from ledger.database import POOL_TIMEOUT_S, connect, snapshot
-from ledger.filters import EventFilter
+from ledger.filters import EVERY_EVENT, EventFilter
 from ledger.settings import Settings
 from worker.async_client import AsyncClient
 from worker.client import Client
@@ -49,13 +49,12 @@ class Services:
         self.places = Places()
 
     @contextmanager
-    def reading(self, *, through: str | None = None, matching: EventFilter | None = None) -> Iterator[Connection]:
+    def reading(self, *, through: str | None = None, matching: EventFilter = EVERY_EVENT) -> Iterator[Connection]:
         """A connection that only reads: one snapshot of the ledger.
 
-        A reader that goes `through` the events of an organization one by one waits for a turn, if they are many. With
-        `matching`, it only adds up those that match, by their daily sums: it waits if the sums are many, or the events
-        in none. All such readers together use at most half of one processor of the database; the workers have the rest.
-        Raises Problem if no turn comes.
+        A reader that adds up the events of an organization that are `matching`, by their daily sums, goes `through` it:
+        it waits for a turn if the sums are many, or the events that are in none. All such readers together use at most
+        half of one processor of the database; the workers have the rest. Raises Problem if no turn comes.
 
         For use within a handler, not as a dependency. Dependencies run before the handler, on the same pool of threads.
         Under load, all threads would wait for connections of requests that wait for a thread.
@@ -64,10 +63,8 @@ class Services:
         with self._taking_turns() if takes_long else nullcontext(), snapshot(self.engine) as ledger:
             yield ledger
 
-    def _reads_many_events(self, org_id: str, matching: EventFilter | None) -> bool:
+    def _reads_many_events(self, org_id: str, matching: EventFilter) -> bool:
         with snapshot(self.engine) as ledger:
-            if matching is None:
-                return history.number_of_events(ledger, org_id) > MANY_EVENTS
             return history.find(ledger, org_id, matching).reads_more_than(ledger, MANY_EVENTS)
 
     @contextmanager

@@ -301,7 +301,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def begin(self, prepaid: int, period_cap: int | None) -> None:
         """Most wallets have credits and some a cap, before anything else happens."""
         self.driver.at(self.now)
-        limits = {"version": 1, "credit_limit": 0, "period_cap": period_cap}
+        limits = {"version": 1, "credit_limit": 0, "period_cap": period_cap, "reason": None}
         messages: list[Sent] = [("wallet.configure", limits)]
         if prepaid:
             messages.append(("wallet.purchase", {"purchase_id": "first", "credits": prepaid, "expires_at": None}))
