@@ -620,6 +620,7 @@ def left_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("output"))
 
 
+@pytest.mark.soak
 def test_two_demos_at_once_tell_their_story_and_leave_nothing_behind(folder: Path) -> None:
     with started(folder, "demo") as one, started(folder, "demo") as other:
         assert (one.exit_code(), other.exit_code()) == (0, 0), one.said() + other.said()

@@ -152,8 +152,12 @@ def test_those_who_find_what_they_ask_for_in_the_daily_sums_take_no_turns(
         engine, [delivery("wallet.grant", org_id="acme", grant_id=f"g{number}", credits=1) for number in range(3)]
     )
     assert daily_sums.sum_up(engine) == 3
-    with client(address) as reader, app.state.services.reading(through="acme"):
-        assert {path: reader.get(path).status_code for path in LOOKING} == dict.fromkeys(LOOKING, 200) | {HISTORY: 503}
+    apply_batch(
+        engine, [delivery("wallet.grant", org_id="other", grant_id=f"g{number}", credits=1) for number in range(3)]
+    )
+    with client(address) as reader, app.state.services.reading(through="other"):
+        assert {path: reader.get(path).status_code for path in LOOKING} == dict.fromkeys(LOOKING, 200)
+        assert reader.get(HISTORY.replace("acme", "other")).status_code == 503
 
 
 def test_after_each_turn_the_database_is_left_alone_for_as_long(

@@ -112,10 +112,15 @@ def test_down_to_base_leaves_nothing_and_up_again_makes_the_same(empty_engine: E
     assert audit.verify(empty_engine).is_clean
 
 
-def test_down_to_any_revision_and_up_again_makes_the_same_keys_and_loses_nothing(engine: Engine) -> None:
+@pytest.mark.parametrize("newest", [6, pytest.param(None, marks=[pytest.mark.soak, pytest.mark.timeout(1_800)])])
+def test_down_to_a_revision_and_up_again_makes_the_same_keys_and_loses_nothing(
+    engine: Engine, newest: int | None
+) -> None:
+    """To each of the newest, and to the oldest; or, as that takes long, to all."""
     apply_batch(engine, [delivery("wallet.purchase", org_id="acme", purchase_id="p1", credits=5)])
     before = catalog(engine)
-    for revision in migrations.revisions()[-2::-1]:
+    oldest, *others = migrations.revisions()[:-1]
+    for revision in [*others[::-1][:newest], oldest]:
         migrations.downgrade(engine, revision)
         migrations.upgrade(engine)
         after = catalog(engine)
