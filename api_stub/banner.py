@@ -99,11 +99,13 @@ def _little_left(wallet: WalletView, needed_soon: int, now: datetime) -> Banner 
 def _cure(wallet: WalletView, refused: Refused, now: datetime) -> str:
     again = "start it again, as a new run"
     lacking = refused.credits - _spendable(wallet)
+    missing = f"{amount(lacking)} {'credit' if lacking == 1 else 'credits'}"
+    if wallet.period_cap is None or refused.credits <= _under_cap(wallet, wallet.period_cap):
+        return f"Top up at least {missing}, then {again}." if lacking > 0 else f"There is room for it now: {again}."
+    until = "the cap is raised" if refused.credits > wallet.period_cap else _cap_lifted(wallet, now)
     if lacking > 0:
-        return f"Top up at least {amount(lacking)} {'credit' if lacking == 1 else 'credits'}, then {again}."
-    if wallet.period_cap is not None and refused.credits > _under_cap(wallet, wallet.period_cap):
-        return f"Wait until {_cap_lifted(wallet, now)}, then {again}."
-    return f"There is room for it now: {again}."
+        return f"It lacks {missing}, and would pass the cap: top up, and wait until {until}. Then {again}."
+    return f"Wait until {until}, then {again}."
 
 
 def _spendable(wallet: WalletView) -> int:

@@ -61,8 +61,12 @@ def outlook(view: WalletView, rate: Rate | None, now: datetime) -> Outlook:
 
 
 def _overdrawn(view: WalletView) -> str | None:
-    if view.available > 0 or view.available + view.credit_limit > 0:
+    spendable = view.available + view.credit_limit
+    if spendable > 0:
         return None
+    if view.credit_limit:
+        added = f"more than {-spendable:,} is added" if spendable else "credits are added"
+        return f"The credit limit of {view.credit_limit:,} is used up: new runs are refused until {added}."
     if view.available == 0:
         return "Nothing is available: new runs are refused until credits are added."
     return f"Overdrawn by {-view.available:,}: new runs are refused until more than that is added."

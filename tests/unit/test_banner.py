@@ -25,6 +25,7 @@ TEAM = replace(
 CANCELLED = replace(TEAM, plan_ends_at=END, next_credits=None)
 ADDED = "you top up, or until 4 Dec, when Team adds 5,000."
 LIFTED = "4 Dec, when the next period begins, or the cap is raised."
+AGAIN = "Then start it again, as a new run."
 REFUSED = Refused("nightly-3", 500, "insufficient_credits", NOW - timedelta(hours=2))
 
 
@@ -175,6 +176,21 @@ def test_what_can_be_owed_counts_as_left() -> None:
             replace(TEAM, period_cap=1_000, used_this_period=501),
             replace(REFUSED, reason="period_cap"),
             "Wait until 4 Dec, when the next period begins, or the cap is raised, then start it again, as a new run.",
+        ),
+        (
+            replace(TEAM, period_cap=499),
+            replace(REFUSED, reason="period_cap"),
+            "Wait until the cap is raised, then start it again, as a new run.",
+        ),
+        (
+            replace(TEAM, available=6, period_cap=1_000, used_this_period=501),
+            REFUSED,
+            f"It lacks 494 credits, and would pass the cap: top up, and wait until {LIFTED} {AGAIN}",
+        ),
+        (
+            replace(TEAM, available=499, period_cap=499),
+            REFUSED,
+            f"It lacks 1 credit, and would pass the cap: top up, and wait until the cap is raised. {AGAIN}",
         ),
         (
             replace(TEAM, period_cap=1_000, used_this_period=500),

@@ -99,7 +99,8 @@ def test_a_debt_is_said_first_and_nothing_is_enough() -> None:
         (100, "With a credit limit of 500, runs may reserve 600."),
         (0, "With a credit limit of 500, runs may reserve 500."),
         (-410, "With a credit limit of 500, runs may reserve 90."),
-        (-500, "Overdrawn by 500: new runs are refused until more than that is added."),
+        (-500, "The credit limit of 500 is used up: new runs are refused until credits are added."),
+        (-501, "The credit limit of 500 is used up: new runs are refused until more than 1 is added."),
     ],
 )
 def test_a_credit_limit_is_said_as_long_as_it_allows_something(available: int, sentence: str) -> None:
