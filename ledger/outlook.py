@@ -11,6 +11,9 @@ from ledger.wording import MINUS, amount, near_day
 LONG = timedelta(days=365)
 """From so far ahead on, no day is named."""
 
+_FAR = 1_000_000
+"""So many days ahead is as good as for ever, and still a date."""
+
 
 class Term(NamedTuple):
     """One term of the sum that is available."""
@@ -79,14 +82,41 @@ def lasting(view: WalletView, rate: Rate | None, now: datetime) -> str | None:
     if rate is None or view.available <= 0:
         return None if coming is None else f"On {near_day(coming.at, now)}, {adds}."
     if rate.credits_per_day == 0:
-        return "Nothing was used in the last days." + (f" On {near_day(coming.at, now)}, {adds}." if coming else "")
-    used = f"About {rate.credits_per_day:,} a day"
-    if coming is not None and (rate.lasts_until is None or rate.lasts_until >= coming.at):
+        return "Nothing was used in the days before today." + (
+            f" On {near_day(coming.at, now)}, {adds}." if coming else ""
+        )
+    used, until = f"About {rate.credits_per_day:,} a day", _lasts_until(view, rate, now)
+    if coming is not None and (until is None or until >= coming.at):
         return f"{used}; enough until {near_day(coming.at, now)}, when {adds}."
-    if rate.lasts_until is None or rate.lasts_until - now >= LONG:
+    if until is None or until - now >= LONG:
         return f"{used}; enough for more than a year."
-    lasting = f"{used}; enough until about {near_day(rate.lasts_until, now)}."
+    lasting = f"{used}; enough until about {near_day(until, now)}."
     return lasting if coming is None else f"{lasting} On {near_day(coming.at, now)}, {adds}."
+
+
+def _lasts_until(view: WalletView, rate: Rate, now: datetime) -> datetime | None:
+    """When what is available is used up or has ended. What ends first is used first, and is held first."""
+    days, held, left, ends_unused = 0.0, view.reserved_credits, view.available, False
+    for expires_at, ending in sorted(_ends(view)):
+        usable = max(0, ending - held)
+        held -= ending - usable
+        left -= usable
+        until_end = max(days, (expires_at - now) / timedelta(days=1))
+        ends_unused |= days + usable / rate.credits_per_day > until_end
+        days = min(days + usable / rate.credits_per_day, until_end)
+    if not ends_unused:
+        return rate.lasts_until
+    return now + timedelta(days=min(days + max(0, left) / rate.credits_per_day, _FAR))
+
+
+def _ends(view: WalletView) -> list[tuple[datetime, int]]:
+    """When how many credits end, as far as is known. What the next period keeps does not."""
+    ends = [(part.expires_at, part.credits) for part in view.ending]
+    if view.current_period_end is not None:
+        of_period = view.subscription_balance - sum(part.credits for part in view.ending if part.is_from_subscription)
+        kept = 0 if view.next_credits is None else view.next_credits.kept
+        ends.append((view.current_period_end, max(0, of_period - kept)))
+    return ends
 
 
 def _adds(coming: NextCredits) -> str:
@@ -100,7 +130,8 @@ def _last_of_plan(view: WalletView, now: datetime) -> str | None:
     end = near_day(view.plan_ends_at, now)
     # What earlier plans have left ends on days of its own.
     left = view.subscription_balance - sum(part.credits for part in view.ending if part.is_from_subscription)
-    ends = f"{left:,} unused credits end on {end}; no more follow" if left > 0 else f"It ends on {end}"
+    unused = "1 unused credit ends" if left == 1 else f"{left:,} unused credits end"
+    ends = f"{unused} on {end}; no more follow" if left > 0 else f"It ends on {end}"
     return f"{view.plan} was cancelled. {ends}."
 
 

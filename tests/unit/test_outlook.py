@@ -65,17 +65,54 @@ def test_what_is_nothing_is_no_term(view: WalletView, arithmetic: str) -> None:
         (UNKEPT, rate(219, days=15), f"{ENOUGH}."),
         (UNKEPT, rate(219, days=None), f"{ENOUGH}."),
         (UNKEPT, rate(900, days=3), "About 900 a day; enough until about 29 Nov. On 4 Dec, Team adds 5,000."),
-        (UNKEPT, rate(0, days=None), "Nothing was used in the last days. On 4 Dec, Team adds 5,000."),
+        (UNKEPT, rate(0, days=None), "Nothing was used in the days before today. On 4 Dec, Team adds 5,000."),
         (UNKEPT, None, "On 4 Dec, Team adds 5,000."),
         (replace(UNKEPT, at=datetime(2027, 1, 4, tzinfo=UTC)), None, "On 4 Jan 2027, Team adds 5,000."),
         (None, rate(900, days=3), "About 900 a day; enough until about 29 Nov."),
         (None, rate(1, days=365), "About 1 a day; enough for more than a year."),
         (None, rate(1, days=None), "About 1 a day; enough for more than a year."),
-        (None, rate(0, days=None), "Nothing was used in the last days."),
+        (None, rate(0, days=None), "Nothing was used in the days before today."),
     ],
 )
 def test_how_long_it_lasts_and_what_comes_next(coming: NextCredits | None, speed: Rate | None, sentence: str) -> None:
     assert said(replace(WALLET, next_credits=coming), speed) == (sentence,)
+
+
+CANCELLED = replace(
+    holding(7_800, subscription_balance=7_800, prepaid_balance=0),
+    plan="Team",
+    plan_ends_at=RENEWAL,
+    current_period_end=RENEWAL,
+)
+
+
+@pytest.mark.parametrize(
+    ("view", "sentence"),
+    [
+        (CANCELLED, "About 10 a day; enough until about 4 Dec."),
+        (replace(CANCELLED, reserved_credits=7_790, available=10), "About 10 a day; enough until about 27 Nov."),
+        (replace(CANCELLED, available=7_820, prepaid_balance=20), "About 10 a day; enough until about 6 Dec."),
+        (
+            replace(CANCELLED, plan_ends_at=None, next_credits=replace(PLAN, at=RENEWAL)),
+            "About 10 a day; enough until 4 Dec, when Team adds 5,000 (up to 1,000 unused are kept).",
+        ),
+        (
+            replace(holding(530), ending=(Ending(500, NOW + timedelta(days=2), "grant:g"),)),
+            "About 10 a day; enough until about 1 Dec.",
+        ),
+        (
+            replace(holding(50), ending=(Ending(20, NOW + timedelta(days=2), "grant:g"),)),
+            "About 10 a day; enough until about 1 Dec.",
+        ),
+        (
+            replace(holding(2**53), ending=(Ending(500, NOW + timedelta(days=2), "grant:g"),)),
+            "About 10 a day; enough for more than a year.",
+        ),
+    ],
+)
+def test_what_ends_unused_does_not_make_the_rest_last_longer(view: WalletView, sentence: str) -> None:
+    days = min(view.available / 10, 10**6)
+    assert said(view, rate(10, days=days))[0] == sentence
 
 
 def test_credits_that_are_due_already_are_not_announced() -> None:
@@ -110,6 +147,9 @@ def test_a_credit_limit_is_said_as_long_as_it_allows_something(available: int, s
 def test_a_plan_that_was_cancelled_says_what_ends() -> None:
     starter = replace(WALLET, plan="Starter", plan_ends_at=datetime(2026, 12, 20, tzinfo=UTC), subscription_balance=70)
     assert said(starter) == ("Starter was cancelled. 70 unused credits end on 20 Dec; no more follow.",)
+    assert said(replace(starter, subscription_balance=1)) == (
+        "Starter was cancelled. 1 unused credit ends on 20 Dec; no more follow.",
+    )
     assert said(replace(starter, subscription_balance=0)) == ("Starter was cancelled. It ends on 20 Dec.",)
     earlier = Ending(20, datetime(2026, 12, 1, tzinfo=UTC), "subscription:basic:3")
     assert said(replace(starter, ending=(earlier,))) == (
