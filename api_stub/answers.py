@@ -59,10 +59,10 @@ class EventPage(_Answer):
 
 
 class Receipt(_Answer):
-    """What one workflow has done to the balance, or one event that belongs to no workflow."""
+    """What one workflow has done to the balance until `date_to`, or one event that belongs to no workflow."""
 
     workflow_id: Annotated[str | None, Field(description="null: it is an event that belongs to no workflow.")]
-    state: Annotated[WorkflowState | None, Field(description="Of the workflow.")]
+    state: Annotated[WorkflowState | None, Field(description="Of the workflow, at `date_to` if that is given.")]
     project_id: str | None
     activity_name: str | None
     reserved_credits: Annotated[int | None, Field(description="The credits reserved for it; null: none.")]

@@ -11,12 +11,14 @@ from ledger.views import WorkflowView
 from ledger.wording import amount, clock, day
 
 
-def outcome(receipt: Receipt) -> str:
-    """What became of a run: `used 66 of 129 held`."""
+def outcome(receipt: Receipt, now: datetime, before: datetime | None) -> str:
+    """What became of a run until `before`, the end of the range of time that is shown: `used 66 of 129 held`."""
     held, used = receipt.reserved_credits, receipt.used_credits
     if receipt.state == "reserved":
         assert held is not None
         assert receipt.expires_at is not None
+        if before is not None and before <= now:
+            return f"still held {amount(held)} then"
         # Within 30 days, so without the year.
         return f"holds {amount(held)} until {day(receipt.expires_at)[:-5]} {clock(receipt.expires_at)[:-3]}"
     if used is None:

@@ -637,6 +637,7 @@ def test_the_longest_names_stick_out_of_nothing(running: Installation, person: P
     org_id = "W" * 128
     fields = {"workflow_id": "M" * 128, "project_id": "W" * 128, "activity_name": "M" * 128, "source": "W" * 64}
     messages = [
+        ("wallet.subscribe", {"subscription_id": "W" * 128, "version": 1, "plan": "W" * 256, "monthly_credits": 1_000}),
         ("wallet.purchase", {"purchase_id": "W" * 128, "credits": 2_000_000}),
         ("workflow.start", {**fields, "credits": 1_000_000, "metadata": {"M" * 50: 1}}),
         ("wallet.bill", {"billing_id": "W" * 128, "credits": 1, "invoice_id": "M" * 128}),

@@ -117,7 +117,13 @@ HELD, USED = step("reservation", -129), step("usage", -66)
     ],
 )
 def test_what_became_of_a_run_is_told_in_a_line(steps: list[Step], words: str) -> None:
-    assert outcome(Receipt.of_run("w", steps, NOW)) == words
+    assert outcome(Receipt.of_run("w", steps, NOW), NOW, before=None) == words
+
+
+def test_what_a_run_held_when_a_range_of_the_past_ended_is_told_as_past() -> None:
+    receipt = Receipt.of_run("w", [HELD], NOW)
+    assert outcome(receipt, NOW, before=NOW) == "still held 129 then"
+    assert outcome(receipt, NOW, before=NOW + timedelta(seconds=1)) == "holds 129 until 25 Nov 12:02"
 
 
 @pytest.mark.parametrize(
