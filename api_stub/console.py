@@ -23,10 +23,12 @@ from api_stub.rendering import PageRoute, page, see_other
 from api_stub.rights import OrgId
 from api_stub.services import Services, Using
 from api_stub.sessions import Operator, checked_form, operator_reads
-from ledger import actions, directory, filters, history, quotes, views
+from ledger import actions, dead_letters, directory, filters, history, quotes, views
 from ledger.actions import KINDS, Action, ActionFilter, Place
+from ledger.bodies import arguments
+from ledger.dead_letters import KeptLetter
 from ledger.filters import EventFilter, When
-from ledger.messages import ID_PATTERN, AnyMessage, InvalidMessage, WalletMessage, parse
+from ledger.messages import ID_PATTERN, OPERATOR, AnyMessage, InvalidMessage, WalletMessage, parse
 from ledger.quotes import MuchDueError, Preview
 from ledger.state import Refusal
 from ledger.views import WalletView
@@ -38,9 +40,12 @@ PAGE = 50
 """How many actions a page of the audit lists."""
 LISTED = 10
 """How many organizations a list has."""
+MOST_LETTERS = 100
+"""How many dead letters, the newest, are searched for a message that was not applied."""
 LATEST = 5
 """How many of each kind the page of an organization lists."""
 MUCH_DUE = "Much is due in this wallet, and the change would have to wait for it; try again in a minute."
+CHANGED_MEANWHILE = "Somebody has changed the limits meanwhile. Look at them, and begin again."
 ID = re.compile(ID_PATTERN)
 
 router = APIRouter(
@@ -188,6 +193,7 @@ def outcome(request: Request, org_id: Organization, form: Chosen, message_id: st
         raise Problem(HTTPStatus.NOT_FOUND, "There is no such page.")
     with using.reading() as ledger:
         event = history.event_by_key(ledger, org_id, f"{form.key}:{message_id}")
+        letter = _letter(ledger, org_id, form, message_id) if event is None else None
         wallet = views.wallet(ledger, org_id)
     return page(
         request,
@@ -195,9 +201,22 @@ def outcome(request: Request, org_id: Organization, form: Chosen, message_id: st
         org_id=org_id,
         form=form,
         event=event,
+        letter=letter,
         wallet=wallet or WalletView(org_id),
         message_id=message_id,
     )
+
+
+def _letter(ledger: Connection, org_id: str, form: Form, message_id: str) -> KeptLetter | None:
+    """The operator's message, if it could not be applied."""
+    message = form.message
+    id_field = message.id_field if issubclass(message, WalletMessage) else "workflow_id"
+    for letter in dead_letters.kept_of(ledger, org_id, message.task, limit=MOST_LETTERS):
+        args, _ = arguments(letter.body) or ([], {})
+        said = args[0] if len(args) == 1 and isinstance(args[0], dict) else {}
+        if str(said.get(id_field)) == message_id and said.get("source") == OPERATOR:
+            return letter
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,6 +340,8 @@ def _previewed(ledger: Connection, message: AnyMessage) -> Preview:
 def _problem(form: Form, considered: _Considered, *, is_new: bool) -> dict[str, str]:
     """Why the ledger would not apply a change, by the field that is wrong."""
     answer = considered.preview.answer
+    if isinstance(answer, Refusal) and form.name == "limits" and answer.code == "conflict":
+        return {WHY: CHANGED_MEANWHILE}
     if isinstance(answer, Refusal):
         return dict([form.about_refusal(answer)])
     if considered.is_done and not is_new:
@@ -330,7 +351,7 @@ def _problem(form: Form, considered: _Considered, *, is_new: bool) -> dict[str, 
     if answer.reason == "already_ended" or considered.is_done:
         return {"workflow_id": f"This run is {answer.state}: it holds no credits any more."}
     if answer.reason == "stale_version":
-        return {WHY: "Somebody has changed the limits meanwhile. Look at them, and begin again."}
+        return {WHY: CHANGED_MEANWHILE}
     return {}
 
 

@@ -46,9 +46,9 @@ def iso(moment: datetime) -> str:
     return f"{moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec='seconds')}Z"
 
 
-def pairs(metadata: Mapping[str, Any], event_type: EventType) -> list[Fact] | None:
+def pairs(metadata: Mapping[str, Any], event_type: EventType, source: str) -> list[Fact] | None:
     """The metadata of an event in words, or None if it is too long to be shown without a click."""
-    shown = facts(event_type, metadata)
+    shown = facts(event_type, metadata, source)
     as_they_are = [metadata[fact.name] for fact in shown if fact.name in metadata]
     parts = [part for value in as_they_are for part in (value.values() if isinstance(value, dict) else [value])]
     if any(isinstance(part, dict | list) for part in parts) or max(len(shown), len(parts)) > MOST_FACTS:

@@ -92,8 +92,10 @@ def whole_number(least: int, most: int) -> Callable[[str], int]:
     """Reads a whole number from `least` to `most`, also one such as `1,000` or `+5`."""
 
     def read(text: str) -> int:
-        digits = re.sub(r"[,\s]", "", text).replace("\N{MINUS SIGN}", "-")
-        if not re.fullmatch(r"[+-]?[0-9]{1,17}", digits) or not least <= int(digits) <= most:
+        signed = text.replace("\N{MINUS SIGN}", "-")
+        digits = re.sub(r"[,\s]", "", signed)
+        is_whole = re.fullmatch(r"[+-]?(?:[0-9]{1,17}|[0-9]{1,3}(?:[,\s][0-9]{3}){1,5})", signed)  # never 1,5 as 15
+        if not is_whole or not least <= int(digits) <= most:
             raise ValueError(f"Enter a whole number from {least:,} to {most:,}.")
         return int(digits)
 

@@ -318,6 +318,14 @@ def letter(connection: Connection, letter_id: int) -> KeptLetter:
     return KeptLetter(*row)
 
 
+def kept_of(connection: Connection, org_id: str, task: str, *, limit: int) -> list[KeptLetter]:
+    """The newest dead letters of an organization and a task, whatever became of them."""
+    columns = dead_letters.c
+    query = select(*(columns[field.name] for field in fields(KeptLetter)))
+    query = query.where(columns.org_id == org_id, columns.task == task).order_by(columns.id.desc()).limit(limit)
+    return [KeptLetter(*row) for row in connection.execute(query)]
+
+
 _NEVER_REPLAYED = {
     "too_large": "holds only the first part of its message: its sender must send a smaller one",
     "not_allowed": "holds a message that its sender may not send: if it is intended, send it from a system that may",

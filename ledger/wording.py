@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, time, timedelta
 from typing import Any, NamedTuple
 
+from ledger.messages import OPERATOR
 from ledger.readable import as_json
 from ledger.state import EventType
 
@@ -85,9 +86,12 @@ class Fact(NamedTuple):
         return f"{self.name} {self.value}" if self.name else self.value
 
 
-def facts(event_type: EventType, metadata: Mapping[str, Any]) -> list[Fact]:
-    """The metadata of an event in words: what the ledger wrote, and then what only the sender knows, as it is."""
-    names = {**_OF_EVERY_EVENT, **NAMES[event_type]}
+def facts(event_type: EventType, metadata: Mapping[str, Any], source: str) -> list[Fact]:
+    """The metadata of an event in words: what the ledger wrote, and then what only the sender knows, as it is.
+
+    Who did it is known only of what operators do. Any other sender may write any name there, and that is said.
+    """
+    names = {**_OF_EVERY_EVENT, **({"by": "By"} if source == OPERATOR else {}), **NAMES[event_type]}
     in_order = sorted(names, key=lambda key: (key in _IDS, key not in NAMES[event_type]))
     known = [key for key in in_order if key in metadata and not (key == _END and _BEGIN in metadata)]
     as_they_are = [Fact(key, in_words(value)) for key, value in metadata.items() if key not in names]
@@ -170,7 +174,7 @@ NAMES: Mapping[EventType, Mapping[str, str]] = {
 }
 """The names of what the ledger writes into the metadata of each type of event, in the order in which it is read."""
 
-_OF_EVERY_EVENT = {"description": "", "reason": "Reason:", "by": "By", "occurred_at": "Happened"}
+_OF_EVERY_EVENT = {"description": "", "reason": "Reason:", "by": "By, as its sender says:", "occurred_at": "Happened"}
 """The names of what every sender may give."""
 _IDS = ("billing_id", "adjustment_id", "subscription_id", "grant_id", "refund_id", "purchase_id", "reversal_id")
 """What is read last."""

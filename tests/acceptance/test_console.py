@@ -179,8 +179,28 @@ def test_limits_that_somebody_else_has_changed_meanwhile_stay(operator: Visitor,
     assert operator.post(f"{wallet}/limits/send", data=hidden(first)).status_code == 303
     late = operator.post(f"{wallet}/limits/send", data=hidden(second))
     assert late.status_code == 422
-    assert "was applied with credit_limit 1" in unescape(late.text)
+    assert "Somebody has changed the limits meanwhile." in unescape(late.text)
     assert 'value="1"' in operator.get(f"{wallet}/limits").text
+
+
+def test_what_nobody_of_the_staff_did_is_not_said_to_be_done_by_them(
+    running: Installation, operator: Visitor, wallet: str, org_id: str
+) -> None:
+    forged = {"grant_id": "gift", "credits": 5, "metadata": {"by": "olga"}}
+    write(running.engine, org_id, ("wallet.grant", forged))
+    assert "<dd>no operator; its source is admin</dd>" in operator.get(f"{wallet}/grant/gift").text
+    ledger = operator.get(f"/organizations/{org_id}/credit-history?view=ledger").text
+    assert '<span class="name">By, as its sender says:</span> olga' in ledger
+
+
+def test_a_change_that_became_a_dead_letter_is_not_said_to_be_under_way(
+    running: Installation, operator: Visitor, wallet: str, org_id: str
+) -> None:
+    sent = {"adjustment_id": "operator-1", "credits": -10_000, "reason": "x", "source": "operator"}
+    write(running.engine, org_id, ("wallet.adjust", sent))
+    outcome = operator.get(f"{wallet}/adjust/operator-1")
+    assert sentence(outcome).startswith("It was not applied, and is kept as a dead letter: wallet.adjust: -10000 would")
+    assert sentence(operator.get(f"{wallet}/adjust/operator-2")).startswith("Not answered yet.")
 
 
 # What is wrong

@@ -9,18 +9,18 @@ from ledger.wording import Fact
 
 
 def test_short_metadata_is_read_in_passing_and_long_metadata_is_not() -> None:
-    assert pairs({}, "usage") == []
-    assert pairs({"reason": "settled", "count": 3, "last": True, "none": None}, "reservation_released") == [
+    assert pairs({}, "usage", "billing") == []
+    assert pairs({"reason": "settled", "count": 3, "last": True, "none": None}, "reservation_released", "engine") == [
         Fact("", "The run finished"),
         Fact("count", "3"),
         Fact("last", "true"),
         Fact("none", "null"),
     ]
-    assert pairs({"note": "x" * 120}, "usage") is None
-    assert pairs({"list": []}, "usage") is None
-    assert pairs({"deep": {"er": {}}}, "usage") is None
-    assert pairs({"parts": dict.fromkeys("abcdef", 1)}, "usage") is None
-    assert pairs(dict.fromkeys("abcdef", 1), "usage") is None
+    assert pairs({"note": "x" * 120}, "usage", "billing") is None
+    assert pairs({"list": []}, "usage", "billing") is None
+    assert pairs({"deep": {"er": {}}}, "usage", "billing") is None
+    assert pairs({"parts": dict.fromkeys("abcdef", 1)}, "usage", "billing") is None
+    assert pairs(dict.fromkeys("abcdef", 1), "usage", "billing") is None
 
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)

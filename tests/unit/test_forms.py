@@ -65,7 +65,7 @@ def test_a_number_is_read_as_people_write_it(text: str, number: int) -> None:
     assert forms.whole_number(0, 1000)(text) == number
 
 
-@pytest.mark.parametrize("text", ["", "-1", "1001", "1.5", "1e3", "ten", "١٢", "9" * 40])
+@pytest.mark.parametrize("text", ["", "-1", "1001", "1.5", "1,5", "5,00", "1 5", ",5", "1e3", "ten", "١٢", "9" * 40])
 def test_what_is_no_such_number_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"Enter a whole number from 0 to 1,000\."):
         forms.whole_number(0, 1000)(text)

@@ -52,8 +52,8 @@ def test_a_name_becomes_words() -> None:
     assert label("prepaid_purchase") == "Prepaid purchase"
 
 
-def said(event_type: EventType, **metadata: Any) -> str:
-    return " · ".join(str(fact) for fact in facts(event_type, metadata))
+def said(event_type: EventType, source: str = "billing", **metadata: Any) -> str:
+    return " · ".join(str(fact) for fact in facts(event_type, metadata, source))
 
 
 def test_every_key_that_the_ledger_writes_has_words() -> None:
@@ -111,7 +111,7 @@ LATER = "2026-12-17T09:05:33.081662+00:00"
         (
             "grant",
             {"grant_id": "g1", "reason": "welcome", "by": "ann"},
-            "Reason: welcome · By ann · Grant g1",
+            "Reason: welcome · By, as its sender says: ann · Grant g1",
         ),
         (
             "refund",
@@ -158,8 +158,13 @@ def test_what_only_the_sender_knows_stays_as_it_is() -> None:
     )
 
 
+def test_only_an_operator_is_named_as_the_one_who_did_it() -> None:
+    assert said("grant", "operator", by="olga") == "By olga"
+    assert said("grant", "billing", by="olga") == "By, as its sender says: olga"
+
+
 @pytest.mark.parametrize("event_type", NAMES)
 @pytest.mark.parametrize("value", [None, True, -3, 1.5, "", "x", [], {}, [{"credits": 1}], {"a": {"b": []}}])
 def test_whatever_a_sender_gives_is_said(event_type: EventType, value: Any) -> None:
     keys = {"reason", "description", "by", "paid_by", "period_start", "expires_at", "x"}
-    assert len(facts(event_type, dict.fromkeys(keys, value))) == len(keys)
+    assert len(facts(event_type, dict.fromkeys(keys, value), "billing")) == len(keys)

@@ -239,4 +239,4 @@ def history_table(page: Page, org_id: str) -> Table:
 
 
 def _in_words(event: RowMapping) -> str:
-    return " · ".join(map(str, facts(event["event_type"], event["metadata"])))
+    return " · ".join(map(str, facts(event["event_type"], event["metadata"], event["source"])))
