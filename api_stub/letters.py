@@ -118,7 +118,9 @@ def letter_query(request: Request) -> LetterQuery:
     """Read the query. An empty field of the form counts as missing."""
     query = request.query_params
     errors = queries.complaints(query, (*FIELDS, "cause", "view", "before_id"))
-    typed = {name: query.get(name, "").strip() for name in FIELDS}
+    cause = query.get("cause")
+    exact = () if cause is None else ("org_id", "task")  # a link to a group names them as the sender did
+    typed = {name: query.get(name, "") if name in exact else query.get(name, "").strip() for name in FIELDS}
     typed["status"] = typed["status"] or "open"
     if typed["status"] not in STATUSES:
         errors["status"] = f"status must be one of {', '.join(STATUSES)}."
@@ -129,13 +131,13 @@ def letter_query(request: Request) -> LetterQuery:
         failed_since = filters.when(typed["since"]).begin if typed["since"] else None
     except ValueError as error:
         errors["since"] = f"since {str(error).rstrip('.')}."
-    cause, view, before_id = query.get("cause"), query.get("view", VIEWS[0]), query.get("before_id", "")
+    view, before_id = query.get("view", VIEWS[0]), query.get("before_id", "")
     if view not in VIEWS:
         errors["view"] = f"view must be one of {', '.join(VIEWS)}."
     if before_id and letter_id(before_id) is None:
         errors["before_id"] = "before_id must be the number of a dead letter."
     for name, text in {**typed, "cause": cause or ""}.items():
-        if not text.isprintable():
+        if not text.isprintable() and (name not in exact or "\0" in text):
             errors[name] = f"{name} must not contain control characters."
     given = {name: text for name, text in typed.items() if text}
     return LetterQuery(given, cause, view, failed_since, letter_id(before_id), errors)

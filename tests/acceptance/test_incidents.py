@@ -130,6 +130,28 @@ def test_letters_that_name_no_organization_are_a_group_too(
     assert sql(ledger.engine, "SELECT status FROM dead_letters WHERE id = :id", id=number) == [("discarded",)]
 
 
+@pytest.mark.parametrize("task", ["wallet.grant ", " ", "wallet.\nnothing", "\N{RIGHT-TO-LEFT OVERRIDE}tnarg"])
+def test_a_task_is_a_group_of_its_own_whatever_its_name(
+    ledger: Installation, operator: Visitor, org_id: str, task: str
+) -> None:
+    for number, name in enumerate((task, task.strip() or "wallet.grant")):
+        sql(
+            ledger.engine,
+            "INSERT INTO dead_letters (org_id, task, body, body_sha256, error_code, error, cause, attempts)"
+            " VALUES (:org_id, :task, :body, :body, 'unknown_task', 'no', 'none has this name', 1) RETURNING id",
+            org_id=org_id,
+            task=name + "x" * number * (name == task),
+            body=f"{org_id}{number}".encode(),
+        )
+    [(number,)] = sql(
+        ledger.engine, "SELECT id FROM dead_letters WHERE org_id = :org_id AND task = :task", org_id=org_id, task=task
+    )
+    group = operator.get(group_of(org_id, task, "unknown_task", "none has this name"))
+    assert (f'<a href="{LETTERS}/{number}">' in group.text, group.text.count('scope="row"')) == (True, 1)
+    press(operator, group, "Discard it", reason="a test")
+    assert statuses(ledger, org_id) == [("discarded", "olga", 1), ("open", None, 1)]
+
+
 def test_what_an_older_version_kept_is_grouped_by_its_code(
     ledger: Installation, operator: Visitor, org_id: str
 ) -> None:
