@@ -192,11 +192,13 @@ def _shown(ledger: Connection, asked_for: LetterQuery) -> dict[str, Any]:
     if asked_for.cause is None and asked_for.view == "causes":
         return shown | {"groups": dead_letters.groups(ledger, matching, limit=GROUPS)}
     letters = dead_letters.letters(ledger, matching, limit=PAGE + 1, before_id=asked_for.before_id)
-    shown["letters"] = letters[:PAGE]
+    shown |= {"letters": letters[:PAGE], "unreplayable": "", "newest_id": None}
     if len(letters) > PAGE:
         shown["older"] = asked_for.query(before_id=letters[PAGE - 1].id)
-    if asked_for.is_group and letters:
-        newest = dead_letters.letter(ledger, letters[0].id)
+    of_all = letters if asked_for.before_id is None else dead_letters.letters(ledger, matching, limit=1)
+    if asked_for.is_group and of_all:  # the forms are about the whole group, on each page of it
+        newest = dead_letters.letter(ledger, of_all[0].id)
+        shown["newest_id"] = newest.id
         shown["example"] = dead_letters.readable(newest.body, EXAMPLE_SHOWN, "Its own page has all of it.")
         shown["unreplayable"] = _unreplayable(newest)
     return shown

@@ -130,6 +130,29 @@ def test_letters_that_name_no_organization_are_a_group_too(
     assert sql(ledger.engine, "SELECT status FROM dead_letters WHERE id = :id", id=number) == [("discarded",)]
 
 
+def test_the_forms_on_an_older_page_are_about_the_whole_group(
+    ledger: Installation, operator: Visitor, org_id: str
+) -> None:
+    fail_purchases(ledger, org_id, letters.PAGE + 10)
+    older = operator.get(str(link(operator.get(purchases(org_id)), "Older →")))
+    done = press(operator, older, "Discard all 60", reason="a test")
+    assert progress(done).startswith("60 of 60 discarded")
+    assert statuses(ledger, org_id) == [("discarded", "olga", 60)]
+
+
+@pytest.mark.parametrize("more", [{}, {"before_id": "1"}])
+def test_a_group_of_which_nothing_is_left_is_an_empty_page(
+    ledger: Installation, operator: Visitor, org_id: str, more: dict[str, str]
+) -> None:
+    bill = ("wallet.bill", {"billing_id": "b", "credits": -5})
+    write(ledger.engine, org_id, bill)
+    address = group_of(org_id, "wallet.bill", "insufficient_credits", REFUSED)
+    if not more:
+        press(operator, operator.get(address), "Discard it", reason="a test")
+    page = operator.get(f"{address}&{urlencode(more)}")
+    assert (page.status_code, page.text.count('scope="row"')) == (200, 0)
+
+
 @pytest.mark.parametrize("task", ["wallet.grant ", " ", "wallet.\nnothing", "\N{RIGHT-TO-LEFT OVERRIDE}tnarg"])
 def test_a_task_is_a_group_of_its_own_whatever_its_name(
     ledger: Installation, operator: Visitor, org_id: str, task: str
