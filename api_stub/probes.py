@@ -3,6 +3,7 @@
 A worker serves its own metrics (see `worker.metrics`). Nothing here is about a single organization.
 """
 
+import logging
 from collections.abc import Iterator
 from http import HTTPStatus
 
@@ -18,10 +19,13 @@ from sqlalchemy.exc import DBAPIError
 from api_stub import answers
 from api_stub.services import Services
 from ledger import figures, migrations
+from ledger.faults import describe
 from worker.client import BrokerUnavailableError
 
 PROBES = 4
 """How many probes are answered at once; others wait."""
+
+log = logging.getLogger("uvicorn.error")  # the server has set up its format and its file
 
 
 def add(app: FastAPI) -> None:
@@ -80,7 +84,8 @@ class SystemCollector(Collector):
         try:
             with self._using.probe.connect() as connection:
                 found = figures.system_figures(connection)
-        except DBAPIError:
+        except DBAPIError as error:
+            log.error("The figures for monitoring could not be read: %s", describe(error))
             found = {}
         yield _up("database", bool(found))
         for name, (help_text, value) in found.items():

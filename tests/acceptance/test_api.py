@@ -748,6 +748,18 @@ def test_the_log_of_the_server_has_no_health_check_that_went_well(installation: 
     ]
 
 
+def test_the_log_of_the_server_names_the_right_without_which_there_are_no_figures(installation: Installation) -> None:
+    settings = {"HOLDFAST_JWT_SECRET": SECRET, **installation.environment_of(READER)}
+    server = installation.start("api", sys.executable, "-m", "uvicorn", "api_stub.app:app", "--port", "0", **settings)
+    found = eventually(lambda: re.search(r"http://127\.0\.0\.1:\d+", log_of(server)))
+    assert found is not None
+    sql(installation.engine, f"REVOKE ALL ON last_verification FROM {READER}")
+    assert "holdfast_database_up 0.0" in httpx.get(f"{found[0]}/metrics", timeout=PATIENCE_S).text
+    messages = [json.loads(line)["message"] for line in log_of(server).splitlines()]
+    [line] = [message for message in messages if "figures" in message]
+    assert "permission denied for table last_verification; run `holdfast migrate --roles`" in line
+
+
 def test_without_its_database_the_api_says_so(own_api: Api, engine: Engine, services: Embedded) -> None:
     [(name,)] = sql(engine, "SELECT current_database()")
     engine.dispose()
