@@ -123,7 +123,12 @@ def test_the_page_says_that_credits_are_kept_past_their_end(
 
 def test_the_page_says_that_credits_end_now(ledger: Installation, customer: Visitor, org_id: str) -> None:
     soon = datetime.now(UTC) + timedelta(seconds=1)
-    write(ledger.engine, org_id, ("wallet.grant", {"grant_id": "g", "credits": 20, "expires_at": soon.isoformat()}))
+    write(
+        ledger.engine,
+        org_id,
+        ("wallet.grant", {"grant_id": "g", "credits": 20, "expires_at": soon.isoformat()}),
+        ("workflow.start", {"workflow_id": "w1", "credits": 19}),
+    )
     eventually(lambda: "20 prepaid end now" in text_of(customer.get(history_of(org_id), params=LEDGER).text))
 
 

@@ -34,4 +34,5 @@ def test_a_wallet_tells_the_next_ends_and_how_much_ends_in_all() -> None:
         ("of an earlier plan, ends 2999-01-31", "3"),
         ("ends 2999-01-31", "5"),
     ]
-    assert "ends now" in printed(wallet_table(WalletView("acme", ending=ending[:1])))
+    for fewer in (0, 6):  # a run keeps no more than it holds
+        assert "ends now" in printed(wallet_table(WalletView("acme", reserved_credits=fewer, ending=ending[:1])))

@@ -212,7 +212,7 @@ def _end_of(part: Ending, view: WalletView) -> str:
     of = "of an earlier plan, " if part.is_from_subscription else ""
     if part.expires_at > datetime.now(UTC):
         return f"{of}ends {part.expires_at:%Y-%m-%d}"
-    return f"{of}kept past their end" if view.reserved_credits else f"{of}ends now"
+    return f"{of}kept past their end" if view.reserved_credits >= part.credits else f"{of}ends now"
 
 
 # Any other column is text, and is shown on a wide terminal only.
