@@ -48,7 +48,7 @@ def banner(
 
 
 def _none_left(wallet: WalletView, now: datetime) -> Banner | None:
-    left = _spendable(wallet)
+    left = wallet.spendable
     if left > 0:
         return None
     if wallet.available >= 0:
@@ -63,8 +63,7 @@ def _none_left(wallet: WalletView, now: datetime) -> Banner | None:
 def _cancelled(wallet: WalletView, now: datetime) -> Banner | None:
     if wallet.plan is None or wallet.plan_ends_at is None or wallet.next_plan is not None:
         return None
-    unused = wallet.subscription_balance - sum(part.credits for part in wallet.ending if part.is_from_subscription)
-    ends = near_day(wallet.plan_ends_at, now)
+    unused, ends = wallet.left_of_plan, near_day(wallet.plan_ends_at, now)
     if unused > 0:
         text = f"{amount(unused)} unused {'credit ends' if unused == 1 else 'credits end'} on {ends}; no more follow."
     else:
@@ -89,7 +88,7 @@ def _capped(wallet: WalletView, now: datetime) -> Banner | None:
 
 
 def _little_left(wallet: WalletView, needed_soon: int, now: datetime) -> Banner | None:
-    left = _spendable(wallet)
+    left = wallet.spendable
     if left >= needed_soon:
         return None
     text = f"Runs that are estimated higher are refused until {_more(wallet, needed_soon - left, now)}."
@@ -98,7 +97,7 @@ def _little_left(wallet: WalletView, needed_soon: int, now: datetime) -> Banner 
 
 def _cure(wallet: WalletView, refused: Refused, now: datetime) -> str:
     again = "start it again, as a new run"
-    lacking = refused.credits - _spendable(wallet)
+    lacking = refused.credits - wallet.spendable
     missing = f"{amount(lacking)} {'credit' if lacking == 1 else 'credits'}"
     if wallet.period_cap is None or refused.credits <= _under_cap(wallet, wallet.period_cap):
         return f"Top up at least {missing}, then {again}." if lacking > 0 else f"There is room for it now: {again}."
@@ -106,11 +105,6 @@ def _cure(wallet: WalletView, refused: Refused, now: datetime) -> str:
     if lacking > 0:
         return f"It lacks {missing}, and would pass the cap: top up, and wait until {until}. Then {again}."
     return f"Wait until {until}, then {again}."
-
-
-def _spendable(wallet: WalletView) -> int:
-    """The largest estimate that is not refused for lack of credits."""
-    return wallet.available + wallet.credit_limit
 
 
 def _under_cap(wallet: WalletView, cap: int) -> int:

@@ -64,11 +64,10 @@ def outlook(view: WalletView, rate: Rate | None, now: datetime) -> Outlook:
 
 
 def _overdrawn(view: WalletView) -> str | None:
-    spendable = view.available + view.credit_limit
-    if spendable > 0:
+    if view.spendable > 0:
         return None
     if view.credit_limit:
-        added = f"more than {-spendable:,} is added" if spendable else "credits are added"
+        added = f"more than {-view.spendable:,} is added" if view.spendable else "credits are added"
         return f"The credit limit of {view.credit_limit:,} is used up: new runs are refused until {added}."
     if view.available == 0:
         return "Nothing is available: new runs are refused until credits are added."
@@ -90,8 +89,8 @@ def lasting(view: WalletView, rate: Rate | None, now: datetime) -> str | None:
         return f"{used}; enough until {near_day(coming.at, now)}, when {adds}."
     if until is None or until - now >= LONG:
         return f"{used}; enough for more than a year."
-    lasting = f"{used}; enough until about {near_day(until, now)}."
-    return lasting if coming is None else f"{lasting} On {near_day(coming.at, now)}, {adds}."
+    said = f"{used}; enough until about {near_day(until, now)}."
+    return said if coming is None else f"{said} On {near_day(coming.at, now)}, {adds}."
 
 
 def _lasts_until(view: WalletView, rate: Rate, now: datetime) -> datetime | None:
@@ -113,9 +112,8 @@ def _ends(view: WalletView) -> list[tuple[datetime, int]]:
     """When how many credits end, as far as is known. What the next period keeps does not."""
     ends = [(part.expires_at, part.credits) for part in view.ending]
     if view.current_period_end is not None:
-        of_period = view.subscription_balance - sum(part.credits for part in view.ending if part.is_from_subscription)
         kept = 0 if view.next_credits is None else view.next_credits.kept
-        ends.append((view.current_period_end, max(0, of_period - kept)))
+        ends.append((view.current_period_end, max(0, view.left_of_plan - kept)))
     return ends
 
 
@@ -128,8 +126,7 @@ def _last_of_plan(view: WalletView, now: datetime) -> str | None:
     if view.plan_ends_at is None or view.next_credits is not None:
         return None
     end = near_day(view.plan_ends_at, now)
-    # What earlier plans have left ends on days of its own.
-    left = view.subscription_balance - sum(part.credits for part in view.ending if part.is_from_subscription)
+    left = view.left_of_plan
     unused = "1 unused credit ends" if left == 1 else f"{left:,} unused credits end"
     ends = f"{unused} on {end}; no more follow" if left > 0 else f"It ends on {end}"
     return f"{view.plan} was cancelled. {ends}."
@@ -144,9 +141,9 @@ def _ending(view: WalletView, now: datetime) -> str | None:
 
 def _limit(view: WalletView) -> str | None:
     """Also what is overdrawn within the limit, as runs go on as usual."""
-    if view.available + view.credit_limit <= 0 or not view.credit_limit:
+    if view.spendable <= 0 or not view.credit_limit:
         return None
-    return f"With a credit limit of {view.credit_limit:,}, runs may reserve {view.available + view.credit_limit:,}."
+    return f"With a credit limit of {view.credit_limit:,}, runs may reserve {view.spendable:,}."
 
 
 def _cap(view: WalletView) -> str | None:

@@ -86,6 +86,16 @@ class WalletView:
     prepaid_ending: int = 0
     """How many of the prepaid credits end by themselves, those that are not listed included."""
 
+    @property
+    def left_of_plan(self) -> int:
+        """What is left of the present plan: without what earlier plans left, which ends on days of its own."""
+        return self.subscription_balance - sum(part.credits for part in self.ending if part.is_from_subscription)
+
+    @property
+    def spendable(self) -> int:
+        """The largest estimate that is not refused for lack of credits."""
+        return self.available + self.credit_limit
+
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
