@@ -247,7 +247,6 @@ def credit_history(request: Request, org_id: VisibleOrg, asked_for: Query, using
                 found["events"] = _page_of_events(ledger, matching, asked)
             else:
                 found["receipts"] = receipts_of(ledger, org_id, asked)
-            found["sum"] = matching.totals(ledger).credits if asked.is_filtered else None
         found["reservations"] = _open_reservations(ledger, org_id, held, asked)
     return page(
         request,
