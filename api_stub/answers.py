@@ -85,6 +85,7 @@ class ReceiptPage(_Answer):
         int | None,
         Field(description="The number of all receipts, if this page has them all; otherwise null, as nobody counts."),
     ]
+    credits: Annotated[int, Field(description="The sum of the credits of all matching events.")]
     limit: int
     offset: Literal[0]
     next_cursor: Annotated[

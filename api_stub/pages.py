@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from http import HTTPStatus
 from itertools import chain
 from typing import Annotated, Any, TypeVar, get_args
@@ -49,10 +49,10 @@ USUAL_PAGE = 25
 """How many events a page has, unless another number is asked for: few enough for a phone."""
 RANKED = 5
 """How many of the largest projects and activities are named."""
-MOST_FOUND = 1_000
-"""The most activities that a search may find."""
-NO_NAME = ("-" * (MAX_NAME_LENGTH + 1),)
-"""Longer than names are: no activity is called so."""
+USUAL_DAYS = 30
+"""Without a plan: how many days of usage are shown, today included, unless another range is asked for."""
+LONGEST_PERIOD = timedelta(days=31)
+"""No period of a plan is longer, nor are the `USUAL_DAYS`."""
 PLACES = "before", "reservations_after"
 """The parameters that select the page, not its content."""
 FIELDS = ("date_from", "date_to", "project_id", "search", "workflow_id", "limit", "view", *PLACES)
@@ -102,6 +102,17 @@ class HistoryQuery:
     def is_filtered(self) -> bool:
         """Whether there is any condition on the events."""
         return self.matching != EVERY_EVENT or bool(self.typed["search"])
+
+    @property
+    def has_range(self) -> bool:
+        """Whether a range of time is asked for."""
+        return self.matching.created_from is not None or self.matching.created_before is not None
+
+    def added_up(self, now: datetime) -> EventFilter:
+        """The longest range of time whose events the page adds up: the whole history has its sum already."""
+        if self.has_range or self.matching.looks_at_each or self.typed["search"]:
+            return self.matching
+        return replace(self.matching, created_from=now - LONGEST_PERIOD)
 
     @property
     def kind(self) -> str | None:
@@ -177,18 +188,13 @@ def history_query(request: Request) -> HistoryQuery:
 
 
 def searched(ledger: Connection, org_id: str, asked: HistoryQuery) -> HistoryQuery:
-    """The same query with what its search finds: the run with this id, or else the activities with this text."""
+    """The same query with what it searches for: the run with this id, or else the activities with this text."""
     text = asked.typed["search"]
     if not text or asked.errors:
         return asked
     if ID.fullmatch(text) and asked.matching.workflow_id is None and views.is_workflow(ledger, org_id, text):
         return replace(asked, matching=replace(asked.matching, workflow_id=text))
-    names = history.activities_with(ledger, org_id, text, most=MOST_FOUND + 1)
-    if len(names) > MOST_FOUND:
-        return replace(asked, errors={"search": f"More than {MOST_FOUND:,} activities are called so. Type more of it."})
-    if asked.activity_names:
-        names = [name for name in names if name in asked.activity_names]
-    return replace(asked, matching=replace(asked.matching, activity_names=tuple(names) or NO_NAME))
+    return replace(asked, matching=replace(asked.matching, activity_contains=text))
 
 
 Query = Annotated[HistoryQuery, Depends(history_query)]
@@ -231,7 +237,7 @@ def credit_history(request: Request, org_id: VisibleOrg, asked_for: Query, using
     """The wallet, what has to be done, what used the credits, and a page of the history."""
     now = datetime.now(UTC)
     found: dict[str, Any] = {"events": None, "receipts": None, "used": None}
-    with using.reading(through=org_id, matching=asked_for.matching) as ledger:
+    with using.reading(through=org_id, matching=asked_for.added_up(now)) as ledger:
         wallet = views.wallet(ledger, org_id)
         if wallet is None and session.is_staff:
             return no_wallet(request, ledger, org_id)
@@ -242,7 +248,7 @@ def credit_history(request: Request, org_id: VisibleOrg, asked_for: Query, using
         refused = views.last_refused(ledger, org_id)
         if not asked.errors:
             matching = history.find(ledger, org_id, asked.matching)
-            found["used"] = _used(ledger, matching, asked.matching, now)
+            found["used"] = _used(ledger, org_id, asked, shown, now)
             if asked.view == "ledger":
                 found["events"] = _page_of_events(ledger, matching, asked)
             else:
@@ -324,7 +330,7 @@ class Period:
 
 def periods(wallet: WalletView, now: datetime) -> list[Period]:
     """The periods that people ask for most."""
-    chosen = [Period("30 days", (now.date() - timedelta(days=29)).isoformat()), Period("All", None)]
+    chosen = [Period(f"{USUAL_DAYS} days", _last_days(now).date().isoformat()), Period("All", None)]
     if wallet.current_period_start is not None:
         chosen.insert(0, Period("This period", iso(wallet.current_period_start)))
     return chosen
@@ -340,19 +346,32 @@ class Used:
     stacked_by: str
     bars: BarChart | None
     balance: Chart | None
+    all_from: datetime | None
+    """When the first event was, in UTC, if that is before a range of time that nobody asked for."""
 
 
-def _used(ledger: Connection, found: history.Found, matching: EventFilter, now: datetime) -> Used | None:
-    """None: there was no event by then."""
+def _last_days(now: datetime) -> datetime:
+    return datetime.combine(now.date() - timedelta(days=USUAL_DAYS - 1), time.min, UTC)
+
+
+def _used(ledger: Connection, org_id: str, asked_for: HistoryQuery, wallet: WalletView, now: datetime) -> Used | None:
+    """What was used in the range that is asked for, or else in the current period. None: there was no event by then."""
+    matching, all_from = asked_for.matching, None
+    if not asked_for.has_range:
+        matching = replace(matching, created_from=wallet.current_period_start or _last_days(now))
+    found = history.find(ledger, org_id, matching)
+    if found.first > 1 and not asked_for.has_range:
+        began_at = history.began_at(ledger, org_id)
+        all_from = None if began_at is None else began_at.astimezone(UTC)
     course = found.course(ledger, points=CHART_POINTS, now=now)
     if course is None:
         return None
     begin, end = course.points[0][0], course.ends
     stacked_by: Stack = "project" if matching.project_id is None else "activity"
-    of = breakdown(ledger, found.org_id, matching, stacked_by=stacked_by, each=each_of(begin, end), most=RANKED)
+    of = breakdown(ledger, org_id, matching, stacked_by=stacked_by, each=each_of(begin, end), most=RANKED)
     largest = of.projects if stacked_by == "project" else of.activities
     balance = step_chart(course) if end - begin >= LEAST else None
-    return Used(begin, end, of, stacked_by, bar_chart(of.bars, largest, begin, end), balance)
+    return Used(begin, end, of, stacked_by, bar_chart(of.bars, largest, begin, end), balance, all_from)
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,9 +410,11 @@ def _page_of_events(ledger: Connection, matching: history.Found, asked_for: Hist
 
 @dataclass(frozen=True, slots=True)
 class Receipts:
-    """A page of receipts."""
+    """A page of receipts, and the number and the credits of all matching events."""
 
     shown: list[Receipt]
+    events: int
+    credits: int
     newest: str | None
     older: str | None
     """The queries of other pages; None: there is no such page."""
@@ -404,6 +425,8 @@ def receipts_of(ledger: Connection, org_id: str, asked_for: HistoryQuery) -> Rec
     found = receipts.page(ledger, org_id, asked_for.matching, limit=asked_for.limit, place=asked_for.place)
     return Receipts(
         shown=found.receipts,
+        events=found.events,
+        credits=found.credits,
         newest=None if asked_for.place is None else asked_for.query(),
         older=None if found.next is None else asked_for.query(before=str(found.next)),
     )

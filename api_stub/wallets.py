@@ -184,6 +184,7 @@ def _receipts(page: receipts.Page, org_id: str, limit: int, place: Place | None)
             for each in page.receipts
         ],
         "total": len(page.receipts) if place is None and page.next is None else None,
+        "credits": page.credits,
         "limit": limit,
         "offset": 0,
         "next_cursor": None if page.next is None else str(page.next),

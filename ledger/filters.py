@@ -30,6 +30,10 @@ class EventFilter:
     event_types: tuple[EventType, ...] = _where(credit_events.c.event_type.in_, default=())
     project_id: str | None = _where(credit_events.c.project_id.__eq__, default=None)
     activity_names: tuple[str, ...] = _where(credit_events.c.activity_name.in_, default=())
+    activity_contains: str = _where(
+        lambda text: credit_events.c.activity_name.icontains(text, autoescape=True), default=""
+    )
+    """A part of the activity's name, in whatever case."""
     workflow_id: str | None = None
     """Only the events of this workflow and its refunds."""
 

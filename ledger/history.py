@@ -255,6 +255,12 @@ class Found:
         )
         return Totals(self.end - self.first, after - before)
 
+    def totals_with(self, connection: Connection, days: list[Day], *, before_seq: int | None) -> Totals:
+        """The same, if those before `before_seq` are known: they are on `days`. None: all of them are."""
+        older = _total(days)
+        newer = Totals(0, 0) if before_seq is None else self.since(before_seq).totals(connection)
+        return Totals(newer.events + older.events, newer.credits + older.credits)
+
     def page(
         self, connection: Connection, *, limit: int = MAX_PAGE, offset: int = 0, before_seq: int | None = None
     ) -> Page:
@@ -268,10 +274,7 @@ class Found:
         older = self if before_seq is None else self.before(before_seq)
         if self.conditions:
             days = older.days(connection)
-            total = _total(days)
-            if before_seq is not None:
-                newer = self.since(before_seq).totals(connection)
-                total = Totals(newer.events + total.events, newer.credits + total.credits)
+            total = self.totals_with(connection, days, before_seq=before_seq)
             numbers = older.numbers_on(connection, days, offset=offset, limit=limit + 1)
             columns = credit_events.c
             # By their numbers, which are no subquery, as the planner may run that again for every row.
@@ -454,10 +457,10 @@ def event_by_key(connection: Connection, org_id: str, idempotency_key: str) -> R
     return connection.execute(query).mappings().first()
 
 
-def activities_with(connection: Connection, org_id: str, text: str, *, most: int) -> list[str]:
-    """The names of activities that contain `text`, in whatever case: at most `most` of them."""
-    name = find(connection, org_id).sums(connection).c.activity_name
-    return list(connection.scalars(select(name).where(name.icontains(text, autoescape=True)).distinct().limit(most)))
+def began_at(connection: Connection, org_id: str) -> datetime | None:
+    """When the first event of `org_id` was; None: there is none."""
+    first = select(credit_events.c.created_at).where(credit_events.c.org_id == org_id, credit_events.c.seq == 1)
+    return connection.scalar(first)
 
 
 def number_of_events(connection: Connection, org_id: str) -> int:

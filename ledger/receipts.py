@@ -175,9 +175,11 @@ def as_item(receipt: Receipt) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A page of receipts, newest first."""
+    """A page of receipts, newest first, and the number and the credits of all matching events of that moment."""
 
     receipts: list[Receipt]
+    events: int
+    credits: int
     next: Place | None
     """Where the next page begins; None: this is the last one."""
 
@@ -200,7 +202,12 @@ def page(
         found = found.before(place.end)
     before = found.end if place is None else place.before
     older = found.before(before)
-    days = older.days(connection) if older.conditions else []
+    days: list[Day] = []
+    if found.conditions:
+        days = older.days(connection)
+        total = found.totals_with(connection, days, before_seq=None if place is None else before)
+    else:
+        total = found.totals(connection)
     runs: dict[str, _Run] = {}
     lines: list[tuple[int, str | None]] = []
     seen, step = 0, 2 * limit + 1
@@ -225,7 +232,7 @@ def page(
         else Receipt.of_run(run, runs[run].steps, runs[run].place.created_at)
         for seq, run in shown
     ]
-    return Page(receipts, Place(found.end, more) if more else None)
+    return Page(receipts, *total, next=Place(found.end, more) if more else None)
 
 
 def _events(

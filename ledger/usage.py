@@ -26,7 +26,6 @@ from sqlalchemy import (
 
 from ledger import history
 from ledger.filters import EventFilter
-from ledger.tables import credit_events
 
 Group = Literal["project", "activity", "source", "day", "month"]
 """What usage can be grouped by. `day` and `month` are those of UTC."""
@@ -215,9 +214,7 @@ def _broken_down(sums: Subquery, stacked_by: Stack, each: Group, most: int) -> C
 
 def rate(connection: Connection, org_id: str, *, available: int, now: datetime) -> Rate | None:
     """How quickly `org_id` uses credits, and how long those that are `available` last. None: it is too new to say."""
-    began_at = connection.scalar(
-        select(credit_events.c.created_at).where(credit_events.c.org_id == org_id, credit_events.c.seq == 1)
-    )
+    began_at = history.began_at(connection, org_id)
     if began_at is None:
         return None
     today = datetime.combine(now.astimezone(UTC), time.min, UTC)

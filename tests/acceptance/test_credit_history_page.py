@@ -9,7 +9,6 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from api_stub import pages
 from api_stub.formats import days
 from api_stub.pages import PLACES
 from ledger import history, views
@@ -677,22 +676,34 @@ def test_a_search_finds_a_run_by_its_id_and_otherwise_activities_by_a_part_of_th
     assert file.text.count("\r\n") == 2
 
 
-def test_a_search_that_finds_too_many_activities_asks_for_more(
-    ledger: Installation, customer: Visitor, org_id: str, monkeypatch: pytest.MonkeyPatch
+def test_usage_is_that_of_the_last_days_until_another_range_is_asked_for(
+    ledger: Installation, customer: Visitor, org_id: str
 ) -> None:
-    runs_of(ledger, org_id)
-    monkeypatch.setattr(pages, "MOST_FOUND", 2)
-    for path in (history_of(org_id), f"{history_of(org_id)}.csv"):
-        page = customer.get(path, params={"search": "n"})
-        assert page.status_code == 200
-        page = customer.get(path, params={"search": "a"})
-        assert page.status_code == 200
-        page = customer.get(path, params={"search": ""})
-        assert page.status_code == 200
-    write(ledger.engine, org_id, ("workflow.finish", {"workflow_id": "w9", "credits": 1, "activity_name": "Crash"}))
-    for path in (history_of(org_id), f"{history_of(org_id)}.csv"):
-        page = customer.get(path, params={"search": "a"})
-        assert (page.status_code, "More than 2 activities are called so. Type more of it." in page.text) == (422, True)
+    finish = [("workflow.finish", {"workflow_id": f"w{n}", "credits": 10}) for n in range(60)]
+    write(ledger.engine, org_id, *finish)
+    spread(ledger.engine, org_id, days=59)
+    page = customer.get(history_of(org_id))
+    assert "Used 300" in page.text
+    whole = customer.get(str(link(page, re.search(r">(Since [^<]*)</a>", page.text)[1])))  # type: ignore[index]
+    assert "Used 600" in whole.text
+    assert "Since " not in whole.text
+    month = customer.get(str(link(page, "30 days")))
+    assert "Used 300" in month.text
+    assert "30 events, sum −300 credits" in month.text
+    assert "Since " not in month.text
+
+
+def test_usage_is_that_of_the_current_period_if_there_is_one(
+    ledger: Installation, customer: Visitor, org_id: str
+) -> None:
+    plan = {"subscription_id": "s", "version": 1, "plan": "Team", "monthly_credits": 500, "rollover_limit": 0}
+    finish = [("workflow.finish", {"workflow_id": f"w{n}", "credits": 10}) for n in range(3)]
+    write(ledger.engine, org_id, *finish[:2])
+    write(ledger.engine, org_id, ("wallet.subscribe", plan))
+    write(ledger.engine, org_id, finish[2])
+    page = customer.get(history_of(org_id))
+    assert "Used 10" in page.text
+    assert re.search(r"1 run\b", page.text)
 
 
 def test_the_links_of_a_period_and_a_kind_keep_the_rest_of_the_filter(

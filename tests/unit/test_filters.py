@@ -32,15 +32,19 @@ PLACES = {
 }
 """Each field of the filter: its name over HTTP and on the page, its option of the command line, and a value."""
 
+SEARCHED = "activity_contains"
+"""What only the search of the page asks for, once it has found no run with such an id."""
+
 FIELDS = [field.name for field in fields(EventFilter)]
+CONDITIONS = [name for name in FIELDS if name not in BY_NUMBER]
 
 
 def test_every_field_of_the_filter_is_listed_here() -> None:
-    assert list(PLACES) == FIELDS
+    assert {*PLACES, SEARCHED} == set(FIELDS)
     assert set(BY_NUMBER) <= set(FIELDS)
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", PLACES)
 def test_a_field_can_be_given_wherever_events_are_asked_for(name: str) -> None:
     parameter, option, value = PLACES[name]
     assert parameter in signature(event_filter).parameters
@@ -51,7 +55,7 @@ def test_a_field_can_be_given_wherever_events_are_asked_for(name: str) -> None:
     assert getattr(asked.matching, name) != getattr(EVERY_EVENT, name)
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", PLACES)
 def test_the_form_of_the_page_has_a_field_for_it_and_keeps_what_was_typed(name: str) -> None:
     parameter, _, value = PLACES[name]
     kept = re.search(rf'<input [^>]*name="{parameter}"[^>]* value="{value}"[^>]*>', form(f"{parameter}={value}"))
@@ -59,7 +63,7 @@ def test_the_form_of_the_page_has_a_field_for_it_and_keeps_what_was_typed(name: 
     assert kept[0] not in form("")
 
 
-@pytest.mark.parametrize("name", [name for name in FIELDS if name not in BY_NUMBER])
+@pytest.mark.parametrize("name", CONDITIONS)
 def test_a_field_that_is_given_is_a_condition(name: str) -> None:
     assert len(only(name).conditions()) == 1
     assert only(name).looks_at_each
@@ -93,7 +97,7 @@ def test_the_less_usual_fields_are_open_if_one_is_used(query: str, is_open: bool
     assert history_query(request(query)).more_is_open == is_open
 
 
-@pytest.mark.parametrize("name", [name for name in FIELDS if name not in BY_NUMBER])
+@pytest.mark.parametrize("name", CONDITIONS)
 def test_a_condition_looks_at_nothing_but_what_the_daily_sums_tell_apart(name: str) -> None:
     [condition] = only(name).conditions()
     looked_at = {part.name for part in visitors.iterate(condition) if isinstance(part, Column)}
@@ -116,7 +120,7 @@ def test_of_a_workflow_only_its_own_events_are_checked() -> None:
 
 def only(name: str) -> EventFilter:
     """The filter in which this field alone is given."""
-    value: Any = PLACES[name][2]
+    value: Any = "Crawl" if name == SEARCHED else PLACES[name][2]
     given: dict[str, Any] = {name: (value,) if isinstance(getattr(EVERY_EVENT, name), tuple) else value}
     return EventFilter(**given)
 
