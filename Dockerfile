@@ -11,10 +11,11 @@ COPY requirements.txt ./
 RUN ["pip", "--python", "/opt/holdfast/bin/python", "install", "--require-hashes", "--only-binary", ":all:", \
      "--requirement", "requirements.txt"]
 COPY pyproject.toml ./
+COPY client client
 COPY ledger ledger
 COPY worker worker
 COPY api_stub api_stub
-RUN ["pip", "--python", "/opt/holdfast/bin/python", "install", "--no-deps", "--no-build-isolation", "."]
+RUN ["pip", "--python", "/opt/holdfast/bin/python", "install", "--no-deps", "--no-build-isolation", "./client", "."]
 # One lock file serves all. What only building and `holdfast up` need, the image leaves behind.
 RUN ["pip", "--python", "/opt/holdfast/bin/python", "uninstall", "--yes", \
      "hatchling", "pathspec", "pluggy", "tomlkit", "trove-classifiers", \

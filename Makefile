@@ -8,7 +8,7 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(BIN)/python
 UV := uv==0.13.9
 SBOM := dist/holdfast.cdx.json
 # The pure core: its own unit tests alone must reach every branch of these.
-CORE := ledger/messages.py,ledger/periods.py,ledger/rules/*.py
+CORE := client/holdfast_client/messages.py,ledger/periods.py,ledger/rules/*.py
 
 # An upgrade of Python leaves an environment that cannot run, or that no longer finds its packages.
 FITS := import os, sys; sys.exit(not os.path.isdir("$(VENV)/lib/python%d.%d/site-packages" % sys.version_info[:2]))
@@ -67,6 +67,7 @@ docs: $(VENV)/runtime.stamp ## write docs/messages.md and asyncapi.json again, a
 # broken lock file cannot keep it from running.
 COMPILE = UV_CUSTOM_COMPILE_COMMAND='make lock' .venv-lock/bin/uv pip compile --quiet --universal --upgrade \
 	--generate-hashes --no-emit-index-url --no-strip-extras --no-annotate \
+	--no-emit-package holdfast-client \
 	pyproject.toml --extra server --extra embedded --group build
 lock: ## rewrite both lock files: the newest versions that pyproject.toml allows
 	@$(PYTHON) -m venv .venv-lock
@@ -91,10 +92,10 @@ $(VENV)/created.stamp:
 	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-$(VENV)/runtime.stamp: requirements.txt pyproject.toml $(VENV)/created.stamp
+$(VENV)/runtime.stamp: requirements.txt pyproject.toml client/pyproject.toml $(VENV)/created.stamp
 	@echo 'Installing Holdfast into $(VENV) …'
 	@$(PIP) install --require-hashes --requirement requirements.txt
-	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@$(PIP) install --no-deps --no-build-isolation --editable client --editable .
 	@touch $@
 
 $(VENV)/dev.stamp: requirements-dev.txt $(VENV)/runtime.stamp

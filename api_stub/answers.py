@@ -5,8 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, PlainSerializer, WithJsonSchema
 
-from ledger.state import EventType, OutcomeName, Reason, WorkflowState
-from ledger.state import Result as LedgerResult
+from holdfast_client.results import OutcomeName, Reason, WorkflowState
+from holdfast_client.results import Result as LedgerResult
+from ledger.state import EventType
 from ledger.usage import FEWEST_RATE_DAYS, MOST_GROUPS, RATE_DAYS
 from ledger.views import MOST_ENDS
 

@@ -20,9 +20,9 @@ from api_stub.rights import Anybody, require, scope_of
 from api_stub.services import Using
 from api_stub.sources import refused_source
 from api_stub.turns import BATCHES
+from holdfast_client.messages import MESSAGES, InvalidMessage, named, parse
 from ledger.examples import EXAMPLES
 from ledger.message_lines import MessageLine, numbered_lines, read_line
-from ledger.messages import MESSAGES, InvalidMessage, named, parse
 from worker.client import Client, NotSentError
 
 MOST_MESSAGES = 1_000

@@ -23,12 +23,12 @@ from api_stub.rendering import PageRoute, page, see_other
 from api_stub.rights import OrgId
 from api_stub.services import Services, Using
 from api_stub.sessions import Operator, checked_form, operator_reads
+from holdfast_client.messages import ID_PATTERN, OPERATOR, AnyMessage, InvalidMessage, WalletMessage, parse
 from ledger import actions, dead_letters, directory, filters, history, quotes, views
 from ledger.actions import KINDS, Action, ActionFilter, Place
 from ledger.bodies import arguments
 from ledger.dead_letters import KeptLetter
 from ledger.filters import EventFilter, When
-from ledger.messages import ID_PATTERN, OPERATOR, AnyMessage, InvalidMessage, WalletMessage, parse
 from ledger.quotes import MuchDueError, Preview
 from ledger.state import Refusal
 from ledger.views import WalletView

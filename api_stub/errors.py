@@ -20,9 +20,9 @@ from starlette.routing import Match, Mount
 
 from api_stub.problems import BUSY, NO_PAGE, ON_PAGE_BUSY, RETRY, OnPage, Problem
 from api_stub.rendering import FOR_ALL, NotSignedInError, error_page, to_sign_in
+from holdfast_client.messages import named
 from ledger import migrations
 from ledger.faults import WrongClockError, describe, is_about_schema, is_transient, took_too_long
-from ledger.messages import named
 
 MEDIA_TYPE = "application/problem+json"
 

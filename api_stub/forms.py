@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from ledger import filters
-from ledger.messages import (
+from holdfast_client.messages import (
     MAX_AMOUNT,
     MAX_CREDITS,
     MAX_REASON_LENGTH,
@@ -24,6 +23,7 @@ from ledger.messages import (
     Refund,
     Reverse,
 )
+from ledger import filters
 from ledger.state import Refusal
 
 WHY = "why"

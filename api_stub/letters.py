@@ -19,6 +19,8 @@ from api_stub.problems import OnPage, Problem
 from api_stub.rendering import PageRoute, page, see_other
 from api_stub.services import Services, Using
 from api_stub.sessions import Operator, checked_form
+from holdfast_client.messages import MAX_CREDITS, MAX_REASON_LENGTH, MESSAGES
+from holdfast_client.results import ErrorCode
 from ledger import dead_letters, evidence, filters, views
 from ledger.causes import CODES
 from ledger.dead_letters import (
@@ -30,9 +32,7 @@ from ledger.dead_letters import (
     StillFailsError,
     UnknownLetterError,
 )
-from ledger.messages import MAX_CREDITS, MAX_REASON_LENGTH, MESSAGES
 from ledger.readable import shortened
-from ledger.state import ErrorCode
 from ledger.waiting import NOBODY
 from worker.client import NotSentError
 from worker.replaying import Replayer

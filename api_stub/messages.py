@@ -24,10 +24,10 @@ from api_stub.rights import Caller, organization, scope_of
 from api_stub.services import Services, Using
 from api_stub.sources import OTHERS_SOURCES, SOURCE_PATTERN, one_of, refused_source
 from api_stub.workflows import WorkflowId
+from holdfast_client.messages import MAX_BODY_BYTES, MESSAGES, AnyMessage, InvalidMessage, WorkflowMessage, parse
+from holdfast_client.results import Result
 from ledger.examples import EXAMPLES
 from ledger.message_lines import strict_json
-from ledger.messages import MAX_BODY_BYTES, MESSAGES, AnyMessage, InvalidMessage, WorkflowMessage, parse
-from ledger.state import Result
 from worker.async_client import Asked
 from worker.client import DeadLetteredError, NoAnswerError, NoAnswersError, NotSentError
 

@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import WithJsonSchema
 
-from ledger.messages import MAX_NAME_LENGTH, PLAIN_TEXT_PATTERN, TIME_PATTERN
+from holdfast_client.messages import MAX_NAME_LENGTH, PLAIN_TEXT_PATTERN, TIME_PATTERN
 
 # The times that the description allows; `filters.when` accepts more. No offset takes these years out of the calendar.
 _A_DAY = {"type": "string", "format": "date", "pattern": "^[12][0-9]{3}-[0-9]{2}-[0-9]{2}$"}

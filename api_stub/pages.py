@@ -24,9 +24,9 @@ from api_stub.rendering import PageRoute, add_assets, page, see_other
 from api_stub.rights import NO_ACCESS, OrgId, require
 from api_stub.services import Services, Using
 from api_stub.sessions import Session, SignedIn, signed_in
+from holdfast_client.messages import ID_PATTERN, MAX_CREDITS, MAX_ID_LENGTH, MAX_NAME_LENGTH
 from ledger import directory, filters, history, receipts, views
 from ledger.filters import EVERY_EVENT, EventFilter
-from ledger.messages import ID_PATTERN, MAX_CREDITS, MAX_ID_LENGTH, MAX_NAME_LENGTH
 from ledger.outlook import lasting
 from ledger.readable import beginning
 from ledger.receipts import Place, Receipt

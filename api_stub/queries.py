@@ -11,7 +11,7 @@ from fastapi.dependencies.models import Dependant
 from starlette.datastructures import QueryParams
 
 from api_stub.problems import Problem
-from ledger.messages import MAX_PROBLEMS
+from holdfast_client.messages import MAX_PROBLEMS
 from ledger.readable import beginning, escaped
 
 MAX_NAME = 64

@@ -10,8 +10,8 @@ from api_stub import answers, errors
 from api_stub.problems import RETRY, Problem
 from api_stub.rights import IS_AN_ID, ReadableOrg
 from api_stub.services import Using
+from holdfast_client.messages import MAX_AMOUNT
 from ledger import filters, quotes
-from ledger.messages import MAX_AMOUNT
 
 
 def add(app: FastAPI) -> None:

@@ -12,7 +12,7 @@ from api_stub.auth import InvalidTokenError, Principal, Scope
 from api_stub.problems import OnPage, Problem
 from api_stub.queries import refuse_others
 from api_stub.services import Using
-from ledger.messages import ID_PATTERN, WORKFLOW_TASKS
+from holdfast_client.messages import ID_PATTERN, WORKFLOW_TASKS
 
 NO_ORGANIZATION = "There is no such organization, or this token does not name it (orgs)."
 """One sentence for both, so that nobody learns which organizations exist."""

@@ -6,7 +6,7 @@ from typing import get_args
 
 from api_stub.auth import Scope
 from api_stub.rights import scope_of
-from ledger.messages import OPERATOR, AnyMessage, AnyWalletMessage
+from holdfast_client.messages import OPERATOR, AnyMessage, AnyWalletMessage
 from ledger.rules import SCHEDULER
 
 SOURCE_PATTERN = "[ -~]+"

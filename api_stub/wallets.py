@@ -14,9 +14,9 @@ from api_stub.openapi import IS_A_NAME, IS_A_TIME
 from api_stub.problems import Problem
 from api_stub.rights import IS_AN_ID, ReadableOrg
 from api_stub.services import Using
+from holdfast_client.messages import MAX_CREDITS
 from ledger import filters, history, receipts, views
 from ledger.filters import EventFilter
-from ledger.messages import MAX_CREDITS
 from ledger.receipts import Place
 from ledger.state import EventType
 from ledger.views import WalletView

@@ -11,8 +11,8 @@ from api_stub import answers, errors
 from api_stub.problems import Problem
 from api_stub.rights import IS_AN_ID, ReadableOrg
 from api_stub.services import Using
+from holdfast_client.messages import ID_PATTERN
 from ledger import history, views
-from ledger.messages import ID_PATTERN
 
 WorkflowId = Annotated[str, Path(alias="workflowId", description="The workflow's id.", json_schema_extra=IS_AN_ID)]
 

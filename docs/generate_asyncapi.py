@@ -1,14 +1,14 @@
 """Writes docs/asyncapi.json, the description of the queues for tools: `make docs`.
 
-It says what docs/messages.md says to people. Both come from `ledger.messages`.
+It says what docs/messages.md says to people. Both come from `holdfast_client.messages`.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
+from holdfast_client.messages import MESSAGES, WORKFLOW_TASKS, AnyMessage
 from ledger.examples import EXAMPLES
-from ledger.messages import MESSAGES, WORKFLOW_TASKS, AnyMessage
 from worker.broker import ENGINE_QUEUE, QUEUE
 
 DOCUMENT = Path(__file__).with_name("asyncapi.json")

@@ -1,8 +1,8 @@
 """Writes docs/messages.md: `make docs`.
 
-Names, types, bounds, defaults and meanings of fields come from `ledger.messages`. What has no other home than prose
-stands here: what an answer or an event means. `tests/unit/test_messages_doc.py` keeps the
-page in step with the code.
+Names, types, bounds, defaults and meanings of fields come from `holdfast_client.messages`. What has no other home than
+prose stands here: what an answer or an event means. `tests/unit/test_messages_doc.py` keeps the page in step with the
+code.
 """
 
 import json
@@ -10,9 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from ledger.causes import CODES
-from ledger.examples import EXAMPLES
-from ledger.messages import (
+from holdfast_client.messages import (
     MAX_AMOUNT,
     MAX_BODY_BYTES,
     MAX_CREDITS,
@@ -24,7 +22,10 @@ from ledger.messages import (
     WalletMessage,
     WorkflowMessage,
 )
-from ledger.state import EventType, Result
+from holdfast_client.results import Result
+from ledger.causes import CODES
+from ledger.examples import EXAMPLES
+from ledger.state import EventType
 from worker.broker import ENGINE_QUEUE, QUEUE
 from worker.transport import MOST_ENTRY_BYTES
 
@@ -237,7 +238,7 @@ def render() -> str:
 
 _INTRODUCTION = f"""# Messages
 
-<!-- Written by `make docs` from ledger/messages.py and docs/generate_messages.py: change those. -->
+<!-- Written by `make docs` from client/holdfast_client/messages.py and docs/generate_messages.py: change those. -->
 
 Everything that changes a wallet is a message: a Celery task, sent by its name, with one JSON object as its only
 positional argument. Any Celery client in any language can send it, to the queue `{QUEUE}`. A workflow engine with fewer

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Self
 
 from sqlalchemy import ColumnElement, Connection, func, select, text, tuple_
 
+from holdfast_client.messages import MAX_REASON_LENGTH
 from ledger.filters import identifier, when
-from ledger.messages import MAX_REASON_LENGTH
 from ledger.tables import credit_events, dead_letters
 
 MAX_PAGE = 100

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Engine, func, text
 from sqlalchemy.dialects.postgresql import insert
 
-from ledger.messages import MAX_CREDITS
+from holdfast_client.messages import MAX_CREDITS
 from ledger.tables import last_verification, metadata
 
 MAX_OFFENDERS = 20

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ledger.messages import InvalidMessage
+from holdfast_client.messages import InvalidMessage
 
 Arguments = tuple[list[Any], dict[str, Any]]
 """The positional and the named arguments of a task."""

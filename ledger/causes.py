@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ledger.messages import DELIVERY_LIMIT, MAX_BODY_BYTES
+from holdfast_client.messages import DELIVERY_LIMIT, MAX_BODY_BYTES
 from ledger.readable import beginning, escaped
 
 MAX_CAUSE_LENGTH = 200

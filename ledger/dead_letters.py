@@ -16,11 +16,11 @@ import psycopg
 from psycopg.errors import UniqueViolation
 from sqlalchemy import ColumnElement, Connection, Engine, Update, func, or_, select, update
 
+from holdfast_client.messages import MAX_BODY_BYTES
+from holdfast_client.results import ErrorCode, Result
 from ledger.bodies import arguments, written
 from ledger.causes import cause_of
-from ledger.messages import MAX_BODY_BYTES
 from ledger.readable import escaped, escaped_json, readable_json, shortened
-from ledger.state import ErrorCode, Result
 from ledger.tables import dead_letters
 from ledger.waiting import NOBODY
 

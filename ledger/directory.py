@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import ARRAY, ColumnElement, Connection, Select, Text, any_, literal, select, text, true
 
-from ledger.messages import MAX_ID_LENGTH
+from holdfast_client.messages import MAX_ID_LENGTH
 from ledger.tables import posted_messages, wallets, workflows
 
 MOST_FOUND = 20

@@ -7,9 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, func, select
 
-from ledger import bodies
-from ledger.dead_letters import KeptLetter
-from ledger.messages import (
+from holdfast_client.messages import (
     AnyMessage,
     Cancel,
     Fail,
@@ -20,6 +18,8 @@ from ledger.messages import (
     WalletMessage,
     parse,
 )
+from ledger import bodies
+from ledger.dead_letters import KeptLetter
 from ledger.tables import credit_events, posted_messages, subscriptions, workflows
 
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-OURS = ("ledger", "worker", "api_stub")
+OURS = ("holdfast_client", "ledger", "worker", "api_stub")
 
 
 @contextmanager
@@ -16,6 +16,6 @@ def of_the_server() -> Iterator[None]:
         package = str(error.name).partition(".")[0]
         if package in OURS:
             raise
-        cure = "install the extra `server`, in a checkout with: pip install '.[server]'"
+        cure = "install the extra `server`, in a checkout with: pip install ./client '.[server]'"
         print(f"holdfast: The package {package} is missing: {cure}", file=sys.stderr)
         raise SystemExit(2) from None

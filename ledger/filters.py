@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement
 
-from ledger.messages import ID_PATTERN, MAX_ID_LENGTH, MAX_NAME_LENGTH
+from holdfast_client.messages import ID_PATTERN, MAX_ID_LENGTH, MAX_NAME_LENGTH
 from ledger.state import EventType
 from ledger.tables import credit_events
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ledger.messages import MAX_BODY_BYTES, InvalidMessage, parse
+from holdfast_client.messages import MAX_BODY_BYTES, InvalidMessage, parse
 
 MAX_LINE_BYTES = MAX_BODY_BYTES
 """The longest line. A valid message is at most half as long."""

@@ -11,10 +11,11 @@ import psycopg
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
+from holdfast_client.messages import AnyMessage
+from holdfast_client.results import Result
 from ledger import rules
 from ledger.database import LedgerConnection
-from ledger.messages import AnyMessage
-from ledger.state import Event, Quote, Refusal, Result, Wallet
+from ledger.state import Event, Quote, Refusal, Wallet
 from ledger.working_set import WorkingSet
 
 

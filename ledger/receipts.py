@@ -26,10 +26,11 @@ from sqlalchemy import (
     select,
 )
 
+from holdfast_client.results import WorkflowState
 from ledger import history
 from ledger.filters import EVERY_EVENT, EventFilter
 from ledger.history import MAX_PAGE, Day, Found
-from ledger.state import EventType, WorkflowState
+from ledger.state import EventType
 from ledger.tables import credit_events, posted_messages
 
 MOST_EVENTS = 5_000

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from ledger.broker_urls import REDIS_SCHEMES, refuse_no_broker, refuse_no_result_store
+from holdfast_client.broker_urls import REDIS_SCHEMES, refuse_no_broker, refuse_no_result_store
 from ledger.database import parse_url
 from ledger.readable import JOINERS, escaped
 

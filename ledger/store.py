@@ -29,19 +29,19 @@ from psycopg.errors import LockNotAvailable, QueryCanceled
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from ledger import bodies, dead_letters, waiting
-from ledger.database import raw_connection
-from ledger.dead_letters import MAX_ERROR_LENGTH, DeadLetter
-from ledger.faults import describe, is_transient
-from ledger.isolation import Work, apply_all
-from ledger.messages import (
+from holdfast_client.messages import (
     DELIVERY_LIMIT,
     AnyMessage,
     InvalidMessage,
     parse,
 )
+from holdfast_client.results import ErrorCode, Result
+from ledger import bodies, dead_letters, waiting
+from ledger.database import raw_connection
+from ledger.dead_letters import MAX_ERROR_LENGTH, DeadLetter
+from ledger.faults import describe, is_transient
+from ledger.isolation import Work, apply_all
 from ledger.readable import beginning
-from ledger.state import ErrorCode, Result
 from ledger.statements import Connection
 from ledger.waiting import (
     BEHIND,

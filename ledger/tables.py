@@ -29,8 +29,9 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.types import TypeEngine
 
-from ledger.messages import ID_CHARACTERS, MAX_CREDITS, MAX_ID_LENGTH
-from ledger.state import EventType, OutcomeName, StepAnswer, WorkflowState
+from holdfast_client.messages import ID_CHARACTERS, MAX_CREDITS, MAX_ID_LENGTH
+from holdfast_client.results import OutcomeName, WorkflowState
+from ledger.state import EventType, StepAnswer
 
 metadata = MetaData()
 

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from sqlalchemy import Engine, and_, case, func, select, text
 
-from ledger.messages import OWN_REASONS
+from holdfast_client.messages import OWN_REASONS
 from ledger.state import EventType
 from ledger.tables import credit_events, wallets
 

@@ -6,10 +6,11 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, and_, func, not_, select
 
+from holdfast_client.results import Reason, WorkflowState
 from ledger import history
 from ledger.filters import EventFilter
 from ledger.periods import period_start
-from ledger.state import OUTCOMES, Reason, StepAnswer, WorkflowState
+from ledger.state import OUTCOMES, StepAnswer
 from ledger.tables import credit_events, ending_credits, subscriptions, wallets, workflows
 
 # Joins a workflow with the event of its reservation.

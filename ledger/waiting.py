@@ -19,9 +19,9 @@ from psycopg.errors import SerializationFailure
 from psycopg.rows import args_row
 from sqlalchemy import Connection, text
 
+from holdfast_client.messages import SUSPECT
+from holdfast_client.results import ErrorCode
 from ledger import arrays
-from ledger.messages import SUSPECT
-from ledger.state import ErrorCode
 
 NOBODY = ""
 """Stands for the organization of a message that names none."""

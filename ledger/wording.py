@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, time, timedelta
 from typing import Any, NamedTuple
 
-from ledger.messages import OPERATOR
+from holdfast_client.messages import OPERATOR
 from ledger.readable import as_json
 from ledger.state import EventType
 

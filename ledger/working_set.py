@@ -13,10 +13,11 @@ from typing import Any
 
 from psycopg.errors import LockNotAvailable, QueryCanceled
 
+from holdfast_client.messages import AnyMessage, InvalidMessage, Reverse, WalletMessage
+from holdfast_client.results import Result
 from ledger import arrays, clocks, rules, tables, waiting
 from ledger.database import LOCK_TIMEOUT_S
-from ledger.messages import AnyMessage, InvalidMessage, Reverse, WalletMessage
-from ledger.state import Cover, EndingCredits, Event, PostedMessage, Refusal, Result, Subscription, Wallet, Workflow
+from ledger.state import Cover, EndingCredits, Event, PostedMessage, Refusal, Subscription, Wallet, Workflow
 from ledger.statements import (
     Connection,
     by_key,

@@ -3,8 +3,8 @@
 from datetime import datetime, timedelta
 from typing import Any
 
+from holdfast_client.messages import InvalidMessage, Purchase, Reverse, WalletMessage, parse
 from ledger import rules
-from ledger.messages import InvalidMessage, Purchase, Reverse, WalletMessage, parse
 from ledger.state import Decision, Event, PostedMessage, Refusal, Subscription, Wallet, Workflow
 
 Row = tuple[str, int, int, int, int, int]

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from ledger.messages import MESSAGES, WORKFLOW_TASKS
+from holdfast_client.messages import MESSAGES, WORKFLOW_TASKS
 from ledger.store import Delivery
 
 STEPS = [task.partition(".")[2] for task in MESSAGES if task in WORKFLOW_TASKS]

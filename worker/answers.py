@@ -17,7 +17,7 @@ from typing import Any
 from celery import Celery
 from redis.exceptions import RedisError
 
-from ledger.state import Result
+from holdfast_client.results import Result
 from ledger.store import DeadLettered
 from worker.runs import RunEnded
 from worker.tasks import as_value

@@ -16,9 +16,9 @@ from celery.schedules import schedule
 from celery.signals import beat_init, setup_logging, worker_init, worker_ready, worker_shutting_down
 from sqlalchemy import Engine
 
+from holdfast_client.messages import MAX_BODY_BYTES
 from ledger import logs
 from ledger.database import TRANSACTION_TIMEOUT_S, UnsuitableDatabaseError, abandon, connect, refuse_unsuitable
-from ledger.messages import MAX_BODY_BYTES
 from ledger.settings import Settings, SettingsError
 from worker import metrics
 from worker.batching import MOST_MESSAGES, collect_garbage_seldom

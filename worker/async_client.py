@@ -25,7 +25,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from ledger.state import Result
+from holdfast_client.results import Result
 from worker.broker import QUEUE, create_celery
 from worker.client import (
     NO_RESULT_URL,

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from celery.worker.consumer import Consumer
 from kombu.message import Message
 
-from ledger.state import Result
+from holdfast_client.results import Result
 from ledger.store import DeadLettered, Delivery, apply_batch
 from ledger.waiting import Waits
 from worker import metrics

@@ -24,8 +24,8 @@ from kombu.entity import Exchange, Queue
 from kombu.message import Message
 from kombu.utils.url import sanitize_url
 
-from ledger.broker_urls import AMQP_SCHEMES, REDIS_SCHEMES
-from ledger.messages import DELIVERY_LIMIT
+from holdfast_client.broker_urls import AMQP_SCHEMES, REDIS_SCHEMES
+from holdfast_client.messages import DELIVERY_LIMIT
 
 logger = logging.getLogger(__name__)
 

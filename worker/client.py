@@ -38,8 +38,8 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
-from ledger.broker_urls import REDIS_SCHEMES, refuse_no_broker, refuse_no_result_store
-from ledger.messages import (
+from holdfast_client.broker_urls import REDIS_SCHEMES, refuse_no_broker, refuse_no_result_store
+from holdfast_client.messages import (
     WORKFLOW_TASKS,
     Adjust,
     AnyMessage,
@@ -58,7 +58,7 @@ from ledger.messages import (
     Unsubscribe,
     parse,
 )
-from ledger.state import Limit, Result
+from holdfast_client.results import Limit, Result
 from worker.broker import ENGINE_QUEUE, QUEUE, create_celery
 from worker.publishing import BROKER_ERRORS, RETRY_PAUSE_S, RETRY_S, TIMEOUT_S, Encoded, Publisher, connect, leave
 from worker.redis_server import UnsupportedServerError

@@ -24,8 +24,8 @@ from kombu.connection import Connection
 from kombu.message import Message
 from redis.exceptions import ResponseError
 
+from holdfast_client.messages import MAX_BODY_BYTES, WORKFLOW_TASKS, InvalidMessage, too_large_body
 from ledger.bodies import only_argument, strict_arguments, written
-from ledger.messages import MAX_BODY_BYTES, WORKFLOW_TASKS, InvalidMessage, too_large_body
 from ledger.store import Delivery
 from worker import metrics
 from worker.batching import Arrival, Inbox

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 
 from prometheus_client import Counter, Gauge, Histogram, start_http_server
 
+from holdfast_client.results import Result
 from ledger.settings import SettingsError
-from ledger.state import Result
 from ledger.store import DeadLettered
 from ledger.waiting import Waits
 from worker.runs import RunEnded

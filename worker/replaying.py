@@ -5,9 +5,9 @@ from typing import Any
 
 from sqlalchemy import Engine
 
+from holdfast_client.results import Result
 from ledger import dead_letters
 from ledger.dead_letters import NotReplayableError, StillFailsError
-from ledger.state import Result
 from worker.client import Client, DeadLetteredError, InvalidMessageError, NoAnswerError
 
 

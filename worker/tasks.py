@@ -10,9 +10,9 @@ from typing import Any
 from celery import Celery
 from sqlalchemy import Engine
 
+from holdfast_client.messages import MESSAGES
+from holdfast_client.results import Limit, Result
 from ledger import bodies, daily_sums, due, scheduler
-from ledger.messages import MESSAGES
-from ledger.state import Limit, Result
 from ledger.store import DeadLettered, Delivery, apply_batch
 from ledger.waiting import Waits
 

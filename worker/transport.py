@@ -39,7 +39,7 @@ from redis import ConnectionPool, Redis
 from redis._parsers import _RESP2Parser
 from redis.exceptions import NoPermissionError, OutOfMemoryError, ResponseError
 
-from ledger.messages import DELIVERY_LIMIT, MAX_BODY_BYTES, SUSPECT, InvalidMessage, too_large_entry
+from holdfast_client.messages import DELIVERY_LIMIT, MAX_BODY_BYTES, SUSPECT, InvalidMessage, too_large_entry
 from worker.broker import QUEUE, REPLAY_OF
 from worker.redis_server import UnsupportedServerError, server_problem, server_risk
 

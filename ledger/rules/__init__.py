@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from types import MappingProxyType
 
-from ledger.messages import AnyMessage, WorkflowMessage
+from holdfast_client.messages import AnyMessage, WorkflowMessage
 from ledger.rules.ending import end_uncovered
 from ledger.rules.posting import SCHEDULER, OutOfRangeError, refuse
 from ledger.rules.subscriptions import begin_due

@@ -13,7 +13,7 @@ from datetime import datetime
 from heapq import merge
 from typing import Any, NamedTuple
 
-from ledger.messages import Grant, Purchase, Refund
+from holdfast_client.messages import Grant, Purchase, Refund
 from ledger.rules.posting import SCHEDULER, post
 from ledger.state import Cover, EndingCredits, Event, Wallet
 

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from ledger.messages import MAX_CREDITS, Message, WalletMessage, WorkflowMessage
-from ledger.state import Decision, ErrorCode, Event, EventType, Refusal, Wallet, Workflow
+from holdfast_client.messages import MAX_CREDITS, Message, WalletMessage, WorkflowMessage
+from holdfast_client.results import ErrorCode
+from ledger.state import Decision, Event, EventType, Refusal, Wallet, Workflow
 
 SCHEDULER = "scheduler"
 """The source of what time alone does."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from ledger.messages import MAX_CREDITS, Subscribe, Unsubscribe
+from holdfast_client.messages import MAX_CREDITS, Subscribe, Unsubscribe
 from ledger.periods import period_at, period_start
 from ledger.rules.ending import end_uncovered, of_period, with_row, without_origin
 from ledger.rules.posting import SCHEDULER, metadata_of, post, refuse

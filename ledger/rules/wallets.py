@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, assert_never
 
-from ledger.messages import (
+from holdfast_client.messages import (
     Adjust,
     AnyWalletMessage,
     Bill,

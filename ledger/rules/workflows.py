@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any, assert_never
 
-from ledger.messages import MAX_CREDITS, AnyWorkflowMessage, Cancel, Fail, Finish, Start
+from holdfast_client.messages import MAX_CREDITS, AnyWorkflowMessage, Cancel, Fail, Finish, Start
+from holdfast_client.results import Limit, WorkflowState
 from ledger.rules.ending import draw, end_uncovered, uncover, without
 from ledger.rules.posting import SCHEDULER, conflict, metadata_of, post
-from ledger.state import OUTCOMES, Decision, Event, Limit, Quote, StepAnswer, Wallet, Workflow, WorkflowState
+from ledger.state import OUTCOMES, Decision, Event, Quote, StepAnswer, Wallet, Workflow
 
 
 def decide_workflow(wallet: Wallet, message: AnyWorkflowMessage, now: datetime, workflow: Workflow | None) -> Decision:

@@ -21,8 +21,8 @@ from sqlalchemy import Connection, Engine, event, text
 from starlette.types import Message
 
 from api_stub.sources import OTHERS_SOURCES
+from holdfast_client.messages import MESSAGES, OPERATOR
 from ledger.database import CONNECT_TIMEOUT_S, POOL_TIMEOUT_S, connect
-from ledger.messages import MESSAGES, OPERATOR
 from ledger.roles import READER
 from ledger.rules import SCHEDULER
 from ledger.store import apply_batch

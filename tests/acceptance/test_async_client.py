@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from ledger.state import Limit, Result
+from holdfast_client.results import Limit, Result
 from tests.acceptance.story import STORY
 from tests.cut import cut_way_to
 from tests.installation import Installation

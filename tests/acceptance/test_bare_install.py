@@ -20,7 +20,7 @@ from tests.packages import what_runs
 ROOT = Path(__file__).parents[2]
 SENDS = """
 import importlib.util, sys
-from ledger import messages
+from holdfast_client import messages
 from worker.broker import ENGINE_QUEUE, QUEUE
 from worker.client import Client
 with Client(sys.argv[1]) as client:
@@ -101,5 +101,5 @@ def test_a_part_of_the_server_says_what_to_install(python: str, tmp_path: Path, 
     assert ended.returncode == 2
     assert ended.stdout == ""
     [line] = ended.stderr.splitlines()
-    cure = "install the extra `server`, in a checkout with: pip install '.[server]'"
+    cure = "install the extra `server`, in a checkout with: pip install ./client '.[server]'"
     assert re.fullmatch(rf"holdfast: The package \w+ is missing: {re.escape(cure)}", line)

@@ -11,7 +11,7 @@ import pytest
 
 from api_stub.batches import MOST_BYTES
 from api_stub.turns import AT_ONCE
-from ledger.messages import MAX_BODY_BYTES
+from holdfast_client.messages import MAX_BODY_BYTES
 from tests.acceptance import website
 from tests.acceptance.website import Patient, token
 from tests.installation import Installation

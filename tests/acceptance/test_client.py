@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from ledger.messages import MESSAGES
-from ledger.state import Limit, Result, WorkflowState
+from holdfast_client.messages import MESSAGES
+from holdfast_client.results import Limit, Result, WorkflowState
 from tests.acceptance.story import STORY
 from tests.cut import cut_way_to
 from tests.installation import SENT_BY_FORKS, Installation, Producer, send_from_forks

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from kombu.connection import Connection
 
+from holdfast_client.messages import DELIVERY_LIMIT, SUSPECT
 from ledger import audit
-from ledger.messages import DELIVERY_LIMIT, SUSPECT
 from tests.acceptance import commands
 from tests.installation import (
     IMPATIENT_WORKER,

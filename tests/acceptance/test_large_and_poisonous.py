@@ -20,8 +20,8 @@ import httpx
 import psutil
 import pytest
 
+from holdfast_client.messages import DELIVERY_LIMIT, MAX_BODY_BYTES
 from ledger import audit
-from ledger.messages import DELIVERY_LIMIT, MAX_BODY_BYTES
 from tests.acceptance import commands
 from tests.acceptance.website import LETTERS, Visitor, form_token, operator_token, served
 from tests.installation import (

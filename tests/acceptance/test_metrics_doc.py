@@ -10,7 +10,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
-from ledger.state import OutcomeName
+from holdfast_client.results import OutcomeName
 from tests.acceptance.website import app, serving
 from tests.installation import Installation, Producer, wait_for_workers
 from worker import metrics

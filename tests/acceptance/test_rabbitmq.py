@@ -16,7 +16,7 @@ from kombu.entity import Queue
 from kombu.message import Message
 from sqlalchemy import Engine
 
-from ledger.messages import DELIVERY_LIMIT
+from holdfast_client.messages import DELIVERY_LIMIT
 from tests import rabbitmq
 from tests.cut import cut_way_to
 from tests.installation import SENT_BY_FORKS, send_from_forks

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ledger.messages import DELIVERY_LIMIT
+from holdfast_client.messages import DELIVERY_LIMIT
 from tests.acceptance import commands
 from tests.installation import Installation, envelope
 from tests.messages import EMBED

@@ -7,7 +7,7 @@ from uuid import uuid4
 import pytest
 from celery.result import AsyncResult
 
-from ledger.messages import DELIVERY_LIMIT, MAX_BODY_BYTES
+from holdfast_client.messages import DELIVERY_LIMIT, MAX_BODY_BYTES
 from tests.installation import Installation, Producer, envelope
 from tests.messages import EMBED
 from tests.support import PATIENCE_S, eventually

@@ -9,9 +9,9 @@ import pytest
 from celery.result import AsyncResult
 from sqlalchemy import Engine, text
 
+from holdfast_client.messages import DELIVERY_LIMIT
 from ledger import audit, migrations
 from ledger.database import connect
-from ledger.messages import DELIVERY_LIMIT
 from ledger.waiting import LOCKED
 from tests.acceptance import commands
 from tests.installation import (

@@ -16,8 +16,8 @@ from uuid import uuid4
 import pytest
 from celery.schedules import schedule
 
+from holdfast_client.messages import MESSAGES
 from ledger import audit
-from ledger.messages import MESSAGES
 from ledger.settings import Settings
 from tests.acceptance import commands
 from tests.acceptance.story import STATES, STORY

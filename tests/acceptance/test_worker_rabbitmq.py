@@ -13,8 +13,8 @@ import psutil
 import pytest
 from kombu.connection import Connection
 
+from holdfast_client.messages import DELIVERY_LIMIT, MAX_BODY_BYTES
 from ledger import audit
-from ledger.messages import DELIVERY_LIMIT, MAX_BODY_BYTES
 from tests import rabbitmq
 from tests.cut import cut_way_to
 from tests.installation import (

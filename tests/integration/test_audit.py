@@ -6,9 +6,9 @@ from typing import get_args
 import pytest
 from sqlalchemy import Engine, text
 
+from holdfast_client.messages import MESSAGES
 from ledger import audit
 from ledger.figures import system_figures
-from ledger.messages import MESSAGES
 from ledger.state import EventType
 from ledger.store import Delivery, apply_batch
 from ledger.tables import metadata

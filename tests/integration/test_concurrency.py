@@ -9,9 +9,9 @@ from typing import TypeVar
 
 from sqlalchemy import Engine, text
 
+from holdfast_client.results import Result
 from ledger import audit, scheduler
 from ledger.database import connect
-from ledger.state import Result
 from ledger.store import DeadLettered, Delivery, apply_batch
 from ledger.waiting import Waits
 from tests.messages import delivery, purchase

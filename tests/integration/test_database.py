@@ -14,11 +14,11 @@ from psycopg.errors import OperatorIntervention
 from sqlalchemy import Connection, Engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 
+from holdfast_client.results import Result
 from ledger import arrays
 from ledger.arrays import Array
 from ledger.database import DatabaseURLError, UnsuitableDatabaseError, connect, refuse_unsuitable
 from ledger.faults import describe, is_transient, may_be_local
-from ledger.state import Result
 from ledger.store import apply_batch
 from tests.databases import new_database
 from tests.messages import delivery

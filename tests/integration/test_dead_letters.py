@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, event
 
+from holdfast_client.messages import InvalidMessage
+from holdfast_client.results import Result
 from ledger import dead_letters, rules
-from ledger.messages import InvalidMessage
-from ledger.state import Decision, Result
+from ledger.state import Decision
 from ledger.store import DeadLettered, Delivery, apply_batch
 from ledger.waiting import Waits
 from tests.messages import delivery

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 
+from holdfast_client.messages import AnyMessage, InvalidMessage, parse
 from ledger import dead_letters, evidence
 from ledger.dead_letters import KeptLetter
 from ledger.evidence import Difference
-from ledger.messages import AnyMessage, InvalidMessage, parse
 from ledger.store import apply_batch
 from tests.messages import delivery
 from tests.support import sql

@@ -5,9 +5,9 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import Engine
 
+from holdfast_client.messages import InvalidMessage
 from ledger import dead_letters
 from ledger.dead_letters import Group, LetterFilter, Place
-from ledger.messages import InvalidMessage
 from ledger.store import Delivery, apply_batch
 from ledger.waiting import NOBODY
 from tests.messages import delivery

@@ -17,10 +17,10 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, event, text
 from sqlalchemy.exc import DBAPIError
 
+from holdfast_client.results import Result
 from ledger import audit, history, migrations, scheduler
 from ledger.database import connect
 from ledger.filters import EventFilter
-from ledger.state import Result
 from ledger.store import Delivery, apply_batch
 from ledger.tables import metadata
 from tests.messages import delivery, subscribe

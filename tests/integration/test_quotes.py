@@ -8,11 +8,12 @@ import pytest
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
+from holdfast_client.messages import InvalidMessage, parse
+from holdfast_client.results import Limit, Result
 from ledger import quotes
 from ledger.database import connect
-from ledger.messages import InvalidMessage, parse
 from ledger.roles import READER
-from ledger.state import Limit, Quote, Refusal, Result, Wallet
+from ledger.state import Quote, Refusal, Wallet
 from ledger.store import apply_batch
 from tests.messages import delivery, finish, purchase, start, subscribe
 from tests.support import as_role, begin_schedules, sql

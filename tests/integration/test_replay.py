@@ -12,6 +12,8 @@ import psycopg
 import pytest
 from sqlalchemy import Engine
 
+from holdfast_client.messages import DELIVERY_LIMIT, InvalidMessage
+from holdfast_client.results import Result
 from ledger import audit, dead_letters, views
 from ledger.bodies import only_argument
 from ledger.database import raw_connection
@@ -23,8 +25,6 @@ from ledger.dead_letters import (
     StillFailsError,
     UnknownLetterError,
 )
-from ledger.messages import DELIVERY_LIMIT, InvalidMessage
-from ledger.state import Result
 from ledger.store import DeadLettered, Delivery, apply_batch, apply_waiting
 from tests.messages import EMBED, delivery
 from tests.support import on_insert_into, sql

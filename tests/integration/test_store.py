@@ -12,12 +12,13 @@ import psycopg
 import pytest
 from sqlalchemy import Connection, Engine, text
 
+from holdfast_client.messages import MESSAGES, AnyMessage
+from holdfast_client.results import Limit, Result
 from ledger import audit, rules, store
 from ledger.database import connect, raw_connection
 from ledger.faults import is_transient
-from ledger.messages import MESSAGES, AnyMessage
 from ledger.periods import period_start
-from ledger.state import Decision, Limit, Result
+from ledger.state import Decision
 from ledger.store import Applied, DeadLettered, Delivery, apply_batch, apply_waiting
 from ledger.waiting import LOCKED, Waits
 from tests.messages import delivery, finish, purchase, start

@@ -8,11 +8,11 @@ import psycopg
 import pytest
 from sqlalchemy import Engine, text
 
+from holdfast_client.messages import DELIVERY_LIMIT, InvalidMessage
+from holdfast_client.results import Result
 from ledger import audit, due, rules, scheduler, waiting, working_set
 from ledger.database import connect
 from ledger.faults import is_transient
-from ledger.messages import DELIVERY_LIMIT, InvalidMessage
-from ledger.state import Result
 from ledger.store import Applied, Delivery, apply_batch, apply_waiting
 from ledger.waiting import BEHIND, BLOCKED, LOCKED, MUCH_DUE, RECORD_LOCKED, SLOW, Waits
 from ledger.working_set import LONG_PATIENCE_S, PATIENCE_S

@@ -6,8 +6,8 @@ from typing import Any, get_args
 import pytest
 from sqlalchemy import Engine, text
 
+from holdfast_client.messages import Grant, Refund
 from ledger import audit, views
-from ledger.messages import Grant, Refund
 from ledger.state import EventType
 from ledger.store import apply_batch, apply_past
 from tests.messages import purchase

@@ -15,8 +15,8 @@ from typing import Any
 import redis
 from sqlalchemy import Engine
 
+from holdfast_client.messages import MESSAGES, WalletMessage
 from ledger import audit
-from ledger.messages import MESSAGES, WalletMessage
 from tests.nemesis import neighbour
 from tests.nemesis.producer import Sent
 from tests.nemesis.workload import FLOOD_HOLD_S, SHORT_HOLD_S, Message, marks

@@ -14,11 +14,11 @@ import redis
 from kombu.connection import Connection
 from sqlalchemy import Engine
 
+from holdfast_client.messages import MESSAGES, InvalidMessage
+from holdfast_client.results import Result
 from ledger import audit
 from ledger.database import connect
-from ledger.messages import MESSAGES, InvalidMessage
 from ledger.scheduler import release_expired
-from ledger.state import Result
 from ledger.store import Delivery, apply_batch
 from ledger.working_set import MOST_DUE
 from tests.nemesis import checker, neighbour

@@ -21,9 +21,11 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import Engine, select, text
 
-from ledger import audit, clocks, messages, quotes, receipts, scheduler, store, tables
-from ledger.messages import InvalidMessage
-from ledger.state import EndingCredits, Event, Refusal, Result
+from holdfast_client import messages
+from holdfast_client.messages import InvalidMessage
+from holdfast_client.results import Result
+from ledger import audit, clocks, quotes, receipts, scheduler, store, tables
+from ledger.state import EndingCredits, Event, Refusal
 from tests.memory import MemoryLedger
 from tests.messages import delivery
 from tests.property.model import Answer, Model, check_history

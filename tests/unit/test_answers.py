@@ -9,7 +9,7 @@ import fakeredis
 import pytest
 from celery import Celery
 
-from ledger.state import Result
+from holdfast_client.results import Result
 from ledger.store import DeadLettered
 from worker.answers import PAUSE_S, Answers
 from worker.broker import create_celery

@@ -8,8 +8,8 @@ import pytest
 from jsonschema import Draft7Validator
 
 from docs.generate_asyncapi import DOCUMENT, key, render
+from holdfast_client.messages import MESSAGES, WORKFLOW_TASKS
 from ledger.examples import EXAMPLES
-from ledger.messages import MESSAGES, WORKFLOW_TASKS
 from worker.broker import ENGINE_QUEUE, QUEUE
 from worker.client import Client
 

@@ -6,9 +6,9 @@ from typing import Any, get_args
 
 import pytest
 
+from holdfast_client.messages import InvalidMessage, parse, too_large_body
+from holdfast_client.results import ErrorCode
 from ledger.causes import CODES, MAX_CAUSE_LENGTH, cause_of
-from ledger.messages import InvalidMessage, parse, too_large_body
-from ledger.state import ErrorCode
 from tests.memory import MemoryLedger
 from worker.broker import ENGINE_QUEUE, QUEUE
 from worker.transport import MOST_ENTRY_BYTES

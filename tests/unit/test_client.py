@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from ledger.messages import MESSAGES
-from ledger.state import Limit, Result
+from holdfast_client.messages import MESSAGES
+from holdfast_client.results import Limit, Result
 from ledger.store import DeadLettered
 from worker.broker import ENGINE_QUEUE
 from worker.client import Client, DeadLetteredError, InvalidMessageError, Method, _result

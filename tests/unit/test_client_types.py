@@ -7,8 +7,8 @@ import inspect
 import re
 from typing import assert_type
 
-from ledger.messages import MESSAGES
-from ledger.state import Result
+from holdfast_client.messages import MESSAGES
+from holdfast_client.results import Result
 from worker.async_client import AsyncClient
 from worker.client import Batch, Client
 from worker.unanswered import Unanswered

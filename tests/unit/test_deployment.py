@@ -205,7 +205,7 @@ def test_an_update_migrates_first_and_replaces_nothing_if_that_fails() -> None:
 
 def test_the_file_of_secrets_reaches_neither_git_nor_the_image() -> None:
     assert "/.env" in (ROOT / ".gitignore").read_text().splitlines()
-    assert allowed_in_the_build() == {"requirements.txt", "pyproject.toml", "ledger", "worker", "api_stub"}
+    assert allowed_in_the_build() == {"requirements.txt", "pyproject.toml", "client", "ledger", "worker", "api_stub"}
 
 
 # Settings
@@ -585,7 +585,7 @@ def test_everything_is_installed_from_the_lock_file_by_its_hash() -> None:
     pip = ["pip", "--python", "/opt/holdfast/bin/python", "install"]
     options = ["--require-hashes", "--only-binary", ":all:", "--requirement", "requirements.txt"]
     assert install == [*pip, *options]
-    assert project == [*pip, "--no-deps", "--no-build-isolation", "."]
+    assert project == [*pip, "--no-deps", "--no-build-isolation", "./client", "."]
 
 
 def test_only_what_runs_is_in_the_image() -> None:

@@ -9,13 +9,13 @@ from api_stub.auth import MIN_RSA_BITS
 from api_stub.protocol import REQUEST_TIMEOUT_S
 from api_stub.services import MANY_EVENTS, READ_TIMEOUT_S
 from api_stub.turns import AT_ONCE
+from holdfast_client.messages import DELIVERY_LIMIT, MAX_BODY_BYTES, SUSPECT
 from ledger import migrations
 from ledger.clocks import MOST_APART_S
 from ledger.daily_sums import NOT_SUMMED
 from ledger.database import TRANSACTION_TIMEOUT_S
 from ledger.history import MAX_PAGE
 from ledger.isolation import MOST_CULPRITS
-from ledger.messages import DELIVERY_LIMIT, MAX_BODY_BYTES, SUSPECT
 from ledger.working_set import LONG_PATIENCE_S, MOST_DUE
 from worker import background, batching
 from worker.app import BEAT_INTERVAL_S

@@ -8,8 +8,8 @@ import pytest
 
 from api_stub import forms
 from api_stub.forms import FORMS
+from holdfast_client.messages import OPERATOR, InvalidMessage, parse
 from ledger.actions import KINDS, Place
-from ledger.messages import OPERATOR, InvalidMessage, parse
 
 TEMPLATES = Path(forms.__file__).parent / "templates"
 TYPED = {

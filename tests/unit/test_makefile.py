@@ -17,8 +17,9 @@ IS_MADE_ANEW = "The Python of .venv was upgraded or removed: .venv is made anew 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A checkout whose environment is complete, as far as make knows."""
-    for name in ("Makefile", "pyproject.toml", "requirements.txt", "requirements-dev.txt"):
-        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "client").mkdir()
+    for name in ("Makefile", "pyproject.toml", "client/pyproject.toml", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
         os.utime(tmp_path / name, (0, 0))
     venv = tmp_path / ".venv"
     (venv / "bin").mkdir(parents=True)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from holdfast_client.messages import InvalidMessage
 from ledger.message_lines import MAX_LINE_BYTES, MessageLine, numbered_lines, read_line, strict_json
-from ledger.messages import InvalidMessage
 
 FINISH: dict[str, Any] = {"org_id": "acme", "workflow_id": "run-1", "credits": 80}
 LINE = b'{"task": "workflow.finish", "org_id": "acme", "workflow_id": "run-1", "credits": 80}'

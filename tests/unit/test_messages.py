@@ -7,8 +7,7 @@ from typing import Any, get_args
 
 import pytest
 
-from ledger.bodies import only_argument
-from ledger.messages import (
+from holdfast_client.messages import (
     MAX_BODY_BYTES,
     MAX_METADATA_BYTES,
     MESSAGES,
@@ -22,6 +21,7 @@ from ledger.messages import (
     too_large_body,
     too_large_entry,
 )
+from ledger.bodies import only_argument
 
 CARRIED = {"source": "import", "occurred_at": "2026-01-31T11:00:00+02:00", "metadata": {"run": 7}}
 CARRIED_READ = {

@@ -12,11 +12,11 @@ import pytest
 
 from api_stub.app import create_app
 from docs.generate_messages import EVENTS, OF_WALLETS, OF_WORKFLOWS, OUTCOMES, PAGE, render
+from holdfast_client.messages import MAX_AMOUNT, MAX_CREDITS, MESSAGES, Message, parse
+from holdfast_client.results import Limit, OutcomeName, Reason, WorkflowState
 from ledger.examples import EXAMPLES
-from ledger.messages import MAX_AMOUNT, MAX_CREDITS, MESSAGES, Message, parse
 from ledger.settings import Settings
 from ledger.state import OUTCOMES as WORKFLOW_OUTCOMES
-from ledger.state import Limit, OutcomeName, Reason, WorkflowState
 from tests.memory import MemoryLedger
 
 ROOT = Path(__file__).parents[2]

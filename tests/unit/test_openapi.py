@@ -8,9 +8,9 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from api_stub.app import create_app
+from holdfast_client.messages import MESSAGES, WORKFLOW_TASKS, InvalidMessage, parse
 from ledger.filters import when
 from ledger.message_lines import MessageLine, numbered_lines, read_line
-from ledger.messages import MESSAGES, WORKFLOW_TASKS, InvalidMessage, parse
 from ledger.settings import Settings
 
 DOCUMENT: dict[str, Any] = create_app(

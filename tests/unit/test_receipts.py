@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from api_stub.receipts import more, outcome, standing, told, told_step
+from holdfast_client.results import Reason, WorkflowState
 from ledger.receipts import Receipt, Step
-from ledger.state import EventType, Reason, WorkflowState
+from ledger.state import EventType
 from ledger.views import WorkflowView
 from tests.memory import MemoryLedger
 

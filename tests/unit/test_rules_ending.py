@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from holdfast_client.messages import MAX_AMOUNT
 from ledger import rules
-from ledger.messages import MAX_AMOUNT
 from ledger.state import Decision, Event, Refusal, Wallet
 from tests.memory import MemoryLedger, row, rows
 

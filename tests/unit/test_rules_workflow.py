@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from holdfast_client.messages import Cancel, Message, WalletMessage, WorkflowMessage
+from holdfast_client.results import Limit
 from ledger import rules
-from ledger.messages import Cancel, Message, WalletMessage, WorkflowMessage
-from ledger.state import Event, Limit, Quote, Refusal, Wallet, Workflow
+from ledger.state import Event, Quote, Refusal, Wallet, Workflow
 from tests.memory import MemoryLedger, Row, row, rows
 
 NOW = datetime(2026, 1, 31, 9, tzinfo=UTC)

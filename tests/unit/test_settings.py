@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ledger.broker_urls import names_nodes_well
+from holdfast_client.broker_urls import names_nodes_well
 from ledger.settings import Settings, SettingsError
 
 DATABASE = "postgresql+psycopg://user:sekrit@host/holdfast"

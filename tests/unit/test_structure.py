@@ -15,15 +15,28 @@ from packaging.utils import canonicalize_name
 from tests.packages import what_runs
 
 ROOT = Path(__file__).parents[2]
-PURE = ("ledger.broker_urls", "ledger.messages", "ledger.periods", "ledger.rules", "ledger.state")
-PACKAGES = ("ledger", "worker", "api_stub")
+OF_THE_CLIENT = ("holdfast_client.broker_urls", "holdfast_client.messages", "holdfast_client.results")
+"""What the ledger and the client share."""
+PURE = (*OF_THE_CLIENT, "ledger.periods", "ledger.rules", "ledger.state")
+PACKAGES = ("holdfast_client", "ledger", "worker", "api_stub")
 TIERS = ("acceptance", "integration", "nemesis", "property", "unit")
 """The folders of tests. What two of them share is in `tests` itself."""
 
 
+def path_of(name: str) -> str:
+    """Where a module or a package of this name is, below ROOT."""
+    path = name.replace(".", "/")
+    return f"client/{path}" if path.startswith("holdfast_client") else path
+
+
+def package_of(path: Path) -> str:
+    """The package of the module at `path`, below ROOT."""
+    return ".".join(path.parts[:-1]).removeprefix("client.")
+
+
 def where(module: str) -> str:
     """The sources of `module`, below ROOT: of a package, those of all its modules."""
-    path = module.replace(".", "/")
+    path = path_of(module)
     return f"{path}/**/*.py" if (ROOT / path).is_dir() else f"{path}.py"
 
 
@@ -32,9 +45,9 @@ Rule = tuple[str, tuple[str, ...], tuple[str, ...]]
 RULES: list[Rule] = [
     (
         "ledger/**/*.py",
-        (),
+        OF_THE_CLIENT,
         (
-            *("celery", "kombu", "redis", "valkey", "amqp", "worker", "api_stub"),
+            *("celery", "kombu", "redis", "valkey", "amqp", "holdfast_client", "worker", "api_stub"),
             *("http", "urllib.request", "urllib3", "requests", "httpx", "aiohttp"),
             *("flask", "fastapi", "starlette", "uvicorn", "werkzeug", "jinja2"),
         ),
@@ -43,16 +56,20 @@ RULES: list[Rule] = [
         (
             where(module),
             PURE,
-            ("ledger", "sqlalchemy", "psycopg", "random", "secrets", "uuid", "os", "time", "pathlib", "socket"),
+            (
+                *("holdfast_client", "ledger", "sqlalchemy", "psycopg"),
+                *("random", "secrets", "uuid", "os", "time", "pathlib", "socket"),
+            ),
         )
         for module in PURE
     ),
+    ("client/**/*.py", (), ("ledger", "worker", "api_stub", "celery", "sqlalchemy")),
     ("worker/client.py", PURE, ("ledger",)),
     ("worker/async_client.py", PURE, ("ledger",)),
     ("worker/*.py", (), ("api_stub", "worker.cli", "worker.local", "typer", "rich")),
     ("worker/local/**/*.py", (), ("api_stub", "worker.cli", "typer", "rich")),
     ("api_stub/**/*.py", ("worker.async_client", "worker.client", "worker.replaying"), ("worker",)),
-    *((f"{package}/**/*.py", (), ("tests", "bench", "hypothesis", "pytest")) for package in PACKAGES),
+    *((f"{path_of(package)}/**/*.py", (), ("tests", "bench", "hypothesis", "pytest")) for package in PACKAGES),
     *((f"tests/{tier}/**/*.py", (), tuple(f"tests.{other}" for other in TIERS if other != tier)) for tier in TIERS),
     ("tests/*.py", (), tuple(f"tests.{tier}" for tier in TIERS)),
 ]
@@ -95,7 +112,7 @@ def brought_along(root: Path, module: str) -> set[str]:
             continue
         seen.add(name)
         names += [name.rpartition(".")[0]] * ("." in name)  # its package; what is no module is a name within one
-        path = root / name.replace(".", "/")
+        path = root / path_of(name)
         for file, package in ((path.with_suffix(".py"), name.rpartition(".")[0]), (path / "__init__.py", name)):
             if file.is_file():
                 names += imports(file.read_text(), package, at_once=True)
@@ -111,7 +128,7 @@ def violations(root: Path, rule: Rule) -> list[str]:
     return [
         f"{path.relative_to(root)} imports {name}"
         for path in sorted(root.glob(sources))
-        for name in sorted(imports(path.read_text(), ".".join(path.relative_to(root).parts[:-1])))
+        for name in sorted(imports(path.read_text(), package_of(path.relative_to(root))))
         if within(name, forbidden) and not within(name, allowed)
     ]
 
@@ -149,8 +166,12 @@ def test_the_rules_are_about_sources_that_exist() -> None:
         ("ledger/deep/x.py", "import celery.result", "celery.result"),
         ("ledger/x.py", "def f():\n    from urllib.request import urlopen", "urllib.request.urlopen"),
         ("ledger/x.py", "from worker import client", "worker.client"),
-        ("ledger/messages.py", "from . import store", "ledger.store"),
-        ("ledger/messages.py", "from .store import apply_batch", "ledger.store.apply_batch"),
+        ("ledger/x.py", "from holdfast_client import Client", "holdfast_client.Client"),
+        ("client/holdfast_client/x.py", "from ledger import store", "ledger.store"),
+        ("client/holdfast_client/x.py", "import celery", "celery"),
+        ("client/holdfast_client/messages.py", "from .client import Client", "holdfast_client.client.Client"),
+        ("ledger/state.py", "from . import store", "ledger.store"),
+        ("ledger/periods.py", "from .store import apply_batch", "ledger.store.apply_batch"),
         ("ledger/rules/__init__.py", "from ledger import store", "ledger.store"),
         ("ledger/rules/x.py", "from ..store import apply_batch", "ledger.store.apply_batch"),
         ("ledger/rules/deep/x.py", "import random", "random"),
@@ -178,9 +199,11 @@ def test_a_forbidden_import_is_found(tmp_path: Path, path: str, source: str, fou
     ("path", "source"),
     [
         ("api_stub/x.py", "from worker import client\nfrom worker.client import Client\nimport worker.client"),
-        ("worker/client.py", "from ledger import messages, state\nfrom ledger.messages import parse"),
+        ("worker/client.py", "from ledger import rules, state\nfrom holdfast_client.messages import parse"),
         ("worker/x.py", "from ledger.store import apply_batch\nimport celery"),
-        ("ledger/messages.py", "from datetime import datetime\nfrom .state import Wallet\nimport timeit"),
+        ("ledger/periods.py", "from datetime import datetime\nfrom .state import Wallet\nimport timeit"),
+        ("client/holdfast_client/messages.py", "from .results import ErrorCode\nimport pydantic"),
+        ("ledger/x.py", "from holdfast_client.messages import parse\nfrom holdfast_client import results"),
         (
             "ledger/rules/x.py",
             "from ledger.rules.posting import post\nfrom . import ending\nfrom ..state import Wallet",
@@ -202,20 +225,29 @@ def test_the_client_needs_what_is_installed_without_an_extra_and_no_less() -> No
     provided = packages_distributions()
     needed = {canonicalize_name(provided[name][0]) for name in brought_along(ROOT, "worker.async_client")}
     assert needed <= what_runs(dependencies)
-    assert needed >= {canonicalize_name(Requirement(line).name) for line in dependencies}
+    assert needed >= {canonicalize_name(Requirement(line).name) for line in dependencies} - {"holdfast-client"}
+
+
+def test_holdfast_requires_the_client_of_its_own_version() -> None:
+    ours, client = (tomllib.loads((ROOT / path / "pyproject.toml").read_text())["project"] for path in (".", "client"))
+    assert ours["version"] == client["version"]
+    assert f"{client['name']}=={client['version']}" in ours["dependencies"]
 
 
 def test_what_an_import_brings_along_is_found(tmp_path: Path) -> None:
     for path, source in (
         ("worker/__init__.py", "from ledger import extras\ndef f():\n    import sqlalchemy"),
-        ("worker/client.py", "import json\nfrom ledger.messages import parse\nif True:\n    import kombu.message"),
+        (
+            "worker/client.py",
+            "import json\nfrom holdfast_client.messages import parse\nif True:\n    import kombu.message",
+        ),
         ("ledger/__init__.py", ""),
         ("ledger/extras.py", "import rich"),
-        ("ledger/messages.py", "from . import state\nclass A:\n    import pydantic"),
-        ("ledger/state.py", "with a:\n    from alembic.op import x"),
+        ("client/holdfast_client/messages.py", "from . import results\nclass A:\n    import pydantic"),
+        ("client/holdfast_client/results.py", "with a:\n    from alembic.op import x"),
         ("ledger/store.py", "import psycopg"),
     ):
-        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(source)
     assert brought_along(tmp_path, "worker.client") == {"kombu", "pydantic", "alembic", "rich"}
 
@@ -232,7 +264,7 @@ def test_no_function_is_longer_than_a_screen() -> None:
     long = [
         f"{path.relative_to(ROOT)}: {function.name} has {lines} lines"
         for package in (*PACKAGES, "bench", "docs", "tests")
-        for path in (ROOT / package).rglob("*.py")
+        for path in (ROOT / path_of(package)).rglob("*.py")
         for function in ast.walk(ast.parse(path.read_text()))
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
         and (lines := (function.end_lineno or 0) - function.lineno + 1) > MOST_LINES

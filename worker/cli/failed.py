@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_args
 import typer
 from sqlalchemy import Connection, Engine
 
+from holdfast_client.results import ErrorCode
 from ledger import bodies, dead_letters
 from ledger.causes import CODES
 from ledger.dead_letters import (
@@ -27,7 +28,6 @@ from ledger.dead_letters import (
     UnknownLetterError,
 )
 from ledger.readable import beginning, escaped, shortened
-from ledger.state import ErrorCode
 from ledger.waiting import NOBODY
 from worker.cli.tables import Column, properties, table
 from worker.cli.terminal import (

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from holdfast_client.messages import OPERATOR, Cancel
 from ledger import views
 from ledger import waiting as ledger_waiting
 from ledger.dead_letters import described
-from ledger.messages import OPERATOR, Cancel
 from ledger.readable import escaped, span
 from ledger.wording import counted
 from worker.cli.tables import Column, table

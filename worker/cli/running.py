@@ -12,12 +12,12 @@ from typing import Annotated
 import typer
 from celery.utils.nodenames import default_nodename
 
+from holdfast_client.results import Result
 from ledger import audit, history, views
 from ledger.database import connect
 from ledger.dead_letters import described
 from ledger.readable import escaped
 from ledger.settings import Settings
-from ledger.state import Result
 from worker import publishing
 from worker.broker import create_celery, queues
 from worker.cli import story

@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from holdfast_client.messages import MESSAGES, InvalidMessage, parse
 from ledger.dead_letters import described
 from ledger.message_lines import strict_json
-from ledger.messages import MESSAGES, InvalidMessage, parse
 from ledger.settings import Settings
 from ledger.wording import counted
 from worker.broker import ENGINE_QUEUE, QUEUE

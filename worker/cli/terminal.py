@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.text import Text
 from sqlalchemy import Engine
 
+from holdfast_client.messages import MAX_REASON_LENGTH
 from ledger import filters
 from ledger.database import connect
-from ledger.messages import MAX_REASON_LENGTH
 from ledger.readable import escaped, escaped_json
 from ledger.settings import Settings
 from worker.client import Client

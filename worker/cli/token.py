@@ -5,7 +5,7 @@ from typing import Annotated, get_args
 
 import typer
 
-from ledger.messages import ID_PATTERN
+from holdfast_client.messages import ID_PATTERN
 from ledger.readable import escaped
 from ledger.settings import Settings
 from worker.cli.terminal import fail, one_line, this_person

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from holdfast_client.messages import InvalidMessage
 from ledger.message_lines import numbered_lines, read_line
-from ledger.messages import InvalidMessage
 from worker.broker import QUEUE
 from worker.client import Client, InvalidMessageError
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Engine, select
 
+from holdfast_client.messages import MESSAGES
 from ledger import bodies
-from ledger.messages import MESSAGES
 from ledger.store import Delivery, apply_batch, apply_past
 from ledger.tables import wallets
 

@@ -7,7 +7,7 @@ import pytest
 import redis
 from celery import Celery
 
-from ledger.messages import MAX_BODY_BYTES, too_large_entry
+from holdfast_client.messages import MAX_BODY_BYTES, too_large_entry
 from tests.integration.transport.kombu_worker import (
     QUEUE,
     SECOND,

@@ -8,7 +8,7 @@ import pytest
 import redis
 from celery import Celery
 
-from ledger.messages import DELIVERY_LIMIT, SUSPECT
+from holdfast_client.messages import DELIVERY_LIMIT, SUSPECT
 from tests.integration.transport.kombu_worker import (
     QUEUE,
     SECOND,

@@ -28,7 +28,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError, to_json
 
-from ledger.state import ErrorCode
+from holdfast_client.results import ErrorCode
 
 MAX_CREDITS = 2**53 - 1
 """The largest balance or limit, in credits: every JSON client reads it exactly."""
