@@ -31,7 +31,7 @@ from ledger.outlook import lasting
 from ledger.readable import beginning
 from ledger.receipts import Place, Receipt
 from ledger.state import EventType
-from ledger.usage import Breakdown, Stack, breakdown, rate
+from ledger.usage import Breakdown, Stack, breakdown, rate, usage_of
 from ledger.views import Held, Reservation, WalletView
 
 EVENT_TYPES: tuple[EventType, ...] = get_args(EventType)
@@ -247,10 +247,9 @@ def credit_history(request: Request, org_id: VisibleOrg, asked_for: Query, using
         speed = None if wallet is None else rate(ledger, org_id, available=wallet.available, now=now)
         refused = views.last_refused(ledger, org_id)
         if not asked.errors:
-            matching = history.find(ledger, org_id, asked.matching)
             found["used"] = _used(ledger, org_id, asked, shown, now)
             if asked.view == "ledger":
-                found["events"] = _page_of_events(ledger, matching, asked)
+                found["events"] = _page_of_events(ledger, org_id, asked)
             else:
                 found["receipts"] = receipts_of(ledger, org_id, asked)
         found["reservations"] = _open_reservations(ledger, org_id, held, asked)
@@ -359,7 +358,7 @@ def _used(ledger: Connection, org_id: str, asked_for: HistoryQuery, wallet: Wall
     matching, all_from = asked_for.matching, None
     if not asked_for.has_range:
         matching = replace(matching, created_from=wallet.current_period_start or _last_days(now))
-    found = history.find(ledger, org_id, matching)
+    found = history.find(ledger, org_id, usage_of(matching))
     if found.first > 1 and not asked_for.has_range:
         began_at = history.began_at(ledger, org_id)
         all_from = None if began_at is None else began_at.astimezone(UTC)
@@ -368,7 +367,7 @@ def _used(ledger: Connection, org_id: str, asked_for: HistoryQuery, wallet: Wall
         return None
     begin, end = course.points[0][0], course.ends
     stacked_by: Stack = "project" if matching.project_id is None else "activity"
-    of = breakdown(ledger, org_id, matching, stacked_by=stacked_by, each=each_of(begin, end), most=RANKED)
+    of = breakdown(ledger, found, stacked_by=stacked_by, each=each_of(begin, end), most=RANKED)
     largest = of.projects if stacked_by == "project" else of.activities
     balance = step_chart(course) if end - begin >= LEAST else None
     return Used(begin, end, of, stacked_by, bar_chart(of.bars, largest, begin, end), balance, all_from)
@@ -392,7 +391,8 @@ class Events:
         return self.first + len(self.page.events) - 1
 
 
-def _page_of_events(ledger: Connection, matching: history.Found, asked_for: HistoryQuery) -> Events:
+def _page_of_events(ledger: Connection, org_id: str, asked_for: HistoryQuery) -> Events:
+    matching = history.find(ledger, org_id, asked_for.matching)
     limit, before = asked_for.limit, asked_for.before_seq
     found = matching.page(ledger, limit=limit, before_seq=before)
     passed, newer = 0, None

@@ -16,7 +16,7 @@ from api_stub.services import Using
 from api_stub.wallets import DateFrom, DateTo, time_range
 from ledger import views
 from ledger.filters import EventFilter
-from ledger.usage import MOST_GROUPED_BY, MOST_GROUPS, Group, Usage, of_usage, rate, usage
+from ledger.usage import MOST_GROUPED_BY, MOST_GROUPS, Group, Usage, rate, usage, usage_of
 from ledger.views import WalletView
 
 
@@ -41,7 +41,7 @@ class Asked:
     @property
     def matching(self) -> EventFilter:
         """The events that are added up."""
-        return of_usage(self.created_from, self.created_before)
+        return usage_of(EventFilter(created_from=self.created_from, created_before=self.created_before))
 
     def of(self, ledger: Connection, org_id: str, *, most: int) -> Usage:
         """The usage that is asked for."""

@@ -113,7 +113,8 @@ def usage(
 ) -> Usage:
     """The usage of `org_id` in a range of time, summed by at most `MOST_GROUPED_BY` different groups."""
     assert len(set(group_by)) == len(group_by) <= MOST_GROUPED_BY
-    sums = history.find(connection, org_id, of_usage(created_from, created_before)).sums(connection).c
+    matching = EventFilter(created_from=created_from, created_before=created_before)
+    sums = history.find(connection, org_id, usage_of(matching)).sums(connection).c
     by = [_GROUPS[name](sums).label(name) for name in group_by]
     used, runs = func.sum(-sums.credits).label("credits"), func.sum(sums.events).label("runs")
     of_all = (func.sum(used).over().label("all_credits"), func.sum(runs).over().label("all_runs"))
@@ -130,27 +131,19 @@ def usage(
     return Usage(groups, int(rows[0]["all_credits"]), int(rows[0]["all_runs"]), truncated=len(rows) > most)
 
 
-def of_usage(created_from: datetime | None, created_before: datetime | None) -> EventFilter:
-    """The events of usage in a range of time."""
-    return EventFilter(created_from=created_from, created_before=created_before, event_types=("usage",))
+def usage_of(matching: EventFilter) -> EventFilter:
+    """The events of usage in the range of time of `matching`, of its project and its activities, if it names any."""
+    return replace(matching, event_types=("usage",), workflow_id=None)
 
 
 def breakdown(
-    connection: Connection,
-    org_id: str,
-    matching: EventFilter,
-    *,
-    stacked_by: Stack,
-    each: Literal["day", "month"],
-    most: int,
+    connection: Connection, found: history.Found, *, stacked_by: Stack, each: Literal["day", "month"], most: int
 ) -> Breakdown:
-    """What used credits: in the range of time of `matching`, of its project and its activities, if it names any.
+    """What used credits, of the usage that was `found`.
 
     The `most` largest projects and activities, and the usage of `each` day or month by those of `stacked_by`.
     """
-    used = replace(matching, event_types=("usage",), workflow_id=None)
-    sums = history.find(connection, org_id, used).sums(connection)
-    rows = connection.execute(_broken_down(sums, stacked_by, each, most)).all()
+    rows = connection.execute(_broken_down(found.sums(connection), stacked_by, each, most)).all()
     total = next(row for row in rows if row.what == "all")
 
     def shares(what: str) -> list[Share]:

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import pytest
 from sqlalchemy import Connection, Engine, text
 
-from ledger import audit, daily_sums, usage
+from ledger import audit, daily_sums, history, usage
 from ledger.database import snapshot
 from ledger.filters import EventFilter
 from ledger.store import apply_batch
@@ -162,7 +162,8 @@ def breaks_down(engine: Engine, used: list[dict[str, Any]]) -> bool:
             and (not matching.activity_names or run["activity"] in matching.activity_names)
         ]
         with engine.connect() as connection:
-            found = usage.breakdown(connection, "acme", matching, stacked_by=by, each=each, most=most)  # type: ignore[arg-type]
+            of_usage = history.find(connection, "acme", usage.usage_of(matching))
+            found = usage.breakdown(connection, of_usage, stacked_by=by, each=each, most=most)  # type: ignore[arg-type]
 
         def shares(name: str, runs: list[dict[str, Any]] = runs, most: int = most) -> list[Share]:
             credits_of, runs_of = Counter[str | None](), Counter[str | None]()
