@@ -1,7 +1,7 @@
 """The HTTP API: credit history and wallets for customers, and every message for programs in any language.
 
 `uvicorn api_stub.app:app --http api_stub.protocol:PromptProtocol` serves it. Each request reads one snapshot of the
-ledger. Messages go through the broker, as from `worker.client`. This module only assembles the parts.
+ledger. Messages go through the broker, as from `holdfast_client`. This module only assembles the parts.
 """
 
 import asyncio
@@ -34,9 +34,9 @@ with extras.of_the_server():
     from api_stub.protocol import STOPPING
     from api_stub.services import Services
     from api_stub.turns import Turns
+    from holdfast_client.client import BrokerUnavailableError, Client, UnsupportedBrokerError
     from ledger import logs
     from ledger.settings import Settings, SettingsError
-    from worker.client import BrokerUnavailableError, Client, UnsupportedBrokerError
 
 
 def create_app(settings: Settings) -> FastAPI:

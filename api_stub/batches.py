@@ -20,10 +20,10 @@ from api_stub.rights import Anybody, require, scope_of
 from api_stub.services import Using
 from api_stub.sources import refused_source
 from api_stub.turns import BATCHES
+from holdfast_client.client import Client, NotSentError
 from holdfast_client.messages import MESSAGES, InvalidMessage, named, parse
 from ledger.examples import EXAMPLES
 from ledger.message_lines import MessageLine, numbered_lines, read_line
-from worker.client import Client, NotSentError
 
 MOST_MESSAGES = 1_000
 """The most messages of one batch."""

@@ -23,6 +23,7 @@ from api_stub.rendering import PageRoute, page, see_other
 from api_stub.rights import OrgId
 from api_stub.services import Services, Using
 from api_stub.sessions import Operator, checked_form, operator_reads
+from holdfast_client.client import DeadLetteredError, NoAnswerError, NotSentError
 from holdfast_client.messages import ID_PATTERN, OPERATOR, AnyMessage, InvalidMessage, WalletMessage, parse
 from ledger import actions, dead_letters, directory, filters, history, quotes, views
 from ledger.actions import KINDS, Action, ActionFilter, Place
@@ -32,7 +33,6 @@ from ledger.filters import EventFilter, When
 from ledger.quotes import MuchDueError, Preview
 from ledger.state import Refusal
 from ledger.views import WalletView
-from worker.client import DeadLetteredError, NoAnswerError, NotSentError
 
 ANSWER_TIMEOUT_S = 5
 """How long, in seconds, a page waits for the ledger's answer to a message."""

@@ -25,9 +25,9 @@ from api_stub.problems import Problem
 from api_stub.rendering import PageRoute, page
 from api_stub.services import Services, Using
 from api_stub.sessions import Operator, checked_form
+from holdfast_client.client import NotSentError
 from ledger import dead_letters
 from ledger.dead_letters import NotReplayableError, StillFailsError, UnknownLetterError
-from worker.client import NotSentError
 from worker.replaying import Replayer
 
 REPLAYED_AT_ONCE, DISCARDED_AT_ONCE = 100, 5_000

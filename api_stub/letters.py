@@ -19,6 +19,7 @@ from api_stub.problems import OnPage, Problem
 from api_stub.rendering import PageRoute, page, see_other
 from api_stub.services import Services, Using
 from api_stub.sessions import Operator, checked_form
+from holdfast_client.client import NotSentError
 from holdfast_client.messages import MAX_CREDITS, MAX_REASON_LENGTH, MESSAGES
 from holdfast_client.results import ErrorCode
 from ledger import dead_letters, evidence, filters, views
@@ -34,7 +35,6 @@ from ledger.dead_letters import (
 )
 from ledger.readable import shortened
 from ledger.waiting import NOBODY
-from worker.client import NotSentError
 from worker.replaying import Replayer
 
 HERE = "/operators/dead-letters"

@@ -1,7 +1,7 @@
 """Every message of the ledger over HTTP, for engines and billing in any language: one address for each message class.
 
 An answer of 202 means that the broker has the message. A client that prefers to wait gets the ledger's own answer, as a
-caller of `worker.client` does. While a request waits it holds no thread, and it stops waiting when its client hangs up
+caller of `AsyncClient` does. While a request waits it holds no thread, and it stops waiting when its client hangs up
 or the server stops.
 """
 
@@ -24,12 +24,12 @@ from api_stub.rights import Caller, organization, scope_of
 from api_stub.services import Services, Using
 from api_stub.sources import OTHERS_SOURCES, SOURCE_PATTERN, one_of, refused_source
 from api_stub.workflows import WorkflowId
+from holdfast_client.async_client import Asked
+from holdfast_client.client import DeadLetteredError, NoAnswerError, NoAnswersError, NotSentError
 from holdfast_client.messages import MAX_BODY_BYTES, MESSAGES, AnyMessage, InvalidMessage, WorkflowMessage, parse
 from holdfast_client.results import Result
 from ledger.examples import EXAMPLES
 from ledger.message_lines import strict_json
-from worker.async_client import Asked
-from worker.client import DeadLetteredError, NoAnswerError, NoAnswersError, NotSentError
 
 NOT_SENT = "The message could not be handed to the broker; send it again."
 

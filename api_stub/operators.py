@@ -17,11 +17,11 @@ from api_stub.problems import NO_PAGE, Problem
 from api_stub.rendering import PageRoute, page
 from api_stub.services import Services, Using
 from api_stub.sessions import operator_reads
+from holdfast_client.client import BrokerUnavailableError
 from ledger import attention, dead_letters, views, waiting
 from ledger.dead_letters import LetterFilter
 from ledger.due import POST_DUE, RELEASE_EXPIRED
 from ledger.faults import describe, took_too_long
-from worker.client import BrokerUnavailableError
 
 SHOWN = 5
 """The most rows of a part."""

@@ -18,9 +18,9 @@ from sqlalchemy.exc import DBAPIError
 
 from api_stub import answers
 from api_stub.services import Services
+from holdfast_client.client import BrokerUnavailableError
 from ledger import figures, migrations
 from ledger.faults import describe
-from worker.client import BrokerUnavailableError
 
 PROBES = 4
 """How many probes are answered at once; others wait."""

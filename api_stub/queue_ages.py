@@ -2,7 +2,7 @@
 
 import time
 
-from worker.client import Client
+from holdfast_client.client import Client
 
 
 class QueueAges:

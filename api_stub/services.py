@@ -14,12 +14,12 @@ from api_stub.auth import Authenticator
 from api_stub.places import Places
 from api_stub.problems import BUSY, ON_PAGE_BUSY, RETRY, Problem
 from api_stub.queue_ages import QueueAges
+from holdfast_client.async_client import AsyncClient
+from holdfast_client.client import Client
 from ledger import history
 from ledger.database import POOL_TIMEOUT_S, connect, snapshot
 from ledger.filters import EVERY_EVENT, EventFilter
 from ledger.settings import Settings
-from worker.async_client import AsyncClient
-from worker.client import Client
 
 READ_TIMEOUT_S = 5
 """How long the database may take for one statement of a request."""

@@ -21,10 +21,10 @@ from bench.measures import FULL, QUICK, repetitions
 from bench.report import Report, describe_machine
 from bench.stand import Stand
 from bench.workload import NotAccountedError
+from holdfast_client.client import NotSentError
 from ledger.faults import describe
 from worker.batching import collect_garbage_seldom
 from worker.cli.terminal import fail
-from worker.client import NotSentError
 from worker.local.embedded import Embedded
 from worker.local.process import ServiceError
 

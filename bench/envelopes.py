@@ -10,7 +10,7 @@ from kombu.transport import memory
 from kombu.utils.json import dumps
 from redis import Redis
 
-from worker.broker import QUEUE
+from holdfast_client.broker import QUEUE
 
 Message = tuple[str, dict[str, Any]]
 """A task's name and its one argument."""

@@ -5,7 +5,7 @@ import time
 from sqlalchemy import Connection, Engine, text
 
 from bench.workload import NotAccountedError, Workload
-from worker.client import Client
+from holdfast_client.client import Client
 
 POLL_S = 0.001
 LOST_S = 30.0

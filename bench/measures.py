@@ -17,10 +17,10 @@ from bench.latency import latencies_ms
 from bench.limits import bare_inserts_s
 from bench.stand import EMPTY, Stand, check_ledger
 from bench.workload import NotAccountedError, Workload, organization
+from holdfast_client.client import Client
 from ledger import daily_sums, history, scheduler
 from ledger.filters import EventFilter
 from ledger.store import apply_batch
-from worker.client import Client
 
 MESSAGES = "messages/s"
 MILLISECONDS = "ms"

@@ -17,7 +17,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
-from worker.broker import QUEUE
+from holdfast_client.broker import QUEUE
 
 app = Celery("naive")  # the broker is CELERY_BROKER_URL of the environment
 app.conf.update(

@@ -16,10 +16,11 @@ from redis import Redis
 from sqlalchemy import Engine, text
 
 from bench.workload import NotAccountedError, Workload
+from holdfast_client.broker import QUEUE
 from ledger import audit, migrations
 from ledger.database import connect
 from ledger.settings import PREFIX
-from worker.broker import QUEUE, create_celery
+from worker.broker import create_celery
 from worker.local.embedded import Embedded
 from worker.local.process import Process, ServiceError
 from worker.transport import UNACKED

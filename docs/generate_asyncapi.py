@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from holdfast_client.broker import ENGINE_QUEUE, QUEUE
 from holdfast_client.messages import MESSAGES, WORKFLOW_TASKS, AnyMessage
 from ledger.examples import EXAMPLES
-from worker.broker import ENGINE_QUEUE, QUEUE
 
 DOCUMENT = Path(__file__).with_name("asyncapi.json")
 JSON_SCHEMA = "application/schema+json;version=draft-07"

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from holdfast_client.broker import ENGINE_QUEUE, QUEUE
 from holdfast_client.messages import (
     MAX_AMOUNT,
     MAX_BODY_BYTES,
@@ -26,7 +27,6 @@ from holdfast_client.results import Result
 from ledger.causes import CODES
 from ledger.examples import EXAMPLES
 from ledger.state import EventType
-from worker.broker import ENGINE_QUEUE, QUEUE
 from worker.transport import MOST_ENTRY_BYTES
 
 PAGE = Path(__file__).with_name("messages.md")

@@ -32,7 +32,7 @@ PACKAGES = """
 
 OURS = """
     ledger.audit ledger.dead_letters ledger.history ledger.logs ledger.migrations ledger.scheduler ledger.settings
-    ledger.store ledger.totals ledger.views ledger.waiting worker.client
+    ledger.store ledger.totals ledger.views ledger.waiting holdfast_client.client
 """
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h

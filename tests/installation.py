@@ -22,13 +22,13 @@ from celery import Celery
 from celery.result import AsyncResult
 from sqlalchemy import Engine, text
 
+from holdfast_client.broker import ENGINE_QUEUE, QUEUE
 from ledger import audit
 from ledger.database import connect
 from ledger.roles import READER, WORKER
 from tests import forks
 from tests.databases import MIGRATED, new_broker_database, new_database
 from tests.support import PATIENCE_S, as_role, eventually, sql
-from worker.broker import ENGINE_QUEUE, QUEUE
 from worker.local.broker import Broker
 from worker.local.embedded import Embedded
 from worker.local.machine import free_port
@@ -47,7 +47,7 @@ celery.worker_main(["worker"])
 # A process that has sent forks in both ways of Python; then it and its children send at the same time.
 FORKING = """
 import multiprocessing, os, sys
-from worker.client import Client
+from holdfast_client.client import Client
 connects = []
 sys.addaudithook(lambda event, _: connects.append(os.getpid()) if event == "socket.connect" else None)
 client = Client(sys.argv[1])

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from kombu.connection import Connection
 
+from holdfast_client.broker import DEAD_QUEUES, ENGINE_QUEUE, QUEUE
 from tests.support import suspended
-from worker.broker import DEAD_QUEUES, ENGINE_QUEUE, QUEUE
 from worker.local.machine import free_port
 from worker.local.process import Process
 

@@ -1,7 +1,7 @@
-"""The Celery worker, its beat, the producer for engines and the command line.
+"""The Celery worker, its beat and the command line.
 
-`celery -A worker worker` finds the app here. It is created on first use, so an engine that imports `worker.client`
-needs neither the worker's settings nor its packages.
+`celery -A worker worker` finds the app here. It is created on first use, so a program that imports `worker.client`, as
+`holdfast_client.client` was called, needs neither the worker's settings nor its packages.
 """
 
 import sys

@@ -16,16 +16,17 @@ from celery.schedules import schedule
 from celery.signals import beat_init, setup_logging, worker_init, worker_ready, worker_shutting_down
 from sqlalchemy import Engine
 
+from holdfast_client.broker import masked
 from holdfast_client.messages import MAX_BODY_BYTES
+from holdfast_client.publishing import BROKER_ERRORS
+from holdfast_client.redis_server import UnsupportedServerError
 from ledger import logs
 from ledger.database import TRANSACTION_TIMEOUT_S, UnsuitableDatabaseError, abandon, connect, refuse_unsuitable
 from ledger.settings import Settings, SettingsError
 from worker import metrics
 from worker.batching import MOST_MESSAGES, collect_garbage_seldom
-from worker.broker import create_celery, masked, queues, reason
+from worker.broker import create_celery, queues, reason
 from worker.compression import inflate_within
-from worker.publishing import BROKER_ERRORS
-from worker.redis_server import UnsupportedServerError
 from worker.tasks import SCHEDULER_TASKS, register
 from worker.transport import Channel
 

@@ -24,17 +24,18 @@ from kombu.connection import Connection
 from kombu.message import Message
 from redis.exceptions import ResponseError
 
+from holdfast_client.broker import DEAD_QUEUES, ENGINE_QUEUE, ENGINE_QUEUES, QUEUE, declare_queues, masked
 from holdfast_client.messages import MAX_BODY_BYTES, WORKFLOW_TASKS, InvalidMessage, too_large_body
+from holdfast_client.redis_server import UnsupportedServerError
 from ledger.bodies import only_argument, strict_arguments, written
 from ledger.store import Delivery
 from worker import metrics
 from worker.batching import Arrival, Inbox
-from worker.broker import DEAD_QUEUES, ENGINE_QUEUE, ENGINE_QUEUES, QUEUE, declare_queues, masked, reason, taken_from
+from worker.broker import reason, taken_from
 from worker.compression import UNKNOWN_COMPRESSION
 from worker.control import answer_questions_only
 from worker.envelope import answer_to, named_task, raw_body, replay_of, task_and_arguments
 from worker.monitoring import Monitored
-from worker.redis_server import UnsupportedServerError
 from worker.runs import Run
 from worker.tasks import SCHEDULER_TASKS, TASKS
 from worker.transport import DELIVERED_TOO_OFTEN, Channel, SetAside, read_json

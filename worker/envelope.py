@@ -5,9 +5,10 @@ from typing import TypeGuard
 from celery.utils.time import maybe_iso8601
 from kombu.message import Message
 
+from holdfast_client.broker import ENGINE_QUEUES, REPLAY_OF
 from ledger.bodies import Arguments, strict_arguments
 from worker.answers import ONLY_FAILURES
-from worker.broker import ENGINE_QUEUES, REPLAY_OF, taken_from
+from worker.broker import taken_from
 from worker.transport import read_json
 
 

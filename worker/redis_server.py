@@ -1,25 +1,7 @@
-"""Whether a Redis or Valkey server can be the broker, and whether its settings can lose messages."""
+"""Whether the settings of a Redis or Valkey server can lose messages."""
 
 from collections.abc import Mapping
 from typing import Any
-
-OLDEST_REDIS = (6, 2)
-
-
-class UnsupportedServerError(Exception):
-    """The server cannot be the broker; the text says why."""
-
-
-def server_problem(info: Mapping[str, Any]) -> str | None:
-    """Why a server with this `info` cannot be the broker, in words. None: it can."""
-    version = str(info["redis_version"])
-    if tuple(map(int, version.split(".")[:2])) < OLDEST_REDIS:
-        return f"the broker is Redis {version}; Holdfast needs {'.'.join(map(str, OLDEST_REDIS))} or newer, or Valkey"
-    if info.get("cluster_enabled"):
-        return "the broker is a Redis cluster; Holdfast needs a single server"
-    if "sentinel" in (info.get("redis_mode"), info.get("server_mode")):  # the latter is Valkey's
-        return "the broker is a Redis Sentinel; Holdfast needs the server itself"
-    return None
 
 
 def server_risk(info: Mapping[str, Any]) -> str | None:

@@ -5,10 +5,10 @@ from typing import Any
 
 from sqlalchemy import Engine
 
+from holdfast_client.client import Client, DeadLetteredError, InvalidMessageError, NoAnswerError
 from holdfast_client.results import Result
 from ledger import dead_letters
 from ledger.dead_letters import NotReplayableError, StillFailsError
-from worker.client import Client, DeadLetteredError, InvalidMessageError, NoAnswerError
 
 
 class Replayer:

@@ -39,9 +39,10 @@ from redis import ConnectionPool, Redis
 from redis._parsers import _RESP2Parser
 from redis.exceptions import NoPermissionError, OutOfMemoryError, ResponseError
 
+from holdfast_client.broker import QUEUE, REPLAY_OF
 from holdfast_client.messages import DELIVERY_LIMIT, MAX_BODY_BYTES, SUSPECT, InvalidMessage, too_large_entry
-from worker.broker import QUEUE, REPLAY_OF
-from worker.redis_server import UnsupportedServerError, server_problem, server_risk
+from holdfast_client.redis_server import check_server
+from worker.redis_server import server_risk
 
 logger = logging.getLogger(__name__)
 
@@ -337,17 +338,10 @@ class Channel(kombu_redis.Channel):
         self._begin_again = self._redis.register_script(_KEEP_ALIVE)
         self._restore_to = self._redis.register_script(_RESTORE)
 
-    def check_server(self, client: Redis | None = None) -> None:
-        """Raise UnsupportedServerError for a server that cannot do what this transport needs.
-
-        A sender passes its own `client`: the channel's own would open another connection.
-        """
-        with suppress(NoPermissionError):
-            info = (client or self._redis).info()  # all of it: before Redis 7, INFO takes one section at most
-            problem = server_problem(info)
-            if problem is not None:
-                raise UnsupportedServerError(problem)
-            self.on_risk(server_risk(info))
+    def check_server(self) -> None:
+        """Raise UnsupportedServerError for a server that cannot do what this transport needs. Report its risk."""
+        check_server(self._redis)
+        self.check_risk()
 
     def check_risk(self) -> None:
         """Report whether the server's present configuration allows it to lose messages."""

@@ -21,6 +21,8 @@ from sqlalchemy import Connection, Engine, event, text
 from starlette.types import Message
 
 from api_stub.sources import OTHERS_SOURCES
+from holdfast_client.broker import ENGINE_QUEUE
+from holdfast_client.client import Client
 from holdfast_client.messages import MESSAGES, OPERATOR
 from ledger.database import CONNECT_TIMEOUT_S, POOL_TIMEOUT_S, connect
 from ledger.roles import READER
@@ -31,8 +33,6 @@ from tests.acceptance.website import FUTURE, HISTORY, SECRET, Patient, served, s
 from tests.installation import Installation, installed, log_of
 from tests.messages import STEPS, delivery
 from tests.support import PATIENCE_S, eventually, sql, suspended
-from worker.broker import ENGINE_QUEUE
-from worker.client import Client
 from worker.local.embedded import Embedded
 
 EVENTS = "/api/organizations/acme/credit-events"

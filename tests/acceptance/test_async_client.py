@@ -11,13 +11,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from holdfast_client.results import Limit, Result
-from tests.acceptance.story import STORY
-from tests.cut import cut_way_to
-from tests.installation import Installation
-from tests.support import PATIENCE_S, eventually, sql
-from worker.async_client import AsyncClient
-from worker.client import (
+from holdfast_client.async_client import AsyncClient
+from holdfast_client.client import (
     BrokerUnavailableError,
     DeadLetteredError,
     InvalidMessageError,
@@ -25,8 +20,13 @@ from worker.client import (
     NoAnswersError,
     NotSentError,
 )
-from worker.publishing import TIMEOUT_S
-from worker.silence import what_is_seen
+from holdfast_client.publishing import TIMEOUT_S
+from holdfast_client.results import Limit, Result
+from holdfast_client.silence import what_is_seen
+from tests.acceptance.story import STORY
+from tests.cut import cut_way_to
+from tests.installation import Installation
+from tests.support import PATIENCE_S, eventually, sql
 
 ANSWERS = "celery-task-meta-*"
 
@@ -160,7 +160,7 @@ def test_why_no_answer_came_is_looked_up_once_for_all_who_ask_at_the_same_time(
         assert all("no worker answers" in str(error) for error in late)
         assert 1 <= len(looks) < 20
 
-    monkeypatch.setattr("worker.async_client.what_is_seen", look)
+    monkeypatch.setattr("holdfast_client.async_client.what_is_seen", look)
     with_client(installation.broker_url, act)
 
 
@@ -230,7 +230,7 @@ def test_if_the_connection_breaks_all_who_wait_are_told_and_the_next_one_has_a_n
 
 
 def test_what_cannot_be_waited_for_is_not_sent(installation: Installation, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.async_client.TIMEOUT_S", 0.5)
+    monkeypatch.setattr("holdfast_client.async_client.TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent_url = f"redis://user:sekrit@127.0.0.1:{silent.getsockname()[1]}/0"
 
@@ -304,7 +304,7 @@ def test_idle_connections_that_the_server_has_closed_do_not_fail_the_next_calls(
 def test_a_loop_that_is_busy_is_not_a_store_that_is_silent(
     running: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.async_client.TIMEOUT_S", 0.2)
+    monkeypatch.setattr("holdfast_client.async_client.TIMEOUT_S", 0.2)
 
     async def act(client: AsyncClient) -> None:
         asked = asyncio.create_task(client.start(org_id="busy", workflow_id="run", credits=0, wait_s=PATIENCE_S))

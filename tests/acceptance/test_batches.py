@@ -11,12 +11,12 @@ import pytest
 
 from api_stub.batches import MOST_BYTES
 from api_stub.turns import AT_ONCE
+from holdfast_client.broker import QUEUE
 from holdfast_client.messages import MAX_BODY_BYTES
 from tests.acceptance import website
 from tests.acceptance.website import Patient, token
 from tests.installation import Installation
 from tests.support import PATIENCE_S, eventually, sql
-from worker.broker import QUEUE
 from worker.local.machine import free_port
 
 PATH = "/api/messages"

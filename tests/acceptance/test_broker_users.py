@@ -8,11 +8,11 @@ import pytest
 import redis
 from celery import Celery
 
+from holdfast_client.async_client import AsyncClient
+from holdfast_client.broker import ENGINE_QUEUE
+from holdfast_client.client import Client
 from tests.installation import Installation, Producer, installed_on, open_folder, wait_for_workers
 from tests.support import PATIENCE_S, eventually
-from worker.async_client import AsyncClient
-from worker.broker import ENGINE_QUEUE
-from worker.client import Client
 from worker.local.broker import Broker
 
 pytestmark = pytest.mark.timeout(300)  # seconds, on a slow machine
@@ -103,6 +103,7 @@ def test_engines_send_and_are_answered_and_nothing_of_ours_is_refused(ledger: In
     url = broker.url_of("engine")
     with Client(ledger.broker_url) as billing, Client(url, queue=ENGINE_QUEUE) as engine:
         billing.grant(org_id="acme", grant_id="gift", credits=100, wait_s=PATIENCE_S)
+        assert billing.sees_worker() is True
         assert engine.start(org_id="acme", workflow_id="run", credits=5, wait_s=PATIENCE_S).holds
         with engine.batch() as batch:
             batch.finish(org_id="acme", workflow_id="run", credits=5)

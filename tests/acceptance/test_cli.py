@@ -21,6 +21,8 @@ import psutil
 import pytest
 from sqlalchemy import Engine, make_url
 
+from holdfast_client.broker import ENGINE_QUEUE
+from holdfast_client.client import Client
 from ledger import audit, migrations, roles
 from ledger.store import DeadLettered, apply_batch
 from tests.acceptance import commands
@@ -28,8 +30,6 @@ from tests.acceptance.commands import Ended, drawn
 from tests.installation import HOLDFAST, Installation, environment, installed, open_folder
 from tests.messages import delivery
 from tests.support import PATIENCE_S, eventually, sql
-from worker.broker import ENGINE_QUEUE
-from worker.client import Client
 from worker.local.embedded import Embedded
 
 COMMANDS = "migrate", "up", "demo", "verify", "wallet", "history", "usage", "totals", "send"

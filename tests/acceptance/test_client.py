@@ -14,16 +14,16 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from holdfast_client.broker import masked
+from holdfast_client.client import Client, DeadLetteredError, InvalidMessageError, NoAnswerError, NotSentError
 from holdfast_client.messages import MESSAGES
+from holdfast_client.publishing import TIMEOUT_S
 from holdfast_client.results import Limit, Result, WorkflowState
+from holdfast_client.unanswered import Unanswered
 from tests.acceptance.story import STORY
 from tests.cut import cut_way_to
 from tests.installation import SENT_BY_FORKS, Installation, Producer, send_from_forks
 from tests.support import PATIENCE_S, eventually, raw, sql
-from worker.broker import masked
-from worker.client import Client, DeadLetteredError, InvalidMessageError, NoAnswerError, NotSentError
-from worker.publishing import TIMEOUT_S
-from worker.unanswered import Unanswered
 
 ANSWERS = "celery-task-meta-*"
 
@@ -255,6 +255,9 @@ def test_a_message_is_byte_for_byte_what_celery_sends(
     producer.celery.send_task("workflow.finish", args=[message], queue="credits", ignore_result=True)
     sent = [without_ids(raw(envelope)) for envelope in installation.broker.lrange("credits", 0, -1)]
     assert len(sent) == 3
+    assert sent[1] == sent[2]
+    if "metadata" in message:  # of which Celery shows monitors less
+        sent = [re.sub(rb'"argsrepr": "(\\.|[^"\\])*"', b'"argsrepr": ""', each) for each in sent]
     assert len(set(sent)) == 1
 
 

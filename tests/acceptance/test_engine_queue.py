@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from kombu.connection import Connection
 
+from holdfast_client.broker import ENGINE_DEAD_QUEUE, ENGINE_QUEUE, QUEUE
+from holdfast_client.client import Client
 from holdfast_client.messages import DELIVERY_LIMIT, SUSPECT
 from ledger import audit
 from tests.acceptance import commands
@@ -24,8 +26,6 @@ from tests.installation import (
 )
 from tests.messages import EMBED
 from tests.support import PATIENCE_S, eventually, sql
-from worker.broker import ENGINE_DEAD_QUEUE, ENGINE_QUEUE, QUEUE
-from worker.client import Client
 from worker.local.embedded import Embedded
 from worker.local.process import Process
 

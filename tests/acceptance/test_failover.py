@@ -13,12 +13,12 @@ import psycopg
 import pytest
 import redis
 
+from holdfast_client.broker import QUEUE
+from holdfast_client.client import Client
 from ledger import audit, migrations
 from ledger.database import connect
 from tests.installation import Installation, Producer, celery, installed_on, open_folder, wait_for_workers
 from tests.support import PATIENCE_S, eventually, sql
-from worker.broker import QUEUE
-from worker.client import Client
 from worker.local.broker import Broker
 from worker.local.embedded import Embedded
 from worker.local.postgres import Postgres

@@ -20,6 +20,7 @@ import httpx
 import psutil
 import pytest
 
+from holdfast_client.client import Client
 from holdfast_client.messages import DELIVERY_LIMIT, MAX_BODY_BYTES
 from ledger import audit
 from tests.acceptance import commands
@@ -34,7 +35,6 @@ from tests.installation import (
 )
 from tests.messages import EMBED
 from tests.support import eventually, raw, sql
-from worker.client import Client
 from worker.local.process import Process
 from worker.transport import TAKES_MANY, TAKES_ONE
 

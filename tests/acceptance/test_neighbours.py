@@ -14,6 +14,7 @@ import redis
 from celery import Celery
 from kombu.entity import Queue
 
+from holdfast_client.client import Client
 from tests.acceptance import commands
 from tests.installation import (
     IMPATIENT_WORKER,
@@ -24,7 +25,6 @@ from tests.installation import (
     exit_code,
 )
 from tests.support import PATIENCE_S, eventually, raw
-from worker.client import Client
 from worker.local.process import Process
 from worker.transport import UNACKED, UNACKED_INDEX
 

@@ -16,15 +16,16 @@ from kombu.entity import Queue
 from kombu.message import Message
 from sqlalchemy import Engine
 
+from holdfast_client.broker import DEAD_QUEUE, ENGINE_DEAD_QUEUE, ENGINE_QUEUE, QUEUE, declare_queues
+from holdfast_client.client import BrokerUnavailableError, Client, NotSentError, Waiting
 from holdfast_client.messages import DELIVERY_LIMIT
+from holdfast_client.publishing import TIMEOUT_S
 from tests import rabbitmq
 from tests.cut import cut_way_to
 from tests.installation import SENT_BY_FORKS, send_from_forks
 from tests.rabbitmq import RabbitMQ
 from tests.support import PATIENCE_S, eventually
-from worker.broker import DEAD_QUEUE, ENGINE_DEAD_QUEUE, ENGINE_QUEUE, QUEUE, declare_queues, queues, taken_from
-from worker.client import BrokerUnavailableError, Client, NotSentError, Waiting
-from worker.publishing import TIMEOUT_S
+from worker.broker import queues, taken_from
 from worker.replaying import Replayer
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine

@@ -12,14 +12,15 @@ import pytest
 from kombu.connection import Connection
 from kombu.entity import Queue
 
+from holdfast_client.broker import DEAD_QUEUE, ENGINE_DEAD_QUEUE, ENGINE_QUEUE, QUEUE, declare_queues
+from holdfast_client.client import BrokerUnavailableError, Client, NotSentError
 from ledger import audit
 from tests import rabbitmq
 from tests.installation import Installation, log_of
 from tests.rabbitmq import RabbitMQ
 from tests.support import PATIENCE_S, eventually
 from worker.app import _confirm_publishing
-from worker.broker import DEAD_QUEUE, ENGINE_DEAD_QUEUE, ENGINE_QUEUE, QUEUE, create_celery, declare_queues
-from worker.client import BrokerUnavailableError, Client, NotSentError
+from worker.broker import create_celery
 
 pytestmark = [
     pytest.mark.soak,

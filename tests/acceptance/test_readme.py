@@ -14,11 +14,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from holdfast_client.client import Client
 from ledger.settings import PREFIX, Settings
 from tests.acceptance import commands
 from tests.installation import open_folder
 from tests.support import PATIENCE_S, eventually
-from worker.client import Client
 from worker.local.process import Process
 
 ROOT = Path(__file__).parents[2]

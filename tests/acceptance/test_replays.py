@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
+from holdfast_client.broker import ENGINE_QUEUE, REPLAY_OF
+from holdfast_client.client import Client
 from holdfast_client.messages import DELIVERY_LIMIT
 from tests.acceptance import commands
 from tests.installation import Installation, envelope
 from tests.messages import EMBED
 from tests.support import eventually, sql, suspended
-from worker.broker import ENGINE_QUEUE, REPLAY_OF
-from worker.client import Client
 from worker.local.process import Process
 
 _numbers = count(1)

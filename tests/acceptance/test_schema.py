@@ -5,13 +5,13 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from holdfast_client.client import Client
 from ledger import migrations
 from tests.acceptance import commands
 from tests.acceptance.website import served, token
 from tests.databases import EMPTY, MIGRATED
 from tests.installation import Installation, installed, warnings_in
 from tests.support import PATIENCE_S, eventually, sql
-from worker.client import Client
 from worker.local.embedded import Embedded
 
 HEAD = migrations.head_revision()

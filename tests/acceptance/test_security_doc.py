@@ -13,11 +13,11 @@ import pytest
 from amqp.exceptions import AccessRefused
 from kombu.connection import Connection
 
+from holdfast_client.broker import ENGINE_QUEUE, QUEUE
+from holdfast_client.client import Client, NotSentError
 from tests.installation import Installation, installed
 from tests.rabbitmq import RabbitMQ
 from tests.support import PATIENCE_S, eventually, sql
-from worker.broker import ENGINE_QUEUE, QUEUE
-from worker.client import Client, NotSentError
 from worker.local.embedded import Embedded
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
+from holdfast_client.broker import ENGINE_QUEUE, QUEUE
+from holdfast_client.client import BrokerUnavailableError, Client, NotSentError
 from ledger.message_lines import MAX_LINE_BYTES
 from tests import forks
 from tests.acceptance import commands
 from tests.acceptance.commands import Ended
 from tests.installation import HOLDFAST, Installation, closing_broker, environment, open_folder
 from tests.support import PATIENCE_S, eventually, sql
-from worker.broker import ENGINE_QUEUE, QUEUE
 from worker.cli import transfer
 from worker.cli.transfer import MOST_PROBLEMS, Transfer
-from worker.client import BrokerUnavailableError, Client, NotSentError
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for a worker that starts on a slow machine
 

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from holdfast_client.broker import ENGINE_QUEUE
+from holdfast_client.client import Client, NoAnswerError
 from tests.databases import new_broker_database
 from tests.installation import Installation
 from tests.support import suspended
-from worker.broker import ENGINE_QUEUE
-from worker.client import Client, NoAnswerError
 from worker.local.broker import Broker
 from worker.local.embedded import Embedded
 from worker.local.process import Process
@@ -73,3 +73,13 @@ def test_an_engine_that_may_not_ask_for_workers_counts_its_messages(other_broker
         seen = told(engine)
     assert seen.startswith("1 message waits in the queue credits.engine at redis://engine:**@127.0.0.1:")
     assert seen.endswith("/0 (Redis database 0); whether a worker is there, this user of the broker may not ask")
+
+
+def test_who_asks_for_workers_gives_back_nothing_that_workers_of_others_hold(with_worker: Running) -> None:
+    """As kombu does, with whatever was taken an hour ago, whenever it waits for a reply."""
+    installation, worker = with_worker
+    installation.broker.hset("unacked", "1", '[{"body": "", "properties": {"delivery_info": {}}}, "", "celery"]')
+    installation.broker.zadd("unacked_index", {"1": 0})
+    with Client(installation.broker_url) as client, suspended(worker.pid):
+        assert client.sees_worker() is False
+    assert installation.broker.zcard("unacked_index") == 1

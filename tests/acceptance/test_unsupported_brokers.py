@@ -9,6 +9,7 @@ import httpx
 import pytest
 import redis
 
+from holdfast_client.client import Client, NotSentError, UnsupportedBrokerError
 from ledger.store import apply_batch
 from tests.acceptance import commands
 from tests.acceptance.website import SECRET, token
@@ -24,7 +25,6 @@ from tests.installation import (
 )
 from tests.messages import delivery
 from tests.support import PATIENCE_S, eventually
-from worker.client import Client, NotSentError, UnsupportedBrokerError
 from worker.local.broker import _valkey_binary
 from worker.local.machine import free_port
 from worker.local.process import Process

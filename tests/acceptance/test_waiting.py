@@ -9,6 +9,7 @@ import pytest
 from celery.result import AsyncResult
 from sqlalchemy import Engine, text
 
+from holdfast_client.client import Client
 from holdfast_client.messages import DELIVERY_LIMIT
 from ledger import audit, migrations
 from ledger.database import connect
@@ -25,7 +26,6 @@ from tests.installation import (
 )
 from tests.messages import grant
 from tests.support import PATIENCE_S, eventually, no_more_acting, on_insert_into, sql
-from worker.client import Client
 from worker.local.embedded import Embedded
 from worker.outage import SILENT_S
 

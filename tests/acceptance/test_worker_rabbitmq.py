@@ -13,6 +13,8 @@ import psutil
 import pytest
 from kombu.connection import Connection
 
+from holdfast_client.broker import DEAD_QUEUE, QUEUE, declare_queues
+from holdfast_client.client import Client, NoAnswerError
 from holdfast_client.messages import DELIVERY_LIMIT, MAX_BODY_BYTES
 from ledger import audit
 from tests import rabbitmq
@@ -28,8 +30,6 @@ from tests.installation import (
 )
 from tests.rabbitmq import RabbitMQ
 from tests.support import PATIENCE_S, eventually, sql
-from worker.broker import DEAD_QUEUE, QUEUE, declare_queues
-from worker.client import Client, NoAnswerError
 from worker.local.embedded import Embedded
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine

@@ -12,6 +12,7 @@ import psycopg
 import pytest
 from sqlalchemy import Engine
 
+from holdfast_client.client import Client
 from holdfast_client.messages import DELIVERY_LIMIT, InvalidMessage
 from holdfast_client.results import Result
 from ledger import audit, dead_letters, views
@@ -29,7 +30,6 @@ from ledger.store import DeadLettered, Delivery, apply_batch, apply_waiting
 from tests.messages import EMBED, delivery
 from tests.support import on_insert_into, sql
 from worker.cli.terminal import open_ledger
-from worker.client import Client
 from worker.replaying import Replayer
 
 REFUND = delivery("wallet.refund", org_id="acme", refund_id="r1", credits=30, workflow_id="run")

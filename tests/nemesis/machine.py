@@ -21,6 +21,7 @@ from redis.retry import Retry
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
+from holdfast_client.broker import QUEUE
 from ledger import migrations
 from ledger.database import connect
 from tests.installation import Fork, environment
@@ -28,7 +29,6 @@ from tests.nemesis import neighbour
 from tests.nemesis.producer import Producer
 from tests.nemesis.workload import FLOOD_ORG_ID, Message
 from tests.support import raw, sql
-from worker.broker import QUEUE
 from worker.local.embedded import Embedded
 from worker.local.process import Process
 from worker.transport import UNACKED, UNACKED_INDEX

@@ -18,8 +18,8 @@ import redis
 from celery import Celery
 from kombu.exceptions import OperationalError
 
+from holdfast_client.broker import QUEUE
 from tests.nemesis.workload import Message, Workload
-from worker.broker import QUEUE
 
 RETRY_S = 0.05
 BROKER_ERRORS = (OperationalError, redis.RedisError, OSError)

@@ -8,10 +8,10 @@ import pytest
 from jsonschema import Draft7Validator
 
 from docs.generate_asyncapi import DOCUMENT, key, render
+from holdfast_client.broker import ENGINE_QUEUE, QUEUE
+from holdfast_client.client import Client
 from holdfast_client.messages import MESSAGES, WORKFLOW_TASKS
 from ledger.examples import EXAMPLES
-from worker.broker import ENGINE_QUEUE, QUEUE
-from worker.client import Client
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # pydantic's, about a field that is named as AsyncAPI names it

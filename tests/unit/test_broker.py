@@ -4,7 +4,8 @@ import ssl
 
 import pytest
 
-from worker.broker import create_celery, masked
+from holdfast_client.broker import masked
+from worker.broker import create_celery
 
 
 @pytest.mark.parametrize(

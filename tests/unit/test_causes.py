@@ -6,11 +6,11 @@ from typing import Any, get_args
 
 import pytest
 
+from holdfast_client.broker import ENGINE_QUEUE, QUEUE
 from holdfast_client.messages import InvalidMessage, parse, too_large_body
 from holdfast_client.results import ErrorCode
 from ledger.causes import CODES, MAX_CAUSE_LENGTH, cause_of
 from tests.memory import MemoryLedger
-from worker.broker import ENGINE_QUEUE, QUEUE
 from worker.transport import MOST_ENTRY_BYTES
 
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
+from holdfast_client.broker import ENGINE_QUEUE
+from holdfast_client.client import Client, DeadLetteredError, InvalidMessageError, Method, _result
 from holdfast_client.messages import MESSAGES
+from holdfast_client.publishing import Encoded
 from holdfast_client.results import Limit, Result
+from holdfast_client.unanswered import NotAskedError
 from ledger.store import DeadLettered
-from worker.broker import ENGINE_QUEUE
-from worker.client import Client, DeadLetteredError, InvalidMessageError, Method, _result
-from worker.publishing import Encoded
 from worker.tasks import as_value
-from worker.unanswered import NotAskedError
 
 NOWHERE = "redis://127.0.0.1:1/0"
 

@@ -7,11 +7,11 @@ import inspect
 import re
 from typing import assert_type
 
+from holdfast_client.async_client import AsyncClient
+from holdfast_client.client import Batch, Client
 from holdfast_client.messages import MESSAGES
 from holdfast_client.results import Result
-from worker.async_client import AsyncClient
-from worker.client import Batch, Client
-from worker.unanswered import Unanswered
+from holdfast_client.unanswered import Unanswered
 
 
 def _each_message(client: Client) -> None:

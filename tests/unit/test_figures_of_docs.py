@@ -10,6 +10,8 @@ from api_stub.protocol import REQUEST_TIMEOUT_S
 from api_stub.services import MANY_EVENTS, READ_TIMEOUT_S
 from api_stub.turns import AT_ONCE
 from holdfast_client.messages import DELIVERY_LIMIT, MAX_BODY_BYTES, SUSPECT
+from holdfast_client.publishing import TIMEOUT_S
+from holdfast_client.redis_server import OLDEST_REDIS
 from ledger import migrations
 from ledger.clocks import MOST_APART_S
 from ledger.daily_sums import NOT_SUMMED
@@ -22,8 +24,6 @@ from worker.app import BEAT_INTERVAL_S
 from worker.broker import VISIBILITY_TIMEOUT_S
 from worker.local.system import API_OPTIONS
 from worker.outage import SILENT_S
-from worker.publishing import TIMEOUT_S
-from worker.redis_server import OLDEST_REDIS
 from worker.transport import MOST_BYTES, MOST_ENTRY_BYTES, MOST_HELD_BYTES, MOST_TAKEN
 
 ROOT = Path(__file__).parents[2]

@@ -39,7 +39,7 @@ def test_whatever_is_required_with_an_extra_is_locked_with_it(lock_file: str) ->
     missing = [
         f"{name} requires {requirement}"
         for name, requirement in wanted_extras()
-        if name in {*packages, "holdfast"} and applies(name, requirement, packages)
+        if name in {*packages, "holdfast", "holdfast-client"} and applies(name, requirement, packages)
         if not requirement.extras <= packages[canonicalize_name(requirement.name)]
     ]
     assert missing == []

@@ -64,11 +64,9 @@ RULES: list[Rule] = [
         for module in PURE
     ),
     ("client/**/*.py", (), ("ledger", "worker", "api_stub", "celery", "sqlalchemy")),
-    ("worker/client.py", PURE, ("ledger",)),
-    ("worker/async_client.py", PURE, ("ledger",)),
     ("worker/*.py", (), ("api_stub", "worker.cli", "worker.local", "typer", "rich")),
     ("worker/local/**/*.py", (), ("api_stub", "worker.cli", "typer", "rich")),
-    ("api_stub/**/*.py", ("worker.async_client", "worker.client", "worker.replaying"), ("worker",)),
+    ("api_stub/**/*.py", ("worker.replaying",), ("worker",)),
     *((f"{path_of(package)}/**/*.py", (), ("tests", "bench", "hypothesis", "pytest")) for package in PACKAGES),
     *((f"tests/{tier}/**/*.py", (), tuple(f"tests.{other}" for other in TIERS if other != tier)) for tier in TIERS),
     ("tests/*.py", (), tuple(f"tests.{tier}" for tier in TIERS)),
@@ -93,7 +91,8 @@ def imports(source: str, package: str, *, at_once: bool = False) -> frozenset[st
 
 def outside_functions(node: ast.AST) -> Iterator[ast.AST]:
     for child in ast.iter_child_nodes(node):
-        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+        is_for_type_checkers = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and not is_for_type_checkers:
             yield child
             yield from outside_functions(child)
 
@@ -165,7 +164,7 @@ def test_the_rules_are_about_sources_that_exist() -> None:
     [
         ("ledger/deep/x.py", "import celery.result", "celery.result"),
         ("ledger/x.py", "def f():\n    from urllib.request import urlopen", "urllib.request.urlopen"),
-        ("ledger/x.py", "from worker import client", "worker.client"),
+        ("ledger/x.py", "from worker import replaying", "worker.replaying"),
         ("ledger/x.py", "from holdfast_client import Client", "holdfast_client.Client"),
         ("client/holdfast_client/x.py", "from ledger import store", "ledger.store"),
         ("client/holdfast_client/x.py", "import celery", "celery"),
@@ -176,13 +175,12 @@ def test_the_rules_are_about_sources_that_exist() -> None:
         ("ledger/rules/x.py", "from ..store import apply_batch", "ledger.store.apply_batch"),
         ("ledger/rules/deep/x.py", "import random", "random"),
         ("ledger/state.py", "import os.path", "os.path"),
-        ("worker/client.py", "from ledger.store import apply_batch", "ledger.store.apply_batch"),
         ("worker/x.py", "from tests.support import delivery", "tests.support.delivery"),
         ("worker/x.py", "from api_stub.auth import sign", "api_stub.auth.sign"),
         ("worker/x.py", "from worker.cli.terminal import say", "worker.cli.terminal.say"),
         ("worker/local/x.py", "from worker.cli.terminal import say", "worker.cli.terminal.say"),
         ("api_stub/x.py", "import worker", "worker"),
-        ("api_stub/deep/x.py", "from worker.clients import y", "worker.clients.y"),
+        ("api_stub/deep/x.py", "from worker.replayings import y", "worker.replayings.y"),
         ("tests/unit/x.py", "from tests.property.model import Model", "tests.property.model.Model"),
         ("tests/integration/deep/x.py", "from tests import acceptance", "tests.acceptance"),
         ("tests/x.py", "from tests.unit.x import y", "tests.unit.x.y"),
@@ -198,8 +196,11 @@ def test_a_forbidden_import_is_found(tmp_path: Path, path: str, source: str, fou
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("api_stub/x.py", "from worker import client\nfrom worker.client import Client\nimport worker.client"),
-        ("worker/client.py", "from ledger import rules, state\nfrom holdfast_client.messages import parse"),
+        (
+            "api_stub/x.py",
+            "from worker import replaying\nfrom worker.replaying import x\nimport worker.replaying",
+        ),
+        ("client/holdfast_client/client.py", "from holdfast_client import messages\nimport kombu, redis"),
         ("worker/x.py", "from ledger.store import apply_batch\nimport celery"),
         ("ledger/periods.py", "from datetime import datetime\nfrom .state import Wallet\nimport timeit"),
         ("client/holdfast_client/messages.py", "from .results import ErrorCode\nimport pydantic"),
@@ -220,12 +221,17 @@ def test_an_allowed_import_is_not_found(tmp_path: Path, path: str, source: str) 
     assert [violation for rule in RULES for violation in violations(tmp_path, rule)] == []
 
 
-def test_the_client_needs_what_is_installed_without_an_extra_and_no_less() -> None:
-    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+def test_the_client_needs_the_packages_that_it_requires_and_no_others() -> None:
+    dependencies = tomllib.loads((ROOT / "client/pyproject.toml").read_text())["project"]["dependencies"]
     provided = packages_distributions()
-    needed = {canonicalize_name(provided[name][0]) for name in brought_along(ROOT, "worker.async_client")}
+    needed = {canonicalize_name(provided[name][0]) for name in brought_along(ROOT, "holdfast_client.async_client")}
     assert needed <= what_runs(dependencies)
-    assert needed >= {canonicalize_name(Requirement(line).name) for line in dependencies} - {"holdfast-client"}
+    assert needed >= {canonicalize_name(Requirement(line).name) for line in dependencies}
+
+
+@pytest.mark.parametrize("module", OF_THE_CLIENT)
+def test_what_the_ledger_takes_of_the_client_needs_no_library_of_a_broker(module: str) -> None:
+    assert brought_along(ROOT, module) <= {"pydantic", "pydantic_core"}
 
 
 def test_holdfast_requires_the_client_of_its_own_version() -> None:
@@ -237,19 +243,18 @@ def test_holdfast_requires_the_client_of_its_own_version() -> None:
 def test_what_an_import_brings_along_is_found(tmp_path: Path) -> None:
     for path, source in (
         ("worker/__init__.py", "from ledger import extras\ndef f():\n    import sqlalchemy"),
-        (
-            "worker/client.py",
-            "import json\nfrom holdfast_client.messages import parse\nif True:\n    import kombu.message",
-        ),
+        ("worker/x.py", "import json\nfrom holdfast_client import messages\nif True:\n    import kombu.message"),
         ("ledger/__init__.py", ""),
         ("ledger/extras.py", "import rich"),
         ("client/holdfast_client/messages.py", "from . import results\nclass A:\n    import pydantic"),
         ("client/holdfast_client/results.py", "with a:\n    from alembic.op import x"),
+        ("client/holdfast_client/__init__.py", "if TYPE_CHECKING:\n    from .client import Client"),
+        ("client/holdfast_client/client.py", "import redis"),
         ("ledger/store.py", "import psycopg"),
     ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(source)
-    assert brought_along(tmp_path, "worker.client") == {"kombu", "pydantic", "alembic", "rich"}
+    assert brought_along(tmp_path, "worker.x") == {"kombu", "pydantic", "alembic", "rich"}
 
 
 def test_a_clock_that_is_read_is_found() -> None:

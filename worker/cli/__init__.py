@@ -14,6 +14,7 @@ with extras.of_the_server():
     import typer
     from sqlalchemy.exc import DBAPIError
 
+    from holdfast_client.client import ClientError
     from ledger import migrations, roles
     from ledger.database import UnsuitableDatabaseError
     from ledger.faults import describe, is_about_schema
@@ -21,7 +22,6 @@ with extras.of_the_server():
     from worker.cli import database, failed, holds, running, send, token, totals, usage, wallet
     from worker.cli.terminal import fail, open_ledger
     from worker.cli.wording import Commands
-    from worker.client import ClientError
     from worker.local.process import ServiceError
 
 app = typer.Typer(

@@ -12,19 +12,19 @@ from typing import Annotated
 import typer
 from celery.utils.nodenames import default_nodename
 
+from holdfast_client import publishing
+from holdfast_client.client import Client
 from holdfast_client.results import Result
 from ledger import audit, history, views
 from ledger.database import connect
 from ledger.dead_letters import described
 from ledger.readable import escaped
 from ledger.settings import Settings
-from worker import publishing
 from worker.broker import create_celery, queues
 from worker.cli import story
 from worker.cli.database import print_verdict
 from worker.cli.terminal import console, fail
 from worker.cli.wallet import history_table, wallet_table
-from worker.client import Client
 from worker.local import weeks
 from worker.local.embedded import default_data_dir
 from worker.local.system import System

@@ -13,15 +13,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from holdfast_client.broker import ENGINE_QUEUE, QUEUE
+from holdfast_client.client import Client, ClientError, DeadLetteredError
 from holdfast_client.messages import MESSAGES, InvalidMessage, parse
 from ledger.dead_letters import described
 from ledger.message_lines import strict_json
 from ledger.settings import Settings
 from ledger.wording import counted
-from worker.broker import ENGINE_QUEUE, QUEUE
 from worker.cli.terminal import LONGEST_WAIT_S, AsJson, fail, print_json, say, warn
 from worker.cli.transfer import PIECE_BYTES, Transfer
-from worker.client import Client, ClientError, DeadLetteredError
 
 WAIT_S = 10.0
 INTERRUPTED = 130

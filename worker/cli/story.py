@@ -7,8 +7,8 @@ from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 from api_stub.auth import sign
+from holdfast_client.client import Client
 from holdfast_client.results import Result
-from worker.client import Client
 from worker.local import weeks
 from worker.local.system import System
 

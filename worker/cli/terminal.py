@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.text import Text
 from sqlalchemy import Engine
 
+from holdfast_client.client import Client
 from holdfast_client.messages import MAX_REASON_LENGTH
 from ledger import filters
 from ledger.database import connect
 from ledger.readable import escaped, escaped_json
 from ledger.settings import Settings
-from worker.client import Client
 
 
 class _Console(Console):

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from holdfast_client.broker import QUEUE
+from holdfast_client.client import Client, InvalidMessageError
 from holdfast_client.messages import InvalidMessage
 from ledger.message_lines import numbered_lines, read_line
-from worker.broker import QUEUE
-from worker.client import Client, InvalidMessageError
 
 PIECE_BYTES = 128 * 1024
 """How much of the file is read, and then sent, at once: about a thousand messages."""

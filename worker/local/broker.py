@@ -29,7 +29,7 @@ BROKER_USERS = {
         "+ping +info +time +select +client|setinfo +client|setname +multi +exec +discard "
         "+eval +evalsha +script|load +script|exists "
         "+exists +del +unlink +get +mget +set +setex "
-        "+lpush +rpush +llen +lrange +lindex +ltrim +lmove +blmove "
+        "+lpush +rpush +llen +lrange +lindex +ltrim +lmove +blmove +brpop "
         "+hset +hget +hdel +hlen +zadd +zrem +zrange +zrangebyscore +zcard +sadd +srem +smembers "
         "+publish +subscribe +unsubscribe +psubscribe +punsubscribe"
     ),

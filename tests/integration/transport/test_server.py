@@ -25,12 +25,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from kombu.connection import Connection
 
+from holdfast_client.redis_server import UnsupportedServerError, server_problem
 from tests.installation import closing_broker, environment, open_folder
 from tests.integration.transport.kombu_worker import OURS, QUEUE, channel_of, held, numbers, send, working
 from tests.support import PATIENCE_S
 from worker.broker import create_celery
 from worker.local.machine import free_port
-from worker.redis_server import UnsupportedServerError, server_problem
 from worker.transport import SetAside
 
 pytestmark = pytest.mark.timeout(300)  # seconds, on a slow machine

@@ -5,7 +5,7 @@
         async with client.batch() as batch:  # which gathers, so its calls are not awaited
             batch.finish(org_id="acme", workflow_id="run-1", credits=30)
 
-It sends the same messages as `worker.client`, and raises the same errors. A call that waits for its answer holds no
+It sends the same messages as `Client`, and raises the same errors. A call that waits for its answer holds no
 thread, and all calls that wait share one connection. A call that is cancelled may have sent its message.
 """
 
@@ -15,8 +15,8 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Self, TypeVar
+from uuid import uuid4
 
-from celery.utils import uuid
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.client import PubSub
 from redis.asyncio.connection import AbstractConnection
@@ -25,9 +25,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from holdfast_client.results import Result
-from worker.broker import QUEUE, create_celery
-from worker.client import (
+from holdfast_client.broker import QUEUE
+from holdfast_client.client import (
     NO_RESULT_URL,
     AsyncMessages,
     Batch,
@@ -42,8 +41,9 @@ from worker.client import (
     told,
     waiting,
 )
-from worker.publishing import POOL_LIMIT, RETRY_PAUSE_S, RETRY_S, TIMEOUT_S, Publisher
-from worker.silence import what_is_seen
+from holdfast_client.publishing import POOL_LIMIT, RETRY_PAUSE_S, RETRY_S, TIMEOUT_S, Publisher
+from holdfast_client.results import Result
+from holdfast_client.silence import what_is_seen
 
 Value = TypeVar("Value")
 
@@ -86,10 +86,9 @@ class AsyncClient(AsyncMessages):
     """
 
     def __init__(self, broker_url: str, *, queue: str = QUEUE, result_url: str | None = None) -> None:
-        """As for `worker.client.Client`. Raises ValueError for a URL that can never be used."""
+        """As for `Client`. Raises ValueError for a URL that can never be used."""
         result_url = answers_at(broker_url, result_url)
-        self._celery = create_celery("holdfast-client", broker_url, None)
-        super().__init__(Publisher(self._celery, queue))
+        super().__init__(Publisher(broker_url, queue))
         # Of its own: the event loop's threads are for others, and a broker that is silent keeps a thread busy.
         self._threads = ThreadPoolExecutor(POOL_LIMIT, thread_name_prefix="holdfast-client")
         self._results = None if result_url is None else _redis(result_url)
@@ -109,7 +108,6 @@ class AsyncClient(AsyncMessages):
         if self._looking is not None:
             await asyncio.wait([self._looking])
         self._publisher.close()
-        self._celery.close()
         if self._results is not None:
             await self._results.aclose()
 
@@ -121,7 +119,7 @@ class AsyncClient(AsyncMessages):
 
     @asynccontextmanager
     async def batch(self) -> AsyncIterator[Batch]:
-        """Gather messages, and send all of them when the block ends: as `worker.client.Client.batch`."""
+        """Gather messages, and send all of them when the block ends: as `Client.batch`."""
         batch = Batch(self._publisher)
         try:
             yield batch
@@ -167,7 +165,7 @@ class AsyncClient(AsyncMessages):
         self._refuse_not_allowed(task, args[0] if args else None)
         if self._results is None:
             raise ValueError(NO_RESULT_URL)
-        task_id = uuid()
+        task_id = str(uuid4())
         message = encoded(self._publisher, task, args, kwargs, task_id=task_id)
         key = answer_key(task_id)
         try:
@@ -219,7 +217,7 @@ class AsyncClient(AsyncMessages):
     async def _seen(self) -> str:
         """Why answers do not come. Looked up once for all who ask meanwhile: it takes a thread, which sends need."""
         if self._looking is None or self._looking.done():
-            looking = self._in_thread(lambda: what_is_seen(self._celery, self._publisher))
+            looking = self._in_thread(lambda: what_is_seen(self._publisher))
             self._looking = asyncio.create_task(looking)
         return await asyncio.shield(self._looking)
 

@@ -2,7 +2,7 @@
 
 Guarantee: when `publish` returns, the broker has every message, in this order. Redis answers one LPUSH once it has all
 of them; RabbitMQ confirms each one, and all confirms are awaited together. When `publish` raises, none, some or all
-have arrived. A message is the same as one of `Celery.send_task`: Celery and kombu themselves make its parts.
+have arrived. A message is one of Celery's protocol 2, as of `Celery.send_task`; kombu adds what the transport needs.
 
 The broker may get a message more than once: one that may not have arrived is sent again, up to three times.
 """
@@ -10,14 +10,13 @@ The broker may get a message more than once: one that may not have arrived is se
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from socket import gethostname
 from typing import Any
+from uuid import uuid4
 from weakref import WeakKeyDictionary, WeakSet
 
 from amqp.exceptions import AMQPError
-from celery import Celery
-from celery.app.amqp import AMQP
-from celery.utils import uuid
-from kombu.connection import Connection, ConnectionPool, PooledConnection
+from kombu.connection import Connection, ConnectionPool
 from kombu.exceptions import KombuError
 from kombu.messaging import Producer
 from kombu.pools import ProducerPool
@@ -25,8 +24,9 @@ from kombu.serialization import dumps
 from kombu.utils.json import dumps as to_json
 from redis.exceptions import RedisError
 
-from worker.broker import ENGINE_QUEUE, QUEUE, REPLAY_OF, declare_queues, masked
-from worker.redis_server import UnsupportedServerError
+from holdfast_client.broker import ENGINE_QUEUE, QUEUE, REPLAY_OF, connection_options, declare_queues, masked, verified
+from holdfast_client.broker_urls import REDIS_SCHEMES
+from holdfast_client.redis_server import UnsupportedServerError, check_server
 
 TIMEOUT_S = 5.0
 """How long the broker, or one of its nodes, may be silent."""
@@ -38,6 +38,7 @@ CHUNK_MESSAGES = 1_000
 CHUNK_BYTES = 4 * 2**20
 """The most that is sent in one round trip: too little to slow down other users of the broker."""
 
+_SHOWN = 1024
 _PERSISTENT = 2  # AMQP's delivery mode for messages that survive a restart of the broker
 RETRY_S, RETRY_PAUSE_S = 3.0, 0.1
 """How long a sender that wants an answer tries to be told of it, and the pause in between, if the store is away."""
@@ -64,7 +65,7 @@ class Encoded:
     properties: dict[str, Any]
 
 
-class _Connection(PooledConnection):
+class _Connection(Connection):
     """Switches to another node of the broker at once, whatever the old one is doing."""
 
     def switch(self, conn_str: str) -> None:
@@ -79,24 +80,25 @@ class _Connections(ConnectionPool):
 
     def new(self) -> _Connection:
         like = self.connection._info(resolve=False)  # noqa: SLF001 # as its base class does
-        return _Connection(self, **dict(like))  # type: ignore[no-untyped-call]
+        return _Connection(**dict(like))  # type: ignore[no-untyped-call]
 
 
 class Publisher:
-    """Hands messages to the app's broker, over a few connections of its own. May be used by many threads and forks."""
+    """Hands messages to the broker, over a few connections of its own. May be used by many threads and forks."""
 
-    def __init__(self, app: Celery, queue: str = QUEUE) -> None:
+    def __init__(self, broker_url: str, queue: str = QUEUE) -> None:
         """`queue`: the ledger's queue that messages go to. Raises ValueError if it is another one."""
         if queue not in (QUEUE, ENGINE_QUEUE):
             raise ValueError(f"the queue must be {QUEUE} or {ENGINE_QUEUE}, not {queue!r}: no worker takes from others")
-        self._app = app
+        self._broker_url = broker_url
         self.queue = queue
+        self._reply_to = str(uuid4())  # a message of Celery's names one, though nobody listens there
         self._open()
 
     def _open(self) -> None:
         self._process = os.getpid()
-        # Pools of our own, which `close` may close: the whole process shares those of Celery and kombu.
-        self._connections: ConnectionPool = _Connections(_connection(self._app), POOL_LIMIT)  # type: ignore[no-untyped-call]
+        # Pools of our own, which `close` may close: the whole process shares those of kombu.
+        self._connections: ConnectionPool = _Connections(_connection(self._broker_url), POOL_LIMIT)  # type: ignore[no-untyped-call]
         self._producers = ProducerPool(self._connections, limit=POOL_LIMIT)
         self._confirms: WeakKeyDictionary[Any, _Confirms] = WeakKeyDictionary()
         self._checked: WeakSet[Any] = WeakSet()
@@ -111,10 +113,14 @@ class Publisher:
         self._reopen_after_fork()
         return self._connections
 
+    def new_connection(self) -> Connection:
+        """A connection of its own, which whoever asks for it closes."""
+        return _connection(self._broker_url)
+
     @property
     def broker(self) -> str:
         """The broker's URL without passwords."""
-        return masked(self._app.conf.broker_url)
+        return masked(self._broker_url)
 
     def encode(
         self,
@@ -129,19 +135,35 @@ class Publisher:
 
         `replay_of`: the dead letter whose message this is.
         """
-        headers, properties, body, _ = self._app.amqp.as_task_v2(
-            task_id or uuid(),
-            task,
-            args,
-            kwargs,
-            ignore_result=task_id is None,
-            reply_to=self._app.thread_oid,
-            argsrepr=_plain_repr(args),
-        )
+        is_awaited = task_id is not None
+        task_id = task_id or str(uuid4())
+        headers: dict[str, Any] = {
+            "lang": "py",
+            "task": task,
+            "id": task_id,
+            "shadow": None,
+            "eta": None,
+            "expires": None,
+            "group": None,
+            "group_index": None,
+            "retries": 0,
+            "timelimit": [None, None],
+            "root_id": task_id,
+            "parent_id": None,
+            "argsrepr": _shown(args),
+            "kwargsrepr": _shown(kwargs),
+            "origin": f"gen{os.getpid()}@{gethostname()}",
+            "ignore_result": not is_awaited,
+            "replaced_task_nesting": 0,
+            "stamped_headers": None,
+            "stamps": {},
+        }
         if replay_of is not None:
             headers[REPLAY_OF] = replay_of
-        content_type, content_encoding, encoded = dumps(body, serializer="json")
-        return Encoded(encoded, content_type, content_encoding, headers, {**properties, "delivery_mode": _PERSISTENT})
+        embed = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+        content_type, content_encoding, body = dumps((args, kwargs, embed), serializer="json")
+        properties = {"correlation_id": task_id, "reply_to": self._reply_to, "delivery_mode": _PERSISTENT}
+        return Encoded(body, content_type, content_encoding, headers, properties)
 
     def publish(self, messages: Sequence[Encoded]) -> None:
         """Hand over all `messages`, in this order. Raises one of BROKER_ERRORS; then any of them may have arrived."""
@@ -165,7 +187,7 @@ class Publisher:
     def _pushed(self, producer: Producer, chunk: list[Encoded]) -> None:
         channel = producer.channel
         if channel not in self._checked:  # a cluster would accept messages that no worker takes
-            channel.check_server(channel.client)
+            check_server(channel.client)
             self._checked.add(channel)
         channel.client.lpush(self.queue, *[_envelope(channel, message, self.queue) for message in chunk])
 
@@ -244,32 +266,29 @@ def leave(connection: Connection) -> None:
 
 def connect(connection: Connection) -> None:
     """Try each of the broker's nodes once, for TIMEOUT_S at most. Raises one of BROKER_ERRORS."""
-    nodes = _nodes(connection)
+    nodes = len(connection.alt) or 1
     connection.ensure_connection(max_retries=nodes - 1, timeout=nodes * TIMEOUT_S)
 
 
-def _nodes(connection: Connection) -> int:
-    return len(connection.alt) or 1
-
-
-def _connection(app: Celery) -> Connection:
-    connection: Connection = app.connection_for_write(
+def _connection(broker_url: str) -> Connection:
+    """A connection to the broker, which is opened when it is used."""
+    nodes = broker_url.count(";") + 1
+    return Connection(
+        verified(broker_url),
         heartbeat=0,  # an idle client sends none; a dead connection is found when used
         connect_timeout=TIMEOUT_S,
+        transport_options={
+            **connection_options(broker_url),
+            # Kombu's limits for connecting, for all nodes together: the number of tries, and the time. Without the
+            # first it tries forever; without the second it gives up after the first silent node.
+            **_RETRIES,
+            "max_retries": nodes * (_RETRIES["max_retries"] + 1) - 1,
+            "connect_retries_timeout": nodes * TIMEOUT_S,
+            # On RabbitMQ, kombu's confirms would wait for each message, which `_Confirms` does not. On Redis, kombu
+            # would put back what workers hold unacknowledged, also those of others, whenever it waits for a reply.
+            **({"ack_emulation": False} if broker_url.startswith(REDIS_SCHEMES) else {"confirm_publish": False}),
+        },
     )
-    is_rabbitmq = connection.transport.driver_type == "amqp"
-    nodes = _nodes(connection)
-    connection.transport_options = {
-        **(connection.transport_options or {}),
-        # Kombu's limits for connecting, for all nodes together: the number of tries, and the time. Without the first it
-        # tries forever; without the second it gives up after the first silent node.
-        **_RETRIES,
-        "max_retries": nodes * (_RETRIES["max_retries"] + 1) - 1,
-        "connect_retries_timeout": nodes * TIMEOUT_S,
-        # Kombu's confirms would wait for each message, which `_Confirms` does not.
-        **({"confirm_publish": False} if is_rabbitmq else {"socket_timeout": TIMEOUT_S}),
-    }
-    return connection
 
 
 def _chunks(messages: Sequence[Encoded]) -> Iterator[list[Encoded]]:
@@ -285,15 +304,9 @@ def _chunks(messages: Sequence[Encoded]) -> Iterator[list[Encoded]]:
         yield chunk
 
 
-def _plain_repr(args: list[Any]) -> str | None:
-    """Celery's text for these arguments, if they are plain. Its own way takes a quarter of the time to send."""
-    match args:
-        case [dict() as message] if {type(value) for value in message.values()} <= {str, int, bool}:
-            text = repr(args)
-            is_plain = len(text) < AMQP.argsrepr_maxsize and '"' not in text and "\\" not in text
-            return text if is_plain else None
-        case _:
-            return None
+def _shown(arguments: Any) -> str:
+    """Arguments as monitors show them, cut at the length of Celery."""
+    return repr(arguments)[:_SHOWN]
 
 
 def _prepared(channel: Any, message: Encoded) -> Any:

@@ -3,24 +3,25 @@
 Takes up to PING_S longer than the caller wanted to wait, when nothing is left to hurry for.
 """
 
-from celery import Celery
 from kombu.connection import Connection
+from kombu.pidbox import Mailbox
 
-from worker.publishing import BROKER_ERRORS, TIMEOUT_S, Publisher, connect, leave
+from holdfast_client.broker import CONTROL_EXCHANGE
+from holdfast_client.publishing import BROKER_ERRORS, Publisher, connect, leave
 
 PING_S = 1.0
 """How long a worker may take to answer a ping: a busy one applies its batch first."""
 
 
-def what_is_seen(app: Celery, publisher: Publisher) -> str:
+def what_is_seen(publisher: Publisher) -> str:
     """What waits in the queue of `publisher`, and whether a worker answers, in words. Never raises an error."""
     try:
         # Not one of those that publish: a ping would be counted among their confirmations.
-        with app.connection_for_write(connect_timeout=TIMEOUT_S) as connection:
+        with publisher.new_connection() as connection:
             try:
                 connect(connection)
                 waiting = _waiting(connection, publisher.queue)
-                is_answered = _is_answered(app, connection)
+                is_answered = _is_answered(connection)
             except BROKER_ERRORS:
                 leave(connection)
                 raise
@@ -43,12 +44,12 @@ def what_is_seen(app: Celery, publisher: Publisher) -> str:
     return f"{there}, and no worker answers: none runs, or it is paused, or uses another broker or database"
 
 
-def sees_worker(app: Celery) -> bool | None:
+def sees_worker(publisher: Publisher) -> bool | None:
     """Whether a worker answers. None: this user of the broker may not ask. Raises BROKER_ERRORS."""
-    with app.connection_for_write(connect_timeout=TIMEOUT_S) as connection:
+    with publisher.new_connection() as connection:
         try:
             connect(connection)
-            return _is_answered(app, connection)
+            return _is_answered(connection)
         except BROKER_ERRORS:
             leave(connection)
             raise
@@ -61,11 +62,11 @@ def _waiting(connection: Connection, queue: str) -> int:
         return int(channel.queue_declare(queue, passive=True).message_count)
 
 
-def _is_answered(app: Celery, connection: Connection) -> bool | None:
+def _is_answered(connection: Connection) -> bool | None:
     """Whether a worker answers. None: this user of the broker may not ask."""
-    app.control.mailbox.producer_pool = None  # it would keep a connection of its own
+    mailbox = Mailbox(CONTROL_EXCHANGE, type="fanout")(connection)  # as Celery's remote control has it
     try:
-        return bool(app.control.broadcast("ping", reply=True, timeout=PING_S, limit=1, connection=connection))
+        return bool(mailbox._broadcast("ping", reply=True, timeout=PING_S, limit=1))  # noqa: SLF001 # Celery calls it, too
     except BROKER_ERRORS:
         leave(connection)
         return None

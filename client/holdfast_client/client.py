@@ -11,7 +11,7 @@
 
 A message is checked before it is sent. When a call returns, or a batch's block ends, the broker has it for good. After
 a NotSentError, the broker may or may not have it. **Sending the same message again is always safe**, from anywhere and
-at any time: it is applied once. `worker.async_client` is the same for asyncio.
+at any time: it is applied once. `AsyncClient` is the same for asyncio.
 """
 
 import json
@@ -26,8 +26,8 @@ from datetime import datetime
 from inspect import signature
 from threading import TIMEOUT_MAX
 from typing import Any, Generic, ParamSpec, Protocol, Self, cast, overload
+from uuid import uuid4
 
-from celery.utils import uuid
 from kombu.connection import Connection
 from kombu.exceptions import EncodeError
 from pydantic import BaseModel
@@ -38,6 +38,7 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
+from holdfast_client.broker import ENGINE_QUEUE, QUEUE
 from holdfast_client.broker_urls import REDIS_SCHEMES, refuse_no_broker, refuse_no_result_store
 from holdfast_client.messages import (
     WORKFLOW_TASKS,
@@ -58,12 +59,20 @@ from holdfast_client.messages import (
     Unsubscribe,
     parse,
 )
+from holdfast_client.publishing import (
+    BROKER_ERRORS,
+    RETRY_PAUSE_S,
+    RETRY_S,
+    TIMEOUT_S,
+    Encoded,
+    Publisher,
+    connect,
+    leave,
+)
+from holdfast_client.redis_server import UnsupportedServerError, check_server
 from holdfast_client.results import Limit, Result
-from worker.broker import ENGINE_QUEUE, QUEUE, create_celery
-from worker.publishing import BROKER_ERRORS, RETRY_PAUSE_S, RETRY_S, TIMEOUT_S, Encoded, Publisher, connect, leave
-from worker.redis_server import UnsupportedServerError
-from worker.silence import sees_worker, what_is_seen
-from worker.unanswered import Unanswered
+from holdfast_client.silence import sees_worker, what_is_seen
+from holdfast_client.unanswered import Unanswered
 
 # Kombu keeps a queue as a list and takes from its right end. An entry may be large, so it is not fetched. At its end is
 # the tag that distinguishes equal messages.
@@ -113,7 +122,7 @@ class DeadLetteredError(ClientError):
         self.letter_id = None if told is None else int(told[1])
         """The number of the dead letter."""
         self.code = None if told is None else told[2]
-        """Why, in one word: an `ledger.state.ErrorCode`, or one of a newer worker."""
+        """Why, in one word: an `ErrorCode`, or one of a newer worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,8 +354,7 @@ class Client(Messages):
         Raises ValueError for a URL that can never be used, such as `sentinel://`.
         """
         result_url = answers_at(broker_url, result_url)
-        self._celery = create_celery("holdfast-client", broker_url, None)
-        super().__init__(Publisher(self._celery, queue))
+        super().__init__(Publisher(broker_url, queue))
         self._results = None if result_url is None else _redis(result_url)
 
     @property
@@ -357,7 +365,6 @@ class Client(Messages):
     def close(self) -> None:
         """Close all connections."""
         self._publisher.close()
-        self._celery.close()
         if self._results is not None:
             self._results.close()
 
@@ -393,7 +400,7 @@ class Client(Messages):
         Raises BrokerUnavailableError.
         """
         try:
-            return sees_worker(self._celery)
+            return sees_worker(self._publisher)
         except BROKER_ERRORS as error:
             raise BrokerUnavailableError(f"the broker at {self._publisher.broker} does not answer: {error}") from error
 
@@ -420,7 +427,7 @@ class Client(Messages):
             return None
         if self._results is None:
             raise ValueError(NO_RESULT_URL)
-        task_id = uuid()
+        task_id = str(uuid4())
         message = encoded(self._publisher, task, args, kwargs, task_id=task_id, replay_of=replay_of)
         key = answer_key(task_id)
         with self._results.pubsub() as announced:
@@ -435,7 +442,7 @@ class Client(Messages):
             except RedisError as error:
                 raise NoAnswerError(f"{task} was sent, but its answer could not be read: {error}") from error
         if answer is None:
-            seen = what_is_seen(self._celery, self._publisher)
+            seen = what_is_seen(self._publisher)
             raise NoAnswerError(f"{task} was sent, but no answer came within {wait_s:g} s: {seen}")
         return told(answer)
 
@@ -500,7 +507,7 @@ def encoded(publisher: Publisher, task: str, args: list[Any], kwargs: dict[str, 
     """Encode a message, with the options of `Publisher.encode`. Raises InvalidMessageError."""
     try:
         return publisher.encode(task, args, kwargs, **options)
-    except EncodeError as error:
+    except (EncodeError, RecursionError) as error:
         raise InvalidMessageError(f"{task} was not sent, as it cannot be encoded: {error}") from error
 
 
@@ -562,7 +569,7 @@ def _waiting(connection: Connection, queue: str) -> Waiting:
     is_redis = connection.transport.driver_type == "redis"
     channel = connection.channel()  # of its own, as RabbitMQ closes it if there is no such queue
     if is_redis:
-        channel.check_server(channel.client)
+        check_server(channel.client)
     try:
         count = int(channel.queue_declare(queue, passive=True).message_count)
     except connection.channel_errors:  # nothing was ever sent to it
