@@ -29,6 +29,7 @@ DEFAULTS = {
     **dict.fromkeys(["POSTGRES_MEMORY", "WORKER_MEMORY", "API_MEMORY"], "0"),
     **dict.fromkeys(["POSTGRES_CPUS", "BROKER_CPUS", "WORKER_CPUS", "API_CPUS"], "0"),
     "PIDS_LIMIT": "512",
+    "CELERY_WORKER_TASK_EVENTS": "false",
     "API_PORT": "8000",
 }
 VARIABLE = re.compile(r"(?<!\$)\$\{(\w+)([^}]*)\}")

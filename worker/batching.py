@@ -25,9 +25,10 @@ from ledger.waiting import Waits
 from worker import metrics
 from worker.answers import Answer, Answers, tell_dead_letter, value_of
 from worker.background import Background
-from worker.monitoring import Monitored
+from worker.monitoring import Monitored, count
 from worker.outage import Outage
 from worker.runs import Run
+from worker.tasks import TASKS
 from worker.transport import Channel
 
 # psycopg reports every connection that breaks in use; we report the outage.
@@ -142,6 +143,7 @@ class Inbox:
             self._background.ask(run)
             if monitor is not None:
                 monitor.ended(None, took_s=took_s)
+        count(content.task for _, content, monitor in arrivals if monitor is None and content.task in TASKS)
         metrics.count_batch(len(arrivals), took_s=took_s)
         metrics.count_answers((delivery.task, outcome) for delivery, outcome in zip(deliveries, outcomes, strict=True))
         self._answers.store(answered)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from celery import Celery
+from celery.app.amqp import AMQP
+from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
 from kombu.message import Message
 
@@ -32,6 +34,19 @@ _REDIS_OPTIONS: dict[str, Any] = {
     "priority_steps": [0],  # one list per queue: messages have no priorities
 }
 _TAKEN_FROM = "taken_from"
+_TRANSPORT = "worker.transport:Transport"
+
+
+class _Connection(Connection):
+    """Names itself by the scheme of its URL, as monitors expect, and not by the class of its transport."""
+
+    def as_uri(self, *args: Any, **kwargs: Any) -> str:
+        scheme = "rediss" if self.ssl else "redis"
+        return str(super().as_uri(*args, **kwargs)).replace(f"{_TRANSPORT}:", f"{scheme}:", 1)
+
+
+class _AMQP(AMQP):  # type: ignore[misc] # Celery ships no types
+    Connection = _Connection
 
 
 def create_celery(name: str, broker_url: str, result_url: str | None) -> Celery:
@@ -42,6 +57,7 @@ def create_celery(name: str, broker_url: str, result_url: str | None) -> Celery:
         broker=verified(broker_url),
         backend="disabled://" if result_url is None else verified(result_url),
         set_as_current=False,
+        amqp=_AMQP,
     )
     app.conf.update(
         task_serializer="json",
@@ -51,7 +67,7 @@ def create_celery(name: str, broker_url: str, result_url: str | None) -> Celery:
         control_exchange=CONTROL_EXCHANGE,
         # Celery's own transport loses a message when the worker is killed between taking and recording it. And any
         # program that waits with it, even for the answer to a ping, restores what other applications' workers hold.
-        broker_transport="worker.transport:Transport" if is_redis else None,
+        broker_transport=_TRANSPORT if is_redis else None,
         broker_transport_options=connection_options(broker_url) | (_REDIS_OPTIONS if is_redis else {}),
     )
     return app

@@ -12,6 +12,7 @@ QUESTIONS = frozenset(
     {
         *("ping", "report", "stats", "clock", "active_queues", "consuming", "registered", "dump_tasks"),
         *("active", "dump_active", "reserved", "dump_reserved", "scheduled", "dump_schedule", "query_task"),
+        *("revoked", "dump_revoked", "conf", "dump_conf"),  # Celery masks the passwords
     }
 )
 """The commands that change nothing."""

@@ -1,13 +1,17 @@
 """One worker a module for the tests that can share it, an installation of its own for one that cannot, and visitors."""
 
-from collections.abc import Iterator
+import re
+import shlex
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import count
+from pathlib import Path
 
 import pytest
 
 from tests.acceptance.website import LETTERS, Visitor, operator_token, served, token, write
 from tests.installation import Installation, Producer, installed, wait_for_workers
+from tests.rabbitmq import RabbitMQ
 from tests.support import sql
 from worker.local.embedded import Embedded
 from worker.local.process import Process
@@ -50,6 +54,25 @@ def workflow_engine(running: Installation) -> Iterator[Producer]:
     """Sends to the module's running worker."""
     with closing(Producer(running.broker_url)) as plain:
         yield plain
+
+
+@pytest.fixture(scope="module")
+def rights(rabbitmq_server: RabbitMQ) -> Iterator[Callable[[str], str]]:
+    """Two users of RabbitMQ with the rights of docs/security.md; returns the URL of each."""
+    document = (Path(__file__).parents[2] / "docs/security.md").read_text()
+    about_rabbitmq = document.split("\n## RabbitMQ\n")[1].split("\n## ")[0]
+    [commands] = re.findall(r"^```shell\n(.*?)^```$", about_rabbitmq, re.MULTILINE | re.DOTALL)
+    for user in ("holdfast", "engine"):
+        rabbitmq_server.control("add_user", user, "sekrit")
+    try:
+        for line in commands.splitlines():
+            program, *command = shlex.split(line)
+            assert program == "rabbitmqctl"
+            rabbitmq_server.control(*command)
+        yield lambda user: rabbitmq_server.url.replace("guest:guest", f"{user}:sekrit")
+    finally:
+        for user in ("holdfast", "engine"):
+            rabbitmq_server.control("delete_user", user)
 
 
 # The web pages, on a ledger without a worker

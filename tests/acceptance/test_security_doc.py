@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +15,6 @@ from kombu.connection import Connection
 from holdfast_client.broker import ENGINE_QUEUE, QUEUE
 from holdfast_client.client import Client, NotSentError
 from tests.installation import Installation, installed
-from tests.rabbitmq import RabbitMQ
 from tests.support import PATIENCE_S, eventually, sql
 from worker.local.embedded import Embedded
 
@@ -24,23 +22,6 @@ pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start o
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
 RABBITMQ = DOCUMENT.split("\n## RabbitMQ\n")[1].split("\n## ")[0]
-
-
-@pytest.fixture(scope="module")
-def rights(rabbitmq_server: RabbitMQ) -> Iterator[Callable[[str], str]]:
-    """Two users with the rights of the document; returns the URL of each."""
-    [commands] = re.findall(r"^```shell\n(.*?)^```$", RABBITMQ, re.MULTILINE | re.DOTALL)
-    for user in ("holdfast", "engine"):
-        rabbitmq_server.control("add_user", user, "sekrit")
-    try:
-        for line in commands.splitlines():
-            program, *command = shlex.split(line)
-            assert program == "rabbitmqctl"
-            rabbitmq_server.control(*command)
-        yield lambda user: rabbitmq_server.url.replace("guest:guest", f"{user}:sekrit")
-    finally:
-        for user in ("holdfast", "engine"):
-            rabbitmq_server.control("delete_user", user)
 
 
 @pytest.fixture

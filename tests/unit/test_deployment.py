@@ -223,7 +223,8 @@ def test_the_file_of_secrets_reaches_neither_git_nor_the_image() -> None:
 def test_a_service_is_given_the_settings_it_needs_and_no_secret_more(
     service: str, names: list[str], service_settings: Callable[[str], Settings]
 ) -> None:
-    assert sorted(environment(service)) == sorted([*names, *(OPTIONAL if service == "api" else [])])
+    given_names = [name for name in environment(service) if name.startswith(PREFIX)]
+    assert sorted(given_names) == sorted([*names, *(OPTIONAL if service == "api" else [])])
     settings = service_settings(service)
     given = {f"{PREFIX}{field.upper()}" for field in Settings.model_fields if getattr(settings, field) is not None}
     assert given == set(names)
@@ -592,8 +593,9 @@ def test_only_what_runs_is_in_the_image() -> None:
     [uninstall] = [words for words in map(json.loads, instructions("RUN")) if "uninstall" in words]
     # What has a marker is for other systems or older Pythons, and is not installed there.
     locked = re.findall(r"^([\w.-]+)(?:\[.*\])?==[^ ]+ \\$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    extras = PROJECT["project"]["optional-dependencies"]
     unneeded = {canonicalize_name(name) for name in locked} - what_runs(
-        [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["server"]]
+        [*PROJECT["project"]["dependencies"], *extras["server"], *extras["otel"]]
     )
     assert sorted(uninstall[uninstall.index("--yes") + 1 :]) == sorted(unneeded)
 

@@ -52,7 +52,7 @@ EVERYTHING: dict[str, Any] = {
     "image": {"repository": "registry.example.com/holdfast", "digest": f"sha256:{'0' * 64}"},
     "imagePullSecrets": [{"name": "registry"}],
     "migrate": {"roles": False},
-    "worker": {"scaling": {"enabled": True, "prometheus": "http://prometheus:9090"}},
+    "worker": {"taskEvents": True, "scaling": {"enabled": True, "prometheus": "http://prometheus:9090"}},
     "api": {
         "jwtAudience": "credits",
         "jwtIssuer": "https://id.example.com",
@@ -136,7 +136,7 @@ def required(part: str) -> set[str]:
     return {
         name
         for name, one in given(part).items()
-        if not one.get("valueFrom", {}).get("secretKeyRef", {}).get("optional")
+        if name.startswith(PREFIX) and not one.get("valueFrom", {}).get("secretKeyRef", {}).get("optional")
     }
 
 
@@ -255,7 +255,7 @@ def test_a_pod_needs_of_its_secret_what_its_program_needs(part: str, names: set[
 
 def test_every_setting_is_given_to_a_part_or_is_for_none() -> None:
     for_none = {"HOLDFAST_ENGINE_BROKER_URL", "HOLDFAST_DATA_DIR"}
-    names = {name for part in PODS for name in given(part, FULL)}
+    names = {name for part in PODS for name in given(part, FULL) if name.startswith(PREFIX)}
     assert names | for_none == {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
     assert not names & for_none
 

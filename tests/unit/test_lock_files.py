@@ -53,5 +53,5 @@ def applies(name: str, requirement: Requirement, packages: dict[str, set[str]]) 
     """Whether it is required as `name` is locked: of its extras, with those alone."""
     if canonicalize_name(requirement.name) not in packages:
         return False  # only for an extra that nobody asks for
-    extras = packages.get(name) or {"server", "embedded", "dev"}
+    extras = packages.get(name) or {"server", "embedded", "otel", "dev"}
     return requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in {"", *extras})
