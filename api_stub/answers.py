@@ -23,6 +23,14 @@ Moment = Annotated[
 ]
 """A time in UTC, always written as `+00:00`."""
 
+AsOf = Annotated[
+    Moment,
+    Field(
+        description="The answer has everything that was committed until then, and may have more. Of a replica, older."
+    ),
+]
+"""How old an answer may be that is read from a replica."""
+
 
 class _Answer(
     BaseModel,
@@ -57,6 +65,7 @@ class EventPage(_Answer):
     limit: int
     offset: int
     next_cursor: Annotated[int | None, Field(description="The `cursor` of the next page; null: there is none.")]
+    as_of: AsOf
 
 
 class Receipt(_Answer):
@@ -93,6 +102,7 @@ class ReceiptPage(_Answer):
         str | None,
         Field(description="The `cursor` of the next page; null: there is none. A page may be shorter than its limit."),
     ]
+    as_of: AsOf
 
 
 class Period(_Answer):
@@ -196,6 +206,7 @@ class Usage(_Answer):
         UsageRate | None,
         Field(description=f"Now, whatever the range; null: the first event is less than {FEWEST_RATE_DAYS} days old."),
     ]
+    as_of: AsOf
 
 
 class WalletThen(_Answer):

@@ -44,6 +44,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, asyncio.Event]]:
+        app.state.services.start()
         yield {STOPPING: asyncio.Event()}
         await app.state.services.close()
 

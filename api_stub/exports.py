@@ -27,10 +27,13 @@ _FORMULA = re.compile(rf"""(^|;)(?=[\s"{JOINERS}]*[=+\-@＝＋－＠﹦﹢﹣﹫
 """Where a formula may begin: spreadsheets skip spaces and quotes before one, and some accept full-width signs."""
 
 
-def as_file(name: str) -> dict[str, str]:
-    """The headers of an answer that is kept as a file of this name, in which an id may have a colon."""
+def as_file(name: str, as_of: datetime) -> dict[str, str]:
+    """The headers of an answer that is kept as a file of this name, in which an id may have a colon.
+
+    `as_of`: see `Reader.as_of`.
+    """
     safe = re.sub(r"[^A-Za-z0-9_.-]", "-", name)
-    return {"Content-Disposition": f'attachment; filename="{safe}"'}
+    return {"Content-Disposition": f'attachment; filename="{safe}"', "Holdfast-As-Of": as_of.isoformat()}
 
 
 def pieces(events: Iterable[RowMapping]) -> Iterator[str]:

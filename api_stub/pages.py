@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, time, timedelta
+from functools import partial
 from http import HTTPStatus
 from itertools import chain
 from typing import Annotated, Any, TypeVar, get_args
@@ -20,6 +21,7 @@ from api_stub.chart import Chart, step_chart
 from api_stub.console import no_wallet
 from api_stub.formats import iso, written_day
 from api_stub.problems import NO_PAGE, Problem
+from api_stub.reader import Reader
 from api_stub.rendering import PageRoute, add_assets, page, see_other
 from api_stub.rights import NO_ACCESS, OrgId, require
 from api_stub.services import Services, Using
@@ -236,8 +238,8 @@ def start(request: Request, session: SignedIn, using: Using, organization: str =
 def credit_history(request: Request, org_id: VisibleOrg, asked_for: Query, using: Using, session: SignedIn) -> Response:
     """The wallet, what has to be done, what used the credits, and a page of the history."""
     now = datetime.now(UTC)
-    found: dict[str, Any] = {"events": None, "receipts": None, "used": None}
-    with using.reading(through=org_id, matching=asked_for.added_up(now)) as ledger:
+
+    def read(ledger: Connection) -> dict[str, Any] | Response:
         wallet = views.wallet(ledger, org_id)
         if wallet is None and session.is_staff:
             return no_wallet(request, ledger, org_id)
@@ -246,64 +248,84 @@ def credit_history(request: Request, org_id: VisibleOrg, asked_for: Query, using
         shown = wallet or WalletView(org_id)
         speed = None if wallet is None else rate(ledger, org_id, available=wallet.available, now=now)
         refused = views.last_refused(ledger, org_id)
+        found: dict[str, Any] = {"events": None, "receipts": None, "used": None}
         if not asked.errors:
             found["used"] = _used(ledger, org_id, asked, shown, now)
             if asked.view == "ledger":
                 found["events"] = _page_of_events(ledger, org_id, asked)
             else:
                 found["receipts"] = receipts_of(ledger, org_id, asked)
-        found["reservations"] = _open_reservations(ledger, org_id, held, asked)
+        return {
+            **found,
+            "reservations": _open_reservations(ledger, org_id, held, asked),
+            "asked": asked,
+            "is_new": wallet is None,
+            "wallet": shown,
+            "periods": periods(shown, now),
+            "outlook": lasting(shown, speed, now),
+            "banner": banner(wallet, speed, largest_held=held.largest, refused=refused, now=now),
+        }
+
+    reader = Reader(using, from_primary=session.is_staff)
+    reader.go_on_from(org_id, asked_for.before_seq or asked_for.place)
+    found = reader.read(read, through=(org_id, asked_for.added_up(now)))
+    if isinstance(found, Response):
+        return found
     return page(
         request,
         "credit_history.html",
-        HTTPStatus.UNPROCESSABLE_ENTITY if asked.errors else HTTPStatus.OK,
+        HTTPStatus.UNPROCESSABLE_ENTITY if found["asked"].errors else HTTPStatus.OK,
         org_id=org_id,
-        is_new=wallet is None,
         event_types=EVENT_TYPES,
         kinds=KINDS,
         views=VIEWS,
         most=history.MAX_PAGE,
-        periods=periods(shown, now),
-        asked=asked,
         now=now,
-        wallet=shown,
-        outlook=lasting(shown, speed, now),
-        banner=banner(wallet, speed, largest_held=held.largest, refused=refused, now=now),
+        as_of=reader.as_of if reader.is_from_replica else None,
         buy_credits_url=using.buy_credits_url,
         **found,
     )
 
 
 @router.get("/organizations/{orgId}/credit-history.csv")
-def credit_history_as_csv(org_id: VisibleOrg, asked_for: Query, using: Using) -> Response:
+def credit_history_as_csv(org_id: VisibleOrg, asked_for: Query, using: Using, session: SignedIn) -> Response:
     """Every matching event, newest first, as a file."""
-    with using.reading() as ledger:
-        asked = searched(ledger, org_id, asked_for)
+    reader = Reader(using, from_primary=session.is_staff)
+    asked = reader.read(lambda ledger: searched(ledger, org_id, asked_for))
     if asked.errors:
         raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, " ".join(asked.errors.values()))
-    pieces = exports.pieces(history.all_events(using.engine, org_id, asked.matching))
+    pieces = exports.pieces(history.all_events(reader.read, org_id, asked.matching))
     first = next(pieces)  # before the answer begins, so that a fault of the database still gets an error page
     return StreamingResponse(
         chain((first,), pieces),
         media_type=exports.MEDIA_TYPE,
-        headers=exports.as_file(f"credit-history-{org_id}.csv"),
+        headers=exports.as_file(f"credit-history-{org_id}.csv", reader.as_of),
     )
 
 
 @router.get("/organizations/{orgId}/runs/{workflowId}")
 def run(
-    request: Request, org_id: VisibleOrg, workflow_id: Annotated[str, Path(alias="workflowId")], using: Using
+    request: Request,
+    org_id: VisibleOrg,
+    workflow_id: Annotated[str, Path(alias="workflowId")],
+    using: Using,
+    session: SignedIn,
 ) -> Response:
     """A run: how it stands, and each of its steps."""
+    reader = Reader(using, from_primary=session.is_staff)
     found = None
     if ID.fullmatch(workflow_id):
-        with using.reading() as ledger:
-            found = views.workflow(ledger, org_id, workflow_id)
+        read = partial(views.workflow, org_id=org_id, workflow_id=workflow_id)
+        found = reader.read(read)
+        if found is None and reader.is_from_replica:  # it may have begun a moment ago
+            reader = Reader(using, from_primary=True)
+            found = reader.read(read)
     if found is None:
         raise Problem(
             HTTPStatus.NOT_FOUND, f"{org_id} has no run {beginning(workflow_id, MAX_ID_LENGTH)}. Is its id complete?"
         )
-    return page(request, "run.html", org_id=org_id, run=found, now=datetime.now(UTC))
+    as_of = reader.as_of if reader.is_from_replica else None
+    return page(request, "run.html", org_id=org_id, run=found, now=datetime.now(UTC), as_of=as_of)
 
 
 @router.get("/organizations/{rest:path}", dependencies=[Depends(signed_in)])

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from sqlalchemy.exc import DBAPIError
 
 from api_stub import answers
+from api_stub.reader import Reader
 from api_stub.services import Services
 from holdfast_client.client import BrokerUnavailableError
 from ledger import figures, migrations
@@ -81,13 +82,22 @@ class SystemCollector(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Yield the metrics of this moment."""
+        # On new connections to the primary: on an open one, a scrape would hang with the database.
+        reader = Reader(self._using, engine=self._using.probe)
+        found = {}
         try:
-            with self._using.probe.connect() as connection:
-                found = figures.system_figures(connection)
+            found = reader.read(figures.system_figures)
+            if reader.is_from_replica:
+                self._using.probe.connect().close()
+            is_up = True
         except DBAPIError as error:
-            log.error("The figures for monitoring could not be read: %s", describe(error))
-            found = {}
-        yield _up("database", bool(found))
+            log.error("The database does not answer monitoring: %s", describe(error))
+            is_up = False
+        yield _up("database", is_up)
+        yield self._replica()
+        if found:
+            help_text = "Until when the figures of the ledger have everything, in seconds since 1970."
+            yield GaugeMetricFamily("holdfast_figures_timestamp_seconds", help_text, value=reader.as_of.timestamp())
         for name, (help_text, value) in found.items():
             yield GaugeMetricFamily(f"holdfast_{name}", help_text, value=value)
         try:
@@ -106,6 +116,12 @@ class SystemCollector(Collector):
             ages.add_metric([queue], age_s)
         yield messages
         yield ages
+
+    def _replica(self) -> GaugeMetricFamily:
+        """Without a sample if there is none."""
+        replica = self._using.replica
+        help_text = "1 if the replica for reading can be read, else 0."
+        return GaugeMetricFamily("holdfast_replica_up", help_text, None if replica is None else replica.is_readable)
 
 
 def _up(service: str, is_up: bool) -> GaugeMetricFamily:

@@ -1,9 +1,10 @@
 """The services of handlers: the database and the producer."""
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Annotated
 
@@ -16,9 +17,8 @@ from api_stub.problems import BUSY, ON_PAGE_BUSY, RETRY, Problem
 from api_stub.queue_ages import QueueAges
 from holdfast_client.async_client import AsyncClient
 from holdfast_client.client import Client
-from ledger import history
 from ledger.database import POOL_TIMEOUT_S, connect, snapshot
-from ledger.filters import EVERY_EVENT, EventFilter
+from ledger.replica import Replica
 from ledger.settings import Settings
 
 READ_TIMEOUT_S = 5
@@ -26,6 +26,8 @@ READ_TIMEOUT_S = 5
 
 MANY_EVENTS = 20_000
 """Readers of more events than this, or of as many sums of them, take turns. Reading fewer takes a few milliseconds."""
+
+log = logging.getLogger("uvicorn.error")  # the server has set up its format and its file
 
 
 class Services:
@@ -43,32 +45,27 @@ class Services:
         self._turn, self._rests_until = threading.Semaphore(), 0.0
         # For probes: on an open connection, they would hang with the database.
         self.probe = connect(settings.database_url, keeps_connections=False)
+        self.replica: Replica | None = None
+        if settings.read_database_url is not None:
+            self.replica = Replica(settings.read_database_url, self.probe, answer_timeout_s=READ_TIMEOUT_S, log=log)
         self.client = Client(settings.broker_url, result_url=settings.result_url)
         self.async_client = AsyncClient(settings.broker_url, result_url=settings.result_url)
         self.queues = QueueAges(self.client)
         self.places = Places()
 
     @contextmanager
-    def reading(self, *, through: str | None = None, matching: EventFilter = EVERY_EVENT) -> Iterator[Connection]:
-        """A connection that only reads: one snapshot of the ledger.
-
-        A reader that adds up the events of an organization that are `matching`, by their daily sums, goes `through` it:
-        it waits for a turn if the sums are many, or the events that are in none. All such readers together use at most
-        half of one processor of the database; the workers have the rest. Raises Problem if no turn comes.
+    def reading(self) -> Iterator[Connection]:
+        """A connection that only reads: one snapshot of the ledger, as it is now.
 
         For use within a handler, not as a dependency. Dependencies run before the handler, on the same pool of threads.
         Under load, all threads would wait for connections of requests that wait for a thread.
         """
-        takes_long = through is not None and self._reads_many_events(through, matching)
-        with self._taking_turns() if takes_long else nullcontext(), snapshot(self.engine) as ledger:
+        with snapshot(self.engine) as ledger:
             yield ledger
 
-    def _reads_many_events(self, org_id: str, matching: EventFilter) -> bool:
-        with snapshot(self.engine) as ledger:
-            return history.find(ledger, org_id, matching).reads_more_than(ledger, MANY_EVENTS)
-
     @contextmanager
-    def _taking_turns(self) -> Iterator[None]:
+    def taking_turns(self) -> Iterator[None]:
+        """Only one at a time, and half of the time nobody. Raises Problem if no turn comes."""
         if not self._turn.acquire(timeout=POOL_TIMEOUT_S):
             raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, BUSY, RETRY, on_page=ON_PAGE_BUSY)
         try:
@@ -82,11 +79,18 @@ class Services:
         finally:
             self._turn.release()
 
+    def start(self) -> None:
+        """Begin to look at the replica for reading, if there is one."""
+        if self.replica is not None:
+            self.replica.start()
+
     async def close(self) -> None:
         """Close all connections."""
         await self.async_client.close()
         self.client.close()
         self.engine.dispose()
+        if self.replica is not None:
+            self.replica.close()
 
 
 async def services(request: Request) -> Services:

@@ -11,12 +11,13 @@ from sqlalchemy import Connection
 from api_stub import answers, errors, exports
 from api_stub.exports import MOST_LINES
 from api_stub.problems import Problem
+from api_stub.reader import Reader
 from api_stub.rights import ReadableOrg
 from api_stub.services import Using
 from api_stub.wallets import DateFrom, DateTo, time_range
 from ledger import views
 from ledger.filters import EventFilter
-from ledger.usage import MOST_GROUPED_BY, MOST_GROUPS, Group, Usage, rate, usage, usage_of
+from ledger.usage import MOST_GROUPED_BY, MOST_GROUPS, Group, Rate, Usage, rate, usage, usage_of
 from ledger.views import WalletView
 
 
@@ -70,15 +71,20 @@ def add(app: FastAPI) -> None:
     )
     def usage_of(org_id: ReadableOrg, using: Using, asked: AskedFor) -> dict[str, Any]:
         """What used credits: usage by project, activity, source, day or month. Refunds are not subtracted."""
-        with using.reading(through=org_id, matching=asked.matching) as ledger:
-            found = asked.of(ledger, org_id, most=MOST_GROUPS)
+
+        def read(ledger: Connection) -> tuple[Usage, Rate | None]:
             view = views.wallet(ledger, org_id) or WalletView(org_id)
             speed = rate(ledger, org_id, available=view.available, now=datetime.now(UTC))
+            return asked.of(ledger, org_id, most=MOST_GROUPS), speed
+
+        reader = Reader(using)
+        found, speed = reader.read(read, through=(org_id, asked.matching))
         return {
             "groups": found.groups,
             "total": {"credits": found.credits, "runs": found.runs},
             "truncated": found.truncated,
             "rate": None if speed is None else asdict(speed),
+            "as_of": reader.as_of,
         }
 
     @app.get(
@@ -89,12 +95,13 @@ def add(app: FastAPI) -> None:
     )
     def usage_as_csv(org_id: ReadableOrg, using: Using, asked: AskedFor) -> Response:
         """The same as a file: a line a group."""
-        with using.reading(through=org_id, matching=asked.matching) as ledger:
-            found = asked.of(ledger, org_id, most=MOST_LINES)
+        reader = Reader(using)
+        found = reader.read(lambda ledger: asked.of(ledger, org_id, most=MOST_LINES), through=(org_id, asked.matching))
         if found.truncated:
             raise Problem(
                 HTTPStatus.UNPROCESSABLE_ENTITY,
                 f"these are more than {MOST_LINES:,} groups: ask for a shorter range, or for fewer values of group_by",
             )
         file = exports.usage(asked.group_by, found)
-        return Response(file, media_type=exports.MEDIA_TYPE, headers=exports.as_file(f"usage-{org_id}.csv"))
+        headers = exports.as_file(f"usage-{org_id}.csv", reader.as_of)
+        return Response(file, media_type=exports.MEDIA_TYPE, headers=headers)

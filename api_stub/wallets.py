@@ -3,6 +3,7 @@
 import re
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from pydantic import AfterValidator, PlainValidator, WithJsonSchema
 from api_stub import answers, errors
 from api_stub.openapi import IS_A_NAME, IS_A_TIME
 from api_stub.problems import Problem
+from api_stub.reader import Reader
 from api_stub.rights import IS_AN_ID, ReadableOrg
 from api_stub.services import Using
 from holdfast_client.messages import MAX_CREDITS
@@ -123,20 +125,18 @@ def add(app: FastAPI) -> None:
     ) -> dict[str, Any]:
         """The credit history, newest first. Follow `next_cursor` to read on while events are being added."""
         _check(cursor, offset, group_by)
-        with using.reading(through=org_id if matching.looks_at_each else None, matching=matching) as ledger:
-            if group_by is not None:
-                return _receipts(
-                    receipts.page(ledger, org_id, matching, limit=limit, place=cursor), org_id, limit, cursor
-                )
-            page = history.events(ledger, org_id, matching, limit=limit, offset=offset, before_seq=cursor)
-        return {
-            "items": [history.as_item(event) for event in page.events],
-            "total": page.total,
-            "credits": page.credits,
-            "limit": limit,
-            "offset": offset,
-            "next_cursor": page.next_before_seq,
-        }
+        reader = Reader(using)
+        reader.go_on_from(org_id, cursor)
+        through = (org_id, matching) if matching.looks_at_each else None
+        if group_by is not None:
+            grouped = partial(receipts.page, org_id=org_id, matching=matching, limit=limit, place=cursor)
+            found = _receipts(reader.read(grouped, through=through), org_id, limit, cursor)
+        else:
+            each = partial(
+                history.events, org_id=org_id, matching=matching, limit=limit, offset=offset, before_seq=cursor
+            )
+            found = _events(reader.read(each, through=through), limit, offset)
+        return {**found, "as_of": reader.as_of}
 
     @app.get(
         "/api/organizations/{orgId}/credits",
@@ -174,6 +174,17 @@ def _check(cursor: int | Place | None, offset: int, group_by: str | None) -> Non
         wrong = "cursor must be of a page with the same group_by"
     if wrong is not None:
         raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, wrong)
+
+
+def _events(page: history.Page, limit: int, offset: int) -> dict[str, Any]:
+    return {
+        "items": [history.as_item(event) for event in page.events],
+        "total": page.total,
+        "credits": page.credits,
+        "limit": limit,
+        "offset": offset,
+        "next_cursor": page.next_before_seq,
+    }
 
 
 def _receipts(page: receipts.Page, org_id: str, limit: int, place: Place | None) -> dict[str, Any]:

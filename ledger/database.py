@@ -33,7 +33,6 @@ _WAITS_FOR_REPLICA = "SyncRepWaitForLSN"
 """The function of PostgreSQL in which a commit waits. Unlike the text of a notice, it is never translated."""
 
 _CONNECTION = {
-    "connect_timeout": CONNECT_TIMEOUT_S,
     "application_name": "holdfast",
     # A peer that vanished silently is noticed within half a minute.
     "keepalives_idle": 10,
@@ -139,10 +138,11 @@ def connect(
     checks_connections: bool = False,
     transaction_timeout_s: int | None = None,
     answer_timeout_s: int | None = None,
+    connect_timeout_s: int = CONNECT_TIMEOUT_S,
 ) -> Engine:
     """Return an engine for the PostgreSQL database at `url` (`postgresql+psycopg://…`). Does not connect yet.
 
-    Without `keeps_connections`, each use opens a new connection. So an outage shows within `CONNECT_TIMEOUT_S`, also
+    Without `keeps_connections`, each use opens a new connection. So an outage shows within `connect_timeout_s`, also
     when the database hangs, where an open connection would wait forever.
 
     With `checks_connections`, each connection is checked before it is used again. If it is broken, all that are as old
@@ -158,12 +158,13 @@ def connect(
     questions = "" if answer_timeout_s is None else f"-c statement_timeout={answer_timeout_s}s {_FOR_QUESTIONS}"
     pool: dict[str, Any] = {"pool_timeout": POOL_TIMEOUT_S} if keeps_connections else {"poolclass": NullPool}
     parsed = parse_url(url)
+    settings = _CONNECTION | {"connect_timeout": connect_timeout_s}
     engine = create_engine(
         parsed,
         **pool,
         pool_pre_ping=checks_connections,
         connect_args={
-            **{name: value for name, value in _CONNECTION.items() if name not in parsed.query},
+            **{name: value for name, value in settings.items() if name not in parsed.query},
             "options": f"{parsed.query.get('options', '')} {_SESSION_OPTIONS} {questions}",
         },
     )
@@ -189,7 +190,12 @@ def connect(
 def snapshot(engine: Engine) -> Iterator[Connection]:
     """A connection that only reads. All its statements see the ledger as it was at the first one."""
     with engine.connect() as opened:
-        yield opened.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        yield read_only(opened)
+
+
+def read_only(connection: Connection) -> Connection:
+    """The same, when it is not in a transaction: the next one is a snapshot."""
+    return connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
 
 
 _KNOWS_TRANSACTION_TIMEOUT = 170_000
@@ -242,8 +248,13 @@ def is_abandoned(engine: Engine) -> bool:
 
 
 def abandon(engine: Engine) -> None:
-    """Break the connections of `engine`. A thread that waits for an answer on one fails as in an outage."""
+    """Break the connections of `engine`, which is not used any more."""
     _abandoned.add(engine)
+    break_connections(engine)
+
+
+def break_connections(engine: Engine) -> None:
+    """Break the open connections of `engine`. A thread that waits for an answer on one fails as in an outage."""
     for connection in list(_connections[engine]):
         with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as shared:
             shared.shutdown(socket.SHUT_RDWR)

@@ -8,7 +8,7 @@ on which days events match. It reads one by one only the events that are in no s
 What is read for one answer has to be of one snapshot of the ledger: see `ledger.database.snapshot`.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, NamedTuple, Self
@@ -18,7 +18,6 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Connection,
-    Engine,
     RowMapping,
     Select,
     Subquery,
@@ -189,6 +188,10 @@ class Found:
         columns = credit_events.c
         numbered = and_(columns.org_id == self.org_id, columns.seq >= self.first, columns.seq < self.end)
         return select(credit_events).where(numbered, *self.conditions).order_by(columns.seq.desc())
+
+    def events(self, connection: Connection) -> Sequence[RowMapping]:
+        """The events, newest first."""
+        return connection.execute(self.select()).mappings().all()
 
     def sums(self, connection: Connection) -> Subquery:
         """These events, added up as far as they are in the daily sums: a row for each sum, and for each other event.
@@ -405,18 +408,18 @@ def balances_after(connection: Connection, org_id: str, seq: int) -> Balances:
     )
 
 
-def all_events(engine: Engine, org_id: str, matching: EventFilter) -> Iterator[RowMapping]:
+def all_events(
+    reads: Callable[[Callable[[Connection], Any]], Any], org_id: str, matching: EventFilter
+) -> Iterator[RowMapping]:
     """Yield every matching event that exists when iteration begins, newest first, for exports of any size.
 
-    Reads `EXPORT_STEP` event numbers at a time and holds no connection in between, however slow the consumer is. The
-    result is still that of one moment: events never change, and new ones have higher numbers.
+    `reads` calls a function with a connection that only reads, and returns what it returns. Each time it reads
+    `EXPORT_STEP` event numbers, and no connection is held in between, however slow the consumer is. The result is still
+    that of one moment: events never change, and new ones have higher numbers.
     """
-    with engine.connect() as connection:
-        found = find(connection, org_id, matching)
+    found: Found = reads(lambda ledger: find(ledger, org_id, matching))
     for part in found.parts(EXPORT_STEP):
-        with engine.connect() as connection:
-            step = connection.execute(part.select()).mappings().all()
-        yield from step
+        yield from reads(part.events)
 
 
 # Names in constants what the index `posted_messages_refunds` names: a parameter would not be recognized.

@@ -45,6 +45,11 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, env_ignore_empty=True)
 
     database_url: str | None = Field(None, description="PostgreSQL: `postgresql+psycopg://user:password@host/database`")
+    read_database_url: str | None = Field(
+        None,
+        description="A replica of that database, from which the API reads what only informs: credit history, usage, "
+        "their pages and files, and its metrics; default: none",
+    )
     broker_url: str | None = Field(
         None,
         description="The broker: `redis://`, `rediss://`, `amqp://` or `amqps://`; for a RabbitMQ cluster, "
@@ -142,7 +147,7 @@ class Settings(BaseSettings):
             raise ValueError("must not begin or end with a space")
         return name
 
-    @field_validator("database_url")
+    @field_validator("database_url", "read_database_url")
     @classmethod
     def _is_postgresql(cls, url: str | None) -> str | None:
         if url is not None:

@@ -1,10 +1,8 @@
 """A replica of the database or of the broker takes over, and what was lost can be sent again."""
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -18,6 +16,7 @@ from holdfast_client.client import Client
 from ledger import audit, migrations
 from ledger.database import connect
 from tests.installation import Installation, Producer, celery, installed_on, open_folder, wait_for_workers
+from tests.replicas import as_admin, configure, replica_of
 from tests.support import PATIENCE_S, eventually, sql
 from worker.local.broker import Broker
 from worker.local.embedded import Embedded
@@ -29,56 +28,23 @@ SECURITY = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
 
 
-@contextmanager
-def as_admin(server: Postgres) -> Iterator[psycopg.Connection[Any]]:
-    with psycopg.connect(f"host={server.sockets} port=5432 user=postgres", autocommit=True) as connection:
-        yield connection
-
-
-def configure(server: Postgres, name: str, value: str) -> None:
-    with as_admin(server) as admin:
-        admin.execute(f"ALTER SYSTEM SET {name} = '{value}'")
-        admin.execute("SELECT pg_reload_conf()")
-
-
-def become_replica(server: Postgres, primary: Postgres) -> None:
-    """Replace the data of `server` by a base backup of `primary`, and follow that from now on."""
-    server.stop()
-    shutil.rmtree(server.data)
-    with as_admin(primary) as admin:
-        admin.execute("SELECT pg_backup_start('replica', true)")
-        shutil.copytree(primary.data, server.data, ignore=shutil.ignore_patterns("postmaster.*"))
-        [label] = admin.execute("SELECT labelfile FROM pg_backup_stop()").fetchall()[0]
-    server.data.joinpath("backup_label").write_text(label)
-    server.data.joinpath("standby.signal").touch()
-    with server.data.joinpath("postgresql.auto.conf").open("a") as settings:
-        source = f"host={primary.sockets} port=5432 user=postgres application_name=replica"
-        settings.write(f"primary_conninfo = '{source}'\n")
-    owner = primary.data.stat()
-    for path in (server.data, *server.data.rglob("*")):
-        os.chown(path, owner.st_uid, owner.st_gid)
-    server.start()
-
-
 @pytest.fixture
 def two() -> Iterator[tuple[Embedded, Postgres, Installation, Producer]]:
     """A primary with a replica, and a ledger whose URL names both."""
     with ExitStack() as stack:
-        services, other = (
-            stack.enter_context(Embedded(stack.enter_context(open_folder()), durable=False)) for _ in range(2)
-        )
+        services = stack.enter_context(Embedded(stack.enter_context(open_folder()), durable=False))
         engine = connect(services.database_url)
         migrations.upgrade(engine)
         migrations.grant(engine)
         engine.dispose()
-        become_replica(other.postgres, services.postgres)
-        hosts = "&".join(f"host={quote(str(one.postgres.sockets))}:5432" for one in (services, other))
+        replica = stack.enter_context(replica_of(services.postgres))
+        hosts = "&".join(f"host={quote(str(one.sockets))}:5432" for one in (services.postgres, replica))
         url = f"postgresql+psycopg://holdfast@/holdfast?{hosts}&target_session_attrs=read-write"
         installation = stack.enter_context(installed_on(url, services.broker.url))
         producer = stack.enter_context(closing(Producer(services.broker.url)))
         installation.start_worker()
         wait_for_workers(producer)
-        yield services, other.postgres, installation, producer
+        yield services, replica, installation, producer
 
 
 def grant(number: int) -> dict[str, Any]:

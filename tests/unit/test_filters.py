@@ -143,6 +143,7 @@ def form(query: str) -> str:
         periods=[],
         asked=history_query(asked_by),
         now=datetime.now(UTC),
+        as_of=None,
         wallet=WalletView("acme"),
         is_new=False,
         reservations=Reservations([], 0, 0, 0, "", None),

@@ -152,7 +152,7 @@ def test_what_only_looks_like_a_variable_of_a_service_is_refused(
 def test_a_setting_like_no_other_is_told_all_there_are(environment: Environment) -> None:
     environment(QQQQQQ="sekrit")
     assert refusal().startswith(
-        "HOLDFAST_QQQQQQ is not a setting; the settings are HOLDFAST_DATABASE_URL, HOLDFAST_BROKER_URL, "
+        "HOLDFAST_QQQQQQ is not a setting; the settings are HOLDFAST_DATABASE_URL, HOLDFAST_READ_DATABASE_URL, "
     )
 
 
@@ -170,6 +170,10 @@ def test_a_setting_like_no_other_is_told_all_there_are(environment: Environment)
         (
             {"DATABASE_URL": "mysql://user:sekrit@host/d"},
             "HOLDFAST_DATABASE_URL must begin with postgresql+psycopg://, not mysql://",
+        ),
+        (
+            {"READ_DATABASE_URL": "postgresql://user:sekrit@host/d"},
+            "HOLDFAST_READ_DATABASE_URL must begin with postgresql+psycopg://, not postgresql://",
         ),
         (
             {"BROKER_URL": "memory://:sekrit@host"},
