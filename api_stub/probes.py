@@ -84,15 +84,13 @@ class SystemCollector(Collector):
         """Yield the metrics of this moment."""
         # On new connections to the primary: on an open one, a scrape would hang with the database.
         reader = Reader(self._using, engine=self._using.probe)
-        found = {}
         try:
-            found = reader.read(figures.system_figures)
-            if reader.is_from_replica:
-                self._using.probe.connect().close()
-            is_up = True
+            found, is_up = reader.read(figures.system_figures), True
         except DBAPIError as error:
-            log.error("The database does not answer monitoring: %s", describe(error))
-            is_up = False
+            log.error("The figures for monitoring could not be read: %s", describe(error))
+            found, is_up = {}, False
+        if reader.is_from_replica:
+            is_up = self._primary_answers()
         yield _up("database", is_up)
         yield self._replica()
         if found:
@@ -116,6 +114,13 @@ class SystemCollector(Collector):
             ages.add_metric([queue], age_s)
         yield messages
         yield ages
+
+    def _primary_answers(self) -> bool:
+        try:
+            self._using.probe.connect().close()
+        except DBAPIError:
+            return False
+        return True
 
     def _replica(self) -> GaugeMetricFamily:
         """Without a sample if there is none."""

@@ -10,12 +10,15 @@ from typing import TypeVar
 
 from sqlalchemy import Connection, Engine, func, select
 
-from api_stub.services import MANY_EVENTS, Services
+from api_stub.services import Services
 from ledger import history
 from ledger.database import snapshot
 from ledger.filters import EventFilter
 from ledger.receipts import Place
 from ledger.replica import NotReadableError, Replica
+
+MANY_EVENTS = 20_000
+"""Readers of more events than this, or of as many sums of them, take turns. Reading fewer takes a few milliseconds."""
 
 Value = TypeVar("Value")
 

@@ -24,9 +24,6 @@ from ledger.settings import Settings
 READ_TIMEOUT_S = 5
 """How long the database may take for one statement of a request."""
 
-MANY_EVENTS = 20_000
-"""Readers of more events than this, or of as many sums of them, take turns. Reading fewer takes a few milliseconds."""
-
 log = logging.getLogger("uvicorn.error")  # the server has set up its format and its file
 
 

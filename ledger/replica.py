@@ -45,6 +45,8 @@ MOST_BEHIND_S = 60.0
 KEPT_POSITIONS = 30
 """How many of the primary's positions are kept: some minutes of them, which a replica may be behind."""
 
+_NOT_YET = "it has not been looked at yet"
+
 Value = TypeVar("Value")
 
 _PRIMARY = text("""
@@ -84,8 +86,8 @@ class Replica:
     """The replica of a ledger at `url`. Opens no connection before `start`, and cannot be read before its first look.
 
     `primary`: an engine that opens a new connection for each use, so that it does not hang with the database.
-    `answer_timeout_s`: how long the replica may take for one statement. `log` gets a line when it can no longer be
-    read, or can be read again. Raises DatabaseURLError.
+    `answer_timeout_s`: how long the replica may take for one statement. `log` gets a line when it is no longer read,
+    or read again. Raises DatabaseURLError.
     """
 
     def __init__(self, url: str, primary: Engine, *, answer_timeout_s: int, log: logging.Logger) -> None:
@@ -95,7 +97,7 @@ class Replica:
         self._log = log
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="replica", daemon=True)
-        self._problem: str | None = "it has not been looked at yet"
+        self._problem: str | None = _NOT_YET
         self._ledger: _Ledger | None = None
         self._positions = deque[AsOf](maxlen=KEPT_POSITIONS)
         """Of the primary, the newest last."""
@@ -190,12 +192,12 @@ class Replica:
         self._ledger = _Ledger(*row[2:])
 
     def _tell(self, problem: str | None) -> None:
-        """Log once that the replica cannot be read, and that it can be read again."""
-        if (problem is None) != (self._problem is None):
+        """Keep what is wrong with the replica, and log it once."""
+        if self._problem is _NOT_YET or (problem is None) != (self._problem is None):
             if problem is None:
-                self._log.warning("The replica for reading answers.")
+                self._log.info("The replica for reading is read")
             else:
-                self._log.error("The replica for reading is not used, and the primary answers: %s", problem)
+                self._log.error("The replica for reading is not read, and the primary answers: %s", problem)
         self._problem = problem
 
 

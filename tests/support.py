@@ -10,6 +10,8 @@ import psutil
 import pytest
 from sqlalchemy import Engine, make_url, text
 
+from worker.local.process import Process
+
 Value = TypeVar("Value")
 
 PATIENCE_S = 60.0
@@ -38,6 +40,11 @@ def suspended(*pids: int) -> Iterator[None]:
                 resumed.callback(process.resume)
                 eventually(partial(_is_idle, process))
         yield
+
+
+def processes_of(server: Process) -> list[int]:
+    """The server's own process, and those of its connections."""
+    return [server.pid, *(child.pid for child in psutil.Process(server.pid).children(recursive=True))]
 
 
 def _is_idle(process: psutil.Process) -> bool:

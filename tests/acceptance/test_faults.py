@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import httpx
-import psutil
 import psycopg
 import pytest
 from fastapi import FastAPI
@@ -49,7 +48,7 @@ from tests.installation import (
     warnings_in,
 )
 from tests.messages import delivery, grant
-from tests.support import eventually, sql, suspended
+from tests.support import eventually, processes_of, sql, suspended
 from worker.answers import PAUSE_S
 from worker.local.broker import Broker
 from worker.local.embedded import Embedded
@@ -469,11 +468,6 @@ def test_a_file_that_breaks_in_the_middle_stays_broken(machine: Embedded, fragil
         with pytest.raises(httpx.RemoteProtocolError):
             file.read()
         machine.postgres.start()
-
-
-def processes_of(server: Process) -> list[int]:
-    """The server's own process, and those of its connections."""
-    return [server.pid, *(child.pid for child in psutil.Process(server.pid).children(recursive=True))]
 
 
 def test_a_worker_told_to_stop_while_the_database_is_stuck_gives_its_messages_back_in_time(

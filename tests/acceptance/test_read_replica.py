@@ -1,49 +1,79 @@
 """A replica of the database answers what only informs, and says how old it is; if it cannot, the primary answers."""
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from functools import partial
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
+from sqlalchemy import Connection
 
-from ledger import migrations
-from ledger import replica as reading
+from api_stub.reader import Reader
+from ledger import history, migrations
+from ledger import replica as replicas
 from ledger.database import connect
+from ledger.filters import EVERY_EVENT
 from ledger.roles import READER
 from tests.acceptance import website
-from tests.acceptance.website import Patient, serving, token, write
+from tests.acceptance.website import (
+    HISTORY,
+    LEDGER,
+    Patient,
+    Visitor,
+    figures,
+    operator_token,
+    serving,
+    shown,
+    token,
+    write,
+)
 from tests.installation import Installation, installed_on, open_folder
-from tests.replicas import as_admin, replica_of
-from tests.support import as_role, eventually
+from tests.replicas import as_admin, configure, replica_of
+from tests.support import PATIENCE_S, as_role, eventually, processes_of, sql, suspended
 from worker.local.embedded import Embedded
 from worker.local.postgres import OWNER, Postgres
 
-EVENTS, USAGE, CREDITS = (f"/api/organizations/acme/{name}" for name in ("credit-events", "usage", "credits"))
+OF_ACME = "/api/organizations/acme"
+EVENTS, USAGE, CREDITS = (f"{OF_ACME}/{name}" for name in ("credit-events", "usage", "credits"))
 
 
 class System:
-    """A primary with one customer, its replica, and an API that reads from both."""
+    """A primary with one customer, and its replica."""
 
     def __init__(self, services: Embedded, replica: Postgres, ledger: Installation) -> None:
         self.primary = services.postgres
         self.replica = replica
         self.ledger = ledger
-        self.number = 0
+        self.granted = 0
 
-    def grant(self, credits: int = 1) -> None:
-        self.number += 1
-        write(self.ledger.engine, "acme", ("wallet.grant", {"grant_id": f"g{self.number}", "credits": credits}))
+    def write(self, *messages: tuple[str, dict[str, Any]]) -> None:
+        write(self.ledger.engine, "acme", *messages)
+
+    def grant(self) -> int:
+        """Give one credit; returns how many there are now."""
+        self.granted += 1
+        self.write(("wallet.grant", {"grant_id": f"g{self.granted}", "credits": 1}))
+        return self.granted
 
     def follow(self) -> None:
         """Wait until the replica has everything."""
         with as_admin(self.primary) as admin:
             [(position,)] = admin.execute("SELECT pg_current_wal_flush_lsn()").fetchall()
         with as_admin(self.replica) as standby:
-            reached = "SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn"
-            eventually(lambda: standby.execute(reached, [position]).fetchall() == [(True,)])
+            has_it = "SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn"
+            eventually(lambda: standby.execute(has_it, [position]).fetchall() == [(True,)])
+
+    def now(self) -> datetime:
+        """The primary's time."""
+        [(now,)] = sql(self.ledger.engine, "SELECT clock_timestamp()")
+        assert isinstance(now, datetime)
+        return now
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def behind(self) -> Iterator[None]:
         """The replica replays nothing."""
         with as_admin(self.replica) as standby:
             standby.execute("SELECT pg_wal_replay_pause()")
@@ -58,6 +88,7 @@ class System:
 
 @pytest.fixture(scope="module")
 def whole(services: Embedded) -> Iterator[System]:
+    """On servers of its own: they are frozen and ended. The broker has no part in this."""
     with ExitStack() as stack:
         own = stack.enter_context(Embedded(stack.enter_context(open_folder()), durable=False))
         engine = connect(own.database_url)
@@ -70,23 +101,36 @@ def whole(services: Embedded) -> Iterator[System]:
 
 @pytest.fixture
 def system(whole: System, monkeypatch: pytest.MonkeyPatch) -> System:
-    monkeypatch.setattr(reading, "LOOK_AT_PRIMARY_S", 0.1)
-    monkeypatch.setattr(reading, "LOOK_EVERY_S", 0.1)
+    """Both are well, and the API looks at them more often."""
+    monkeypatch.setattr(replicas, "LOOK_AT_PRIMARY_S", 0.1)
+    monkeypatch.setattr(replicas, "LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(replicas, "CONNECT_TIMEOUT_S", int(PATIENCE_S))  # a slow machine is no replica that is away
+    whole.grant()
     whole.follow()
     return whole
 
 
+def app_that_reads_from(system: System, url: str) -> FastAPI:
+    ledger = system.ledger
+    return website.app(ledger.database_url, ledger.broker_url, read_database_url=as_role(READER, url))
+
+
 @pytest.fixture
 def app(system: System) -> FastAPI:
-    url = as_role(READER, system.replica.url(OWNER, "holdfast"))
-    return website.app(system.ledger.database_url, system.ledger.broker_url, read_database_url=url)
+    return app_that_reads_from(system, system.replica.url(OWNER, "holdfast"))
 
 
 @pytest.fixture
 def address(app: FastAPI) -> Iterator[str]:
     with serving(app) as address:
-        eventually(lambda: app.state.services.replica.is_readable)
+        eventually(partial(reads_from_replica, app))
         yield address
+
+
+def reads_from_replica(app: FastAPI) -> bool:
+    is_readable = app.state.services.replica.is_readable
+    assert isinstance(is_readable, bool)
+    return is_readable
 
 
 @pytest.fixture
@@ -95,19 +139,210 @@ def api(address: str) -> Iterator[Patient]:
         yield client
 
 
-def total(api: Patient) -> int:
-    answer = api.get(EVENTS)
+def told(api: Patient, path: str = EVENTS, **query: Any) -> Any:
+    answer = api.get(path, params=query)
     assert answer.status_code == 200, answer.text
-    number = answer.json()["total"]
-    assert isinstance(number, int)
-    return number
+    return answer.json()
 
 
-def test_what_informs_comes_from_the_replica_and_says_how_old_it_is(system: System, api: Patient) -> None:
+def as_of(answer: Any) -> datetime:
+    return datetime.fromisoformat(answer["as_of"])
+
+
+# Which server answers what
+
+
+def test_the_replica_answers_what_only_informs_and_says_until_when_it_has_everything(
+    system: System, api: Patient
+) -> None:
+    with system.behind():
+        before, begin = system.granted, system.now()
+        after = system.grant()
+        for path, query in ((EVENTS, {}), (EVENTS, {"group_by": "workflow"}), (USAGE, {})):
+            assert as_of(told(api, path, **query)) <= begin
+        assert told(api)["total"] == before
+        file = api.get(f"{USAGE}.csv")
+        assert datetime.fromisoformat(file.headers["holdfast-as-of"]) <= begin
+        assert told(api, CREDITS)["available"] == after
+        assert told(api, f"{OF_ACME}/quote", credits=0)["available"] == after
+        system.write(("workflow.start", {"workflow_id": "new", "credits": 10**9}))
+        assert told(api, f"{OF_ACME}/workflows/new")["state"] == "rejected"
+    assert as_of(told(api)) > begin
+
+
+def test_the_page_of_a_customer_says_how_old_it_is_and_that_of_staff_is_not_old(system: System, address: str) -> None:
+    with system.behind(), Visitor(base_url=address) as customer, Visitor(base_url=address) as operator:
+        before = system.granted
+        after = system.grant()
+        system.write(("workflow.start", {"workflow_id": "newer", "credits": 10**9}))
+        customer.sign_in(token())
+        page = customer.get(HISTORY)
+        assert figures(page)["available"] == str(before)
+        assert re.search(r'As of <time datetime="[-T:0-9]+Z">[\d:]+ UTC</time>', page.text)
+        file = customer.get(f"{HISTORY}.csv")
+        assert file.text.count("\r\n") == 1 + before
+        assert file.headers["holdfast-as-of"]
+        # A run that the replica does not have yet is no run that there is not.
+        run = customer.get("/organizations/acme/runs/newer")
+        assert (run.status_code, "As of" in run.text) == (200, False)
+        operator.sign_in(operator_token())
+        page = operator.get(HISTORY)
+        assert figures(page)["available"] == str(after)
+        assert "As of" not in page.text
+
+
+def test_what_follows_a_page_of_the_primary_skips_nothing_that_the_replica_lacks(
+    system: System, api: Patient, address: str
+) -> None:
+    with system.behind(), Visitor(base_url=address) as customer:
+        for _ in range(3):
+            last = system.grant()
+        assert [each["id"] for each in told(api, cursor=last, limit=2)["items"]] == [last - 1, last - 2]
+        grouped = told(api, cursor=f"{last + 1}-{last}", limit=2, group_by="workflow")
+        assert [each["last_id"] for each in grouped["items"]] == [last - 1, last - 2]
+        customer.sign_in(token())
+        assert shown(customer.get(HISTORY, params=LEDGER | {"before": last}))[0] == last - 1
+        # What the replica has, it may go on with.
+        assert told(api, cursor=last - 2, limit=1)["total"] == last - 3
+
+
+def test_metrics_are_the_replicas_and_say_until_when_they_have_everything(system: System, api: Patient) -> None:
+    with system.behind():
+        begin = system.now()
+        system.write(("wallet.purchase", {"purchase_id": "p", "credits": 0}))
+        values = metrics(api)
+        assert values["holdfast_dead_letters_open"] == 0
+        assert values["holdfast_figures_timestamp_seconds"] <= begin.timestamp()
+        assert (values["holdfast_database_up"], values["holdfast_replica_up"]) == (1, 1)
+    assert metrics(api)["holdfast_dead_letters_open"] == 1
+
+
+def metrics(api: Patient) -> dict[str, float]:
+    lines = api.get("/metrics").text.splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+
+
+# A replica that cannot answer
+
+
+def test_a_replica_that_is_away_is_missed_by_nobody_and_read_again_when_it_is_back(
+    system: System, app: FastAPI, api: Patient
+) -> None:
+    system.replica.kill()
+    number = system.grant()
+    assert told(api)["total"] == number
+    eventually(lambda: not reads_from_replica(app))
+    assert metrics(api)["holdfast_replica_up"] == 0
+    system.replica.start()
+    eventually(partial(reads_from_replica, app))
+    assert metrics(api)["holdfast_replica_up"] == 1
+
+
+@pytest.fixture
+def impatient(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas, "CONNECT_TIMEOUT_S", 2)
+
+
+def test_who_reads_when_the_replica_freezes_gets_the_primarys_answer(
+    system: System, impatient: None, app: FastAPI, api: Patient
+) -> None:
+    told(api)
+    with suspended(*processes_of(system.replica)):
+        number = system.grant()
+        assert told(api)["total"] == number
+        assert not reads_from_replica(app)
+        assert told(api)["total"] == number
+    eventually(partial(reads_from_replica, app))
+
+
+def test_readers_go_on_while_the_primary_is_away(system: System, api: Patient) -> None:
+    before = told(api)
+    system.primary.kill()
+    try:
+        system.ledger.engine.dispose()
+        later = told(api)
+        assert later["items"] == before["items"]
+        assert as_of(later) <= as_of(told(api))
+        assert told(api, USAGE)["total"]["credits"] == 0
+        assert api.get(CREDITS).status_code == 503
+        values = metrics(api)
+        assert (values["holdfast_database_up"], values["holdfast_replica_up"]) == (0, 1)
+        assert "holdfast_dead_letters_open" in values
+    finally:
+        system.primary.start()
+    eventually(lambda: api.get(CREDITS).status_code == 200)
+    system.follow()
+
+
+def test_a_replica_that_is_much_behind_is_not_read(
+    system: System, app: FastAPI, api: Patient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicas, "MOST_BEHIND_S", 0.5)
+    with system.behind():
+        number = system.grant()
+        eventually(lambda: told(api)["total"] == number)
+        eventually(lambda: not reads_from_replica(app))
+    eventually(partial(reads_from_replica, app))
+
+
+def test_a_replica_whose_schema_is_not_the_primarys_is_not_read(system: System, app: FastAPI, api: Patient) -> None:
+    [(revision,)] = sql(system.ledger.engine, "SELECT version_num FROM alembic_version")
+    with system.behind():
+        number = system.grant()
+        sql(system.ledger.engine, "UPDATE alembic_version SET version_num = '9999'")
+        eventually(lambda: told(api)["total"] == number)
+        sql(system.ledger.engine, "UPDATE alembic_version SET version_num = :revision", revision=revision)
+    eventually(partial(reads_from_replica, app))
+
+
+def test_what_is_no_replica_of_the_ledger_is_not_read(system: System, capfd: pytest.CaptureFixture[str]) -> None:
+    with as_admin(system.primary) as admin:
+        admin.execute("CREATE DATABASE other TEMPLATE template0 OWNER holdfast")
+    other = connect(system.primary.url(OWNER, "other"))
+    migrations.upgrade(other)
+    migrations.grant(other)
+    other.dispose()
+    system.follow()
+    alone, of_another = "a database on its own", "no replica of HOLDFAST_DATABASE_URL's database, but of another one"
+    for server, database, problem in ((system.primary, "holdfast", alone), (system.replica, "other", of_another)):
+        app = app_that_reads_from(system, server.url(OWNER, database))
+        with serving(app) as address, Patient(base_url=address) as api:
+            api.headers["Authorization"] = f"Bearer {token()}"
+            assert problem in eventually(lambda: capfd.readouterr().err)
+            assert told(api)["total"] == system.granted
+            assert not reads_from_replica(app)
+
+
+def test_what_the_replica_cancels_in_favour_of_replication_is_read_from_the_primary(
+    system: System, app: FastAPI, address: str
+) -> None:
+    configure(system.replica, "max_standby_streaming_delay", "0")
+    calls = []
+
+    def read(ledger: Connection) -> int:
+        calls.append(ledger)
+        number = history.number_of_events(ledger, "acme")
+        if len(calls) == 1:
+            sql(system.ledger.engine, "LOCK TABLE credit_events")
+            system.follow()
+        return number + history.number_of_events(ledger, "globex")
+
+    reader = Reader(app.state.services)
+    assert reader.read(read) == system.granted
+    assert (len(calls), reader.is_from_replica) == (2, False)
+
+
+def test_an_export_goes_on_at_the_primary_where_the_replica_has_ended(
+    system: System, app: FastAPI, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history, "EXPORT_STEP", 1)
     system.grant()
     system.follow()
-    before = total(api)
-    with system.paused():
-        system.grant()
-        assert total(api) == before
-        assert api.get(CREDITS).json()["available"] == before + 1
+    reader = Reader(app.state.services)
+    exported = history.all_events(reader.read, "acme", EVERY_EVENT)
+    first = next(exported)
+    system.replica.kill()
+    system.grant()
+    assert [event["seq"] for event in (first, *exported)] == list(range(system.granted - 1, 0, -1))
+    assert not reader.is_from_replica
+    system.replica.start()

@@ -9,9 +9,12 @@ import pytest
 from fastapi import FastAPI
 from sqlalchemy import Connection, Engine
 
+from api_stub import reader as api_reader
 from api_stub import services as api_services
+from api_stub.reader import Reader
 from api_stub.turns import AT_ONCE
 from ledger import daily_sums, history
+from ledger.filters import EVERY_EVENT
 from ledger.store import apply_batch
 from tests.acceptance import website
 from tests.acceptance.website import HISTORY, Patient, serving, token
@@ -126,12 +129,12 @@ def test_those_who_look_through_many_events_take_turns_and_nobody_else_waits(
     app: FastAPI, address: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(api_services, "POOL_TIMEOUT_S", 0.05)
-    monkeypatch.setattr(api_services, "MANY_EVENTS", 1)
+    monkeypatch.setattr(api_reader, "MANY_EVENTS", 1)
     grants = [("acme", "g1"), ("acme", "g2"), ("other", "g1")]
     apply_batch(engine, [delivery("wallet.grant", org_id=org, grant_id=grant, credits=1) for org, grant in grants])
     with client(address) as reader:
         for path in LOOKING:
-            with app.state.services.reading(through="acme"):
+            with app.state.services.taking_turns():
                 answer = reader.get(path)
                 assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
                 assert (BUSY if path.startswith("/api/") else "Many people are here right now") in answer.text
@@ -146,7 +149,7 @@ def test_those_who_find_what_they_ask_for_in_the_daily_sums_take_no_turns(
     app: FastAPI, address: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(api_services, "POOL_TIMEOUT_S", 0.05)
-    monkeypatch.setattr(api_services, "MANY_EVENTS", 1)
+    monkeypatch.setattr(api_reader, "MANY_EVENTS", 1)
     monkeypatch.setattr(daily_sums, "NOT_SUMMED", 1)
     apply_batch(
         engine, [delivery("wallet.grant", org_id="acme", grant_id=f"g{number}", credits=1) for number in range(3)]
@@ -155,7 +158,7 @@ def test_those_who_find_what_they_ask_for_in_the_daily_sums_take_no_turns(
     apply_batch(
         engine, [delivery("wallet.grant", org_id="other", grant_id=f"g{number}", credits=1) for number in range(3)]
     )
-    with client(address) as reader, app.state.services.reading(through="other"):
+    with client(address) as reader, app.state.services.taking_turns():
         assert {path: reader.get(path).status_code for path in LOOKING} == dict.fromkeys(LOOKING, 200)
         assert reader.get(HISTORY.replace("acme", "other")).status_code == 503
 
@@ -163,13 +166,14 @@ def test_those_who_find_what_they_ask_for_in_the_daily_sums_take_no_turns(
 def test_after_each_turn_the_database_is_left_alone_for_as_long(
     app: FastAPI, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api_services, "MANY_EVENTS", 0)
+    monkeypatch.setattr(api_reader, "MANY_EVENTS", 0)
     apply_batch(engine, [delivery("wallet.grant", org_id="acme", grant_id="g1", credits=1)])
-    with app.state.services.reading(through="acme") as ledger:
-        ledger.exec_driver_sql("SELECT pg_sleep(0.5)")
-        ended_at = ledger.exec_driver_sql("SELECT clock_timestamp()").scalar_one()
-    with app.state.services.reading(through="acme") as ledger:
-        begun_at = ledger.exec_driver_sql("SELECT clock_timestamp()").scalar_one()
+
+    def slow(ledger: Connection) -> Any:
+        return ledger.exec_driver_sql("SELECT clock_timestamp(), pg_sleep(0.5), clock_timestamp()").one()
+
+    first, second = (Reader(app.state.services).read(slow, through=("acme", EVERY_EVENT)) for _ in range(2))
+    ended_at, begun_at = first[2], second[0]
     assert (begun_at - ended_at).total_seconds() >= 0.5
 
 

@@ -41,6 +41,7 @@ def test_usage_is_grouped_the_largest_first_and_refunds_are_not_subtracted(api: 
     answer = api.get(USAGE, params={"group_by": "project"})
     assert answer.status_code == 200
     assert answer.json() == {
+        "as_of": answer.json()["as_of"],
         "groups": [{"project": "web", "credits": 70, "runs": 2}, {"project": None, "credits": 30, "runs": 1}],
         "total": {"credits": 100, "runs": 3},
         "truncated": False,
