@@ -7,7 +7,8 @@ import pytest
 
 from api_stub.auth import MIN_RSA_BITS
 from api_stub.protocol import REQUEST_TIMEOUT_S
-from api_stub.reader import MANY_EVENTS, READ_TIMEOUT_S
+from api_stub.reader import MANY_EVENTS
+from api_stub.services import READ_TIMEOUT_S
 from api_stub.turns import AT_ONCE
 from holdfast_client.messages import DELIVERY_LIMIT, MAX_BODY_BYTES, SUSPECT
 from holdfast_client.publishing import TIMEOUT_S
