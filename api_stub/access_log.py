@@ -37,9 +37,10 @@ def _is_worth_a_line(record: logging.LogRecord) -> bool:
 def _keep_tokens_out(record: logging.LogRecord) -> bool:
     """Remove tokens, also those in an address within an address, such as `next`."""
     if isinstance(record.args, tuple):
-        record.args = tuple(_without_tokens(value) if isinstance(value, str) else value for value in record.args)
+        record.args = tuple(without_tokens(value) if isinstance(value, str) else value for value in record.args)
     return True
 
 
-def _without_tokens(text: str) -> str:
+def without_tokens(text: str) -> str:
+    """An address without the tokens that it has."""
     return _ANY_TOKEN.sub("…", _TOKEN.sub(r"\1…", text))

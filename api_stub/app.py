@@ -25,6 +25,7 @@ with extras.of_the_server():
         pages,
         probes,
         quotes,
+        tracing,
         usage,
         wallets,
         workflows,
@@ -41,6 +42,7 @@ with extras.of_the_server():
 
 def create_app(settings: Settings) -> FastAPI:
     """Create the API for these settings. Raises SettingsError."""
+    tracing.start()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, asyncio.Event]]:
@@ -59,10 +61,12 @@ def create_app(settings: Settings) -> FastAPI:
         # A redirection would name the scheme and host that this process sees, not those of a proxy in front of it.
         redirect_slashes=False,
         responses=errors.RESPONSES,
+        telemetry=tracing.TELEMETRY,
     )
     app.state.services = Services(settings)
     app.add_middleware(Turns, authenticator=app.state.services.authenticator)
     app.add_middleware(around_every_answer)
+    app.add_middleware(tracing.carry_on)
     errors.install(app)
     access_log.install()
     for part in (wallets, usage, workflows, messages, batches, quotes, probes, pages, console, operators):

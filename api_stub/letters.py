@@ -22,7 +22,7 @@ from api_stub.sessions import Operator, checked_form
 from holdfast_client.client import NotSentError
 from holdfast_client.messages import MAX_CREDITS, MAX_REASON_LENGTH, MESSAGES
 from holdfast_client.results import ErrorCode
-from ledger import dead_letters, evidence, filters, views
+from ledger import dead_letters, evidence, filters, traces, views
 from ledger.causes import CODES
 from ledger.dead_letters import (
     Group,
@@ -275,6 +275,7 @@ def _letter_page(
         here=HERE,
         letter=letter,
         message=dead_letters.readable(letter.body, MAX_SHOWN, rest),
+        trace_id=traces.trace_id(letter.traceparent),
         traceback=shortened(letter.traceback or "", MAX_SHOWN, rest),
         max_error=dead_letters.MAX_ERROR_LENGTH,
         code=CODES.get(letter.error_code),  # an older version may have had another one

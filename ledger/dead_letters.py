@@ -42,6 +42,8 @@ class DeadLetter:
     traceback: str | None = None
     replay_of: int | None = None
     """The dead letter whose message was sent again with this one."""
+    traceparent: str | None = None
+    """The trace that the message belongs to."""
 
 
 # It also locks a letter that is open: whoever replays it must see this attempt before the letter is marked.
@@ -54,11 +56,13 @@ _REOPEN = """
 """
 
 _RECORD = """
-    INSERT INTO dead_letters (task, body, body_sha256, org_id, error_code, error, cause, traceback, attempts)
-    SELECT task, body, body_sha256, org_id, error_code, error, cause, traceback, attempts
+    INSERT INTO dead_letters
+      (task, body, body_sha256, org_id, error_code, error, cause, traceback, attempts, traceparent)
+    SELECT task, body, body_sha256, org_id, error_code, error, cause, traceback, attempts, traceparent
     FROM unnest(
-        %b::text[], %b::bytea[], %b::bytea[], %b::text[], %b::text[], %b::text[], %b::text[], %b::text[], %b::bigint[]
-    ) AS letter (task, body, body_sha256, org_id, error_code, error, cause, traceback, attempts)
+        %b::text[], %b::bytea[], %b::bytea[], %b::text[], %b::text[], %b::text[], %b::text[], %b::text[], %b::bigint[],
+        %b::text[]
+    ) AS letter (task, body, body_sha256, org_id, error_code, error, cause, traceback, attempts, traceparent)
     ON CONFLICT (task, body_sha256) WHERE status = 'open' DO UPDATE
       SET attempts = dead_letters.attempts + excluded.attempts,
           last_failed_at = GREATEST(dead_letters.last_failed_at, excluded.last_failed_at),
@@ -66,7 +70,8 @@ _RECORD = """
           error_code = excluded.error_code,
           error = excluded.error,
           cause = excluded.cause,
-          traceback = excluded.traceback
+          traceback = excluded.traceback,
+          traceparent = COALESCE(excluded.traceparent, dead_letters.traceparent)
     RETURNING task, body_sha256, id
 """
 
@@ -99,6 +104,7 @@ def record(connection: psycopg.Connection[Any], letters: Sequence[DeadLetter]) -
             cause_of(letter.error),
             letter.traceback,
             attempts,
+            letter.traceparent,
         )
         for (_, digest), (letter, attempts) in sorted(distinct.items(), key=lambda item: item[0])
     ]
@@ -145,6 +151,7 @@ class KeptLetter(ListedLetter):
 
     body: bytes
     traceback: str | None
+    traceparent: str | None
 
 
 class UnknownLetterError(LookupError):
@@ -386,19 +393,17 @@ def sent_with(letter: KeptLetter) -> tuple[list[Any], dict[str, Any]]:
     return found
 
 
-def replay(
-    engine: Engine, letter_id: int, *, by: str, send: Callable[[str, list[Any], dict[str, Any]], Result | str]
-) -> str:
+def replay(engine: Engine, letter_id: int, *, by: str, send: Callable[..., Result | str]) -> str:
     """Send a dead letter's message again, unchanged, and mark the letter with the outcome. Returns the outcome.
 
-    `send` takes the task, its positional and its named arguments. It returns what the message did or, if that is not
-    known, a text that says why. It raises StillFailsError if the message failed again. Replaying twice is safe, as the
-    message keeps its ids; the letter keeps the first known outcome. Raises UnknownLetterError, NotReplayableError and
-    StillFailsError.
+    `send` takes the task, its positional and its named arguments, and the `traceparent` or None. It returns what the
+    message did or, if that is not known, a text that says why. It raises StillFailsError if the message failed again.
+    Replaying twice is safe, as the message keeps its ids; the letter keeps the first known outcome. Raises
+    UnknownLetterError, NotReplayableError and StillFailsError.
     """
     with engine.connect() as connection:
         kept = letter(connection, letter_id)
-    answer = send(kept.task, *sent_with(kept))
+    answer = send(kept.task, *sent_with(kept), kept.traceparent)
     outcome = f"{_SENT}{answer}" if isinstance(answer, str) else described(answer)
     mark = _resolve(letter_id, status="replayed", by=by, resolution=outcome).where(
         or_(dead_letters.c.status != "replayed", dead_letters.c.resolution.startswith(_SENT))

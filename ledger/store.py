@@ -36,7 +36,7 @@ from holdfast_client.messages import (
     parse,
 )
 from holdfast_client.results import ErrorCode, Result
-from ledger import bodies, dead_letters, waiting
+from ledger import bodies, dead_letters, traces, waiting
 from ledger.database import raw_connection
 from ledger.dead_letters import MAX_ERROR_LENGTH, DeadLetter
 from ledger.faults import describe, is_transient
@@ -78,6 +78,8 @@ class Delivery(NamedTuple):
     """Where to send the answer; opaque to the ledger, and kept with a message that waits."""
     replay_of: int | None = None
     """The dead letter whose message this is, sent again. It is believed only if it holds the same message."""
+    traceparent: str | None = None
+    """The trace that the message belongs to: see `traces`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +237,7 @@ def _write_and_commit(
             answer.code,
             answer.error,
             replay_of=delivery.replay_of,
+            traceparent=delivery.traceparent,
         )
         for delivery, message, answer in zip(deliveries, messages, decided, strict=True)
         if not isinstance(answer, (Result, Waits))
@@ -258,6 +261,7 @@ def _waiting_message(delivery: Delivery, message: AnyMessage | InvalidMessage, r
         None if problem is None else problem.error,
         reason,
         delivery.replay_of,
+        delivery.traceparent,
     )
 
 
@@ -341,7 +345,7 @@ def _delivery(kept: NumberedMessage) -> Delivery:
         arguments = bodies.arguments(kept.body)
         assert arguments is not None
         payload = bodies.only_argument(kept.task, *arguments)
-    return Delivery(kept.task, payload, kept.body, kept.answer_to, kept.replay_of)
+    return Delivery(kept.task, payload, kept.body, kept.answer_to, kept.replay_of, kept.traceparent)
 
 
 class _CaughtUp(NamedTuple):
@@ -378,9 +382,10 @@ def _bury_waiting(connection: Connection, org_id: str, taken: Taken | None, erro
         return Applied([], None)
     [kept] = waiting.read(connection, org_id, taken)
     if error is None:
-        delivery = Delivery(kept.task, None, kept.body, kept.answer_to)
+        delivery = Delivery(kept.task, None, kept.body, kept.answer_to, traceparent=kept.traceparent)
         task, text = kept.task[:MAX_TASK_LENGTH], "its worker ended each time it was applied"
-        letter = DeadLetter(task, kept.body, org_id or None, "delivery_limit", text, replay_of=kept.replay_of)
+        why: ErrorCode = "delivery_limit"
+        letter = DeadLetter(task, kept.body, org_id or None, why, text, None, kept.replay_of, kept.traceparent)
         [letter_id] = dead_letters.record(connection, [letter])
         answer = DeadLettered(letter_id, letter.code, letter.error)
     else:
@@ -400,9 +405,11 @@ def _record_unexpected(connection: Connection, delivery: Delivery, error: Except
         beginning(_storable(f"{delivery.task} failed unexpectedly: {type(error).__name__}: {error}"), MAX_ERROR_LENGTH),
         _end(_storable("".join(traceback.format_exception(error))), MAX_TRACEBACK_LENGTH),
         delivery.replay_of,
+        delivery.traceparent,
     )
     [letter_id] = dead_letters.record(connection, [letter])
-    logger.error("%s failed unexpectedly, see dead letter %d:\n%s", letter.task, letter_id, letter.traceback)
+    text, trace = "%s failed unexpectedly, see dead letter %d:\n%s", traces.of(delivery.traceparent)
+    logger.error(text, letter.task, letter_id, letter.traceback, extra=trace)
     return DeadLettered(letter_id, letter.code, letter.error)
 
 

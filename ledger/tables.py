@@ -346,6 +346,7 @@ dead_letters = Table(
     _optional("resolution", Text),
     # See `causes.cause_of`; empty if an older version wrote the letter, until its message fails again.
     Column("cause", Text, nullable=False, server_default=""),
+    _optional("traceparent", Text),
     PrimaryKeyConstraint("id", name="dead_letters_pkey"),
     _check("dead_letters_status", "status IN ('open', 'replayed', 'discarded')"),
     _check("dead_letters_attempts", "attempts >= 1"),
@@ -397,6 +398,7 @@ waiting_messages = Table(
     Column("waiting_since", Timestamp, nullable=False, server_default=func.clock_timestamp()),
     Column("attempts", BigInteger, nullable=False, server_default=text("0")),
     _optional("replay_of", BigInteger),  # the dead letter whose message this is, sent again
+    _optional("traceparent", Text),
     PrimaryKeyConstraint("org_id", "number", name="waiting_messages_pkey"),
     _check("waiting_messages_error", "(error_code IS NULL) = (error IS NULL)"),
     _check("waiting_messages_attempts", "attempts >= 0"),

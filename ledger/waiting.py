@@ -63,6 +63,8 @@ class WaitingMessage(NamedTuple):
     """Why it has to wait."""
     replay_of: int | None = None
     """The dead letter whose message this is, sent again."""
+    traceparent: str | None = None
+    """The trace that the message belongs to."""
 
 
 class NumberedMessage(NamedTuple):
@@ -75,6 +77,7 @@ class NumberedMessage(NamedTuple):
     error_code: ErrorCode | None
     error: str | None
     replay_of: int | None
+    traceparent: str | None
 
 
 class Taken(NamedTuple):
@@ -99,10 +102,11 @@ class WaitingOrganization:
 
 
 _KEEP = """
-    INSERT INTO waiting_messages (org_id, task, body, answer_to, error_code, error, reason, replay_of)
-    SELECT org_id, task, body, answer_to, error_code, error, reason, replay_of
-    FROM unnest(%b::text[], %b::text[], %b::bytea[], %b::text[], %b::text[], %b::text[], %b::text[], %b::bigint[])
-      WITH ORDINALITY AS new (org_id, task, body, answer_to, error_code, error, reason, replay_of, place)
+    INSERT INTO waiting_messages (org_id, task, body, answer_to, error_code, error, reason, replay_of, traceparent)
+    SELECT org_id, task, body, answer_to, error_code, error, reason, replay_of, traceparent
+    FROM unnest(
+        %b::text[], %b::text[], %b::bytea[], %b::text[], %b::text[], %b::text[], %b::text[], %b::bigint[], %b::text[]
+    ) WITH ORDINALITY AS new (org_id, task, body, answer_to, error_code, error, reason, replay_of, traceparent, place)
     ORDER BY place
 """
 _FIRST = "SELECT number, attempts FROM waiting_messages WHERE org_id = %b ORDER BY number LIMIT %b"
@@ -110,7 +114,7 @@ _COUNT_ATTEMPT = """
     UPDATE waiting_messages SET attempts = attempts + %b WHERE org_id = %b AND number = ANY(%b::bigint[])
 """
 _READ = """
-    SELECT number, task, body, answer_to, error_code, error, replay_of FROM waiting_messages
+    SELECT number, task, body, answer_to, error_code, error, replay_of, traceparent FROM waiting_messages
     WHERE org_id = %b AND number = ANY(%b::bigint[]) ORDER BY number
 """
 _REMOVE = "DELETE FROM waiting_messages WHERE org_id = %b AND number = ANY(%b::bigint[])"

@@ -18,7 +18,8 @@ from celery import Celery
 from redis.exceptions import RedisError
 
 from holdfast_client.results import Result
-from ledger.store import DeadLettered
+from ledger import traces
+from ledger.store import DeadLettered, Delivery
 from worker.runs import RunEnded
 from worker.tasks import as_value
 
@@ -70,9 +71,10 @@ class Answers:
         return None
 
 
-def tell_dead_letter(answer: DeadLettered) -> None:
-    """Log a dead letter."""
-    logger.warning("Dead letter %d, %s: %s", answer.letter_id, answer.code, answer.error)
+def tell_dead_letter(delivery: Delivery, answer: DeadLettered) -> None:
+    """Log a dead letter, with the trace of its message."""
+    trace = traces.of(delivery.traceparent)
+    logger.warning("Dead letter %d, %s: %s", answer.letter_id, answer.code, answer.error, extra=trace)
 
 
 def value_of(answer: Answer) -> Any:

@@ -23,7 +23,7 @@ from holdfast_client.redis_server import UnsupportedServerError
 from ledger import logs
 from ledger.database import TRANSACTION_TIMEOUT_S, UnsuitableDatabaseError, abandon, connect, refuse_unsuitable
 from ledger.settings import Settings, SettingsError
-from worker import metrics
+from worker import metrics, spans
 from worker.batching import MOST_MESSAGES, collect_garbage_seldom
 from worker.broker import create_celery, queues, reason
 from worker.compression import inflate_within
@@ -90,6 +90,7 @@ def create_app(settings: Settings) -> Celery:
         setup_logging.connect(logs.set_up)
         celery.apps.worker.safe_say = logs.write
     worker_init.connect(lambda **_: _refuse_unsuitable(app.ledger_engine), weak=False)
+    worker_init.connect(lambda **_: _make_spans(), weak=False)
     if (address := settings.metrics_address) is not None:
         worker_init.connect(lambda **_: _serve_metrics(address), weak=False)
     # Imports its modules now: a signal during a later import would leave half a module, and an error at exit.
@@ -105,6 +106,13 @@ def _monotonic_now() -> datetime:
 def _serve_metrics(address: str) -> None:
     try:
         metrics.serve(address)
+    except SettingsError as error:
+        _fail(error)
+
+
+def _make_spans() -> None:
+    try:
+        spans.start(most_messages=MOST_MESSAGES)
     except SettingsError as error:
         _fail(error)
 

@@ -23,7 +23,7 @@ from ledger.faults import is_transient, may_be_local
 from ledger.store import Applied, DeadLettered, apply_waiting, reason_to_wait
 from ledger.waiting import MUCH_DUE, WaitingOrganization
 from ledger.working_set import LONG_PATIENCE_S, SHORT_PATIENCE_S, SHORTEST_PATIENCE_S
-from worker import metrics
+from worker import metrics, spans
 from worker.answers import Answers, tell_dead_letter
 from worker.outage import Outage
 from worker.runs import Run, RunEnded
@@ -213,7 +213,7 @@ class Background:
         for _ in _for_a_while(self._stopped.is_set):
             if time.monotonic() < pace.next_at:
                 return False
-            attempts.served_at = time.monotonic()
+            attempts.served_at, began_at = time.monotonic(), time.time()
             try:
                 applied = apply_waiting(self._engine, org_id, limit=pace.limit, patience_s=patience_s)
             except Exception as error:
@@ -227,6 +227,7 @@ class Background:
                 pace.failed()
                 return True
             self._applied(applied)
+            spans.waited([delivery.traceparent for delivery, _ in applied.answers], began_at=began_at)
             attempts.reason = applied.problem
             attempts.is_locked = applied.problem not in (None, MUCH_DUE)
             if attempts.is_locked:
@@ -240,9 +241,9 @@ class Background:
         return True
 
     def _applied(self, applied: Applied) -> None:
-        for _, answer in applied.answers:
+        for delivery, answer in applied.answers:
             if isinstance(answer, DeadLettered):
-                tell_dead_letter(answer)
+                tell_dead_letter(delivery, answer)
         self._answers.store([(delivery.answer_to, answer) for delivery, answer in applied.answers])
         metrics.count_answers([(delivery.task, answer) for delivery, answer in applied.answers])
 

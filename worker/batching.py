@@ -22,7 +22,7 @@ from kombu.message import Message
 from holdfast_client.results import Result
 from ledger.store import DeadLettered, Delivery, apply_batch
 from ledger.waiting import Waits
-from worker import metrics
+from worker import metrics, spans
 from worker.answers import Answer, Answers, tell_dead_letter, value_of
 from worker.background import Background
 from worker.monitoring import Monitored, count
@@ -105,6 +105,10 @@ class Inbox:
 
     def _apply(self, arrivals: Sequence[Arrival]) -> bool:
         """Apply `arrivals`, the first of those that have arrived. Returns whether that worked."""
+        with spans.processing([arrival.content.traceparent for arrival in arrivals]) as span:
+            return self._apply_within(span, arrivals)
+
+    def _apply_within(self, span: spans.Processing, arrivals: Sequence[Arrival]) -> bool:
         began_at = time.monotonic()
         deliveries: list[Delivery] = []
         monitors: list[Monitored | None] = []
@@ -118,10 +122,11 @@ class Inbox:
                 deliveries.append(content)
                 monitors.append(monitor)
         try:
-            with self._outage.asking(_WHO):
+            with self._outage.asking(_WHO), span.applying():
                 outcomes = apply_batch(self._engine, deliveries, known_to_wait=self._background.known_to_wait())
         except Exception as error:  # noqa: BLE001 - raising ends the worker; acknowledging loses the messages
             self._outage.failed(_WHO, error)
+            span.failed(error)
             self._try_again_later()
             return False
         self._outage.answered(_WHO)
@@ -136,13 +141,14 @@ class Inbox:
             else:
                 answered.append((delivery.answer_to, outcome))
             if isinstance(outcome, DeadLettered):
-                tell_dead_letter(outcome)
+                tell_dead_letter(delivery, outcome)
             if monitor is not None:
                 monitor.ended(_told(outcome), took_s=took_s)
         for run, monitor in runs:
             self._background.ask(run)
             if monitor is not None:
                 monitor.ended(None, took_s=took_s)
+        span.ended(outcomes)
         count(content.task for _, content, monitor in arrivals if monitor is None and content.task in TASKS)
         metrics.count_batch(len(arrivals), took_s=took_s)
         metrics.count_answers((delivery.task, outcome) for delivery, outcome in zip(deliveries, outcomes, strict=True))

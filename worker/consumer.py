@@ -34,7 +34,7 @@ from worker.batching import Arrival, Inbox
 from worker.broker import reason, taken_from
 from worker.compression import UNKNOWN_COMPRESSION
 from worker.control import answer_questions_only
-from worker.envelope import answer_to, named_task, raw_body, replay_of, task_and_arguments
+from worker.envelope import answer_to, named_task, raw_body, replay_of, task_and_arguments, traceparent_of
 from worker.monitoring import Monitored
 from worker.runs import Run
 from worker.tasks import SCHEDULER_TASKS, TASKS
@@ -189,10 +189,11 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
             _take_source_out(message, args, kwargs)
         monitored = Monitored.received(self.app.tasks[task], message, self)
         if task in SCHEDULER_TASKS:
-            self.inbox.add(Arrival(message, Run(task, answer_to(message)), monitored))
+            self.inbox.add(Arrival(message, Run(task, answer_to(message), traceparent_of(message)), monitored))
             return
         payload = only_argument(task, args, kwargs)
-        delivery = Delivery(task, payload, raw_body(message), answer_to(message), replay_of(message))
+        about = answer_to(message), replay_of(message), traceparent_of(message)
+        delivery = Delivery(task, payload, raw_body(message), *about)
         self.inbox.add(Arrival(message, delivery, monitored))
 
     def _keep(self, message: Message, problem: InvalidMessage) -> None:
@@ -201,7 +202,8 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
             problem = _problem_of_engine(message, problem)
         body = raw_body(message)
         message.body = b""  # which may be large, and is not needed to acknowledge it
-        delivery = Delivery(named_task(message), problem, body[:MAX_BODY_BYTES], answer_to(message), replay_of(message))
+        about = answer_to(message), replay_of(message), traceparent_of(message)
+        delivery = Delivery(named_task(message), problem, body[:MAX_BODY_BYTES], *about)
         self.inbox.add(Arrival(message, delivery, None))
 
 

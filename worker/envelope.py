@@ -6,6 +6,8 @@ from celery.utils.time import maybe_iso8601
 from kombu.message import Message
 
 from holdfast_client.broker import ENGINE_QUEUES, REPLAY_OF
+from holdfast_client.tracing import TRACEPARENT
+from ledger import traces
 from ledger.bodies import Arguments, strict_arguments
 from worker.answers import ONLY_FAILURES
 from worker.broker import taken_from
@@ -43,6 +45,11 @@ def replay_of(message: Message) -> int | None:
     number = message.headers.get(REPLAY_OF) if isinstance(message.headers, dict) else None
     is_number = isinstance(number, int) and not isinstance(number, bool) and 0 < number < 2**63
     return number if is_number and taken_from(message) not in ENGINE_QUEUES else None
+
+
+def traceparent_of(message: Message) -> str | None:
+    """The trace that the message says it belongs to, or None."""
+    return traces.valid(message.headers.get(TRACEPARENT)) if isinstance(message.headers, dict) else None
 
 
 def is_text(value: object) -> TypeGuard[str]:

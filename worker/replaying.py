@@ -31,10 +31,14 @@ class Replayer:
         """
         return dead_letters.replay(self._engine, letter_id, by=self._by, send=partial(self.send, letter_id))
 
-    def send(self, letter_id: int, task: str, args: list[Any], kwargs: dict[str, Any]) -> Result | str:
+    def send(
+        self, letter_id: int, task: str, args: list[Any], kwargs: dict[str, Any], traceparent: str | None
+    ) -> Result | str:
         """Send the message of a letter. Returns its result or, in words, why the result is not known."""
         try:
-            answer = self._client.send_as_is(task, args, kwargs, wait_s=self._wait_s, replay_of=letter_id)
+            answer = self._client.send_as_is(
+                task, args, kwargs, wait_s=self._wait_s, replay_of=letter_id, traceparent=traceparent
+            )
         except DeadLetteredError as error:
             raise StillFailsError(str(error)) from error
         except InvalidMessageError as error:

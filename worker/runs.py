@@ -9,6 +9,8 @@ class Run(NamedTuple):
     task: str
     answer_to: str | None
     """The id under which a caller waits for the answer, or None."""
+    traceparent: str | None = None
+    """The trace that the request belongs to."""
 
 
 class RunEnded(NamedTuple):

@@ -14,6 +14,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from contextvars import copy_context
 from typing import Any, Self, TypeVar
 from uuid import uuid4
 
@@ -223,7 +224,8 @@ class AsyncClient(AsyncMessages):
 
     async def _in_thread(self, act: Callable[[], Value]) -> Value:
         self._refuse_other_loop()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, act)
+        # With the caller's context, in which a span may be current.
+        return await asyncio.get_running_loop().run_in_executor(self._threads, copy_context().run, act)
 
 
 class _Announcements(PubSub):

@@ -415,20 +415,22 @@ class Client(Messages):
         *,
         wait_s: float | None = None,
         replay_of: int | None = None,
+        traceparent: str | None = None,
     ) -> Result | None:
         """Send a task with these arguments, unchecked, as for a replay. Raises the errors of the other methods.
 
         Returns None for a run of the scheduler, which has no Result. `replay_of`: the dead letter that holds the
-        message, and is open again if it fails.
+        message, and is open again if it fails. `traceparent`: the trace that the message belongs to.
         """
         self._refuse_not_allowed(task, args[0] if args else None)
+        about = {"replay_of": replay_of, "traceparent": traceparent}
         if wait_s is None:
-            hand_over(self._publisher, task, [encoded(self._publisher, task, args, kwargs, replay_of=replay_of)])
+            hand_over(self._publisher, task, [encoded(self._publisher, task, args, kwargs, **about)])
             return None
         if self._results is None:
             raise ValueError(NO_RESULT_URL)
         task_id = str(uuid4())
-        message = encoded(self._publisher, task, args, kwargs, task_id=task_id, replay_of=replay_of)
+        message = encoded(self._publisher, task, args, kwargs, task_id=task_id, **about)
         key = answer_key(task_id)
         with self._results.pubsub() as announced:
             try:

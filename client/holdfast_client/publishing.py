@@ -27,6 +27,7 @@ from redis.exceptions import RedisError
 from holdfast_client.broker import ENGINE_QUEUE, QUEUE, REPLAY_OF, connection_options, declare_queues, masked, verified
 from holdfast_client.broker_urls import REDIS_SCHEMES
 from holdfast_client.redis_server import UnsupportedServerError, check_server
+from holdfast_client.tracing import TRACEPARENT, publishing
 
 TIMEOUT_S = 5.0
 """How long the broker, or one of its nodes, may be silent."""
@@ -91,6 +92,7 @@ class Publisher:
         if queue not in (QUEUE, ENGINE_QUEUE):
             raise ValueError(f"the queue must be {QUEUE} or {ENGINE_QUEUE}, not {queue!r}: no worker takes from others")
         self._broker_url = broker_url
+        self._system = "redis" if broker_url.startswith(REDIS_SCHEMES) else "rabbitmq"
         self.queue = queue
         self._reply_to = str(uuid4())  # a message of Celery's names one, though nobody listens there
         self._open()
@@ -130,10 +132,11 @@ class Publisher:
         *,
         task_id: str | None = None,
         replay_of: int | None = None,
+        traceparent: str | None = None,
     ) -> Encoded:
         """Encode a message for `task`. Its result is stored only if `task_id` is given. Raises EncodeError.
 
-        `replay_of`: the dead letter whose message this is.
+        `replay_of`: the dead letter whose message this is. `traceparent`: the trace of that message.
         """
         is_awaited = task_id is not None
         task_id = task_id or str(uuid4())
@@ -160,6 +163,8 @@ class Publisher:
         }
         if replay_of is not None:
             headers[REPLAY_OF] = replay_of
+        if traceparent is not None:
+            headers[TRACEPARENT] = traceparent
         embed = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
         content_type, content_encoding, body = dumps((args, kwargs, embed), serializer="json")
         properties = {"correlation_id": task_id, "reply_to": self._reply_to, "delivery_mode": _PERSISTENT}
@@ -167,6 +172,10 @@ class Publisher:
 
     def publish(self, messages: Sequence[Encoded]) -> None:
         """Hand over all `messages`, in this order. Raises one of BROKER_ERRORS; then any of them may have arrived."""
+        with publishing(self.queue, self._system, [message.headers for message in messages]):
+            self._publish(messages)
+
+    def _publish(self, messages: Sequence[Encoded]) -> None:
         self._reopen_after_fork()
         with self._producers.acquire(block=True) as producer:
             hand_over = self._confirmed if producer.connection.transport.driver_type == "amqp" else self._pushed

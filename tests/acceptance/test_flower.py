@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
+from holdfast_client.client import Client
 from tests.acceptance import commands
 from tests.installation import Installation, celery, installed_on, log_of, open_folder
 from tests.support import PATIENCE_S, eventually
-from worker.client import Client
 from worker.local.broker import Broker
 from worker.local.machine import free_port
 

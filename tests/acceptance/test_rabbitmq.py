@@ -142,7 +142,7 @@ def test_a_broker_that_keeps_no_answers_is_not_asked_for_one(engine: Engine, cli
     with pytest.raises(ValueError, match="wait_s needs a result_url: this broker keeps no answers"):
         client.grant(org_id="acme", grant_id="gift", credits=1, wait_s=1)
     replayer = Replayer(engine, client, by="ann", wait_s=10)
-    assert replayer.send(7, "wallet.grant", [{}], {}) == "this broker keeps no answers"
+    assert replayer.send(7, "wallet.grant", [{}], {}, None) == "this broker keeps no answers"
     assert take(channel, QUEUE).headers["task"] == "wallet.grant"
     assert channel.basic_get(QUEUE) is None
 

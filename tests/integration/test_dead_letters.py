@@ -54,6 +54,7 @@ def test_a_message_that_cannot_be_applied_is_kept_as_it_arrived(engine: Engine) 
         "resolved_at": None,
         "resolved_by": None,
         "resolution": None,
+        "traceparent": None,
     }
 
 

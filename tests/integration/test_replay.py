@@ -36,10 +36,10 @@ REFUND = delivery("wallet.refund", org_id="acme", refund_id="r1", credits=30, wo
 FINISH = delivery("workflow.finish", org_id="acme", workflow_id="run", credits=80)
 
 
-def worker(engine: Engine) -> Callable[[str, list[Any], dict[str, Any]], Result]:
+def worker(engine: Engine) -> Callable[[str, list[Any], dict[str, Any], str | None], Result]:
     """Applies what is sent at once, and answers."""
 
-    def send(task: str, args: list[Any], kwargs: dict[str, Any]) -> Result:
+    def send(task: str, args: list[Any], kwargs: dict[str, Any], _: str | None) -> Result:
         body = json.dumps([args, kwargs, EMBED]).encode()
         [answer] = apply_batch(engine, [Delivery(task, only_argument(task, args, kwargs), body)])
         if isinstance(answer, DeadLettered):
@@ -334,7 +334,7 @@ def test_what_cannot_be_encoded_does_not_stop_the_others(engine: Engine) -> None
         Client("redis://127.0.0.1:1/0") as client,
         pytest.raises(NotReplayableError, match="dead letter 7 is nested too deeply to be sent again"),
     ):
-        Replayer(engine, client, by="ann", wait_s=10).send(7, "wallet.grant", [nested], {})
+        Replayer(engine, client, by="ann", wait_s=10).send(7, "wallet.grant", [nested], {}, None)
 
 
 def test_an_unknown_letter_is_neither_replayed_nor_discarded(engine: Engine) -> None:
@@ -417,8 +417,8 @@ def test_the_arguments_are_sent_as_they_came(engine: Engine) -> None:
         return "nobody knows"
 
     replay(engine, 1, send)
-    [(task, args, kwargs)] = sent
-    assert (task, args) == ("wallet.\x1b", [1, {"a": "\ud800\x00"}])
+    [(task, args, kwargs, traceparent)] = sent
+    assert (task, args, traceparent) == ("wallet.\x1b", [1, {"a": "\ud800\x00"}], None)
     assert repr(kwargs) == "{'b': [nan]}"
 
 

@@ -14,7 +14,7 @@ import typer
 from sqlalchemy import Connection, Engine
 
 from holdfast_client.results import ErrorCode
-from ledger import bodies, dead_letters
+from ledger import bodies, dead_letters, traces
 from ledger.causes import CODES
 from ledger.dead_letters import (
     MAX_ERROR_LENGTH,
@@ -202,9 +202,10 @@ def show(letter_id: LetterId, as_json: AsJson = False) -> None:
     if as_json:
         print_json(_item(letter))
         return
-    names = [name for name in asdict(letter) if name not in ("id", "body", "traceback", "cause")]
+    names = [name for name in asdict(letter) if name not in ("id", "body", "traceback", "cause", "traceparent")]
     values = asdict(letter) | {"error": beginning(letter.error, MAX_ERROR_LENGTH)}
-    rows = [(name, values[name]) for name in names if values[name] is not None]
+    values["trace_id"] = traces.trace_id(letter.traceparent)
+    rows = [(name, values[name]) for name in (*names, "trace_id") if values[name] is not None]
     if letter.status == "open" and letter.error_code in CODES:
         rows.append(("what_to_do", CODES[letter.error_code].cure))
     console.print(properties(f"Dead letter {letter.id}", rows, amounts=False))
@@ -399,7 +400,7 @@ def _counted(count: int) -> str:
 
 def _fields(letter: ListedLetter) -> dict[str, Any]:
     """A dead letter as JSON values, without its message and traceback, which may be large."""
-    values = {name: value for name, value in asdict(letter).items() if name not in ("body", "traceback")}
+    values = {name: value for name, value in asdict(letter).items() if name not in ("body", "traceback", "traceparent")}
     times = {name: value.isoformat() for name, value in values.items() if isinstance(value, datetime)}
     return {**values, **times}
 
@@ -408,7 +409,8 @@ def _item(letter: KeptLetter) -> dict[str, Any]:
     """A whole dead letter as JSON values: the message's arguments, if it has any, and its bytes in any case."""
     args, kwargs = bodies.arguments(letter.body) or (None, None)
     body = base64.b64encode(letter.body).decode()
-    return {**_fields(letter), "traceback": letter.traceback, "args": args, "kwargs": kwargs, "body_base64": body}
+    told = {**_fields(letter), "trace_id": traces.trace_id(letter.traceparent), "traceback": letter.traceback}
+    return {**told, "args": args, "kwargs": kwargs, "body_base64": body}
 
 
 _REST = "Use --json to see all that is kept."
