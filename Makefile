@@ -68,7 +68,7 @@ docs: $(VENV)/runtime.stamp ## write docs/messages.md and asyncapi.json again, a
 COMPILE = UV_CUSTOM_COMPILE_COMMAND='make lock' .venv-lock/bin/uv pip compile --quiet --universal --upgrade \
 	--generate-hashes --no-emit-index-url --no-strip-extras --no-annotate \
 	--no-emit-package holdfast-client \
-	pyproject.toml --extra server --extra embedded --extra otel --group build
+	pyproject.toml --extra server --extra embedded --extra otel --extra archive --group build
 lock: ## rewrite both lock files: the newest versions that pyproject.toml allows
 	@$(PYTHON) -m venv .venv-lock
 	@.venv-lock/bin/python -m pip --quiet --disable-pip-version-check install '$(UV)'

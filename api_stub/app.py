@@ -12,7 +12,7 @@ from importlib.metadata import version
 
 from ledger import extras
 
-with extras.of_the_server():
+with extras.of("server"):
     from fastapi import FastAPI
 
     from api_stub import (

@@ -2,12 +2,16 @@
 
 Each check restates a rule from the rows alone, without the code that wrote them. It blocks no writer. The last two
 check what the database itself refuses, as the owner of the tables can switch that off.
+
+Of a wallet whose older events are in the archive, the row in `archived` is where the balances continue from. A workflow
+or message without its event is accepted there if all of these together are exactly what the archive has taken.
+`ledger.archive.verify` reads the archived events back, and runs the same checks over all events.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Engine, func, text
+from sqlalchemy import Connection, Engine, func, text
 from sqlalchemy.dialects.postgresql import insert
 
 from holdfast_client.messages import MAX_CREDITS
@@ -44,6 +48,8 @@ class Verdict:
     findings: list[Finding]
     wallets: int
     events: int
+    archived: int
+    """The events that are in the archive and were not checked."""
     open_dead_letters: int
 
     @property
@@ -60,22 +66,28 @@ class Verdict:
 def verify(engine: Engine) -> Verdict:
     """Check every invariant in one snapshot of the database."""
     with engine.connect() as connection:
-        connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
-        connection.execute(text("SET LOCAL statement_timeout = 0"))
+        return check_all(connection)
 
-        def count(rows: str) -> Any:
-            return connection.scalar(text(f"SELECT count(*) FROM {rows}"))
 
-        def offenders(check: Check) -> list[tuple[str, str]]:
-            query = text(f"SELECT org_id, offender FROM ({check.offenders}) AS broken ORDER BY 1, 2 LIMIT :most")
-            return [(row.org_id, row.offender) for row in connection.execute(query, {"most": MAX_OFFENDERS})]
+def check_all(connection: Connection) -> Verdict:
+    """The same in a new transaction of `connection`."""
+    connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
+    connection.execute(text("SET LOCAL statement_timeout = 0"))
 
-        return Verdict(
-            [Finding(check, offenders(check)) for check in CHECKS],
-            wallets=count("wallets"),
-            events=count("credit_events"),
-            open_dead_letters=count("dead_letters WHERE status = 'open'"),
-        )
+    def count(rows: str) -> Any:
+        return connection.scalar(text(f"SELECT count(*) FROM {rows}"))
+
+    def offenders(check: Check) -> list[tuple[str, str]]:
+        query = text(f"SELECT org_id, offender FROM ({check.offenders}) AS broken ORDER BY 1, 2 LIMIT :most")
+        return [(row.org_id, row.offender) for row in connection.execute(query, {"most": MAX_OFFENDERS})]
+
+    return Verdict(
+        [Finding(check, offenders(check)) for check in CHECKS],
+        wallets=count("wallets"),
+        events=count("credit_events"),
+        archived=int(connection.scalar(text("SELECT COALESCE(sum(seq), 0) FROM archived")) or 0),
+        open_dead_letters=count("dead_letters WHERE status = 'open'"),
+    )
 
 
 def record(engine: Engine, verdict: Verdict) -> None:
@@ -87,6 +99,7 @@ def record(engine: Engine, verdict: Verdict) -> None:
 
 
 _STEPS = """
+    SELECT * FROM (
     SELECT org_id, seq, event_type, credits, idempotency_key, created_at,
            subscription_balance_after - subscription_change AS subscription_before,
            prepaid_balance_after - prepaid_change AS prepaid_before,
@@ -101,9 +114,19 @@ _STEPS = """
                  AS subscription_change,
                reserved_after - lag(reserved_after, 1, 0::bigint) OVER wallet AS reserved_change,
                period_usage_after - lag(period_usage_after, 1, 0::bigint) OVER wallet AS usage_change
-        FROM credit_events WINDOW wallet AS (PARTITION BY org_id ORDER BY seq)
+        FROM (
+            SELECT org_id, seq, created_at, event_type, credits, idempotency_key, metadata, prepaid_balance_after,
+                   subscription_balance_after, reserved_after, period_usage_after
+            FROM credit_events
+            UNION ALL
+            SELECT org_id, seq, created_at, NULL, NULL, NULL, NULL, prepaid_balance, subscription_balance, reserved,
+                   period_usage
+            FROM archived
+        ) AS there
+        WINDOW wallet AS (PARTITION BY org_id ORDER BY seq)
     ) AS changes
     WINDOW wallet AS (PARTITION BY org_id ORDER BY seq)
+    ) AS steps WHERE event_type IS NOT NULL
 """
 
 
@@ -112,6 +135,51 @@ def _number(*path: str) -> str:
     value = f"metadata #> '{{{','.join(path)}}}'"
     return f"CASE WHEN jsonb_typeof({value}) = 'number' THEN ({value})::numeric ELSE 0 END"
 
+
+_OF_MESSAGE = """(
+    (workflow_id IS NULL OR event_type = 'refund') AND NOT starts_with(idempotency_key, 'subscription:')
+    AND strpos(idempotency_key, '/ended/') = 0 AND NOT (starts_with(idempotency_key, 'configure:') AND credits = 0)
+)"""
+_REVERSES = "starts_with(idempotency_key, 'reversal:')"
+# What an event moves of the prepaid credits with an end.
+_MOVED = f"""CASE
+    WHEN starts_with(idempotency_key, 'subscription:') THEN 0
+    WHEN strpos(idempotency_key, '/ended/') > 0 THEN credits
+    WHEN event_type = 'usage' THEN -{_number("paid_by", "ending")}
+    WHEN event_type IN ('adjustment', 'billing') THEN -{_number("from_ending")}
+    WHEN event_type = 'refund' THEN (
+        SELECT COALESCE(sum((part)::numeric), 0)
+        FROM jsonb_path_query(metadata, '$.ending[*].credits ? (@.type() == "number")') AS part
+    )
+    WHEN event_type IN ('grant', 'prepaid_purchase') AND EXISTS (
+        SELECT FROM posted_messages AS sent
+        WHERE sent.org_id = event.org_id AND kind || ':' || message_id = idempotency_key
+          AND kind = split_part(idempotency_key, ':', 1) AND terms ->> 'expires_at' IS NOT NULL
+    ) THEN credits - {_number("debt_settled")}
+    ELSE 0
+END"""
+_RESERVED = "sum(-credits) FILTER (WHERE event_type = 'reservation')"
+_RELEASED = "sum(credits) FILTER (WHERE event_type = 'reservation_released')"
+_USED = f"sum(-credits + {_number('not_charged')}) FILTER (WHERE event_type = 'usage')"
+
+BALANCES = ("prepaid_balance", "subscription_balance", "reserved", "period_usage")
+"""The balances of a wallet; after an event, with `_after`."""
+
+ARCHIVED = {
+    "held": f"COALESCE({_RESERVED}, 0)",
+    "released": f"COALESCE({_RELEASED}, 0)",
+    "used": f"COALESCE({_USED}, 0)",
+    "posted": f"COALESCE(sum(credits) FILTER (WHERE {_OF_MESSAGE} AND NOT {_REVERSES}), 0)",
+    "reversed": f"COALESCE(sum(-credits) FILTER (WHERE {_REVERSES}), 0)",
+    "ending": f"sum({_MOVED})",
+}
+"""What `archived` keeps of the events of a wallet that leave, by column: expressions over the rows of `event`."""
+
+FUNCTION_MD5 = "798d2bd8197fe0c9c61dc6846a35d25d"
+"""Of the text of `credit_events_refuse_change`, as revision 0031 makes it."""
+
+# Not a temporary view of the same name, as `ledger.archive.verify` has.
+_TABLE = "to_regclass(format('%I.%I', current_schema(), {}))"
 
 _CONSTRAINTS = ", ".join(
     f"('{table.name}', '{constraint.name}')" for table in metadata.sorted_tables for constraint in table.constraints
@@ -174,11 +242,16 @@ CHECKS = (
         "sum",
         "The credits of all events add up to the available balance.",
         """
-        SELECT org_id, 'events add up to ' || COALESCE(sum(credits), 0) || ', available is '
-               || prepaid_balance + subscription_balance - reserved AS offender
-        FROM wallets LEFT JOIN credit_events USING (org_id)
-        GROUP BY org_id, prepaid_balance, subscription_balance, reserved
-        HAVING COALESCE(sum(credits), 0) <> prepaid_balance + subscription_balance - reserved
+        SELECT org_id, 'events add up to ' || added || ', available is ' || available AS offender
+        FROM (
+            SELECT wallet.org_id, wallet.prepaid_balance + wallet.subscription_balance - wallet.reserved AS available,
+                   COALESCE(sum(credits), 0)
+                   + COALESCE(old.prepaid_balance + old.subscription_balance - old.reserved, 0) AS added
+            FROM wallets AS wallet LEFT JOIN credit_events USING (org_id)
+            LEFT JOIN archived AS old ON old.org_id = wallet.org_id
+            GROUP BY wallet.org_id, old.org_id
+        ) AS sums
+        WHERE added <> available
         """,
     ),
     Check(
@@ -217,24 +290,36 @@ CHECKS = (
         "workflows",
         "A workflow is reserved, released and charged at most once, as its state and its messages' amounts require.",
         f"""
-        SELECT org_id, 'workflow ' || workflow_id AS offender
-        FROM (SELECT org_id, workflow_id, state, start_credits, start_answer, finish_credits FROM workflows) AS workflow
-        FULL JOIN (
-            SELECT org_id, workflow_id,
-                   sum(-credits) FILTER (WHERE event_type = 'reservation') AS reserved,
-                   sum(credits) FILTER (WHERE event_type = 'reservation_released') AS released,
-                   sum(-credits + {_number("not_charged")}) FILTER (WHERE event_type = 'usage') AS used,
-                   max(metadata ->> 'reason') FILTER (WHERE event_type = 'reservation_released') AS release_reason,
-                   count(*) = count(DISTINCT event_type) AS once
-            FROM credit_events WHERE workflow_id IS NOT NULL AND event_type <> 'refund' GROUP BY org_id, workflow_id
-        ) AS history USING (org_id, workflow_id)
+        WITH joined AS (
+            SELECT *, CASE WHEN start_answer = 'reserved' THEN start_credits END AS holds,
+                   CASE WHEN start_answer = 'reserved' AND state <> 'reserved' THEN start_credits END AS releases
+            FROM (
+                SELECT org_id, workflow_id, state, start_credits, start_answer, reserved_seq, finish_credits
+                FROM workflows
+            ) AS workflow
+            FULL JOIN (
+                SELECT org_id, workflow_id, {_RESERVED} AS reserved, {_RELEASED} AS released, {_USED} AS used,
+                       max(metadata ->> 'reason') FILTER (WHERE event_type = 'reservation_released') AS release_reason,
+                       count(*) = count(DISTINCT event_type) AS once
+                FROM credit_events WHERE workflow_id IS NOT NULL AND event_type <> 'refund' GROUP BY org_id, workflow_id
+            ) AS history USING (org_id, workflow_id)
+            LEFT JOIN (SELECT org_id, seq AS left_until, held AS has_held, archived.released AS has_released,
+                              archived.used AS has_used FROM archived) AS archive USING (org_id)
+        )
+        SELECT org_id, 'workflow ' || workflow_id AS offender FROM joined
         WHERE state IS NULL
            OR NOT COALESCE(once, true)
-           OR used IS DISTINCT FROM finish_credits
-           OR reserved IS DISTINCT FROM CASE WHEN start_answer = 'reserved' THEN start_credits END
-           OR released IS DISTINCT FROM
-              CASE WHEN start_answer = 'reserved' AND state <> 'reserved' THEN start_credits END
+           OR (used IS DISTINCT FROM finish_credits AND (left_until IS NULL OR used IS NOT NULL))
+           OR (reserved IS DISTINCT FROM holds
+               AND (left_until IS NULL OR reserved IS NOT NULL OR reserved_seq > left_until))
+           OR (released IS DISTINCT FROM releases AND (left_until IS NULL OR released IS NOT NULL))
            OR (state IN ('cancelled', 'failed', 'expired') AND release_reason <> state)
+        UNION ALL
+        SELECT org_id, 'the workflows whose events are in the archive' FROM joined WHERE left_until IS NOT NULL
+        GROUP BY org_id, has_held, has_released, has_used
+        HAVING (COALESCE(sum(holds) FILTER (WHERE reserved IS NULL), 0),
+                COALESCE(sum(releases) FILTER (WHERE released IS NULL), 0),
+                COALESCE(sum(finish_credits) FILTER (WHERE used IS NULL), 0)) <> (has_held, has_released, has_used)
         """,
     ),
     Check(
@@ -264,38 +349,52 @@ CHECKS = (
     Check(
         "messages",
         "Every message about the wallet that has credits, such as a purchase, is one event with these credits.",
-        """
-        SELECT COALESCE(message.org_id, event.org_id) AS org_id, COALESCE(key, idempotency_key) AS offender
-        FROM (
-            SELECT org_id, kind || ':' || message_id AS key, kind,
-                   (terms ->> 'credits')::bigint * CASE kind WHEN 'reversal' THEN -1 ELSE 1 END AS credits
-            FROM posted_messages WHERE terms ? 'credits'
-        ) AS message
-        FULL JOIN (
-            SELECT org_id, idempotency_key, credits FROM credit_events
-            WHERE (workflow_id IS NULL OR event_type = 'refund') AND NOT starts_with(idempotency_key, 'subscription:')
-              AND strpos(idempotency_key, '/ended/') = 0
-              AND NOT (starts_with(idempotency_key, 'configure:') AND credits = 0)
-        ) AS event ON event.org_id = message.org_id AND idempotency_key = key
-        WHERE CASE WHEN kind = 'reversal' AND message.credits IS NULL THEN COALESCE(event.credits, 0) >= 0
-              ELSE message.credits IS DISTINCT FROM event.credits END
+        f"""
+        WITH joined AS (
+            SELECT COALESCE(message.org_id, event.org_id) AS org_id, key, kind, idempotency_key,
+                   message.credits AS sent, event.credits
+            FROM (
+                SELECT org_id, kind || ':' || message_id AS key, kind,
+                       (terms ->> 'credits')::bigint * CASE kind WHEN 'reversal' THEN -1 ELSE 1 END AS credits
+                FROM posted_messages WHERE terms ? 'credits'
+            ) AS message
+            FULL JOIN (SELECT org_id, idempotency_key, credits FROM credit_events WHERE {_OF_MESSAGE}) AS event
+              ON event.org_id = message.org_id AND idempotency_key = key
+        )
+        SELECT org_id, COALESCE(key, idempotency_key) AS offender FROM joined
+        WHERE (idempotency_key IS NOT NULL OR NOT EXISTS (SELECT FROM archived WHERE archived.org_id = joined.org_id))
+          AND CASE WHEN kind = 'reversal' AND sent IS NULL THEN COALESCE(credits, 0) >= 0
+                   ELSE sent IS DISTINCT FROM credits END
+        UNION ALL
+        SELECT org_id, 'the messages whose events are in the archive'
+        FROM archived LEFT JOIN joined USING (org_id) GROUP BY org_id, posted
+        HAVING COALESCE(sum(sent) FILTER (WHERE idempotency_key IS NULL AND kind <> 'reversal'), 0) <> posted
         """,
     ),
     Check(
         "reversals",
         "What was reversed of a purchase is remembered, and is not more than it brought.",
         """
-        SELECT org_id, 'purchase ' || purchase_id AS offender
-        FROM (
-            SELECT org_id, message_id AS purchase_id, (terms ->> 'credits')::bigint AS brought, reversed
-            FROM posted_messages WHERE kind = 'purchase'
-        ) AS purchase
-        FULL JOIN (
-            SELECT org_id, terms ->> 'purchase_id' AS purchase_id, sum(-credits) AS taken
-            FROM posted_messages JOIN credit_events USING (org_id)
-            WHERE kind = 'reversal' AND idempotency_key = 'reversal:' || message_id GROUP BY 1, 2
-        ) AS reversals USING (org_id, purchase_id)
-        WHERE COALESCE(reversed, 0) <> COALESCE(taken, 0) OR COALESCE(taken, 0) > COALESCE(brought, 0)
+        WITH joined AS (
+            SELECT org_id, purchase_id, COALESCE(brought, 0) AS brought, COALESCE(reversed, 0) AS reversed,
+                   COALESCE(taken, 0) AS taken
+            FROM (
+                SELECT org_id, message_id AS purchase_id, (terms ->> 'credits')::bigint AS brought, reversed
+                FROM posted_messages WHERE kind = 'purchase'
+            ) AS purchase
+            FULL JOIN (
+                SELECT org_id, terms ->> 'purchase_id' AS purchase_id, sum(-credits) AS taken
+                FROM posted_messages JOIN credit_events USING (org_id)
+                WHERE kind = 'reversal' AND idempotency_key = 'reversal:' || message_id GROUP BY 1, 2
+            ) AS reversals USING (org_id, purchase_id)
+        )
+        SELECT org_id, 'purchase ' || purchase_id AS offender FROM joined
+        WHERE taken > brought OR taken > reversed
+           OR (taken < reversed AND NOT EXISTS (SELECT FROM archived WHERE archived.org_id = joined.org_id))
+        UNION ALL
+        SELECT org_id, 'the reversals in the archive'
+        FROM archived LEFT JOIN joined USING (org_id) GROUP BY org_id, archived.reversed
+        HAVING COALESCE(sum(joined.reversed - taken), 0) <> archived.reversed
         """,
     ),
     Check(
@@ -336,7 +435,8 @@ CHECKS = (
         ) AS ending
         LEFT JOIN (SELECT org_id, idempotency_key AS origin, credits AS brought FROM credit_events) AS event
           USING (org_id, origin)
-        WHERE brought IS NULL OR (credits > brought AND NOT starts_with(origin, 'subscription:'))
+        WHERE (brought IS NULL AND NOT EXISTS (SELECT FROM archived WHERE archived.org_id = ending.org_id))
+           OR (credits > brought AND NOT starts_with(origin, 'subscription:'))
         """,
     ),
     Check(
@@ -345,22 +445,10 @@ CHECKS = (
         f"""
         SELECT org_id, 'came in and left: ' || moved || ', there are ' || remaining AS offender
         FROM (
-            SELECT org_id, sum(CASE
-                WHEN strpos(idempotency_key, '/ended/') > 0 THEN credits
-                WHEN event_type = 'usage' THEN -{_number("paid_by", "ending")}
-                WHEN event_type IN ('adjustment', 'billing') THEN -{_number("from_ending")}
-                WHEN event_type = 'refund' THEN (
-                    SELECT COALESCE(sum((part)::numeric), 0)
-                    FROM jsonb_path_query(metadata, '$.ending[*].credits ? (@.type() == "number")') AS part
-                )
-                WHEN event_type IN ('grant', 'prepaid_purchase') AND EXISTS (
-                    SELECT FROM posted_messages AS sent
-                    WHERE sent.org_id = event.org_id AND kind || ':' || message_id = idempotency_key
-                      AND kind = split_part(idempotency_key, ':', 1) AND terms ->> 'expires_at' IS NOT NULL
-                ) THEN credits - {_number("debt_settled")}
-                ELSE 0
-            END) AS moved
-            FROM credit_events AS event WHERE NOT starts_with(idempotency_key, 'subscription:') GROUP BY org_id
+            SELECT org_id, sum(moved) AS moved FROM (
+                SELECT org_id, {_MOVED} AS moved FROM credit_events AS event
+                UNION ALL SELECT org_id, ending FROM archived
+            ) AS part GROUP BY org_id
         ) AS history
         FULL JOIN (
             SELECT org_id, sum(remaining) AS remaining FROM ending_credits
@@ -399,34 +487,56 @@ CHECKS = (
         "The daily sums are those of the events that have been summed.",
         """
         SELECT org_id, 'the sums of ' || day AS offender
-        FROM daily_sums FULL JOIN (
+        FROM (
+            SELECT sums.* FROM daily_sums AS sums LEFT JOIN archived USING (org_id)
+            WHERE day > COALESCE(CAST(timezone('UTC', created_at) AS date), '-infinity')
+        ) AS daily_sums FULL JOIN (
             SELECT org_id, CAST(timezone('UTC', created_at) AS date) AS day, event_type,
                    COALESCE(project_id, '') AS project_id, COALESCE(activity_name, '') AS activity_name, source,
                    count(*) AS counted, sum(event.credits) AS added, min(event.seq) AS first_seq,
                    max(event.seq) AS last_seq
             FROM credit_events AS event JOIN daily_sums_through AS through USING (org_id)
-            WHERE event.seq <= through.seq GROUP BY 1, 2, 3, 4, 5, 6
+            WHERE event.seq <= through.seq AND NOT EXISTS (
+                SELECT FROM archived WHERE archived.org_id = event.org_id AND timezone('UTC', event.created_at)
+                  < CAST(timezone('UTC', archived.created_at) AS date) + 1
+            )
+            GROUP BY 1, 2, 3, 4, 5, 6
         ) AS history USING (org_id, day, event_type, project_id, activity_name, source)
         WHERE (events, credits, daily_sums.first_seq, daily_sums.last_seq)
             IS DISTINCT FROM (counted, added, history.first_seq, history.last_seq)
+        UNION ALL
+        SELECT org_id, 'the sums of all days' FROM (
+            SELECT old.org_id, COALESCE(through.seq, 0) AS summed,
+                   (SELECT COALESCE(sum(events), 0) FROM daily_sums WHERE org_id = old.org_id) AS counted,
+                   (SELECT COALESCE(sum(credits), 0) FROM daily_sums WHERE org_id = old.org_id) AS added,
+                   old.prepaid_balance + old.subscription_balance - old.reserved + (
+                       SELECT COALESCE(sum(credits), 0) FROM credit_events
+                       WHERE org_id = old.org_id AND seq <= through.seq
+                   ) AS moved
+            FROM archived AS old LEFT JOIN daily_sums_through AS through USING (org_id)
+        ) AS sums
+        WHERE (summed, moved) <> (counted, added)
         """,
     ),
     Check(
         "append-only",
-        "The database refuses to change or delete an event.",
-        """
-        SELECT 'credit_events' AS org_id, 'the trigger credit_events_append_only is ' || state AS offender
+        "The database refuses to change or delete an event that is neither archived nor to be erased.",
+        f"""
+        SELECT 'credit_events' AS org_id, 'the trigger ' || name || ' is ' || state AS offender
         FROM (
-            SELECT CASE
+            SELECT name,
+                   CASE
                      WHEN tgname IS NULL THEN 'missing'
                      WHEN tgenabled NOT IN ('O', 'A') THEN 'disabled'
-                     -- before UPDATE, DELETE and TRUNCATE, for each statement
-                     WHEN tgtype <> 2 + 8 + 16 + 32 OR tgattr <> '' OR tgqual IS NOT NULL
-                       OR strpos(prosrc, 'RAISE EXCEPTION') = 0
+                     WHEN tgtype <> type OR tgattr <> '' OR tgqual IS NOT NULL
+                       OR md5(prosrc) <> '{FUNCTION_MD5}'
                        THEN 'not the one that holdfast migrate creates'
                    END AS state
-            FROM (VALUES ('credit_events_append_only')) AS expected (name)
-            LEFT JOIN pg_trigger ON tgname = name AND tgrelid = to_regclass('credit_events')
+            FROM (VALUES
+                ('credit_events_append_only', 1 + 2 + 8 + 16), -- for each row, before UPDATE and DELETE
+                ('credit_events_no_truncate', 2 + 32) -- for each statement, before TRUNCATE
+            ) AS expected (name, type)
+            LEFT JOIN pg_trigger ON tgname = name AND tgrelid = {_TABLE.format("'credit_events'")}
             LEFT JOIN pg_proc ON pg_proc.oid = tgfoid
         ) AS trigger
         WHERE state IS NOT NULL
@@ -439,7 +549,7 @@ CHECKS = (
         SELECT relation AS org_id,
                name || CASE WHEN conname IS NULL THEN ' is missing' ELSE ' is not validated' END AS offender
         FROM (VALUES {_CONSTRAINTS}) AS expected (relation, name)
-        LEFT JOIN pg_constraint ON conname = name AND conrelid = to_regclass(relation)
+        LEFT JOIN pg_constraint ON conname = name AND conrelid = {_TABLE.format("relation")}
         WHERE convalidated IS NOT TRUE
         """,
     ),

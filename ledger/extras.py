@@ -1,4 +1,4 @@
-"""The error of an installation without the extra `server`, such as that of the client alone."""
+"""The error of an installation without an extra, such as `server` if only the client is installed."""
 
 import sys
 from collections.abc import Iterator
@@ -8,14 +8,14 @@ OURS = ("holdfast_client", "ledger", "worker", "api_stub")
 
 
 @contextmanager
-def of_the_server() -> Iterator[None]:
-    """For imports that need the extra `server`. If a package is missing, print one line, and exit with code 2."""
+def of(extra: str) -> Iterator[None]:
+    """For imports that need `extra`. If a package is missing, print one line, and exit with code 2."""
     try:
         yield
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         if package in OURS:
             raise
-        cure = "install the extra `server`, in a checkout with: pip install ./client '.[server]'"
+        cure = f"install the extra `{extra}`, in a checkout with: pip install ./client '.[{extra}]'"
         print(f"holdfast: The package {package} is missing: {cure}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -326,6 +326,53 @@ daily_sums_through = Table(
     _check("daily_sums_through_seq", "seq >= 0"),
 )
 
+# Up to which event the history of a wallet is in the archive, the balances after that event, and what `ledger.audit`
+# needs of the archived events: the sums of reservations, releases, usage, messages with credits and reversals, and by
+# how much the prepaid credits with an end changed.
+archived = Table(
+    "archived",
+    metadata,
+    _column("org_id", Text),
+    _column("seq", BigInteger),
+    _column("created_at", Timestamp),
+    _column("prepaid_balance", BigInteger),
+    _column("subscription_balance", BigInteger),
+    _column("reserved", BigInteger),
+    _column("period_usage", BigInteger),
+    _column("held", Numeric),
+    _column("released", Numeric),
+    _column("used", Numeric),
+    _column("posted", Numeric),
+    _column("reversed", Numeric),
+    _column("ending", Numeric),
+    PrimaryKeyConstraint("org_id", name="archived_pkey"),
+    _check("archived_seq", "seq >= 1"),
+)
+
+# One row, once something was archived: whose archive it is, and the last entry of its manifest.
+archive_head = Table(
+    "archive_head",
+    metadata,
+    Column("number", BigInteger, nullable=False, server_default=text("1")),
+    _column("installation", Text),
+    _column("head", Text),
+    PrimaryKeyConstraint("number", name="archive_head_pkey"),
+    _check("archive_head_number", "number = 1"),
+)
+
+# Whose free text was erased, up to which event, by whom and why.
+erasures = Table(
+    "erasures",
+    metadata,
+    _column("org_id", Text),
+    _column("erased_at", Timestamp),
+    _column("seq", BigInteger),
+    _column("erased_by", Text),
+    _column("why", Text),
+    PrimaryKeyConstraint("org_id", "erased_at", name="erasures_pkey"),
+    _check("erasures_seq", "seq >= 0"),
+)
+
 dead_letters = Table(
     "dead_letters",
     metadata,

@@ -13,7 +13,7 @@ from ledger import extras
 def __getattr__(name: str) -> Any:
     if name != "celery":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with extras.of_the_server():
+    with extras.of("server"):
         from ledger.settings import Settings, SettingsError
         from worker.app import create_app
 

@@ -489,13 +489,19 @@ def test_an_event_of_any_type_that_changes_a_balance_by_one_too_many_is_found(
 ANOTHER_TRIGGER = """
     DROP TRIGGER credit_events_append_only ON credit_events;
     CREATE TRIGGER credit_events_append_only BEFORE {} ON credit_events
-        FOR EACH STATEMENT {} EXECUTE FUNCTION credit_events_refuse_change()
+        FOR EACH {} EXECUTE FUNCTION credit_events_refuse_change()
 """
-REPLACED = (
-    ANOTHER_TRIGGER.format("UPDATE OR TRUNCATE", ""),
-    ANOTHER_TRIGGER.format("UPDATE OF credits OR DELETE OR TRUNCATE", ""),
-    ANOTHER_TRIGGER.format("UPDATE OR DELETE OR TRUNCATE", "WHEN (current_user <> 'holdfast')"),
+FOR_BOTH = (
+    "ALTER TABLE credit_events DISABLE TRIGGER USER",
+    "DROP FUNCTION credit_events_refuse_change CASCADE",
     "CREATE OR REPLACE FUNCTION credit_events_refuse_change() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN END'",
+)
+REPLACED = (
+    ANOTHER_TRIGGER.format("UPDATE", "ROW"),
+    ANOTHER_TRIGGER.format("UPDATE OR DELETE", "STATEMENT"),
+    ANOTHER_TRIGGER.format("UPDATE OF credits OR DELETE", "ROW"),
+    ANOTHER_TRIGGER.format("UPDATE OR DELETE", "ROW WHEN (OLD.seq > 1)"),
+    FOR_BOTH[-1],
 )
 UNGUARDED = {
     "ALTER TABLE credit_events DISABLE TRIGGER credit_events_append_only": "disabled",
@@ -512,8 +518,16 @@ UNGUARDED = {
 @pytest.mark.parametrize("statement", UNGUARDED)
 def test_a_history_that_can_be_changed_is_found(ledger: Engine, statement: str) -> None:
     sql(ledger, statement)
+    names = ["credit_events_append_only", *["credit_events_no_truncate"] * (statement in FOR_BOTH)]
     assert found(ledger) == {
-        "append-only": [("credit_events", f"the trigger credit_events_append_only is {UNGUARDED[statement]}")]
+        "append-only": [("credit_events", f"the trigger {name} is {UNGUARDED[statement]}") for name in names]
+    }
+
+
+def test_a_history_that_can_be_emptied_is_found(ledger: Engine) -> None:
+    sql(ledger, "DROP TRIGGER credit_events_no_truncate ON credit_events")
+    assert found(ledger) == {
+        "append-only": [("credit_events", "the trigger credit_events_no_truncate is missing")],
     }
 
 

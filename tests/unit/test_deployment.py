@@ -595,7 +595,7 @@ def test_only_what_runs_is_in_the_image() -> None:
     locked = re.findall(r"^([\w.-]+)(?:\[.*\])?==[^ ]+ \\$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     extras = PROJECT["project"]["optional-dependencies"]
     unneeded = {canonicalize_name(name) for name in locked} - what_runs(
-        [*PROJECT["project"]["dependencies"], *extras["server"], *extras["otel"]]
+        [*PROJECT["project"]["dependencies"], *extras["server"], *extras["otel"], *extras["archive"]]
     )
     assert sorted(uninstall[uninstall.index("--yes") + 1 :]) == sorted(unneeded)
 

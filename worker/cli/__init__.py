@@ -10,7 +10,7 @@ import sys
 
 from ledger import extras
 
-with extras.of_the_server():
+with extras.of("server"):
     import typer
     from sqlalchemy.exc import DBAPIError
 
@@ -19,7 +19,7 @@ with extras.of_the_server():
     from ledger.database import UnsuitableDatabaseError
     from ledger.faults import describe, is_about_schema
     from ledger.settings import SettingsError
-    from worker.cli import database, failed, holds, running, send, token, totals, usage, wallet
+    from worker.cli import archive, database, failed, holds, running, send, token, totals, usage, wallet
     from worker.cli.terminal import fail, open_ledger
     from worker.cli.wording import Commands
     from worker.local.process import ServiceError
@@ -35,7 +35,7 @@ app = typer.Typer(
 )
 
 
-for group in (database, running, wallet, usage, totals, send, failed, holds, token):
+for group in (database, archive, running, wallet, usage, totals, send, failed, holds, token):
     app.add_typer(group.app)
 
 

@@ -1,10 +1,12 @@
 """`holdfast migrate` and `holdfast verify`: the schema, and the invariants of the ledger."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from psycopg.errors import RaiseException
 from rich.text import Text
+from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
 from ledger import audit, migrations, roles
@@ -55,13 +57,19 @@ def migrate(
 
 
 @app.command(epilog="Example: holdfast verify --json")
-def verify(as_json: AsJson = False) -> None:
+def verify(
+    folder: Annotated[
+        Path | None,
+        typer.Option("--archive", metavar="FOLDER", help="Also check the archive there, and the events in it."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Check every invariant of the ledger on the live database. Repairs nothing. Exit code 1 if one is broken.
 
     Keeps the result for monitoring. Warns if it cannot, and if the connection may do more to the tables than it needs.
     """
     with open_ledger() as engine:
-        verdict = audit.verify(engine)
+        verdict = audit.verify(engine) if folder is None else _verify_with_archive(engine, folder)
         try:
             audit.record(engine, verdict)
         except DBAPIError as error:  # such as on a replica
@@ -76,6 +84,7 @@ def verify(as_json: AsJson = False) -> None:
                 "clean": verdict.is_clean,
                 "wallets": verdict.wallets,
                 "events": verdict.events,
+                "archived_events": verdict.archived,
                 "open_dead_letters": verdict.open_dead_letters,
                 "checks": [
                     {"name": finding.check.name, "rule": finding.check.rule, "offenders": finding.offenders}
@@ -88,6 +97,16 @@ def verify(as_json: AsJson = False) -> None:
     raise typer.Exit(0 if verdict.is_clean else 1)
 
 
+def _verify_with_archive(engine: Engine, folder: Path) -> audit.Verdict:
+    from ledger import archive
+    from ledger.archive_files import ArchiveError
+
+    try:
+        return archive.verify(engine, folder)
+    except ArchiveError as error:
+        fail(str(error))
+
+
 def print_verdict(verdict: audit.Verdict) -> None:
     """Print each check with its offenders, and how much was checked."""
     for finding in verdict.findings:
@@ -95,8 +114,10 @@ def print_verdict(verdict: audit.Verdict) -> None:
         console.print(mark, Text(finding.check.rule))
         for org_id, offender in finding.offenders:
             console.print(Text(f"    {org_id}: {offender}"))
+    in_archive = f", in the archive: {verdict.archived:,}" if verdict.archived else ""
     looked_at = (
-        f"wallets: {verdict.wallets:,}, events: {verdict.events:,}, open dead letters: {verdict.open_dead_letters:,}"
+        f"wallets: {verdict.wallets:,}, events: {verdict.events:,}{in_archive}, "
+        f"open dead letters: {verdict.open_dead_letters:,}"
     )
     if verdict.is_clean:
         console.print(f"[bold green]Verified:[/] every invariant holds ({looked_at}).")
