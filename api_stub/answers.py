@@ -56,16 +56,30 @@ class Event(_Answer):
     metadata: dict[str, Any]
 
 
+class Archived(_Answer):
+    """The older events of the organization, which are in the archive."""
+
+    events: Annotated[int, Field(description="How many they are: those with an `id` up to this number.")]
+    through: Annotated[Moment, Field(description="The time of the last of them.")]
+
+
+_ARCHIVED = Field(description="The archived events, if some may match. They are in no item; null: there are none.")
+
+
 class EventPage(_Answer):
     """Events, newest first."""
 
     items: list[Event]
-    total: Annotated[int, Field(description="The number of all matching events.")]
-    credits: Annotated[int, Field(description="The sum of the credits of all matching events.")]
+    total: Annotated[
+        int,
+        Field(description="The number of all matching events. Of archived ones, those of the UTC days in the range."),
+    ]
+    credits: Annotated[int, Field(description="The sum of the credits of these events.")]
     limit: int
     offset: int
     next_cursor: Annotated[int | None, Field(description="The `cursor` of the next page; null: there is none.")]
     as_of: AsOf
+    archived: Annotated[Archived | None, _ARCHIVED]
 
 
 class Receipt(_Answer):
@@ -82,6 +96,9 @@ class Receipt(_Answer):
     began_at: Annotated[Moment, Field(description="When its first event was.")]
     changed_at: Annotated[Moment, Field(description="When its newest event was.")]
     expires_at: Annotated[Moment | None, Field(description="When its open reservation expires; null: it has none.")]
+    archived_in_part: Annotated[
+        bool, Field(description="Whether older events of the workflow are in the archive, and only the others counted.")
+    ]
     last_id: Annotated[int, Field(description="The `id` of its newest event.")]
     event: Annotated[Event | None, Field(description="The event, if it belongs to no workflow.")]
     events_url: Annotated[str | None, Field(description="Where the events of the workflow are; null: it is none.")]
@@ -103,6 +120,7 @@ class ReceiptPage(_Answer):
         Field(description="The `cursor` of the next page; null: there is none. A page may be shorter than its limit."),
     ]
     as_of: AsOf
+    archived: Annotated[Archived | None, _ARCHIVED]
 
 
 class Period(_Answer):
@@ -261,6 +279,7 @@ class Workflow(_Answer):
     expires_at: Annotated[Moment | None, Field(description="When its reservation expires, or would have expired.")]
     used_credits: Annotated[int | None, Field(description="The credits charged; null: it has not finished.")]
     refunded_credits: int
+    archived_in_part: Annotated[bool, Field(description="Whether events of it are in the archive, not here.")]
     events: Annotated[list[Event], Field(description="Its events and those of its refunds, oldest first.")]
 
 

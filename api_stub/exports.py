@@ -13,6 +13,7 @@ from datetime import datetime
 
 from sqlalchemy import RowMapping
 
+from ledger.archived import Archived
 from ledger.history import CUSTOMER_COLUMNS
 from ledger.readable import JOINERS, as_json, escaped, escaped_json
 from ledger.usage import Group, Usage
@@ -34,6 +35,13 @@ def as_file(name: str, as_of: datetime) -> dict[str, str]:
     """
     safe = re.sub(r"[^A-Za-z0-9_.-]", "-", name)
     return {"Content-Disposition": f'attachment; filename="{safe}"', "Holdfast-As-Of": as_of.isoformat()}
+
+
+def archived(older: Archived | None) -> dict[str, str]:
+    """The header of a file that lacks archived events: how many the organization has, and until when."""
+    if older is None:
+        return {}
+    return {"Holdfast-Archived": f"events={older.events}; through={older.through.isoformat()}"}
 
 
 def pieces(events: Iterable[RowMapping]) -> Iterator[str]:

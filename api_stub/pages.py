@@ -28,6 +28,7 @@ from api_stub.services import Services, Using
 from api_stub.sessions import Session, SignedIn, signed_in
 from holdfast_client.messages import ID_PATTERN, MAX_CREDITS, MAX_ID_LENGTH, MAX_NAME_LENGTH
 from ledger import directory, filters, history, receipts, views
+from ledger.archived import Archived
 from ledger.filters import EVERY_EVENT, EventFilter
 from ledger.outlook import lasting
 from ledger.readable import beginning
@@ -291,7 +292,12 @@ def credit_history(request: Request, org_id: VisibleOrg, asked_for: Query, using
 def credit_history_as_csv(org_id: VisibleOrg, asked_for: Query, using: Using, session: SignedIn) -> Response:
     """Every matching event, newest first, as a file."""
     reader = Reader(using, from_primary=session.is_staff)
-    asked = reader.read(lambda ledger: searched(ledger, org_id, asked_for))
+
+    def read(ledger: Connection) -> tuple[HistoryQuery, Archived | None]:
+        asked = searched(ledger, org_id, asked_for)
+        return asked, None if asked.errors else history.find(ledger, org_id, asked.matching).archived(ledger)
+
+    asked, older = reader.read(read)
     if asked.errors:
         raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, " ".join(asked.errors.values()))
     pieces = exports.pieces(history.all_events(reader.read, org_id, asked.matching))
@@ -299,7 +305,7 @@ def credit_history_as_csv(org_id: VisibleOrg, asked_for: Query, using: Using, se
     return StreamingResponse(
         chain((first,), pieces),
         media_type=exports.MEDIA_TYPE,
-        headers=exports.as_file(f"credit-history-{org_id}.csv", reader.as_of),
+        headers=exports.as_file(f"credit-history-{org_id}.csv", reader.as_of) | exports.archived(older),
     )
 
 
@@ -437,6 +443,7 @@ class Receipts:
     shown: list[Receipt]
     events: int
     credits: int
+    archived: Archived | None
     newest: str | None
     older: str | None
     """The queries of other pages; None: there is no such page."""
@@ -449,6 +456,7 @@ def receipts_of(ledger: Connection, org_id: str, asked_for: HistoryQuery) -> Rec
         shown=found.receipts,
         events=found.events,
         credits=found.credits,
+        archived=found.archived,
         newest=None if asked_for.place is None else asked_for.query(),
         older=None if found.next is None else asked_for.query(before=str(found.next)),
     )

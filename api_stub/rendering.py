@@ -20,7 +20,7 @@ from api_stub.formats import days, iso, pairs, said, share
 from api_stub.problems import OnPage, Problem
 from api_stub.receipts import more, outcome, standing, told, told_step
 from ledger.readable import JOINERS, beginning, escaped, readable_json, span
-from ledger.wording import amount, change, clock, day, during, label, near_day
+from ledger.wording import amount, change, clock, day, during, in_the_archive, label, near_day
 
 _HERE = Path(__file__).parent
 _STATIC = _HERE / "static"
@@ -149,7 +149,7 @@ _templates.filters |= {
     function.__name__: function
     for function in (
         *(amount, change, share, day, near_day, days, during, clock, iso, span, label),
-        *(pairs, said, readable_json, beginning),
+        *(pairs, said, readable_json, beginning, in_the_archive),
         *(more, outcome, standing, told, told_step),
     )
 }

@@ -17,7 +17,7 @@ from api_stub.reader import Reader
 from api_stub.rights import IS_AN_ID, ReadableOrg
 from api_stub.services import Using
 from holdfast_client.messages import MAX_CREDITS
-from ledger import filters, history, receipts, views
+from ledger import archived, filters, history, receipts, views
 from ledger.filters import EventFilter
 from ledger.receipts import Place
 from ledger.state import EventType
@@ -159,7 +159,10 @@ def add(app: FastAPI) -> None:
         with using.reading() as ledger:
             if at is not None:
                 then = min(at, datetime.now(UTC))
-                return {"org_id": org_id, "at": then, **asdict(history.balances_at(ledger, org_id, then))}
+                balances = history.balances_at(ledger, org_id, then)
+                if balances is None:
+                    raise Problem(HTTPStatus.NOT_FOUND, "The events of that time are in the archive.")
+                return {"org_id": org_id, "at": then, **asdict(balances)}
             return views.as_item(views.wallet(ledger, org_id) or WalletView(org_id))
 
 
@@ -184,6 +187,7 @@ def _events(page: history.Page, limit: int, offset: int) -> dict[str, Any]:
         "limit": limit,
         "offset": offset,
         "next_cursor": page.next_before_seq,
+        "archived": archived.as_item(page.archived),
     }
 
 
@@ -199,4 +203,5 @@ def _receipts(page: receipts.Page, org_id: str, limit: int, place: Place | None)
         "limit": limit,
         "offset": 0,
         "next_cursor": None if page.next is None else str(page.next),
+        "archived": archived.as_item(page.archived),
     }

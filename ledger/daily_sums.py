@@ -82,13 +82,16 @@ def whole_days(connection: Connection, org_id: str, first: int, end: int) -> Day
 
 
 _WHOLE_DAYS = text("""
-    WITH around AS (
-        SELECT (
-            SELECT CAST(timezone('UTC', created_at) AS date) FROM credit_events
-            WHERE org_id = :org_id AND seq = :first - 1
-        ) AS before_first, (
-            SELECT CAST(timezone('UTC', created_at) AS date) FROM credit_events WHERE org_id = :org_id AND seq = :end
-        ) AS after_last
+    WITH event AS (
+        SELECT seq, CAST(timezone('UTC', created_at) AS date) AS day FROM credit_events
+        WHERE org_id = :org_id AND seq IN (:first - 1, :end)
+    ), in_archive AS ( -- ranges begin and end between its days
+        SELECT number AS seq, (SELECT max(day) FROM daily_sums WHERE org_id = :org_id AND first_seq <= number) AS day
+        FROM archived CROSS JOIN (VALUES (CAST(:first AS bigint) - 1), (:end)) AS wanted (number)
+        WHERE org_id = :org_id AND number BETWEEN 1 AND seq
+    ), around AS (
+        SELECT max(day) FILTER (WHERE seq < :end) AS before_first, max(day) FILTER (WHERE seq = :end) AS after_last
+        FROM (SELECT * FROM event UNION ALL SELECT * FROM in_archive) AS ends
     ), days AS (
         SELECT min(day) AS first_day, max(day) AS last_day FROM around JOIN daily_sums
             ON day > COALESCE(before_first, '-infinity') AND day < COALESCE(after_last, 'infinity')

@@ -5,12 +5,15 @@ of numbers, found by binary search. Counting it, or beginning a page in it, is a
 few, and found by their idempotency keys. A filter by type, project or activity adds up the daily sums, which also tell
 on which days events match. It reads one by one only the events that are in no sum yet, and the days of its page.
 
+Events in the archive are in every sum, as far as their UTC days are completely in the range of time, and on no page.
+`archived` says up to where they are.
+
 What is read for one answer has to be of one snapshot of the ledger: see `ledger.database.snapshot`.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple, Self
 
 from sqlalchemy import (
@@ -38,9 +41,10 @@ from sqlalchemy.dialects.postgresql import DATE
 from sqlalchemy.types import Numeric
 
 from ledger import daily_sums
+from ledger.archived import Archived, archived_events, balances_by_day, first_day, first_since, has_archived_events
 from ledger.filters import EVERY_EVENT, EventFilter
 from ledger.state import Event
-from ledger.tables import credit_events
+from ledger.tables import archived, credit_events
 
 MAX_PAGE = 100
 """The most events of one page."""
@@ -80,6 +84,8 @@ class Page:
     credits: int
     next_before_seq: int | None
     """The `before_seq` of the next page; None: this is the last one."""
+    archived: Archived | None
+    """The archived events, if some may match; they are on no page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,19 +128,22 @@ class Day(NamedTuple):
 
 def find(connection: Connection, org_id: str, matching: EventFilter = EVERY_EVENT) -> "Found":
     """The matching events of `org_id` that exist now. Finds the ends of the time range, but reads no event yet."""
-    created_at, first = credit_events.c.created_at, 1
+    first = 1
     if matching.created_from is not None:
-        first = _first_not(connection, org_id, created_at < matching.created_from)
+        # The first day that is completely in the range, if it is in the archive.
+        first = _first_at(connection, org_id, matching.created_from, rounded=timedelta(days=1, microseconds=-1))
     if matching.created_before is None:
         end = number_of_events(connection, org_id) + 1
     else:
-        end = _first_not(connection, org_id, created_at < matching.created_before)
+        end = _first_at(connection, org_id, matching.created_before)
     found = Found(org_id, first, end, matching.created_from, matching.created_before, matching.conditions())
     if matching.workflow_id is None:
         return found
     numbers = [seq for seq in numbers_of_workflow(connection, org_id, matching.workflow_id) if first <= seq < end]
     is_one = credit_events.c.seq == any_(_bigints(numbers))
-    return replace(found, conditions=(is_one, *found.conditions), numbers=tuple(numbers))
+    return replace(
+        found, conditions=(is_one, *found.conditions), numbers=tuple(numbers), workflow_id=matching.workflow_id
+    )
 
 
 def events(
@@ -164,6 +173,17 @@ class Found:
     created_before: datetime | None
     conditions: tuple[ColumnElement[bool], ...] = ()
     numbers: tuple[int, ...] | None = None
+    workflow_id: str | None = None
+    """The workflow that the numbers are those of."""
+
+    def archived(self, connection: Connection) -> Archived | None:
+        """The archived events of the organization, if some of them may match."""
+        older = archived_events(connection, self.org_id)
+        if older is None or self.first > older.events:
+            return None
+        if self.workflow_id is not None and not has_archived_events(connection, self.org_id, self.workflow_id):
+            return None
+        return older
 
     def since(self, seq: int) -> Self:
         """The part that begins at `seq`."""
@@ -253,10 +273,10 @@ class Found:
         if self.first >= self.end:
             return Totals(0, 0)
         # The credits of an event are its effect on what is available.
-        before, after = (
-            balances_after(connection, self.org_id, seq).available for seq in (self.first - 1, self.end - 1)
-        )
-        return Totals(self.end - self.first, after - before)
+        before, after = (balances_after(connection, self.org_id, seq) for seq in (self.first - 1, self.end - 1))
+        if before is None or after is None:
+            return _total(self.days(connection))
+        return Totals(self.end - self.first, after.available - before.available)
 
     def totals_with(self, connection: Connection, days: list[Day], *, before_seq: int | None) -> Totals:
         """The same, if those before `before_seq` are known: they are on `days`. None: all of them are."""
@@ -288,7 +308,8 @@ class Found:
             query = older.before(older.end - offset).select()
         rows = list(connection.execute(query.limit(limit + 1)).mappings())  # one more: whether there is a next page
         shown = rows[:limit]
-        return Page(shown, *total, next_before_seq=shown[-1]["seq"] if len(rows) > limit else None)
+        next_before_seq = shown[-1]["seq"] if len(rows) > limit else None
+        return Page(shown, *total, next_before_seq, self.archived(connection))
 
     def numbers_on(self, connection: Connection, days: list[Day], *, offset: int, limit: int) -> list[int]:
         """The numbers of `limit` events after the `offset` newest, which are looked for on those of the `days` only."""
@@ -340,10 +361,18 @@ class Found:
 
         The conditions do not apply to it. None: there was no event by then.
         """
-        in_range = replace(self, conditions=())
+        older = archived_events(connection, self.org_id)
+        in_range = replace(self.since(1 if older is None else older.events + 1), conditions=())
         steps, extremes = in_range.steps(connection, points=points), in_range.lowest_and_highest(connection)
-        if self.created_from is not None and self.first > 1:
-            begun_with = balances_after(connection, self.org_id, self.first - 1).available
+        if older is not None and self.first <= older.events:
+            past = balances_by_day(connection, self.org_id, self.created_from, self.created_before)
+            past = [step for step in past if not steps or step[0] <= steps[0][0]]
+            steps = [*past[:: -(-len(past) // points) or 1], *steps]
+            extremes = None  # within a day, nobody knows
+        elif self.created_from is not None and self.first > 1:
+            begun = balances_after(connection, self.org_id, self.first - 1)
+            assert begun is not None
+            begun_with = begun.available
             # Without an event in the range, the balance at its begin is the only one.
             if extremes is not None or not steps:
                 lowest, highest = extremes or (begun_with, begun_with)
@@ -388,17 +417,39 @@ def _total(days: list[Day]) -> Totals:
     return Totals(sum(day.events for day in days), sum(day.credits for day in days))
 
 
-def balances_at(connection: Connection, org_id: str, moment: datetime) -> Balances:
-    """The balances of `org_id` after the last event that is not later than `moment`; all 0 before the first."""
-    return balances_after(connection, org_id, _first_not(connection, org_id, credit_events.c.created_at <= moment) - 1)
+def balances_at(connection: Connection, org_id: str, moment: datetime) -> Balances | None:
+    """The balances of `org_id` after the last event that is not later than `moment`; all 0 before the first.
+
+    None: that event is in the archive, and not the last one there.
+    """
+    number, begin = _first_not(connection, org_id, credit_events.c.created_at <= moment)
+    if number == begin > 1:
+        older = archived_events(connection, org_id)
+        if older is not None and moment < older.through:
+            return None
+    return balances_after(connection, org_id, number - 1)
 
 
-def balances_after(connection: Connection, org_id: str, seq: int) -> Balances:
-    """The balances of `org_id` after its event number `seq`; all 0 if there is none."""
-    columns = credit_events.c
-    row = connection.execute(select(credit_events).where(columns.org_id == org_id, columns.seq == seq)).first()
-    if row is None:
+def balances_after(connection: Connection, org_id: str, seq: int) -> Balances | None:
+    """The balances of `org_id` after its event number `seq`; all 0 if that is 0.
+
+    None: the event is in the archive, and not the last one there.
+    """
+    if seq == 0:
         return Balances(0, 0, 0, 0, 0)
+    columns, old = credit_events.c, archived.c
+    after_event = select(
+        columns.prepaid_balance_after,
+        columns.subscription_balance_after,
+        columns.reserved_after,
+        columns.period_usage_after,
+    ).where(columns.org_id == org_id, columns.seq == seq)
+    at_the_end = select(old.prepaid_balance, old.subscription_balance, old.reserved, old.period_usage).where(
+        old.org_id == org_id, old.seq == seq
+    )
+    row = connection.execute(union_all(after_event, at_the_end)).first()
+    if row is None:
+        return None
     return Balances(
         available=row.prepaid_balance_after + row.subscription_balance_after - row.reserved_after,
         prepaid_balance=row.prepaid_balance_after,
@@ -417,7 +468,12 @@ def all_events(
     `EXPORT_STEP` event numbers, and no connection is held in between, however slow the consumer is. The result is still
     that of one moment: events never change, and new ones have higher numbers.
     """
-    found: Found = reads(lambda ledger: find(ledger, org_id, matching))
+
+    def first(ledger: Connection) -> Found:
+        found, older = find(ledger, org_id, matching), archived_events(ledger, org_id)
+        return found if older is None else found.since(older.events + 1)
+
+    found = reads(first)
     for part in found.parts(EXPORT_STEP):
         yield from reads(part.events)
 
@@ -461,9 +517,10 @@ def event_by_key(connection: Connection, org_id: str, idempotency_key: str) -> R
 
 
 def began_at(connection: Connection, org_id: str) -> datetime | None:
-    """When the first event of `org_id` was; None: there is none."""
+    """When the first event of `org_id` was, or the day if it is archived; None: there is none."""
     first = select(credit_events.c.created_at).where(credit_events.c.org_id == org_id, credit_events.c.seq == 1)
-    return connection.scalar(first)
+    found = connection.scalar(first)
+    return first_day(connection, org_id) if found is None else found
 
 
 def number_of_events(connection: Connection, org_id: str) -> int:
@@ -471,23 +528,39 @@ def number_of_events(connection: Connection, org_id: str) -> int:
     return connection.scalar(select(func.max(credit_events.c.seq)).where(credit_events.c.org_id == org_id)) or 0
 
 
-def _first_not(connection: Connection, org_id: str, is_early: ColumnElement[bool]) -> int:
+def _first_at(connection: Connection, org_id: str, moment: datetime, *, rounded: timedelta = timedelta(0)) -> int:
+    """The number of the first event of `org_id` that is not before `moment`, or the number after its last event.
+
+    If that is in the archive: of the first one of the day that has the moment `rounded` later, or of a later day.
+    """
+    number, begin = _first_not(connection, org_id, credit_events.c.created_at < moment)
+    older = archived_events(connection, org_id) if number == begin > 1 else None
+    if older is None or moment > older.through:
+        return number
+    return min(begin, first_since(connection, org_id, moment + rounded) or begin)
+
+
+def _first_not(connection: Connection, org_id: str, is_early: ColumnElement[bool]) -> tuple[int, int]:
     """The number of the first event of `org_id` that is not early, or the number after its last event.
+
+    Events in the archive are not looked at; also returns the number of the first one after them.
 
     `is_early` is a condition on `created_at` that holds up to some event and for none after it. A binary search: one
     statement, in which each halving is one look-up in the primary key.
     """
     columns = credit_events.c
-    low = literal(1, BigInteger).label("low")
+    older = select(archived.c.seq).where(archived.c.org_id == org_id).scalar_subquery()
+    low = (func.coalesce(older, literal(0, BigInteger)) + 1).label("low")
     high = (func.coalesce(func.max(columns.seq), 0) + 1).label("high")
-    search = select(low, high).where(columns.org_id == org_id).cte("search", recursive=True)
+    search = select(low, high, low.label("begin")).where(columns.org_id == org_id).cte("search", recursive=True)
     middle = (search.c.low + search.c.high) // 2
     from_middle = select(is_early.label("is_early")).where(columns.org_id == org_id, columns.seq >= middle)
     event = from_middle.order_by(columns.seq).limit(1).lateral("event")
     halved = select(
         case((event.c.is_early, middle + 1), else_=search.c.low),
         case((event.c.is_early, search.c.high), else_=middle),
+        search.c.begin,
     ).where(search.c.low < search.c.high)
     search = search.union_all(halved.select_from(search.join(event, true())))
-    found: int = connection.execute(select(search.c.low).where(search.c.low == search.c.high)).scalar_one()
-    return found
+    found = connection.execute(select(search.c.low, search.c.begin).where(search.c.low == search.c.high)).one()
+    return found.low, found.begin

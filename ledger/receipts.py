@@ -28,6 +28,7 @@ from sqlalchemy import (
 
 from holdfast_client.results import WorkflowState
 from ledger import history
+from ledger.archived import Archived
 from ledger.filters import EVERY_EVENT, EventFilter
 from ledger.history import MAX_PAGE, Day, Found
 from ledger.state import EventType
@@ -103,6 +104,8 @@ class Receipt:
     """When its open reservation expires."""
     steps: Sequence[Step] = ()
     """The events of the workflow, oldest first."""
+    is_archived_in_part: bool = False
+    """Whether older events of the workflow are in the archive, so that only the others are counted here."""
 
     @classmethod
     def of_event(cls, event: RowMapping) -> Self:
@@ -147,14 +150,15 @@ class Receipt:
             last_seq=steps[-1].seq,
             expires_at=datetime.fromisoformat(reserved[0].expires_at or "") if state == "reserved" else None,
             steps=steps,
+            is_archived_in_part=steps[0].event_type not in ("reservation", "usage"),
         )
 
 
 def _state(steps: Sequence[Step]) -> WorkflowState:
     state: WorkflowState = "reserved"
     for step in steps:
-        if step.event_type == "usage":
-            return "settled"
+        if step.event_type in ("usage", "refund"):
+            return "settled"  # only what was charged is refunded
         if step.event_type == "reservation_released":
             state = cast(WorkflowState, step.reason)  # its usage, if it has settled, comes next
     return state
@@ -169,6 +173,7 @@ def as_item(receipt: Receipt) -> dict[str, Any]:
         "began_at": receipt.began_at.isoformat(),
         "changed_at": receipt.changed_at.isoformat(),
         "expires_at": None if receipt.expires_at is None else receipt.expires_at.isoformat(),
+        "archived_in_part": receipt.is_archived_in_part,
         "last_id": receipt.last_seq,
         "event": None if receipt.event is None else history.as_item(receipt.event),
     }
@@ -183,6 +188,8 @@ class Page:
     credits: int
     next: Place | None
     """Where the next page begins; None: this is the last one."""
+    archived: Archived | None
+    """The archived events, if some may match; they are in no receipt."""
 
 
 def page(
@@ -233,7 +240,7 @@ def page(
         else Receipt.of_run(run, runs[run].steps, runs[run].place.created_at)
         for seq, run in shown
     ]
-    return Page(receipts, *total, next=Place(found.end, more) if more else None)
+    return Page(receipts, *total, Place(found.end, more) if more else None, found.archived(connection))
 
 
 def _events(

@@ -8,6 +8,7 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, and_, func, not_, 
 
 from holdfast_client.results import Reason, WorkflowState
 from ledger import history
+from ledger.archived import has_archived_events
 from ledger.filters import EventFilter
 from ledger.periods import period_start
 from ledger.state import OUTCOMES, StepAnswer
@@ -139,6 +140,8 @@ class WorkflowView:
     expires_at: datetime | None
     used_credits: int | None
     refunded_credits: int
+    archived_in_part: bool
+    """Whether events of it are in the archive, and not among `events`."""
     events: list[RowMapping]
 
 
@@ -331,5 +334,6 @@ def workflow(connection: Connection, org_id: str, workflow_id: str) -> WorkflowV
         expires_at=row.expires_at,
         used_credits=row.finish_credits,
         refunded_credits=row.refunded,
+        archived_in_part=has_archived_events(connection, org_id, workflow_id),
         events=list(connection.execute(written).mappings())[::-1],
     )

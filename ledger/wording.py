@@ -75,6 +75,12 @@ def label(name: str) -> str:
     return name.replace("_", " ").capitalize()
 
 
+def in_the_archive(events: int, through: datetime) -> str:
+    """Where the older events of an organization are."""
+    which = "event is" if events == 1 else f"{amount(events)} events are"
+    return f"The first {which} in the archive: until {day(through)}, {clock(through)}."
+
+
 class Fact(NamedTuple):
     """An entry of metadata in words."""
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import psutil
 import pytest
-from sqlalchemy import Engine, make_url, text
+from sqlalchemy import Connection, Engine, make_url, text
 
 from worker.local.process import Process
 
@@ -95,3 +95,13 @@ def no_more_acting(engine: Engine, table: str) -> None:
 def as_role(role: str, database_url: str) -> str:
     """The same database for another role than its owner."""
     return make_url(database_url).set(username=role).render_as_string(hide_password=False)
+
+
+def reads_of(engine: Engine) -> Callable[[Callable[[Connection], Any]], Any]:
+    """As `Reader.read`, from this database alone."""
+
+    def reads(read: Callable[[Connection], Any]) -> Any:
+        with engine.connect() as connection:
+            return read(connection)
+
+    return reads

@@ -1,15 +1,22 @@
 """The archive: whatever leaves, what stays continues from it, and nothing is lost, whatever is killed."""
 
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 
-from ledger import archive, audit
-from ledger.messages import AnyMessage, InvalidMessage, parse
-from ledger.store import apply_past
-from tests.support import sql
+from holdfast_client.messages import AnyMessage, InvalidMessage, parse
+from holdfast_client.results import Result
+from ledger import archive, audit, history, receipts, views
+from ledger.archived import Archived, archived_events
+from ledger.database import snapshot
+from ledger.filters import EventFilter
+from ledger.store import apply_batch, apply_past
+from ledger.usage import usage
+from tests.messages import delivery
+from tests.support import reads_of, sql
 
 NOW = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
 BEFORE = (NOW - timedelta(days=40)).date()
@@ -88,3 +95,162 @@ def test_the_closed_days_leave_and_the_rest_continues_from_them(engine: Engine, 
     verdict, whole = audit.verify(engine), archive.verify(engine, tmp_path)
     assert (verdict.events + verdict.archived, verdict.archived) == (whole.events, through)
     assert list(archive.archive(engine, BEFORE, tmp_path)) == []
+
+
+def seen(engine: Engine, org_id: str = "acme") -> dict[str, Any]:
+    """What must not depend on where the older events are."""
+    days = [NOW - timedelta(days=days) for days in (91, 90, 89, 60, 59, 45, 30, 1)]
+    filters = [
+        EventFilter(),
+        EventFilter(event_types=("usage", "grant")),
+        EventFilter(project_id="red"),
+        EventFilter(activity_names=("Crawl", "Train")),
+        *(EventFilter(created_from=day) for day in days),
+        *(EventFilter(created_before=day, event_types=("usage",)) for day in days),
+        *(EventFilter(created_from=first, created_before=last) for first, last in pairwise(days)),
+    ]
+    with snapshot(engine) as connection:
+        wallet = views.wallet(connection, org_id)
+        totals = [history.find(connection, org_id, each).totals(connection) for each in filters]
+        used = [usage(connection, org_id, ["project", "day"], created_from=day).groups for day in (None, *days)]
+        steps = history.find(connection, org_id).steps(connection, points=3)
+    return {"wallet": wallet, "totals": totals, "used": used, "last": steps[-1]}
+
+
+def test_balances_totals_and_usage_are_those_of_a_ledger_that_never_archived(engine: Engine, tmp_path: Path) -> None:
+    past(engine, "acme", *YEAR)
+    before = seen(engine)
+    for age in (89, 70, 60, 59, 40):
+        list(archive.archive(engine, (NOW - timedelta(days=age)).date(), tmp_path))
+        assert (age, seen(engine)) == (age, before)
+        assert (age, found(engine)) == (age, {})
+    assert found_with(engine, tmp_path) == {}
+
+
+def test_pages_say_where_the_older_events_are(engine: Engine, tmp_path: Path) -> None:
+    past(engine, "acme", *YEAR)
+    with snapshot(engine) as connection:
+        assert history.events(connection, "acme").archived is None
+        all_of_them = history.events(connection, "acme").events
+    list(archive.archive(engine, BEFORE, tmp_path))
+    left, recent = numbers(engine), NOW - timedelta(days=35)
+    older = Archived(left[0] - 1, all_of_them[-(left[0] - 1)]["created_at"])
+    with snapshot(engine) as connection:
+        page = history.events(connection, "acme", limit=2)
+        assert [event["seq"] for event in page.events] == left[:-3:-1]
+        assert (page.total, page.archived) == (left[-1], older)
+        page = history.events(connection, "acme", before_seq=page.next_before_seq)
+        assert [event["seq"] for event in page.events] == left[-3::-1]
+        assert (page.next_before_seq, page.archived) == (None, older)
+        gone = EventFilter(created_before=older.through)
+        of_the_past = history.events(connection, "acme", gone)
+        assert (of_the_past.events, of_the_past.archived) == ([], older)
+        assert of_the_past.total > 0
+        assert history.events(connection, "acme", EventFilter(created_from=recent)).archived is None
+    exported = list(history.all_events(reads_of(engine), "acme", EventFilter()))
+    assert [event["seq"] for event in exported] == left[::-1]
+
+
+def test_runs_say_that_they_are_archived_in_part(engine: Engine, tmp_path: Path) -> None:
+    past(engine, "acme", *YEAR)
+    list(archive.archive(engine, BEFORE, tmp_path))
+    with snapshot(engine) as connection:
+        older = archived_events(connection, "acme")
+        receipts_ = receipts.page(connection, "acme")
+        assert receipts_.archived == older
+        assert {each.workflow_id: each.is_archived_in_part for each in receipts_.receipts if each.workflow_id} == {
+            "r1": True,
+            "r2": True,
+            "r5": False,
+        }
+        of_r1 = next(each for each in receipts_.receipts if each.workflow_id == "r1")
+        assert (of_r1.state, of_r1.credits, of_r1.refunded_credits) == ("settled", 2, 2)
+        for workflow_id, is_gone in {"r1": True, "r3": True, "r5": False}.items():
+            view = views.workflow(connection, "acme", workflow_id)
+            assert view is not None
+            assert (workflow_id, view.archived_in_part) == (workflow_id, is_gone)
+            filtered = history.events(connection, "acme", EventFilter(workflow_id=workflow_id))
+            assert (workflow_id, filtered.archived) == (workflow_id, older if is_gone else None)
+
+
+def test_balances_and_their_course_continue_from_the_archive(engine: Engine, tmp_path: Path) -> None:
+    past(engine, "acme", *YEAR)
+    list(archive.archive(engine, BEFORE, tmp_path))
+    with snapshot(engine) as connection:
+        older = archived_events(connection, "acme")
+        assert older is not None
+        assert history.balances_at(connection, "acme", older.through - timedelta(seconds=1)) is None
+        at_the_end = history.balances_at(connection, "acme", older.through)
+        assert at_the_end == history.balances_after(connection, "acme", older.events)
+        course = history.find(connection, "acme").course(connection, points=500, now=datetime.now(UTC))
+        assert course is not None
+        assert course.points[0][1] == 0
+        assert [at for at, _ in course.points] == sorted(at for at, _ in course.points)
+        assert at_the_end is not None
+        assert at_the_end.available in [balance for _, balance in course.points]
+
+
+def test_what_is_repeated_or_refunded_finds_what_it_needs(engine: Engine, tmp_path: Path) -> None:
+    past(engine, "acme", *YEAR)
+    list(archive.archive(engine, BEFORE, tmp_path))
+    again = [delivery(task, org_id="acme", **fields) for _, task, fields in YEAR]
+    answers = apply_batch(engine, again)
+    assert [answer.duplicate for answer in answers if isinstance(answer, Result)] == [True] * len(YEAR)
+    [refund, reversal] = apply_batch(
+        engine,
+        [
+            delivery("wallet.refund", org_id="acme", refund_id="f3", credits=1, workflow_id="r1"),
+            delivery("wallet.reverse", org_id="acme", reversal_id="v2", purchase_id="p1", reason="refunded"),
+        ],
+    )
+    assert isinstance(refund, Result)
+    assert isinstance(reversal, Result)
+    assert found(engine) == {}
+    assert found_with(engine, tmp_path) == {}
+
+
+def test_a_day_stays_as_long_as_an_event_of_it_is_needed(engine: Engine, tmp_path: Path) -> None:
+    hold = {"workflow_id": "long", "credits": 1, "expires_in_s": 29 * 86_400}
+    past(engine, "acme", (60, "wallet.purchase", {"purchase_id": "p1", "credits": 9}), (59, "workflow.start", hold))
+    past(engine, "acme", *run(50.5, "r1"), *run(49.5, "r2"), *run(42, "r3"))
+    plan = {"subscription_id": "s1", "version": 1, "plan": "team", "monthly_credits": 9}
+    anchor = (NOW - timedelta(days=20)).isoformat()
+    past(engine, "globex", (50, "wallet.purchase", {"purchase_id": "p1", "credits": 1}))
+    past(engine, "globex", (20, "wallet.subscribe", {**plan, "anchor": anchor}), (1, "workflow.finish", FINISH))
+    past(engine, "initech", (50.1, "wallet.purchase", {"purchase_id": "p1", "credits": 1}))
+    list(archive.archive(engine, BEFORE, tmp_path))
+    assert sql(engine, "SELECT org_id, seq FROM archived ORDER BY 1") == [("acme", 1), ("globex", 1)]
+    apply_batch(engine, [delivery("workflow.cancel", org_id="acme", workflow_id="long")])
+    moved = list(archive.archive(engine, BEFORE, tmp_path))
+    # A day that was archived before has got another file for what was left.
+    day = (NOW - timedelta(days=50)).date()
+    assert f"{day}-0002.parquet" in [each.entry.file for each in moved]
+    assert numbers(engine)[0] > 4
+    assert (found(engine), found_with(engine, tmp_path)) == ({}, {})
+
+
+FINISH = {"workflow_id": "w1", "credits": 2}
+
+
+HARMS = {
+    "UPDATE workflows SET finish_credits = 6 WHERE workflow_id = 'r2'": "workflows",
+    "UPDATE workflows SET workflow_id = 'other' WHERE workflow_id = 'r5'": "workflows",
+    """UPDATE posted_messages SET terms = terms || '{"credits": 51}' WHERE message_id = 'g1'""": "messages",
+    "UPDATE posted_messages SET reversed = 21 WHERE message_id = 'p1'": "reversals",
+    "UPDATE archived SET ending = ending + 1": "uses",
+    "UPDATE archived SET prepaid_balance = prepaid_balance + 1": "sum",
+    "UPDATE archived SET seq = seq - 1": "numbering",
+    "DELETE FROM daily_sums WHERE day = (SELECT min(day) FROM daily_sums)": "daily sums",
+    "DELETE FROM archived": "numbering",
+}
+
+
+def test_whatever_is_wrong_with_what_has_left_is_found_without_the_files(engine: Engine, tmp_path: Path) -> None:
+    past(engine, "acme", *YEAR)
+    list(archive.archive(engine, BEFORE, tmp_path))
+    for harm, check in HARMS.items():
+        with engine.connect() as connection:
+            connection.execute(text(harm))
+            broken = [each.name for each in audit.CHECKS if connection.execute(text(each.offenders)).all()]
+        assert check in broken, (harm, broken)
+    assert found(engine) == {}

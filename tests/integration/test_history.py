@@ -17,7 +17,7 @@ from ledger.state import EventType
 from ledger.store import Delivery, apply_batch
 from ledger.views import MOST_ENDS, Held, NextCredits, WalletView
 from tests.messages import delivery, subscribe
-from tests.support import sql
+from tests.support import reads_of, sql
 
 
 def acme(task: str, **fields: Any) -> Delivery:
@@ -36,14 +36,6 @@ def wallet(engine: Engine, org_id: str = "acme") -> WalletView | None:
 def events(engine: Engine, matching: EventFilter = EVERY_EVENT, *, org_id: str = "acme", **page: int) -> Page:
     with engine.connect() as connection:
         return history.events(connection, org_id, matching, **page)
-
-
-def reads_of(engine: Engine) -> Callable[[Callable[[Connection], Any]], Any]:
-    def reads(read: Callable[[Connection], Any]) -> Any:
-        with engine.connect() as connection:
-            return read(connection)
-
-    return reads
 
 
 def seqs(page: Page) -> list[int]:
@@ -428,7 +420,9 @@ def test_a_range_of_time_is_found_wherever_it_begins_and_ends(engine: Engine) ->
                 page = history.events(connection, org_id, matching)
                 assert (seqs(page), page.total) == (expected, len(expected))
                 passed = sum(at <= created_from for at in moments)
-                assert history.balances_at(connection, org_id, created_from).prepaid_balance == passed
+                then = history.balances_at(connection, org_id, created_from)
+                assert then is not None
+                assert then.prepaid_balance == passed
                 until = history.find(connection, org_id, matching).steps(connection, points=1_000)
                 assert until == [(moments[seq - 1], seq) for seq in reversed(expected)]
                 extremes = history.find(connection, org_id, matching).lowest_and_highest(connection)
@@ -478,7 +472,9 @@ def test_what_is_no_date_or_time_is_refused(text: str) -> None:
 def test_the_last_representable_moment_is_after_every_event(ledger: Engine) -> None:
     last = datetime.max.replace(tzinfo=UTC)
     with ledger.connect() as connection:
-        assert history.balances_at(connection, "acme", last).prepaid_balance == 501
+        then = history.balances_at(connection, "acme", last)
+        assert then is not None
+        assert then.prepaid_balance == 501
     assert seqs(events(ledger, EventFilter(created_from=last))) == []
     assert len(seqs(events(ledger, EventFilter(created_before=last)))) == 8
 

@@ -269,7 +269,7 @@ def test_odd_but_legal_ids_have_their_receipts(engine: Engine, workflow_id: str)
 
 def test_an_unknown_organization_has_no_receipts(engine: Engine) -> None:
     apply_batch(engine, [delivery("wallet.grant", org_id="other", grant_id="g1", credits=1)])
-    assert page(engine) == Page([], 0, 0, None)
+    assert page(engine) == Page([], 0, 0, None, None)
 
 
 def test_a_page_has_at_most_a_hundred(engine: Engine) -> None:

@@ -163,10 +163,10 @@ def test_what_a_run_held_when_a_range_of_the_past_ended_is_told_as_past() -> Non
 def test_how_a_run_stands_is_told_in_sentences(
     state: WorkflowState, held: int | None, used: int | None, reason: Reason | None, sentence: str
 ) -> None:
-    run = WorkflowView("w", state, None, None, 129, reason, held, NOW + timedelta(minutes=1), used, 0, [])
+    run = WorkflowView("w", state, None, None, 129, reason, held, NOW + timedelta(minutes=1), used, 0, False, [])
     assert standing(run, NOW) == sentence
 
 
 def test_a_hold_whose_time_is_over_says_so() -> None:
-    run = WorkflowView("w", "reserved", None, None, 129, None, 129, NOW, None, 0, [])
+    run = WorkflowView("w", "reserved", None, None, 129, None, 129, NOW, None, 0, False, [])
     assert standing(run, NOW) == "It holds 129. The time of its hold is over, so they come back with the next change."

@@ -8,7 +8,8 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy import Connection, RowMapping
 
-from ledger import directory, filters, history, receipts, views
+from ledger import archived, directory, filters, history, receipts, views
+from ledger.archived import Archived
 from ledger.database import snapshot
 from ledger.filters import EventFilter
 from ledger.history import Page
@@ -18,9 +19,9 @@ from ledger.receipts import Place, Receipt
 from ledger.state import EventType
 from ledger.usage import rate
 from ledger.views import Ending, WalletView
-from ledger.wording import amount, facts
+from ledger.wording import amount, facts, in_the_archive
 from worker.cli.tables import Column, properties, table
-from worker.cli.terminal import AsJson, Organization, console, fail, open_ledger, print_json, time_range
+from worker.cli.terminal import AsJson, Organization, console, fail, open_ledger, print_json, say, time_range
 
 app = typer.Typer()
 
@@ -118,11 +119,23 @@ def show_history(
         page = history.events(connection, org_id, matching, limit=limit, offset=offset)
         if not (as_json or page.events or views.wallet(connection, org_id)):
             _fail_without_wallet(connection, org_id)
+    _show_events(page, org_id, limit=limit, offset=offset, as_json=as_json)
+
+
+def _show_events(page: Page, org_id: str, *, limit: int, offset: int, as_json: bool) -> None:
     if as_json:
         items = [history.as_item(event) for event in page.events]
-        print_json({"items": items, "total": page.total, "credits": page.credits, "limit": limit, "offset": offset})
+        totals = {"total": page.total, "credits": page.credits, "limit": limit, "offset": offset}
+        print_json({"items": items, **totals, "archived": archived.as_item(page.archived)})
     else:
         console.print(history_table(page, org_id) if page.events else "No events.")
+        if page.next_before_seq is None:
+            _say_archived(page.archived)
+
+
+def _say_archived(older: Archived | None) -> None:
+    if older is not None:
+        say(in_the_archive(older.events, older.through))
 
 
 def _event_types(names: list[str]) -> tuple[EventType, ...]:
@@ -151,11 +164,14 @@ def _show_receipts(page: receipts.Page, org_id: str, *, limit: int, as_json: boo
     if as_json:
         next_cursor = None if page.next is None else str(page.next)
         items = [receipts.as_item(receipt) for receipt in page.receipts]
-        print_json({"items": items, "limit": limit, "next_cursor": next_cursor})
+        older = archived.as_item(page.archived)
+        print_json({"items": items, "limit": limit, "next_cursor": next_cursor, "archived": older})
         return
     console.print(receipts_table(page, org_id) if page.receipts else "No events.")
     if page.next is not None:
         console.print(f"Older: --cursor {page.next}")
+    else:
+        _say_archived(page.archived)
 
 
 _RECEIPT_COLUMNS = (
