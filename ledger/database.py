@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -25,6 +26,9 @@ LOCK_TIMEOUT_S = 0.5
 STATEMENT_TIMEOUT_S = 60
 TRANSACTION_TIMEOUT_S = 60
 """After this, PostgreSQL 17 or newer ends the transaction of a frozen worker and releases its locks."""
+
+POOL_SIZE = 3
+"""How many connections are kept open besides those of a batch."""
 
 POOL_TIMEOUT_S = 5
 """How long to wait for a connection while all are in use."""
@@ -62,7 +66,7 @@ _SESSION_OPTIONS = " ".join(
 _FOR_QUESTIONS = "-c max_parallel_workers_per_gather=0 -c random_page_cost=1.1"
 
 _abandoned: WeakSet[Engine] = WeakSet()
-_connections: WeakKeyDictionary[Engine, WeakSet[psycopg.Connection[Any]]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Engine, "_Known"] = WeakKeyDictionary()
 
 
 class DatabaseURLError(ValueError):
@@ -79,6 +83,9 @@ class LedgerConnection(psycopg.Connection[Any]):
     PostgreSQL only warns when somebody cancels a session that waits for the replica. The commit is there, but would be
     lost if the replica took over now. A repeated commit waits for the replica again.
     """
+
+    is_distributed = False
+    """Whether the ledger is distributed over nodes, see `ledger.distribution`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -102,6 +109,16 @@ class LedgerConnection(psycopg.Connection[Any]):
             raise OperatorIntervention(
                 "somebody canceled a commit that waited for the synchronous replica, which may not have it"
             )
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is known of an engine."""
+
+    shard_connections: int
+    connections: WeakSet[LedgerConnection] = field(default_factory=WeakSet)
+    is_distributed: bool | None = None
+    """What the newest connection has found."""
 
 
 def parse_url(url: str) -> URL:
@@ -139,6 +156,7 @@ def connect(
     transaction_timeout_s: int | None = None,
     answer_timeout_s: int | None = None,
     connect_timeout_s: int = CONNECT_TIMEOUT_S,
+    shard_connections: int = 2,
 ) -> Engine:
     """Return an engine for the PostgreSQL database at `url` (`postgresql+psycopg://…`). Does not connect yet.
 
@@ -153,10 +171,15 @@ def connect(
     frozen process holds no locks for longer.
 
     With `answer_timeout_s`, the engine is for queries that must not burden others. PostgreSQL ends one after so long,
-    uses one process for it, and prefers an index to a whole table. Raises DatabaseURLError.
+    uses one process for it, and prefers an index to a whole table.
+
+    A batch uses at most `shard_connections` connections at once, if the ledger is distributed; otherwise one. Raises
+    DatabaseURLError.
     """
     questions = "" if answer_timeout_s is None else f"-c statement_timeout={answer_timeout_s}s {_FOR_QUESTIONS}"
-    pool: dict[str, Any] = {"pool_timeout": POOL_TIMEOUT_S} if keeps_connections else {"poolclass": NullPool}
+    pool: dict[str, Any] = {"poolclass": NullPool}
+    if keeps_connections:
+        pool = {"pool_timeout": POOL_TIMEOUT_S, "pool_size": POOL_SIZE + shard_connections}
     parsed = parse_url(url)
     settings = _CONNECTION | {"connect_timeout": connect_timeout_s}
     engine = create_engine(
@@ -169,7 +192,7 @@ def connect(
         },
     )
 
-    connections: WeakSet[psycopg.Connection[Any]] = WeakSet()
+    known = _known[engine] = _Known(shard_connections)
 
     def open_session(*args: Any, **options: Any) -> LedgerConnection:
         connection = LedgerConnection.connect(*args, **options)
@@ -177,13 +200,24 @@ def connect(
         # One parameter type for integers of any size, so one prepared statement instead of many.
         connection.adapters.register_dumper(int, Int8BinaryDumper)
         connection.adapters.register_dumper(Array, ArrayDumper)
-        connections.add(connection)
+        known.connections.add(connection)
+        known.is_distributed = connection.is_distributed
         return connection
 
     # Checks the session before SQLAlchemy's first query, to which some unsuitable databases give an unreadable answer.
     engine.dialect.connect = open_session  # type: ignore[assignment, method-assign]
-    _connections[engine] = connections
     return engine
+
+
+def shard_connections(engine: Engine) -> int | None:
+    """How many connections a batch uses at once, at most. None: the ledger is not distributed, and it uses one.
+
+    Connects, if there is no connection yet. Raises database errors.
+    """
+    known = _known[engine]
+    if known.is_distributed is None:
+        engine.connect().close()
+    return known.shard_connections if known.is_distributed else None
 
 
 @contextmanager
@@ -200,11 +234,18 @@ def read_only(connection: Connection) -> Connection:
 
 _KNOWS_TRANSACTION_TIMEOUT = 170_000
 _SESSION = """
-    SELECT pg_backend_pid(), set_config(
+    SELECT pg_backend_pid(), EXISTS (SELECT FROM pg_extension WHERE extname = 'citus'), set_config(
         'synchronous_commit',
         CASE current_setting('synchronous_commit') WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END,
         false
     )
+"""
+
+
+# What a transaction sets for itself, such as the time that it waits for locks, counts on the nodes, too.
+_SESSION_OF_CITUS = """
+    SELECT EXISTS (SELECT FROM pg_dist_partition WHERE logicalrelid = to_regclass('wallets')),
+           set_config('citus.propagate_set_commands', 'local', false)
 """
 
 
@@ -215,7 +256,9 @@ def _begin_session(connection: LedgerConnection, transaction_timeout_s: int | No
     statements and settings belong to a session: in a shared one, a name may be another client's statement.
     """
     encoding = connection.info.parameter_status("server_encoding")
-    [(server, _)] = connection.execute(_SESSION).fetchall()
+    [(server, has_citus, _)] = connection.execute(_SESSION).fetchall()
+    if has_citus:
+        [(connection.is_distributed, _)] = connection.execute(_SESSION_OF_CITUS).fetchall()
     if transaction_timeout_s is not None and connection.info.server_version >= _KNOWS_TRANSACTION_TIMEOUT:
         connection.execute("SELECT set_config('transaction_timeout', %s, false)", [f"{transaction_timeout_s}s"])
     connection.commit()
@@ -255,7 +298,7 @@ def abandon(engine: Engine) -> None:
 
 def break_connections(engine: Engine) -> None:
     """Break the open connections of `engine`. A thread that waits for an answer on one fails as in an outage."""
-    for connection in list(_connections[engine]):
+    for connection in list(_known[engine].connections):
         with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as shared:
             shared.shutdown(socket.SHUT_RDWR)
 

@@ -57,6 +57,11 @@ def is_lost_connection(error: BaseException) -> bool:
     return error.sqlstate is None or error.sqlstate[:2] == "08" or error.sqlstate in ("57P01", "57P02")
 
 
+def is_about_a_node(error: BaseException) -> bool:
+    """Whether the database, which can be reached itself, does not reach the node of an organization."""
+    return isinstance(error, psycopg.OperationalError) and error.sqlstate is not None and error.sqlstate[:2] == "08"
+
+
 def describe(error: BaseException) -> str:
     """A database error in one line, for a person."""
     original = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error

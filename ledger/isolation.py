@@ -6,6 +6,7 @@ is kept waiting, and the others go on.
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -13,8 +14,9 @@ import psycopg
 from psycopg.errors import QueryCanceled
 from sqlalchemy import Engine
 
-from ledger.database import is_abandoned, raw_connection
-from ledger.faults import is_lost_connection, is_transient, may_be_local
+from ledger import distribution
+from ledger.database import is_abandoned, raw_connection, shard_connections
+from ledger.faults import is_about_a_node, is_lost_connection, is_transient, may_be_local
 from ledger.statements import Connection
 from ledger.working_set import SHORT_PATIENCE_S, SHORTEST_PATIENCE_S
 
@@ -48,8 +50,33 @@ class Work(Generic[Item, Became]):
 
 
 def apply_all(engine: Engine, items: Sequence[Item], work: Work[Item, Became]) -> list[Became]:
-    """Apply `items`. Returns the result of each. Raises a database error that concerns everybody."""
-    return _Run(engine, items, work).done()
+    """Apply `items`. Returns the result of each. Raises a database error that concerns everybody.
+
+    If the ledger is distributed, the items of each shard are applied by themselves, those of several shards at once.
+    """
+    at_once = shard_connections(engine)
+    if at_once is None or len(items) == 1:
+        return _Run(engine, items, work).done()
+    groups = _by_shard(engine, [work.org_id_of(item) for item in items])
+    runs = [_Run(engine, [items[place] for place in places], work) for places in groups]
+    with ThreadPoolExecutor(at_once) as threads:
+        faults = list(threads.map(_Run.fault, runs))
+    became: dict[int, Became] = {}
+    for places, run, fault in zip(groups, runs, faults, strict=True):
+        if fault is not None:
+            run.keep_all_waiting(fault)
+        became |= zip(places, run.results(), strict=True)
+    return [became[place] for place in range(len(items))]
+
+
+def _by_shard(engine: Engine, org_ids: Sequence[str]) -> list[list[int]]:
+    """The places of the organizations of each shard, in order; the largest group first."""
+    with raw_connection(engine) as connection:
+        shards = distribution.shards(connection, set(org_ids))
+    places: dict[int, list[int]] = {}
+    for place, org_id in enumerate(org_ids):
+        places.setdefault(shards[org_id], []).append(place)
+    return sorted(places.values(), key=len, reverse=True)
 
 
 @dataclass(slots=True)
@@ -77,7 +104,29 @@ class _Run(Generic[Item, Became]):
                 self._try(places, carefully=carefully)
         for org_id, fault in self.culprits.items():
             self._keep_waiting(org_id, fault)
+        return self.results()
+
+    def results(self) -> list[Became]:
+        """The result of each item, once all have one."""
         return [self.became[place] for place in range(len(self.items))]
+
+    def fault(self) -> Exception | None:
+        """Apply all items. Returns the error that `done` raises."""
+        try:
+            self.done()
+        except Exception as error:  # noqa: BLE001 - it is raised, or its shard has to wait
+            return error
+        return None
+
+    def keep_all_waiting(self, fault: Exception) -> None:
+        """Keep the items waiting that could not be applied because of `fault`, which concerns their shard alone.
+
+        Raises `fault` if it concerns everybody.
+        """
+        if not _others_can_go_on(self.engine, fault):
+            raise fault
+        for org_id in {self._org_id(place) for place in range(len(self.items)) if place not in self.became}:
+            self._keep_waiting(org_id, fault)
 
     def _org_id(self, place: int) -> str:
         return self.work.org_id_of(self.items[place])
@@ -114,7 +163,9 @@ class _Run(Generic[Item, Became]):
         """Try `places` again, in another way, or keep them waiting."""
         is_slow = isinstance(fault, QueryCanceled)
         slow_ones = sum(isinstance(fault, QueryCanceled) for fault in self.culprits.values())
-        if not carefully and not is_slow:
+        if is_about_a_node(fault):  # of all these organizations
+            self.culprits |= {self._org_id(place): fault for place in places}
+        elif not carefully and not is_slow:
             self.pending.append((places, True))
         elif is_slow and self.became and slow_ones >= MOST_CULPRITS:
             # Each further try costs the others time. The rest wait too, each organization by itself.

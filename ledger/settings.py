@@ -68,6 +68,13 @@ class Settings(BaseSettings):
         None, description="The data folder of `holdfast up`; default: `.holdfast` in the current folder"
     )
 
+    shard_connections: int = Field(
+        4,
+        ge=1,
+        le=32,
+        description="How many shards of a ledger on several machines a worker writes to at once, 1 to 32, each over a "
+        "connection of its own; default: 4",
+    )
     metrics_address: str | None = Field(
         None, description="Where a worker serves its own metrics for Prometheus: `127.0.0.1:9464`; default: nowhere"
     )

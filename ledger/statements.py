@@ -13,8 +13,9 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 
 from ledger import arrays
+from ledger.database import LedgerConnection
 
-Connection = psycopg.Connection[Any]
+Connection = LedgerConnection
 
 
 def select(connection: Connection, record: type[Any], statement: str, parameters: Sequence[Any]) -> psycopg.Cursor[Any]:

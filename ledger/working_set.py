@@ -117,7 +117,7 @@ class WorkingSet:
         else:
             lock, read_clock = _LOCK_WALLETS, _CLOCK
         with connection.pipeline():
-            connection.execute(BEGIN)
+            _begin(connection)
             locked = select(connection, Wallet, lock, [arrays.text(org_ids)])
             clock = connection.execute(read_clock)
             named = _Named(messages)
@@ -156,7 +156,7 @@ class WorkingSet:
     def load_due(cls, connection: Connection, org_ids: Sequence[str], patience_s: float) -> "WorkingSet":
         """Lock the wallets of `org_ids` that nobody else has locked, and post what is due in them."""
         with connection.pipeline():
-            connection.execute(BEGIN)
+            _begin(connection)
             locked = select(connection, Wallet, _LOCK_WALLETS_THAT_CAN_BE, [arrays.text(sorted(org_ids))])
             clock = connection.execute(_clock(patience_s))
         [(now, *_)] = clock.fetchall()
@@ -217,7 +217,7 @@ class WorkingSet:
     @classmethod
     def can_create(cls, connection: Connection, org_id: str) -> bool:
         """Create a wallet. False: somebody else is creating it, and takes too long."""
-        connection.execute(BEGIN)
+        _begin(connection)
         connection.execute(_clock(SHORT_PATIENCE_S))
         try:
             connection.execute(*_CREATE_WALLETS.of([Wallet(org_id)]))
@@ -428,6 +428,12 @@ class WorkingSet:
         assert committed.statusmessage == "COMMIT"
 
 
+def _begin(connection: Connection) -> None:
+    connection.execute(BEGIN)
+    if connection.is_distributed:  # a node does not know how long this session waits for locks
+        connection.execute(_LOCK_TIMEOUT)
+
+
 def exists(connection: Connection, org_id: str) -> bool:
     """Whether `org_id` has a wallet, locked or not."""
     return bool(connection.execute(_THERE, [arrays.text([org_id])]).fetchall())
@@ -516,6 +522,7 @@ def _clock(statement_timeout_s: float) -> str:
 
 # Whatever the server's default: a row that is read under a lock must be current.
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
+_LOCK_TIMEOUT = f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S * 1_000:.0f}ms'"
 # Sent once the locks are held: the time, whether any message waits, and settings for the statements that follow.
 _CLOCK = _clock(PATIENCE_S)
 _WALLETS = f"SELECT {column_names(tables.wallets, Wallet)} FROM wallets WHERE org_id = ANY(%b::text[])"

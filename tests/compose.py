@@ -31,6 +31,7 @@ DEFAULTS = {
     **dict.fromkeys(["POSTGRES_CPUS", "BROKER_CPUS", "WORKER_CPUS", "API_CPUS"], "0"),
     "PIDS_LIMIT": "512",
     "CELERY_WORKER_TASK_EVENTS": "false",
+    "HOLDFAST_SHARD_CONNECTIONS": "4",
     "API_PORT": "8000",
 }
 VARIABLE = re.compile(r"(?<!\$)\$\{(\w+)([^}]*)\}")

@@ -20,7 +20,7 @@ from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
 
 from ledger import migrations
 from ledger.database import connect
-from tests import rabbitmq
+from tests import citus, rabbitmq
 from tests.databases import EMPTY, administrator, new_broker_database, new_database
 from tests.rabbitmq import RabbitMQ
 from worker.local.embedded import Embedded
@@ -81,6 +81,8 @@ def services() -> Iterator[Embedded]:
         engine.dispose()
         yield running
         administrator(running).dispose()
+        if (distributed := citus.cluster()) is not None:
+            distributed.dispose()
     shutil.rmtree(folder)
 
 

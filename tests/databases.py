@@ -8,6 +8,7 @@ from itertools import count
 import redis
 from sqlalchemy import Engine, create_engine
 
+from tests import citus
 from tests.support import sql
 from worker.local.embedded import Embedded
 
@@ -28,6 +29,10 @@ def administrator(services: Embedded) -> Engine:
 def new_database(services: Embedded, template: str = MIGRATED, options: str = "") -> Iterator[str]:
     """The URL of a database, as its owner. It is dropped at the end, whoever still uses it."""
     name = f"test_{next(_numbers)}"
+    if (distributed := citus.cluster()) is not None and not options:
+        with citus.new_database(distributed, name, migrated=template == MIGRATED) as url:
+            yield url
+        return
     admin = administrator(services)
     sql(admin, f"CREATE DATABASE {name} OWNER holdfast TEMPLATE {template} STRATEGY FILE_COPY {options}")
     try:

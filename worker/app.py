@@ -40,7 +40,6 @@ BEAT_INTERVAL_S = 60.0
 
 def create_app(settings: Settings) -> Celery:
     """Create the app. The settings must name a database and a broker. Connects to nothing yet."""
-    assert settings.database_url is not None
     assert settings.broker_url is not None
     app = create_celery("holdfast", settings.broker_url, settings.result_store_url)
     app.conf.update(
@@ -78,7 +77,7 @@ def create_app(settings: Settings) -> Celery:
     inflate_within(MAX_BODY_BYTES)
     app.events.dispatcher_cls = "worker.monitoring:Dispatcher"
     # Checking its connections would cost every batch a round trip; a batch that fails is applied again.
-    app.ledger_engine = connect(settings.database_url, transaction_timeout_s=TRANSACTION_TIMEOUT_S)
+    app.ledger_engine = _engine(settings)
     register(app, app.ledger_engine)
     worker_init.connect(_say_that_all_is_well, weak=False)
     worker_shutting_down.connect(lambda **_: _end_in_time(app.ledger_engine), weak=False)
@@ -96,6 +95,15 @@ def create_app(settings: Settings) -> Celery:
     # Imports its modules now: a signal during a later import would leave half a module, and an error at exit.
     assert app.backend is not None
     return app
+
+
+def _engine(settings: Settings) -> Engine:
+    assert settings.database_url is not None
+    return connect(
+        settings.database_url,
+        transaction_timeout_s=TRANSACTION_TIMEOUT_S,
+        shard_connections=settings.shard_connections,
+    )
 
 
 def _monotonic_now() -> datetime:

@@ -28,7 +28,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from ledger import roles
+from ledger import distribution, roles
 from ledger.faults import describe, is_about_schema
 
 LOCK_WAIT_S = 0.2
@@ -120,9 +120,10 @@ def described(error: BaseException, engine: Engine) -> str:
 def upgrade(engine: Engine, revision: str = "head", *, say: Say = _logger.warning) -> None:
     """Bring the database up to `revision`. Does nothing if it is there.
 
-    `say` gets a line when it has to wait. Raises NewerSchemaError, and LockedError after PATIENCE_S.
+    Then distributes its tables, if it has the extension Citus: see `ledger.distribution`. `say` gets a line when it has
+    to wait. Raises NewerSchemaError, and LockedError after PATIENCE_S.
     """
-    _run(engine, command.upgrade, "+1", revision, say)
+    _run(engine, command.upgrade, "+1", revision, say, then=distribution.distribute)
 
 
 def downgrade(engine: Engine, revision: str, *, say: Say = _logger.warning) -> None:
@@ -149,7 +150,15 @@ def _revision(connection: Connection) -> str | None:
     return revision
 
 
-def _run(engine: Engine, migrate: Callable[[Config, str], None], step: str, target: str, say: Say) -> None:
+def _run(
+    engine: Engine,
+    migrate: Callable[[Config, str], None],
+    step: str,
+    target: str,
+    say: Say,
+    *,
+    then: Callable[[Connection], object] = lambda _: None,
+) -> None:
     config = _config()
     last = ScriptDirectory.from_config(config).as_revision_number(target)
     with _alone(engine, say) as connection:
@@ -159,6 +168,7 @@ def _run(engine: Engine, migrate: Callable[[Config, str], None], step: str, targ
         config.attributes["connection"] = connection
         while _revision(connection) != last:
             _patiently(connection, lambda: migrate(config, step), say)
+        _patiently(connection, lambda: then(connection), say)
 
 
 @contextmanager
@@ -185,7 +195,7 @@ def _take_turn(connection: Connection, say: Say) -> None:
         time.sleep(PAUSE_S)
 
 
-def _patiently(connection: Connection, migrate: Callable[[], None], say: Say) -> None:
+def _patiently(connection: Connection, migrate: Callable[[], object], say: Say) -> None:
     """One revision, tried until it gets its locks."""
     deadline, is_told = time.monotonic() + PATIENCE_S, False
     while True:

@@ -901,13 +901,8 @@ def test_the_error_that_counts_is_the_first_one_however_much_is_on_its_way_behin
         """,
     )
     messages = [start("acme", f"{n:0128}", 0, activity_name="📄" * 256) for n in range(1_000)]
-    with engine.connect() as pooled:
-        connection = pooled.connection.driver_connection
-        assert isinstance(connection, psycopg.Connection)
-        connection.autocommit = True
-        with pytest.raises(psycopg.errors.RaiseException, match="never"):
-            store._apply((), connection, messages, None)
-        pooled.invalidate()
+    with pytest.raises(psycopg.errors.RaiseException, match="never"), raw_connection(engine) as connection:
+        store._apply((), connection, messages, None)
 
 
 def test_a_task_name_of_any_length_is_kept_as_a_dead_letter(engine: Engine) -> None:

@@ -215,7 +215,15 @@ def test_the_file_of_secrets_reaches_neither_git_nor_the_image() -> None:
     ("service", "names"),
     [
         ("migrate", ["HOLDFAST_DATABASE_URL"]),
-        ("worker", ["HOLDFAST_DATABASE_URL", "HOLDFAST_BROKER_URL", "HOLDFAST_METRICS_ADDRESS"]),
+        (
+            "worker",
+            [
+                "HOLDFAST_DATABASE_URL",
+                "HOLDFAST_BROKER_URL",
+                "HOLDFAST_METRICS_ADDRESS",
+                "HOLDFAST_SHARD_CONNECTIONS",
+            ],
+        ),
         ("beat", ["HOLDFAST_DATABASE_URL", "HOLDFAST_BROKER_URL"]),
         ("api", ["HOLDFAST_DATABASE_URL", "HOLDFAST_BROKER_URL", "HOLDFAST_JWT_SECRET"]),
     ],
@@ -226,7 +234,7 @@ def test_a_service_is_given_the_settings_it_needs_and_no_secret_more(
     given_names = [name for name in environment(service) if name.startswith(PREFIX)]
     assert sorted(given_names) == sorted([*names, *(OPTIONAL if service == "api" else [])])
     settings = service_settings(service)
-    given = {f"{PREFIX}{field.upper()}" for field in Settings.model_fields if getattr(settings, field) is not None}
+    given = {f"{PREFIX}{field.upper()}" for field in settings.model_fields_set if getattr(settings, field) is not None}
     assert given == set(names)
 
 

@@ -243,7 +243,7 @@ def test_a_part_is_given_the_settings_that_it_has_in_compose(part: str) -> None:
     ("part", "names"),
     [
         ("migrate", {"DATABASE_URL"}),
-        ("worker", {"DATABASE_URL", "BROKER_URL", "METRICS_ADDRESS"}),
+        ("worker", {"DATABASE_URL", "BROKER_URL", "METRICS_ADDRESS", "SHARD_CONNECTIONS"}),
         ("beat", {"DATABASE_URL", "BROKER_URL"}),
         ("api", {"DATABASE_URL", "BROKER_URL"}),  # and one of the two keys, which the program itself demands
         ("verify", {"DATABASE_URL"}),

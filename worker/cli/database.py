@@ -9,7 +9,7 @@ from rich.text import Text
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from ledger import audit, migrations, roles
+from ledger import audit, distribution, migrations, roles
 from ledger.faults import describe
 from ledger.readable import escaped
 from worker.cli.terminal import AsJson, console, fail, open_ledger, print_json, say, warn
@@ -48,8 +48,12 @@ def migrate(
             if not isinstance(error.orig, RaiseException):  # raised by a migration that must not be taken back
                 raise
             fail(describe(error))
+        with engine.connect() as connection:
+            places = distribution.described(connection)
         too_much = migrations.grant(engine, say=say) if with_roles else {}
     console.print(f"The database was at {after} already." if before == after else f"The database is at {after} now.")
+    if places is not None:
+        console.print(f"Its tables are distributed by organization: {places}.")
     if with_roles:
         console.print(f"{roles.WORKER} and {roles.READER} have the privileges that they need.")
     for role, excess in too_much.items():
