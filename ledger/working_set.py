@@ -22,10 +22,12 @@ from ledger.statements import (
     Connection,
     by_key,
     column_names,
+    execute,
     find,
     insert,
     lock_that_can_be,
     select,
+    statement,
     update,
     write,
 )
@@ -118,13 +120,13 @@ class WorkingSet:
             lock, read_clock = _LOCK_WALLETS, _CLOCK
         with connection.pipeline():
             _begin(connection)
-            locked = select(connection, Wallet, lock, [arrays.text(org_ids)])
+            locked = _lock(connection, lock, org_ids)
             clock = connection.execute(read_clock)
             named = _Named(messages)
             workflows = find(connection, Workflow, _WORKFLOWS, named.workflows)
             posted = find(connection, PostedMessage, _POSTED, named.posted)
         now, somebody_waits, *_ = clock.fetchall()[0]
-        work = cls(locked.fetchall(), now, at=at)
+        work = cls(locked(), now, at=at)
         if missing := [org_id for org_id in org_ids if org_id not in work.wallets]:
             there = {org_id for (org_id,) in connection.execute(_THERE, [arrays.text(missing)])}
             # A wallet that was missing but exists now is locked, or somebody else has just created it.
@@ -157,10 +159,10 @@ class WorkingSet:
         """Lock the wallets of `org_ids` that nobody else has locked, and post what is due in them."""
         with connection.pipeline():
             _begin(connection)
-            locked = select(connection, Wallet, _LOCK_WALLETS_THAT_CAN_BE, [arrays.text(sorted(org_ids))])
+            locked = _lock(connection, _LOCK_WALLETS_THAT_CAN_BE, sorted(org_ids))
             clock = connection.execute(_clock(patience_s))
         [(now, *_)] = clock.fetchall()
-        work = cls(locked.fetchall(), now)
+        work = cls(locked(), now)
         work._post_due(connection, set())
         if stuck := work.with_locked_records(connection):
             connection.execute("ROLLBACK")
@@ -195,7 +197,7 @@ class WorkingSet:
             (self._loaded_subscriptions, _LOCK_SUBSCRIPTIONS_THAT_CAN_BE),
         ):
             if keys := sorted(key for key in loaded if key[0] in self.wallets):
-                can_be = connection.execute(lock, [arrays.text(column) for column in zip(*keys, strict=True)])
+                can_be = execute(connection, lock, [arrays.text(column) for column in zip(*keys, strict=True)])
                 stuck |= {org_id for org_id, _ in set(keys).difference(can_be)}
         if ending := {_ENDING_KEY(row) for wallet in self._loaded_wallets.values() for row in _ending(wallet)}:
             org_ids = arrays.text(sorted({org_id for org_id, *_ in ending}))
@@ -211,7 +213,7 @@ class WorkingSet:
             return
         with connection.pipeline():
             connection.execute(BEGIN)
-            connection.execute(*_CREATE_WALLETS.of([Wallet(org_id) for org_id in org_ids]))
+            execute(connection, *_CREATE_WALLETS.of([Wallet(org_id) for org_id in org_ids]))
             connection.execute("COMMIT")
 
     @classmethod
@@ -220,7 +222,7 @@ class WorkingSet:
         _begin(connection)
         connection.execute(_clock(SHORT_PATIENCE_S))
         try:
-            connection.execute(*_CREATE_WALLETS.of([Wallet(org_id)]))
+            execute(connection, *_CREATE_WALLETS.of([Wallet(org_id)]))
         except (LockNotAvailable, QueryCanceled):
             connection.execute("ROLLBACK")
             return False
@@ -265,12 +267,16 @@ class WorkingSet:
         with connection.pipeline():
             named = self._with_the_wallets_own(named_subscriptions)
             subscriptions = find(connection, Subscription, _SUBSCRIPTIONS, current | named)
-            ending = select(connection, EndingCredits, _ENDING, [arrays.text(with_ending)])
-            found = select(connection, Workflow, _EXPIRED_HOLDS, [*holding_at, MOST_DUE])
-            next_expiry = connection.execute(_NEXT_HOLD_EXPIRY, holding_at)
-        expired = sorted(found.fetchall(), key=lambda workflow: (workflow.expires_at, workflow.workflow_id))
+            ending = found = next_expiry = None
+            if with_ending:
+                ending = select(connection, EndingCredits, _ENDING, [arrays.text(with_ending)])
+            if holding:
+                found = select(connection, Workflow, _EXPIRED_HOLDS, holding_at)
+                next_expiry = execute(connection, _NEXT_HOLD_EXPIRY, holding_at)
+        expired = [] if found is None else found.fetchall()
+        expired.sort(key=lambda workflow: (workflow.expires_at, workflow.workflow_id))
         self._keep_loaded(expired, subscriptions=subscriptions())
-        self._keep_ending(ending.fetchall())
+        self._keep_ending([] if ending is None else ending.fetchall())
         for org_id in due:
             self._begin_due(org_id)
         # Periods first: while more of them are due, a wallet's reservations are released in a later transaction.
@@ -280,7 +286,7 @@ class WorkingSet:
                 overdue.add(workflow.org_id)
             elif workflow.org_id not in overdue:
                 self._release_expired(workflow)
-        if len(expired) < MOST_DUE:  # otherwise, there may be more of them
+        if next_expiry is not None and len(expired) < MOST_DUE:  # otherwise, there may be more of them
             for org_id, expires_at in next_expiry.fetchall():
                 if org_id not in overdue:
                     self._keep(self.wallets[org_id]._replace(next_hold_expiry=expires_at), ())
@@ -423,15 +429,21 @@ class WorkingSet:
                 (_INSERT_EVENTS, self.events),
             ):
                 if rows:
-                    connection.execute(*write.of(rows))
+                    execute(connection, *write.of(rows))
             committed = connection.execute("COMMIT")
         assert committed.statusmessage == "COMMIT"
 
 
 def _begin(connection: Connection) -> None:
     connection.execute(BEGIN)
-    if connection.is_distributed:  # a node does not know how long this session waits for locks
-        connection.execute(_LOCK_TIMEOUT)
+    if connection.is_distributed:
+        for setting in _SETTINGS_OF_NODES:
+            connection.execute(setting)
+
+
+def _lock(connection: Connection, lock: str, org_ids: Sequence[str]) -> Callable[[], Sequence[Wallet]]:
+    """Lock wallets. Returns a function that returns them after the round trip."""
+    return select(connection, Wallet, lock, [arrays.text(org_ids)]).fetchall if org_ids else tuple
 
 
 def exists(connection: Connection, org_id: str) -> bool:
@@ -522,7 +534,12 @@ def _clock(statement_timeout_s: float) -> str:
 
 # Whatever the server's default: a row that is read under a lock must be current.
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
-_LOCK_TIMEOUT = f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S * 1_000:.0f}ms'"
+# Of what `_clock` sets and of the session's own settings, those that a node has to know. `SET LOCAL` tells it.
+_SETTINGS_OF_NODES = (
+    f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S * 1_000:.0f}ms'",
+    "SET LOCAL enable_hashjoin = off",
+    "SET LOCAL enable_mergejoin = off",
+)
 # Sent once the locks are held: the time, whether any message waits, and settings for the statements that follow.
 _CLOCK = _clock(PATIENCE_S)
 _WALLETS = f"SELECT {column_names(tables.wallets, Wallet)} FROM wallets WHERE org_id = ANY(%b::text[])"
@@ -535,13 +552,17 @@ _WORKFLOWS = by_key(tables.workflows, Workflow)
 _POSTED = by_key(tables.posted_messages, PostedMessage)
 _SUBSCRIPTIONS = by_key(tables.subscriptions, Subscription)
 # OFFSET 0 keeps this from becoming a join, which would read every organization's open reservations.
-_EXPIRED_HOLDS = f"""
+_EXPIRED_HOLDS = statement(
+    f"""
     SELECT expired.* FROM unnest(%b::text[], %b::timestamptz[]) AS due (org_id, now) CROSS JOIN LATERAL (
         SELECT {column_names(tables.workflows, Workflow)} FROM workflows
         WHERE workflows.org_id = due.org_id AND state = 'reserved' AND expires_at <= due.now
+          {{in_shard}}
         ORDER BY expires_at OFFSET 0
-    ) AS expired LIMIT %b
-"""
+    ) AS expired LIMIT {MOST_DUE}
+    """,
+    "workflows",
+)
 _ENDING = f"""
     SELECT {column_names(tables.ending_credits, EndingCredits)} FROM ending_credits WHERE org_id = ANY(%b::text[])
     ORDER BY expires_at, NOT starts_with(origin, 'subscription:'), seq, origin
@@ -552,12 +573,15 @@ _LOCK_ENDING_THAT_CAN_BE = """
 """
 _LOCK_WORKFLOWS_THAT_CAN_BE = lock_that_can_be(tables.workflows)
 _LOCK_SUBSCRIPTIONS_THAT_CAN_BE = lock_that_can_be(tables.subscriptions)
-_NEXT_HOLD_EXPIRY = """
-    SELECT org_id, (
-        SELECT min(expires_at) FROM workflows
-        WHERE workflows.org_id = due.org_id AND state = 'reserved' AND expires_at > due.now
-    ) FROM unnest(%b::text[], %b::timestamptz[]) AS due (org_id, now)
-"""
+_NEXT_HOLD_EXPIRY = statement(
+    """
+    SELECT org_id, expires_at FROM unnest(%b::text[], %b::timestamptz[]) AS due (org_id, now) CROSS JOIN LATERAL (
+        SELECT min(expires_at) AS expires_at FROM workflows
+        WHERE workflows.org_id = due.org_id AND state = 'reserved' AND expires_at > due.now{in_shard}
+    ) AS following
+    """,
+    "workflows",
+)
 _UPDATE_WALLETS = update(tables.wallets, Wallet)
 _UPDATE_BALANCES = update(tables.wallets, Wallet, until="next_hold_expiry")
 _INSERT_WORKFLOWS = insert(tables.workflows, Workflow, until="reserved_seq")
@@ -572,6 +596,7 @@ _UPDATE_POSTED = write(
     PostedMessage,
     "UPDATE posted_messages AS old SET reversed = new.reversed FROM {rows}"
     " WHERE old.org_id = new.org_id AND old.kind = new.kind AND old.message_id = new.message_id",
+    changes="old",
 )
 _WRITE_ENDING = insert(
     tables.ending_credits,
@@ -583,5 +608,6 @@ _DELETE_ENDING = write(
     EndingCredits,
     "DELETE FROM ending_credits AS old USING {rows}"
     " WHERE old.org_id = new.org_id AND old.origin = new.origin AND old.expires_at = new.expires_at",
+    changes="old",
 )
 _INSERT_EVENTS = insert(tables.credit_events, Event)
