@@ -25,9 +25,7 @@ Moment = Annotated[
 
 AsOf = Annotated[
     Moment,
-    Field(
-        description="The answer has everything that was committed until then, and may have more. Of a replica, older."
-    ),
+    Field(description="The answer has everything that was committed until then, and may have more."),
 ]
 """How old an answer may be that is read from a replica."""
 

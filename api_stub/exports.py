@@ -20,6 +20,12 @@ from ledger.usage import Group, Usage
 
 COLUMNS = (*CUSTOMER_COLUMNS, "id", "workflow_id")
 MEDIA_TYPE = "text/csv; charset=utf-8; header=present"
+AS_OF = "Holdfast-As-Of"
+DESCRIBED = {
+    "content": {"text/csv": {"schema": {"type": "string"}}},
+    "headers": {AS_OF: {"description": "As `as_of` in JSON.", "schema": {"type": "string", "format": "date-time"}}},
+}
+"""A file, in the description of the API."""
 PIECE_CHARACTERS = 64 * 1024
 MOST_LINES = 100_000
 """The most groups of usage in a file."""
@@ -34,7 +40,7 @@ def as_file(name: str, as_of: datetime) -> dict[str, str]:
     `as_of`: see `Reader.as_of`.
     """
     safe = re.sub(r"[^A-Za-z0-9_.-]", "-", name)
-    return {"Content-Disposition": f'attachment; filename="{safe}"', "Holdfast-As-Of": as_of.isoformat()}
+    return {"Content-Disposition": f'attachment; filename="{safe}"', AS_OF: as_of.isoformat()}
 
 
 def archived(older: Archived | None) -> dict[str, str]:

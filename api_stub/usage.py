@@ -91,7 +91,7 @@ def add(app: FastAPI) -> None:
         "/api/organizations/{orgId}/usage.csv",
         tags=["credits"],
         response_class=Response,
-        responses={**errors.READ_RESPONSES, 200: {"content": {"text/csv": {"schema": {"type": "string"}}}}},
+        responses={**errors.READ_RESPONSES, 200: exports.DESCRIBED},
     )
     def usage_as_csv(org_id: ReadableOrg, using: Using, asked: AskedFor) -> Response:
         """The same as a file: a line a group."""

@@ -7,6 +7,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
+import psutil
 import pytest
 from fastapi import FastAPI
 from sqlalchemy import Connection
@@ -346,3 +347,45 @@ def test_an_export_goes_on_at_the_primary_where_the_replica_has_ended(
     assert [event["seq"] for event in (first, *exported)] == list(range(system.granted - 1, 0, -1))
     assert not reader.is_from_replica
     system.replica.start()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_readers_leave_the_primary_alone(whole: System) -> None:
+    """With `-s` it prints what docs/operating.md says of it."""
+    orgs = [f"org-{number}" for number in range(10)]
+    for org_id in orgs:
+        runs = [
+            (task, {"workflow_id": f"run-{number}", "project_id": f"p{number % 7}", "credits": 5})
+            for number in range(400)
+            for task in ("workflow.start", "workflow.finish")
+        ]
+        write(whole.ledger.engine, org_id, ("wallet.grant", {"grant_id": "g", "credits": 10_000}), *runs)
+    whole.follow()
+    alone = website.app(whole.ledger.database_url, whole.ledger.broker_url)
+    with_replica = app_that_reads_from(whole, whole.replica.url(OWNER, "holdfast"))
+    spent = [processor_s_of_reading(app, orgs, [whole.primary, whole.replica]) for app in (alone, with_replica)]
+    print(f"\nprocessor time of the primary and of the replica, in seconds: {spent[0]}, and {spent[1]}")
+    assert spent[1][0] < spent[0][0] / 5
+
+
+def processor_s_of_reading(app: FastAPI, orgs: list[str], servers: list[Postgres]) -> list[float]:
+    """What 1,000 answers cost each server: a third each the API's history, its usage, and the page."""
+    with serving(app) as address, Visitor(base_url=address) as customer:
+        customer.headers["Authorization"] = f"Bearer {token(orgs=orgs)}"
+        customer.sign_in(token(orgs=orgs))
+        eventually(lambda: app.state.services.replica is None or reads_from_replica(app))
+        before = [processor_s(server) for server in servers]
+        for number in range(333):
+            org_id = orgs[number % len(orgs)]
+            of, page = f"/api/organizations/{org_id}", f"/organizations/{org_id}/credit-history"
+            for path in (f"{of}/credit-events", f"{of}/usage?group_by=project", page):
+                assert customer.get(path).status_code == 200
+        return [round(processor_s(server) - begin, 2) for server, begin in zip(servers, before, strict=True)]
+
+
+def processor_s(server: Postgres) -> float:
+    """The time that the server and all its processes have computed, in seconds."""
+    parent = psutil.Process(server.pid)
+    living = sum(sum(child.cpu_times()[:2]) for child in parent.children(recursive=True))
+    return living + sum(parent.cpu_times()[:4])
