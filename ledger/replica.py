@@ -24,7 +24,7 @@ from datetime import datetime, timedelta
 from typing import NamedTuple, TypeVar
 
 from sqlalchemy import Connection, Engine, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from ledger import migrations
 from ledger.database import break_connections, connect, read_only
@@ -98,6 +98,7 @@ class Replica:
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="replica", daemon=True)
         self._problem: str | None = _NOT_YET
+        self._head = migrations.head_revision()
         self._ledger: _Ledger | None = None
         self._positions = deque[AsOf](maxlen=KEPT_POSITIONS)
         """Of the primary, the newest last."""
@@ -147,7 +148,7 @@ class Replica:
             raise NotReadableError("it is no replica, but a database on its own")
         ledger = _Ledger(*row[3:])
         if self._ledger is None:
-            if ledger.revision != migrations.head_revision():
+            if ledger.revision != self._head:
                 raise NotReadableError("the primary has not been seen, and its schema is another version's")
         elif ledger != self._ledger:
             raise NotReadableError(_difference(ledger, self._ledger))
@@ -175,7 +176,7 @@ class Replica:
                 self._as_of(connection)
         except NotReadableError as error:
             self._tell(str(error))
-        except DBAPIError as error:
+        except SQLAlchemyError as error:
             self._tell(describe(error))
             # Whoever waits for a frozen replica is told.
             break_connections(self._engine)
@@ -186,7 +187,7 @@ class Replica:
         try:
             with self._primary.connect() as connection:
                 row = connection.execute(_PRIMARY).one()
-        except DBAPIError:
+        except SQLAlchemyError:
             return  # what is known of it stays true
         self._positions.append(AsOf(*row[:2]))
         self._ledger = _Ledger(*row[2:])

@@ -37,7 +37,7 @@ def replica_of(primary: Postgres) -> Iterator[Postgres]:
         replica.data.joinpath("standby.signal").touch()
         with replica.data.joinpath("postgresql.auto.conf").open("a") as settings:
             source = f"host={primary.sockets} port=5432 user=postgres application_name=replica"
-            settings.write(f"primary_conninfo = '{source}'\n")
+            settings.write(f"primary_conninfo = '{source}'\nwal_retrieve_retry_interval = 100\n")
         owner = primary.data.stat()
         for path in (replica.data, *replica.data.rglob("*")):
             os.chown(path, owner.st_uid, owner.st_gid)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -10,13 +10,13 @@ from typing import Any
 import psutil
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import Connection
+from sqlalchemy import Connection, make_url
 
 from api_stub.reader import Reader
-from ledger import history, migrations
+from ledger import history
 from ledger import replica as replicas
-from ledger.database import connect
 from ledger.filters import EVERY_EVENT
+from ledger.replica import NotReadableError
 from ledger.roles import READER
 from tests.acceptance import website
 from tests.acceptance.website import (
@@ -31,7 +31,7 @@ from tests.acceptance.website import (
     token,
     write,
 )
-from tests.installation import Installation, installed_on, open_folder
+from tests.installation import Installation, installed
 from tests.replicas import as_admin, configure, replica_of
 from tests.support import PATIENCE_S, as_role, eventually, processes_of, sql, suspended
 from worker.local.embedded import Embedded
@@ -44,11 +44,23 @@ EVENTS, USAGE, CREDITS = (f"{OF_ACME}/{name}" for name in ("credit-events", "usa
 class System:
     """A primary with one customer, and its replica."""
 
-    def __init__(self, services: Embedded, replica: Postgres, ledger: Installation) -> None:
-        self.primary = services.postgres
+    def __init__(self, primary: Postgres, replica: Postgres, ledger: Installation) -> None:
+        self.primary = primary
         self.replica = replica
         self.ledger = ledger
         self.granted = 0
+
+    @property
+    def read_url(self) -> str:
+        """Of the ledger on the replica."""
+        return self.replica.url(OWNER, self.database)
+
+    @property
+    def database(self) -> str:
+        """The ledger's name on both servers."""
+        name = make_url(self.ledger.database_url).database
+        assert name is not None
+        return name
 
     def write(self, *messages: tuple[str, dict[str, Any]]) -> None:
         write(self.ledger.engine, "acme", *messages)
@@ -67,12 +79,6 @@ class System:
             has_it = "SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn"
             eventually(lambda: standby.execute(has_it, [position]).fetchall() == [(True,)])
 
-    def now(self) -> datetime:
-        """The primary's time."""
-        [(now,)] = sql(self.ledger.engine, "SELECT clock_timestamp()")
-        assert isinstance(now, datetime)
-        return now
-
     @contextmanager
     def behind(self) -> Iterator[None]:
         """The replica replays nothing."""
@@ -89,15 +95,8 @@ class System:
 
 @pytest.fixture(scope="module")
 def whole(services: Embedded) -> Iterator[System]:
-    """On servers of its own: they are frozen and ended. The broker has no part in this."""
-    with ExitStack() as stack:
-        own = stack.enter_context(Embedded(stack.enter_context(open_folder()), durable=False))
-        engine = connect(own.database_url)
-        migrations.upgrade(engine)
-        migrations.grant(engine)
-        engine.dispose()
-        replica = stack.enter_context(replica_of(own.postgres))
-        yield System(own, replica, stack.enter_context(installed_on(own.database_url, own.broker.url)))
+    with installed(services) as ledger, replica_of(services.postgres) as replica:
+        yield System(services.postgres, replica, ledger)
 
 
 @pytest.fixture
@@ -118,7 +117,7 @@ def app_that_reads_from(system: System, url: str) -> FastAPI:
 
 @pytest.fixture
 def app(system: System) -> FastAPI:
-    return app_that_reads_from(system, system.replica.url(OWNER, "holdfast"))
+    return app_that_reads_from(system, system.read_url)
 
 
 @pytest.fixture
@@ -150,25 +149,34 @@ def as_of(answer: Any) -> datetime:
     return datetime.fromisoformat(answer["as_of"])
 
 
+def looked_at_since(system: System, app: FastAPI) -> datetime:
+    """The primary's time now; returns when the API has asked for its position once more."""
+    [(now,)] = sql(system.ledger.engine, "SELECT clock_timestamp()")
+    assert isinstance(now, datetime)
+    eventually(lambda: app.state.services.replica._positions[-1].time > now)
+    return now
+
+
 # Which server answers what
 
 
 def test_the_replica_answers_what_only_informs_and_says_until_when_it_has_everything(
-    system: System, api: Patient
+    system: System, app: FastAPI, api: Patient
 ) -> None:
     with system.behind():
-        before, begin = system.granted, system.now()
+        before = system.granted
         after = system.grant()
+        missed = looked_at_since(system, app)
         for path, query in ((EVENTS, {}), (EVENTS, {"group_by": "workflow"}), (USAGE, {})):
-            assert as_of(told(api, path, **query)) <= begin
+            assert as_of(told(api, path, **query)) < missed
         assert told(api)["total"] == before
         file = api.get(f"{USAGE}.csv")
-        assert datetime.fromisoformat(file.headers["holdfast-as-of"]) <= begin
+        assert datetime.fromisoformat(file.headers["holdfast-as-of"]) < missed
         assert told(api, CREDITS)["available"] == after
         assert told(api, f"{OF_ACME}/quote", credits=0)["available"] == after
         system.write(("workflow.start", {"workflow_id": "new", "credits": 10**9}))
         assert told(api, f"{OF_ACME}/workflows/new")["state"] == "rejected"
-    assert as_of(told(api)) > begin
+    eventually(lambda: as_of(told(api)) > missed)  # although nothing more is written
 
 
 def test_the_page_of_a_customer_says_how_old_it_is_and_that_of_staff_is_not_old(system: System, address: str) -> None:
@@ -207,13 +215,15 @@ def test_what_follows_a_page_of_the_primary_skips_nothing_that_the_replica_lacks
         assert told(api, cursor=last - 2, limit=1)["total"] == last - 3
 
 
-def test_metrics_are_the_replicas_and_say_until_when_they_have_everything(system: System, api: Patient) -> None:
+def test_metrics_are_the_replicas_and_say_until_when_they_have_everything(
+    system: System, app: FastAPI, api: Patient
+) -> None:
     with system.behind():
-        begin = system.now()
         system.write(("wallet.purchase", {"purchase_id": "p", "credits": 0}))
+        missed = looked_at_since(system, app)
         values = metrics(api)
         assert values["holdfast_dead_letters_open"] == 0
-        assert values["holdfast_figures_timestamp_seconds"] <= begin.timestamp()
+        assert values["holdfast_figures_timestamp_seconds"] < missed.timestamp()
         assert (values["holdfast_database_up"], values["holdfast_replica_up"]) == (1, 1)
     assert metrics(api)["holdfast_dead_letters_open"] == 1
 
@@ -266,6 +276,11 @@ def test_readers_go_on_while_the_primary_is_away(system: System, api: Patient) -
         assert as_of(later) <= as_of(told(api))
         assert told(api, USAGE)["total"]["credits"] == 0
         assert api.get(CREDITS).status_code == 503
+        begun_later = app_that_reads_from(system, system.read_url)
+        with serving(begun_later) as address, Visitor(base_url=address) as customer:
+            customer.sign_in(token())
+            eventually(lambda: reads_from_replica(begun_later))
+            assert figures(customer.get(HISTORY))["available"] == str(system.granted)
         values = metrics(api)
         assert (values["holdfast_database_up"], values["holdfast_replica_up"]) == (0, 1)
         assert "holdfast_dead_letters_open" in values
@@ -296,17 +311,17 @@ def test_a_replica_whose_schema_is_not_the_primarys_is_not_read(system: System, 
     eventually(partial(reads_from_replica, app))
 
 
-def test_what_is_no_replica_of_the_ledger_is_not_read(system: System, capfd: pytest.CaptureFixture[str]) -> None:
-    with as_admin(system.primary) as admin:
-        admin.execute("CREATE DATABASE other TEMPLATE template0 OWNER holdfast")
-    other = connect(system.primary.url(OWNER, "other"))
-    migrations.upgrade(other)
-    migrations.grant(other)
-    other.dispose()
+def test_what_is_no_replica_of_the_ledger_is_not_read(
+    system: System, database_url: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     system.follow()
-    alone, of_another = "a database on its own", "no replica of HOLDFAST_DATABASE_URL's database, but of another one"
-    for server, database, problem in ((system.primary, "holdfast", alone), (system.replica, "other", of_another)):
-        app = app_that_reads_from(system, server.url(OWNER, database))
+    other = make_url(database_url).database
+    assert other is not None
+    for url, problem in (
+        (system.ledger.database_url, "it is no replica, but a database on its own"),
+        (system.replica.url(OWNER, other), "it is no replica of HOLDFAST_DATABASE_URL's database, but of another one"),
+    ):
+        app = app_that_reads_from(system, url)
         with serving(app) as address, Patient(base_url=address) as api:
             api.headers["Authorization"] = f"Bearer {token()}"
             assert problem in eventually(lambda: capfd.readouterr().err)
@@ -339,6 +354,8 @@ def test_an_export_goes_on_at_the_primary_where_the_replica_has_ended(
     monkeypatch.setattr(history, "EXPORT_STEP", 1)
     system.grant()
     system.follow()
+    with pytest.raises(NotReadableError, match="not as new"):
+        app.state.services.replica.read(lambda ledger: ledger, since=2**60)
     reader = Reader(app.state.services)
     exported = history.all_events(reader.read, "acme", EVERY_EVENT)
     first = next(exported)
@@ -363,7 +380,7 @@ def test_readers_leave_the_primary_alone(whole: System) -> None:
         write(whole.ledger.engine, org_id, ("wallet.grant", {"grant_id": "g", "credits": 10_000}), *runs)
     whole.follow()
     alone = website.app(whole.ledger.database_url, whole.ledger.broker_url)
-    with_replica = app_that_reads_from(whole, whole.replica.url(OWNER, "holdfast"))
+    with_replica = app_that_reads_from(whole, whole.read_url)
     spent = [processor_s_of_reading(app, orgs, [whole.primary, whole.replica]) for app in (alone, with_replica)]
     print(f"\nprocessor time of the primary and of the replica, in seconds: {spent[0]}, and {spent[1]}")
     assert spent[1][0] < spent[0][0] / 5
