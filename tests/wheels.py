@@ -10,6 +10,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.installation import environment
 from tests.packages import what_runs
@@ -61,9 +62,10 @@ class Environment:
         link(what_runs(list(requirements)) - OURS, packages)
 
     def versions(self) -> dict[str, str]:
-        """What is installed."""
-        lines = self.pip("list", "--format=freeze").splitlines()
-        return dict(line.split("==") for line in lines)
+        """The version of each package that is installed."""
+        program = "import importlib.metadata as m; print(*(f'{d.name}=={d.version}' for d in m.distributions()))"
+        lines = [line.split("==") for line in self.run(self.python, "-c", program).stdout.split()]
+        return {canonicalize_name(name): version for name, version in lines}
 
     def run(self, *argv: str, cwd: Path | None = None, **settings: str) -> subprocess.CompletedProcess[str]:
         """Run a program outside the checkout, whose folders could be imported otherwise."""

@@ -13,6 +13,7 @@ from tests.acceptance.website import LETTERS, Visitor, operator_token, served, t
 from tests.installation import Installation, Producer, installed, wait_for_workers
 from tests.rabbitmq import RabbitMQ
 from tests.support import sql
+from tests.wheels import Environment, Wheels, build
 from worker.local.embedded import Embedded
 from worker.local.process import Process
 
@@ -123,3 +124,15 @@ def letter(ledger: Installation, org_id: str) -> str:
     write(ledger.engine, org_id, ("wallet.purchase", {"purchase_id": "p1", "credits": 0}))
     [(number,)] = sql(ledger.engine, "SELECT id FROM dead_letters WHERE org_id = :org_id", org_id=org_id)
     return f"{LETTERS}/{number}"
+
+
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Wheels:
+    """Holdfast and its client, built."""
+    return build(tmp_path_factory.mktemp("wheels"))
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Environment:
+    """An environment in which nothing is installed."""
+    return Environment(tmp_path / "environment")
