@@ -47,10 +47,10 @@ class Environment:
         self.folder = folder
         self.python = str(folder / "bin" / "python")
 
-    def pip(self, *arguments: str | Path) -> str:
+    def pip(self, *arguments: str | Path, cwd: Path | None = None) -> None:
         """Run our pip on it."""
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", self.python]
-        return subprocess.run([*pip, *arguments], check=True, capture_output=True, text=True).stdout
+        subprocess.run([*pip, *arguments], cwd=cwd, check=True, capture_output=True)
 
     def install_alone(self, *wheels: Path) -> None:
         """Install these wheels without what they require."""

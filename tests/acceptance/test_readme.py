@@ -87,11 +87,13 @@ def run_fork(command: str, environment: dict[str, str]) -> str:
     return done.stdout
 
 
-def test_the_readme_names_these_commands_and_every_one_is_run_here() -> None:
+def test_the_readme_names_these_commands_and_every_one_is_run() -> None:
+    """Here; `pip` in test_wheels.py."""
     assert COMMANDS == [
         "make demo",
         "make test",
         "make up",
+        "pip install ./client",
         "python first.py",
         "holdfast wallet acme",
         "holdfast history acme --type usage --from 2026-01-01",

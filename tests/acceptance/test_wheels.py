@@ -14,11 +14,12 @@ from tests.acceptance.lone_engine import TOLD, told
 from tests.installation import Installation, environment
 from tests.packages import what_runs
 from tests.support import PATIENCE_S, eventually
-from tests.wheels import Environment, Wheels, link, required
+from tests.wheels import ROOT, Environment, Wheels, link, required
 from worker.local.process import Process
 
 pytestmark = pytest.mark.timeout(300)  # seconds, for a slow machine and a slow package index
 
+CLIENT_README, README = ((ROOT / path).read_text() for path in ("client/README.md", "README.md"))
 BROUGHT = what_runs(["kombu[redis]", "pydantic", "redis"]) | {"holdfast-client"}
 OF_OLDER_ONES = {"async-timeout", "pyjwt", "setuptools", "tzdata"}
 """What older versions of these, or of Python, need."""
@@ -42,11 +43,18 @@ print([name for name in sys.argv[2:] if importlib.util.find_spec(name)])
 
 
 def test_in_an_empty_environment_the_client_brings_what_it_needs_and_is_answered(
-    wheels: Wheels, empty: Environment, running: Installation
+    empty: Environment, running: Installation
 ) -> None:
-    empty.pip("install", "--no-compile", wheels.client)
+    """As both READMEs say."""
+    [program] = re.findall(r"^```python\n(.*?)^```$", CLIENT_README, re.MULTILINE | re.DOTALL)
+    assert all(re.search(r"(^|`)pip install \./client(`|$)", page, re.MULTILINE) for page in (README, CLIENT_README))
+    empty.pip("install", "./client", "--no-compile", cwd=ROOT)
     assert empty.versions().keys() <= BROUGHT | OF_OLDER_ONES
     assert told(empty, "alone", running.broker_url, running.broker_url) == TOLD
+    with Client(running.broker_url) as billing:
+        billing.grant(org_id="acme", grant_id="gift", credits=100, wait_s=PATIENCE_S)
+    done = empty.run(empty.python, "-c", program, HOLDFAST_ENGINE_BROKER_URL=running.broker_url)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
 
 
 def test_an_engine_keeps_its_celery_and_its_worker_py(
