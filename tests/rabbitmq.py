@@ -83,15 +83,17 @@ class RabbitMQ:
         with suspended(self.server.pid):
             yield
 
-    def control(self, *command: str) -> None:
-        """Have `rabbitmqctl` do something."""
+    def control(self, *command: str) -> str:
+        """Have `rabbitmqctl` do something; returns what it prints."""
         assert _CONTROL is not None
-        subprocess.run([_CONTROL, *command], env=self.environment, check=True, capture_output=True, timeout=300)
+        return self._printed_by(_CONTROL, *command)
 
     def queues(self, *command: str) -> str:
         """Have `rabbitmq-queues` do something; returns what it prints."""
         assert _QUEUES is not None
-        command = (_QUEUES, *command)
+        return self._printed_by(_QUEUES, *command)
+
+    def _printed_by(self, *command: str) -> str:
         done = subprocess.run(command, env=self.environment, check=True, capture_output=True, timeout=300, text=True)
         return done.stdout
 
@@ -117,13 +119,21 @@ def running() -> Iterator[RabbitMQ]:
 
 @contextmanager
 def cluster(
-    size: int = 3, *, while_first_is_alone: Callable[[RabbitMQ], None] = lambda _: None
+    size: int = 3,
+    *,
+    while_first_is_alone: Callable[[RabbitMQ], None] = lambda _: None,
+    settings: str = "",
+    folder: Path | None = None,
 ) -> Iterator[list[RabbitMQ]]:
-    """Start so many nodes of one cluster, with nothing in it but what is done while there is only the first."""
+    """Start so many nodes of one cluster, with nothing in it but what is done while there is only the first.
+
+    `settings`: more of rabbitmq.conf. `folder`: where their data and logs are kept; default: nowhere.
+    """
     assert _PORT_MAPPER is not None
     with ExitStack() as cleanup:
-        folder = Path(tempfile.mkdtemp(prefix="rabbitmq-"))
-        cleanup.callback(shutil.rmtree, folder)
+        if folder is None:
+            folder = Path(tempfile.mkdtemp(prefix="rabbitmq-"))
+            cleanup.callback(shutil.rmtree, folder)
         plugins = folder / "enabled_plugins"
         plugins.write_text("[].")
         ports = [free_port() for _ in range(size)]
@@ -144,7 +154,7 @@ def cluster(
         mapper = Process("epmd", [_PORT_MAPPER], folder, env=environment)
         cleanup.callback(mapper.kill)
         mapper.start()
-        nodes = [_node(port, ports, folder, environment) for port in ports]
+        nodes = [_node(port, ports, folder, environment, settings) for port in ports]
         first, *others = nodes
         for node in nodes:
             cleanup.callback(node.server.kill)
@@ -157,12 +167,13 @@ def cluster(
         yield nodes
 
 
-def _node(port: int, ports: list[int], folder: Path, environment: dict[str, str]) -> RabbitMQ:
+def _node(port: int, ports: list[int], folder: Path, environment: dict[str, str], settings: str) -> RabbitMQ:
     assert _SERVER is not None
     configuration = folder / f"{port}.conf"
     members = enumerate(ports, start=1)
     configuration.write_text(
         CONFIGURATION.format(port=port)
+        + settings
         + "cluster_formation.peer_discovery_backend = classic_config\n"
         + "".join(f"cluster_formation.classic_config.nodes.{number} = {_name(one)}\n" for number, one in members)
     )

@@ -8,9 +8,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.nemesis.run import Goal, run
+from tests.nemesis import cluster, run
+from tests.nemesis.run import Goal
 
 MESSAGES_PER_MINUTE, KILLS_PER_MINUTE = 3_400, 7
+IN_CLUSTER_PER_MINUTE = 1_000
 
 
 def main() -> int:
@@ -18,14 +20,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.nemesis", description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0, help="how long faults happen (default: 30)")
     parser.add_argument("--seed", type=int, default=secrets.randbits(32), help="what decides on all choices")
+    brokers = {
+        "own": "Valkey, one of many that are killed",
+        "cluster": "RabbitMQ, whose three nodes are all that is hit",
+    }
+    said = "; ".join(f"{name}: {what}" for name, what in brokers.items())
+    parser.add_argument("--broker", choices=brokers, default="own", help=said)
     given = parser.parse_args()
-    goal = Goal(60 * given.minutes, int(MESSAGES_PER_MINUTE * given.minutes), int(KILLS_PER_MINUTE * given.minutes))
+    is_cluster = given.broker == "cluster"
+    messages = IN_CLUSTER_PER_MINUTE if is_cluster else MESSAGES_PER_MINUTE
+    goal = Goal(60 * given.minutes, int(messages * given.minutes), int(KILLS_PER_MINUTE * given.minutes))
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: what a script starts in the background ignores it
         signal.signal(number, signal.default_int_handler)
     folder = new_folder()
     print(f"nemesis: seed {given.seed}, {given.minutes:g} minutes, logs in {folder}", flush=True)
     try:
-        report = run(given.seed, goal, folder, say=lambda line: print(line, flush=True))
+        report = (cluster if is_cluster else run).run(
+            given.seed, goal, folder, say=lambda line: print(line, flush=True)
+        )
     except KeyboardInterrupt:
         print(f"nemesis: interrupted; logs in {folder}", file=sys.stderr)
         return 130

@@ -83,8 +83,11 @@ class Observed:
     """What `holdfast verify` found."""
 
 
-def observe(engine: Engine, broker: redis.Redis, due_until: datetime) -> Observed:
-    """Read it all. Nobody writes any more, and what time alone does was done until `due_until`."""
+def observe(engine: Engine, store: redis.Redis, due_until: datetime) -> Observed:
+    """Read it all. Nobody writes any more, and what time alone does was done until `due_until`.
+
+    `store`: where the answers are.
+    """
     [(until,)] = sql(engine, "SELECT clock_timestamp()")
     seen = Observed(due_until, until)
     for org_id, row in sql(engine, "SELECT org_id, to_jsonb(wallets) FROM wallets"):
@@ -108,14 +111,18 @@ def observe(engine: Engine, broker: redis.Redis, due_until: datetime) -> Observe
                 seen.letters[number].append(Letter(*rest))
             case _:
                 seen.strange_letters.append(what)
-    seen.taken_from_neighbour += [f"its worker no longer holds {tag}" for tag in neighbour.restored(broker)]
-    seen.answers = answers(broker)
+    seen.answers = answers(store)
     seen.invariants = [
         f"{finding.check.name}: {org_id}, {offender}"
         for finding in audit.verify(engine).findings
         for org_id, offender in finding.offenders
     ]
     return seen
+
+
+def observe_neighbour(seen: Observed, broker: redis.Redis) -> None:
+    """Read also what concerns the other application on the same broker."""
+    seen.taken_from_neighbour += [f"its worker no longer holds {tag}" for tag in neighbour.restored(broker)]
 
 
 def answers(broker: redis.Redis) -> dict[str, dict[str, Any]]:

@@ -12,17 +12,20 @@ from datetime import UTC, datetime
 from random import Random
 from threading import Event, Lock, Thread
 from time import monotonic
+from typing import Any
 from uuid import uuid4
 
 import redis
+from amqp.exceptions import AMQPError
 from celery import Celery
+from kombu.entity import Queue
 from kombu.exceptions import OperationalError
 
 from holdfast_client.broker import QUEUE
 from tests.nemesis.workload import Message, Workload
 
 RETRY_S = 0.05
-BROKER_ERRORS = (OperationalError, redis.RedisError, OSError)
+BROKER_ERRORS = (OperationalError, redis.RedisError, AMQPError, OSError)
 
 
 @dataclass(slots=True)
@@ -39,6 +42,9 @@ class Sent:
 class Producer(Thread):
     """Sends a workload, chunk by chunk, until it is told to stop."""
 
+    queue: str | Queue = QUEUE
+    exchange = QUEUE
+
     def __init__(self, broker_url: str, workload: Workload, *, seed: int, messages_per_s: float) -> None:
         super().__init__(name="producer", daemon=True)
         self.sent: dict[int, Sent] = {}
@@ -47,8 +53,7 @@ class Producer(Thread):
         self._workload = workload
         self._random = Random(seed)
         self._messages_per_s = messages_per_s
-        self._celery = Celery(broker=broker_url, set_as_current=False)
-        self._broker = redis.Redis.from_url(broker_url)
+        self._celery = self._connect(broker_url)
         self._stopping = Event()
         self._closed = Event()
         self._lock = Lock()
@@ -100,7 +105,10 @@ class Producer(Thread):
         if self.is_alive():
             self.join(timeout=30)
         self._celery.close()
-        self._broker.close()
+
+    def _connect(self, broker_url: str) -> Celery:
+        self._broker = redis.Redis.from_url(broker_url)
+        return Celery(broker=broker_url, set_as_current=False)
 
     def _send(self, sent: Sent) -> None:
         while not self._closed.is_set():
@@ -128,18 +136,36 @@ class Producer(Thread):
                 if asks:
                     sent.task_ids.append(task_id)
                 self._celery.send_task(
-                    message.task, args=[message.fields], queue=QUEUE, task_id=task_id, ignore_result=not asks
+                    message.task, args=[message.fields], queue=self.queue, task_id=task_id, ignore_result=not asks
                 )
             case "body":
-                with self._celery.producer_or_acquire() as kombu_producer:
-                    kombu_producer.publish(
-                        message.text,
-                        routing_key=QUEUE,
-                        exchange=QUEUE,
-                        content_type="application/json",
-                        content_encoding="utf-8",
-                        headers={"task": message.task, "id": str(uuid4())},
-                        retry=True,
-                    )
+                self._publish(
+                    message.text,
+                    content_type="application/json",
+                    content_encoding="utf-8",
+                    headers={"task": message.task, "id": str(uuid4())},
+                )
             case "entry":
-                self._broker.lpush(QUEUE, message.text)
+                self._put(message.text)
+
+    def _publish(self, text: str, **properties: Any) -> None:
+        with self._celery.producer_or_acquire() as producer:
+            producer.publish(text, routing_key=QUEUE, exchange=self.exchange, retry=True, **properties)
+
+    def _put(self, text: str) -> None:
+        """What is not a message, as far as the broker takes it."""
+        self._broker.lpush(QUEUE, text)
+
+
+class ClusterProducer(Producer):
+    """The same for RabbitMQ: with the settings of docs/operating.md. What it confirmed once, it has for good."""
+
+    queue = Queue(QUEUE, no_declare=True)
+    exchange = ""
+
+    def _connect(self, broker_url: str) -> Celery:
+        options = {"confirm_publish": True, "confirm_timeout": 5, "read_timeout": 5, "write_timeout": 5}
+        return Celery(broker=broker_url, broker_transport_options=options, set_as_current=False)
+
+    def _put(self, text: str) -> None:
+        self._publish(text, content_type="text/plain", content_encoding="utf-8")

@@ -153,7 +153,7 @@ def _open(machine: Machine, producer: Producer, opening: Iterable[list[Message]]
     """Have applied what the rest builds upon, one part after the other."""
     for part in opening:
         producer.send(part)
-        if not _wait(machine.is_drained, READY_WITHIN_S * goal.patience):
+        if not wait(machine.is_drained, READY_WITHIN_S * goal.patience):
             raise TimeoutError(f"the opening was not applied in time: {machine.waiting()}")
 
 
@@ -198,29 +198,30 @@ def _recover(
     """Wait for the end of it all, and look."""
     producer.finish()
     patience = report.goal.patience
-    if _wait(machine.is_drained, machine.well_since + DRAINED_WITHIN_S * patience - monotonic()):
+    if wait(machine.is_drained, machine.well_since + DRAINED_WITHIN_S * patience - monotonic()):
         report.drained_after_s = monotonic() - machine.well_since
         note("drained")
     else:
         what = f"not drained {DRAINED_WITHIN_S * patience:g} s after the last fault: {machine.waiting()}"
         report.findings.append(Finding("drain", what))
-        _wait(machine.is_drained, LATE_S * patience)  # what is only late need not look lost
+        wait(machine.is_drained, LATE_S * patience)  # what is only late need not look lost
     _ask_again(machine, producer, report, note)
     report.neighbour_tasks = neighbour.finish(within_s=NEIGHBOUR_WITHIN_S * patience)
     rest_s = max(0.0, (workload.last_anchor - datetime.now(UTC)).total_seconds())
-    _wait(lambda: datetime.now(UTC) > workload.last_anchor, rest_s + 1)
+    wait(lambda: datetime.now(UTC) > workload.last_anchor, rest_s + 1)
     [(due_until,)] = sql(machine.engine, "SELECT clock_timestamp()")
-    if not _wait(machine.is_nothing_due, DUE_WITHIN_S * patience):
+    if not wait(machine.is_nothing_due, DUE_WITHIN_S * patience):
         report.findings.append(Finding("drain", f"what is due is not posted within {DUE_WITHIN_S * patience:g} s"))
     if not any(finding.kind == "process" for finding in report.findings):
         report.findings += [Finding("process", f"it ended by itself: {who}") for who in machine.dead_by_themselves()]
     for beat in machine.beats:
         beat.kill()
-    _wait(machine.is_drained, DRAINED_WITHIN_S * patience)
-    report.findings += [finding for worker in machine.workers for finding in _terminate(worker, patience)]
+    wait(machine.is_drained, DRAINED_WITHIN_S * patience)
+    report.findings += [finding for worker in machine.workers for finding in terminate(worker, patience)]
     if not machine.is_drained():
         report.findings.append(Finding("drain", f"something was left behind: {machine.waiting()}"))
     seen = checker.observe(machine.engine, machine.broker, due_until)
+    checker.observe_neighbour(seen, machine.broker)
     report.findings += checker.check(producer.sent.values(), seen)
     report.absorbed = checker.absorbed(producer.sent.values(), seen)
 
@@ -230,23 +231,23 @@ def _ask_again(machine: Machine, producer: Producer, report: Report, note: Calla
     unanswered = checker.unanswered(producer.sent.values(), checker.answers(machine.broker))
     producer.send(sent.message for sent in unanswered)
     note(f"asked again for the answers to {len(unanswered)} starts")
-    if not _wait(machine.is_drained, ANSWERED_WITHIN_S * report.goal.patience):
+    if not wait(machine.is_drained, ANSWERED_WITHIN_S * report.goal.patience):
         report.findings.append(Finding("drain", f"not drained after asking again: {machine.waiting()}"))
 
 
-def _terminate(worker: Process, patience: float) -> list[Finding]:
+def terminate(worker: Process, patience: float) -> list[Finding]:
     """Have a worker stop in order."""
     if not worker.is_running:
         return []
     os.kill(worker.pid, SIGTERM)
-    if not _wait(lambda: not worker.is_running, STOPPED_WITHIN_S * patience):
+    if not wait(lambda: not worker.is_running, STOPPED_WITHIN_S * patience):
         return [Finding("process", f"{worker.name} does not stop within {STOPPED_WITHIN_S * patience:g} s")]
     assert worker._child is not None
     code = worker._child.returncode
     return [Finding("process", f"{worker.name} stopped with exit code {code}: {worker.last_words()}")] if code else []
 
 
-def _wait(is_so: Callable[[], bool], timeout_s: float) -> bool:
+def wait(is_so: Callable[[], bool], timeout_s: float) -> bool:
     """Whether it is so within `timeout_s`."""
     deadline, pause = monotonic() + timeout_s, Event()
     while not is_so():

@@ -69,6 +69,7 @@ class Ledger:
 
     def findings(self) -> list[Finding]:
         seen = checker.observe(self.engine, self.broker, datetime.now(UTC))
+        checker.observe_neighbour(seen, self.broker)
         return checker.check(self.sent.values(), seen)
 
     def first(self, task: str, *, fate: str = "applied", form: str = "task", org_id: str = "") -> Message:

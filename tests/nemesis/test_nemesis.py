@@ -11,7 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import rabbitmq
 from tests.installation import open_folder
+from tests.nemesis import cluster
 from tests.nemesis.__main__ import new_folder
 from tests.nemesis.run import Goal, run
 from tests.support import PATIENCE_S, eventually
@@ -49,3 +51,13 @@ def test_interrupted_it_ends_everything_it_has_started() -> None:
             nemesis.wait(10)
         assert b"seed 7" in (folder / "output").read_bytes()
         eventually(lambda: not [child for child in family if child.is_running()])
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not rabbitmq.is_installed(), reason="RabbitMQ (rabbitmq-server) is not installed")
+def test_whichever_node_of_rabbitmq_is_killed_or_frozen_the_others_are_gone_on_with() -> None:
+    folder = new_folder()
+    report = cluster.run(secrets.randbits(32), Goal(seconds=60, messages=500, kills=0, patience=2), folder)
+    assert report.verdict == "PASS", str(report)
+    print(report)
+    shutil.rmtree(folder)

@@ -113,6 +113,10 @@ class Workload:
         self._random.shuffle(messages)
         return messages
 
+    def one_credit(self, org_id: str) -> Message:
+        """A grant to an organization that gets nothing else."""
+        return self._message("wallet.grant", org_id=org_id, grant_id=f"posting-{next(self._numbers)}", credits=1)
+
     def _message(self, task: str, *, fate: str = "applied", **fields: Any) -> Message:
         number = next(self._numbers)
         return Message(number, task, {**fields, "metadata": {"mark": f"nemesis-{number}"}}, fate=fate)
