@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Query
 from pydantic import AfterValidator, PlainValidator, WithJsonSchema
+from sqlalchemy import Connection
 
 from api_stub import answers, errors
 from api_stub.openapi import IS_A_NAME, IS_A_TIME
@@ -158,12 +159,15 @@ def add(app: FastAPI) -> None:
         """The wallet, now or as of a time."""
         with using.reading() as ledger:
             if at is not None:
-                then = min(at, datetime.now(UTC))
-                balances = history.balances_at(ledger, org_id, then)
-                if balances is None:
-                    raise Problem(HTTPStatus.NOT_FOUND, "The events of that time are in the archive.")
-                return {"org_id": org_id, "at": then, **asdict(balances)}
+                return _as_of(ledger, org_id, min(at, datetime.now(UTC)))
             return views.as_item(views.wallet(ledger, org_id) or WalletView(org_id))
+
+
+def _as_of(ledger: Connection, org_id: str, then: datetime) -> dict[str, Any]:
+    balances = history.balances_at(ledger, org_id, then)
+    if balances is None:
+        raise Problem(HTTPStatus.NOT_FOUND, "The events of that time are in the archive, and so are the balances.")
+    return {"org_id": org_id, "at": then, **asdict(balances)}
 
 
 def _check(cursor: int | Place | None, offset: int, group_by: str | None) -> None:

@@ -5,6 +5,7 @@ the manifest, and then renamed; a renaming that was interrupted is done by the n
 manifest has the sha256 of its file and of the entry before it, so that no change, removal or swap stays unnoticed.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -82,16 +83,13 @@ class Folder:
             raise ArchiveError(f"{path} is not a folder: make it first, and see that the right disk is mounted there")
         with _told(path):
             folder = cls._read(path) if (path / MANIFEST).exists() else cls(path, installation, ())
-            if not folder.entries and (there := sorted(each.name for each in path.iterdir())):
-                others = [name for name in there if name != MANIFEST and not name.endswith(".part")]
-                if others:
-                    raise ArchiveError(
-                        f"{path} has no manifest, but {others[0]}: name an empty folder for a new archive"
-                    )
+            others = sorted(each.name for each in path.iterdir() if each.suffix == ".parquet")
         if folder.installation != installation:
             raise ArchiveError(
                 f"{path} is the archive of another installation: name this one's own, or an empty folder"
             )
+        if others and not folder.entries:
+            raise ArchiveError(f"{path} has no manifest, but {others[0]}: name an empty folder for a new archive")
         folder.finish_renaming()
         return folder
 
@@ -140,8 +138,9 @@ class Folder:
                         writer.write_table(_table(rows), row_group_size=len(rows))
                         events += len(rows)
                         credits_ += sum(row[_CREDITS] for row in rows)
-            except OSError:
-                part.unlink(missing_ok=True)  # a full disk gets its space back
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    part.unlink(missing_ok=True)  # a full disk gets its space back
                 raise
             if not events:
                 part.unlink()
@@ -258,5 +257,5 @@ def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = "is a symbolic link" if path.is_symlink() else error.strerror
-        raise ArchiveError(f"{path}: {what}") from None
+        what = ": a symbolic link is not followed" if error.errno == errno.ELOOP else f": {error.strerror}"
+        raise ArchiveError(f"{path}{what}") from None

@@ -1,15 +1,19 @@
 """The archive: whatever leaves, what stays continues from it, and nothing is lost, whatever is killed."""
 
+import json
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 from sqlalchemy import Engine, text
 
 from holdfast_client.messages import AnyMessage, InvalidMessage, parse
 from holdfast_client.results import Result
-from ledger import archive, audit, history, receipts, views
+from ledger import archive, archive_files, audit, history, receipts, views
+from ledger.archive_files import ArchiveError, Folder
 from ledger.archived import Archived, archived_events
 from ledger.database import snapshot
 from ledger.filters import EventFilter
@@ -60,8 +64,8 @@ YEAR: list[Sent] = [
     (60.1, "wallet.bill", {"billing_id": "b1", "credits": 0}),
     (60.1, "wallet.configure", {"version": 1, "credit_limit": 10}),
     (59.99, "workflow.start", {"workflow_id": "r4", "credits": 9}),
-    *run(30.3, "r5", project_id="red"),
-    (30.1, "wallet.refund", {"refund_id": "f1", "credits": 2, "workflow_id": "r1"}),
+    *run(31.3, "r5", project_id="red"),
+    (31.1, "wallet.refund", {"refund_id": "f1", "credits": 2, "workflow_id": "r1"}),
     (1.1, "wallet.refund", {"refund_id": "f2", "credits": 1, "workflow_id": "r2"}),
 ]
 
@@ -253,4 +257,206 @@ def test_whatever_is_wrong_with_what_has_left_is_found_without_the_files(engine:
             connection.execute(text(harm))
             broken = [each.name for each in audit.CHECKS if connection.execute(text(each.offenders)).all()]
         assert check in broken, (harm, broken)
+    assert found(engine) == {}
+
+
+# Whatever is killed
+
+
+class KilledError(BaseException):
+    """The process ends here."""
+
+
+def in_files(folder: Path, org_id: str = "acme") -> set[int]:
+    """The numbers of the events in complete files that the manifest names."""
+    if not (folder / "manifest.json").exists():
+        return set()
+    installation = json.loads((folder / "manifest.json").read_text())["installation"]
+    opened = Folder.open(folder, installation)
+    rows = (row for entry in opened.entries for group in opened.groups(entry) for row in group)
+    return {row[1] for row in rows if row[0] == org_id}
+
+
+def test_killed_at_every_step_each_event_is_in_the_database_or_in_a_complete_file(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive, "STEP", 4)
+    monkeypatch.setattr(archive, "GROUPS_OF_A_FILE", 2)
+    past(engine, "acme", *YEAR)
+    every = set(numbers(engine))
+    passed = kill_at = 0
+
+    def may_end(function: Any) -> Any:
+        def step() -> None:
+            nonlocal passed
+            passed += 1
+            if passed == kill_at:
+                raise KilledError
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            step()
+            result = function(*args, **kwargs)
+            step()
+            return result
+
+        return wrapped
+
+    for owner, name in (
+        (archive_files, "_digest"),
+        (archive_files, "_sync"),
+        (Folder, "_write_manifest"),
+        (Folder, "finish_renaming"),
+        (Path, "rename"),
+        (archive, "_delete_some"),
+    ):
+        monkeypatch.setattr(owner, name, may_end(getattr(owner, name)))
+    for number in count(1):
+        passed, kill_at = 0, number
+        with suppress(KilledError):
+            list(archive.archive(engine, BEFORE, tmp_path))
+            break
+        kill_at = 0
+        assert set(numbers(engine)) | in_files(tmp_path) == every
+        assert found(engine) == {}
+    assert number > 15
+    kill_at = 0
+    assert numbers(engine)[0] > 10
+    assert (found(engine), found_with(engine, tmp_path)) == ({}, {})
+    assert in_files(tmp_path).isdisjoint(numbers(engine))
+
+
+def test_a_database_that_was_restored_from_a_backup_finds_its_events_in_the_files(
+    engine: Engine, tmp_path: Path
+) -> None:
+    past(engine, "acme", *YEAR)
+    tables = "credit_events, archived, archive_head"
+    list(archive.archive(engine, (NOW - timedelta(days=89)).date(), tmp_path))
+    for name in tables.split(", "):
+        sql(engine, f"CREATE TABLE backup_{name} AS SELECT * FROM {name}")
+    [first, *later] = list(archive.archive(engine, BEFORE, tmp_path))
+    assert later
+    for name in tables.split(", "):
+        sql(engine, f"ALTER TABLE {name} DISABLE TRIGGER USER")
+        sql(engine, f"DELETE FROM {name}")
+        sql(engine, f"INSERT INTO {name} SELECT * FROM backup_{name}")
+        sql(engine, f"ALTER TABLE {name} ENABLE TRIGGER USER")
+    again = list(archive.archive(engine, BEFORE, tmp_path))
+    assert again == [first, *later]
+    assert (found(engine), found_with(engine, tmp_path)) == ({}, {})
+
+
+# What is refused
+
+
+@pytest.fixture
+def archived(engine: Engine, tmp_path: Path) -> Path:
+    """An archive with some files."""
+    folder = tmp_path / "archive"
+    folder.mkdir()
+    past(engine, "acme", *YEAR)
+    list(archive.archive(engine, BEFORE, folder))
+    return folder
+
+
+def changed_byte(folder: Path) -> str:
+    path = sorted(folder.glob("*.parquet"))[0]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return f"{path.name} was changed after it was written"
+
+
+def missing_file(folder: Path) -> str:
+    path = sorted(folder.glob("*.parquet"))[-1]
+    path.unlink()
+    return f"{path.name}: No such file or directory"
+
+
+def swapped_files(folder: Path) -> str:
+    first, second, *_ = sorted(folder.glob("*.parquet"))
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    return f"{first.name} was changed after it was written"
+
+
+def one_more_file(folder: Path) -> str:
+    (folder / "2020-01-01-0001.parquet").write_bytes(b"")
+    return "2020-01-01-0001.parquet is not in the manifest"
+
+
+def last_entry_removed(folder: Path) -> str:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / manifest["files"].pop()["file"]).unlink()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return "the manifest lacks the last files"
+
+
+@pytest.mark.parametrize("harm", [changed_byte, missing_file, swapped_files, one_more_file, last_entry_removed])
+def test_an_archive_that_is_not_as_it_was_written_is_found(engine: Engine, archived: Path, harm: Any) -> None:
+    expected = harm(archived)
+    assert found_with(engine, archived)["archive"][0] == ("archive", expected)
+    if harm is not one_more_file:
+        assert list(found_with(engine, archived)) == ["archive"]
+
+
+def first_entry_removed(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"][0]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def entry_changed(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][0]["credits"] += 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def not_json(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"files": [')
+
+
+def of_another(folder: Path) -> None:
+    (folder / "manifest.json").write_text(json.dumps({"installation": "another", "files": []}))
+
+
+def emptied(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def stranger(folder: Path) -> None:
+    day = (NOW - timedelta(days=32)).date()
+    (folder / f"{day}-0001.parquet").write_bytes(b"mine")
+
+
+def link(folder: Path) -> None:
+    day = (NOW - timedelta(days=32)).date()
+    (folder / f"{day}-0001.parquet.part").symlink_to(folder / "manifest.json")
+
+
+def no_folder(folder: Path) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+
+
+@pytest.mark.parametrize(
+    ("harm", "why"),
+    [
+        (first_entry_removed, "its entries do not continue one another"),
+        (entry_changed, "its entries do not continue one another"),
+        (not_json, "is damaged"),
+        (of_another, "is the archive of another installation"),
+        (emptied, "is not the archive that this database has written to last"),
+        (last_entry_removed, "is not the archive that this database has written to last"),
+        (stranger, "is there, but the manifest does not name it"),
+        (link, "a symbolic link is not followed"),
+        (no_folder, "is not a folder"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused_in_a_sentence(engine: Engine, archived: Path, harm: Any, why: str) -> None:
+    before = numbers(engine)
+    harm(archived)
+    with pytest.raises(ArchiveError, match=why):
+        list(archive.archive(engine, (NOW - timedelta(days=31)).date(), archived))
+    assert numbers(engine) == before
     assert found(engine) == {}
