@@ -59,6 +59,7 @@ EVERYTHING: dict[str, Any] = {
         "productName": "A: 'product'",
         "buyCreditsUrl": "https://shop.example.com/credits?of=acme",
     },
+    "traces": {"endpoint": "http://collector:4318"},
     "monitoring": {"enabled": True, "labels": {"release": "prometheus"}},
     "podAnnotations": {"example.com/team": "billing"},
     "nodeSelector": {"kubernetes.io/arch": "amd64"},
