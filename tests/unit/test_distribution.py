@@ -8,7 +8,7 @@ ALL = [table.name for table in metadata.sorted_tables]
 
 def test_what_belongs_to_an_organization_is_distributed_and_what_can_be_kept_without_its_node_is_not() -> None:
     stays = {table.name for table in metadata.sorted_tables if not is_distributed(table)}
-    assert stays == {"dead_letters", "waiting_messages", "last_verification"}
+    assert stays == {"dead_letters", "waiting_messages", "last_verification", "archive_head"}
 
 
 def test_the_wallets_are_distributed_first_as_the_others_go_where_they_are() -> None:
