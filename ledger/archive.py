@@ -12,7 +12,6 @@ owner of the tables may delete at all.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from itertools import groupby, islice
@@ -22,10 +21,11 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Engine, select, text
 
 from ledger import audit, daily_sums
-from ledger.archive_files import ArchiveError, Entry, Folder, Row
+from ledger.archive_files import Entry, Folder, Row
 from ledger.audit import Check, Finding, Verdict
 from ledger.state import Event
 from ledger.tables import archive_head
+from ledger.upkeep import UpkeepError, alone, refuse_others
 
 LEAST_AGE_DAYS = 31
 """How old an event is at least before it leaves: the pages look at the last weeks, and at the current period."""
@@ -35,8 +35,6 @@ STEP = 50_000
 
 GROUPS_OF_A_FILE = 100
 """The most row groups of a file. A day with more events has several files."""
-
-_LOCK_ID = 4_877_002
 
 
 class Range(NamedTuple):
@@ -59,7 +57,7 @@ class Moved:
 def archive(engine: Engine, before: date, path: Path) -> Iterator[Moved]:
     """Move the closed events of the UTC days before `before` into the archive at `path`, day by day.
 
-    Yields each file once its events have left. Raises ArchiveError.
+    Yields each file once its events have left. Raises UpkeepError.
     """
     with alone(engine) as connection:
         with connection.begin():
@@ -67,7 +65,7 @@ def archive(engine: Engine, before: date, path: Path) -> Iterator[Moved]:
             installation, head = _head(connection)
         folder = Folder.open(path, installation)
         if head not in folder.heads:
-            raise ArchiveError(
+            raise UpkeepError(
                 f"{path} is not the archive that this database has written to last: name that folder, or restore it"
             )
         # The last file that the database knows may have left in part; those after it, not at all.
@@ -86,12 +84,12 @@ def verify(engine: Engine, path: Path) -> Verdict:
     """Check the files of the archive at `path`, and every invariant over the events there and in the database.
 
     Reads all of it into a temporary table. If a file is not the one that was written, only the database's own events
-    are checked. Raises ArchiveError.
+    are checked. Raises UpkeepError.
     """
     with alone(engine) as connection:
         row = connection.execute(_HEAD).one_or_none()
         if row is None:
-            raise ArchiveError("nothing was archived from this database yet: run `holdfast verify` without --archive")
+            raise UpkeepError("nothing was archived from this database yet: run `holdfast verify` without --archive")
         folder = Folder.open(path, row.installation)
         problems = folder.problems()
         if row.head not in folder.heads:
@@ -100,7 +98,7 @@ def verify(engine: Engine, path: Path) -> Verdict:
         if not problems:
             try:
                 _load(connection, folder)
-            except ArchiveError as error:
+            except UpkeepError as error:
                 connection.rollback()
                 problems.append(str(error))
         verdict = audit.check_all(connection)
@@ -116,41 +114,11 @@ _FILES = Check(
 )
 
 
-@contextmanager
-def alone(engine: Engine) -> Iterator[Connection]:
-    """A connection without timeouts that only one process has at a time. Raises ArchiveError if another one has it."""
-    with engine.connect() as connection:
-        try:
-            if not connection.scalar(text("SELECT pg_try_advisory_lock(:id)"), {"id": _LOCK_ID}):
-                raise ArchiveError(
-                    "another `holdfast archive`, `erase` or `verify --archive` is running: wait until it has ended"
-                )
-            connection.execute(
-                text("SELECT set_config(name, '0', false) FROM pg_settings WHERE name = ANY(:names)"),
-                {"names": ["statement_timeout", "transaction_timeout", "idle_in_transaction_session_timeout"]},
-            )
-            connection.commit()
-            yield connection
-            connection.rollback()
-            connection.execute(text("SELECT pg_advisory_unlock_all()"))  # at once: a closed connection ends a bit later
-        finally:
-            connection.invalidate()  # ends its settings and its temporary tables, and its lock after an error
-
-
-def owns(connection: Connection) -> bool:
-    """Whether the role of `connection` owns the events."""
-    return bool(connection.scalar(_OWNS))
-
-
 def _refuse(connection: Connection, before: date) -> None:
-    if not owns(connection):
-        raise ArchiveError(
-            "only the owner of the tables may archive events: give HOLDFAST_DATABASE_URL the role that "
-            "`holdfast migrate` runs with"
-        )
+    refuse_others(connection)
     latest = connection.scalar(_TODAY) - timedelta(days=LEAST_AGE_DAYS)
     if before > latest:
-        raise ArchiveError(
+        raise UpkeepError(
             f"the events of the last {LEAST_AGE_DAYS} days stay in the database: name {latest} or an earlier day"
         )
 
@@ -191,7 +159,7 @@ def _groups(connection: Connection, day: date) -> Iterator[list[Row]]:
         with connection.begin():
             rows = [tuple(row) for row in connection.execute(_EVENTS, _arrays(ranges))]
         if len(rows) != sum(last - first + 1 for _, first, last in ranges):
-            raise ArchiveError(f"the events of {day} are not as many as their numbers say: run `holdfast verify`")
+            raise UpkeepError(f"the events of {day} are not as many as their numbers say: run `holdfast verify`")
         yield rows
 
 
@@ -233,7 +201,7 @@ def _delete_some(connection: Connection, entry: Entry, rows: Sequence[Row]) -> i
     ranges = [_range(list(of_one)) for _, of_one in groupby(there, key=lambda row: row[_ORG_ID])]
     for each in ranges:
         if each.first != through.get(each.org_id, 0) + 1:
-            raise ArchiveError(
+            raise UpkeepError(
                 f"{entry.file} does not continue the archived events of {each.org_id}: run `holdfast verify`"
             )
     arrays = _arrays(ranges)
@@ -241,7 +209,7 @@ def _delete_some(connection: Connection, entry: Entry, rows: Sequence[Row]) -> i
     gone = [tuple(row) for row in connection.execute(_DELETE, arrays)]
     erased = erased_through(connection, org_ids)
     if _by_number(gone, erased) != _by_number(there, erased):
-        raise ArchiveError(
+        raise UpkeepError(
             f"the events in {entry.file} differ from those of the database, so they stay there: run `holdfast verify`; "
             "if the database was restored from a backup, it lacks events that were archived later"
         )
@@ -312,7 +280,6 @@ _COLUMNS = ", ".join(
     "CAST(event.metadata AS text)" if name == "metadata" else f"event.{name}" for name in Event._fields
 )
 
-_OWNS = text("SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = to_regclass('credit_events')")
 _TODAY = text("SELECT CAST(timezone('UTC', clock_timestamp()) AS date)")
 _HEAD = select(archive_head.c.installation, archive_head.c.head)
 _BEGIN = text("""

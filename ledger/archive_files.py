@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from ledger import extras
 from ledger.state import Event
+from ledger.upkeep import UpkeepError
 
 with extras.of("archive"):
     import pyarrow
@@ -42,10 +43,6 @@ def _type(name: str) -> Any:
 
 _SCHEMA = pyarrow.schema([pyarrow.field(name, _type(name), nullable=name in _OPTIONAL) for name in Event._fields])
 _CREDITS = Event._fields.index("credits")
-
-
-class ArchiveError(Exception):
-    """The archive cannot be written or read; the text says why, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +75,16 @@ class Folder:
 
     @classmethod
     def open(cls, path: Path, installation: str) -> Self:
-        """The archive of `installation` at `path`; a new one, if the folder is empty. Raises ArchiveError."""
+        """The archive of `installation` at `path`; a new one, if the folder is empty. Raises UpkeepError."""
         if not path.is_dir():
-            raise ArchiveError(f"{path} is not a folder: make it first, and see that the right disk is mounted there")
+            raise UpkeepError(f"{path} is not a folder: make it first, and see that the right disk is mounted there")
         with _told(path):
             folder = cls._read(path) if (path / MANIFEST).exists() else cls(path, installation, ())
             others = sorted(each.name for each in path.iterdir() if each.suffix == ".parquet")
         if folder.installation != installation:
-            raise ArchiveError(
-                f"{path} is the archive of another installation: name this one's own, or an empty folder"
-            )
+            raise UpkeepError(f"{path} is the archive of another installation: name this one's own, or an empty folder")
         if others and not folder.entries:
-            raise ArchiveError(f"{path} has no manifest, but {others[0]}: name an empty folder for a new archive")
+            raise UpkeepError(f"{path} has no manifest, but {others[0]}: name an empty folder for a new archive")
         folder.finish_renaming()
         return folder
 
@@ -103,10 +98,10 @@ class Folder:
             folder = cls(path, str(said["installation"]), entries)
             named = [entry for entry in entries if _FILE_PATTERN.fullmatch(entry.file)]
         except (ValueError, KeyError, TypeError):
-            raise ArchiveError(f"{manifest} is damaged: restore it from a copy") from None
+            raise UpkeepError(f"{manifest} is damaged: restore it from a copy") from None
         links = [folder.head_after(number) for number in range(len(entries))]
         if named != entries or links != [entry.previous for entry in entries]:
-            raise ArchiveError(
+            raise UpkeepError(
                 f"{manifest} was changed: its entries do not continue one another; restore it from a copy"
             )
         return folder
@@ -121,7 +116,7 @@ class Folder:
         return [self.head_after(number) for number in range(len(self.entries) + 1)]
 
     def add(self, day: date, groups: Iterable[Sequence[Row]]) -> Entry | None:
-        """Write the events of `groups`, all of one day, into a new file. None: there are none. Raises ArchiveError.
+        """Write the events of `groups`, all of one day, into a new file. None: there are none. Raises UpkeepError.
 
         Each group is one of the file's row groups, which `groups` reads again one by one.
         """
@@ -129,7 +124,7 @@ class Folder:
         name = f"{day}-{number:04d}.parquet"
         path, part = self.path / name, self._part(name)
         if os.path.lexists(path):
-            raise ArchiveError(f"{path} is there, but the manifest does not name it: move it away")
+            raise UpkeepError(f"{path} is there, but the manifest does not name it: move it away")
         events = credits_ = 0
         with _told(part):
             try:
@@ -152,11 +147,11 @@ class Folder:
         return entry
 
     def groups(self, entry: Entry) -> Iterator[list[Row]]:
-        """Yield the groups of events of a file. Raises ArchiveError if it is not the one that was written."""
+        """Yield the groups of events of a file. Raises UpkeepError if it is not the one that was written."""
         path = self.path / entry.file
         with _told(path), _read(path) as file:
             if _digest(path) != entry.sha256:
-                raise ArchiveError(f"{path} was changed after it was written: restore it from a copy")
+                raise UpkeepError(f"{path} was changed after it was written: restore it from a copy")
             events = credits_ = 0
             try:
                 read = parquet.ParquetFile(file)
@@ -167,9 +162,9 @@ class Folder:
                     credits_ += sum(row[_CREDITS] for row in rows)
                     yield rows
             except pyarrow.ArrowException as error:
-                raise ArchiveError(f"{path} cannot be read: {error}") from None
+                raise UpkeepError(f"{path} cannot be read: {error}") from None
         if (events, credits_) != (entry.events, entry.credits):
-            raise ArchiveError(
+            raise UpkeepError(
                 f"{path} has {events:,} events of {credits_:,} credits, which is not what the manifest says"
             )
 
@@ -258,4 +253,4 @@ def _told(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         what = ": a symbolic link is not followed" if error.errno == errno.ELOOP else f": {error.strerror}"
-        raise ArchiveError(f"{path}{what}") from None
+        raise UpkeepError(f"{path}{what}") from None

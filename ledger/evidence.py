@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, func, select
 
 from holdfast_client.messages import (
+    ERASED,
     AnyMessage,
     Cancel,
     Fail,
@@ -45,7 +46,8 @@ def message_of(letter: KeptLetter) -> AnyMessage | None:
 def differences(connection: Connection, message: AnyMessage) -> list[Difference]:
     """Where `message` contradicts what was applied under the same id. None: it does not."""
     applied, said = _applied(connection, message), _said(message)
-    return [Difference(name, applied[name], said[name]) for name in applied if applied[name] != said.get(name)]
+    differ = [name for name in applied if applied[name] not in (said.get(name), ERASED)]
+    return [Difference(name, applied[name], said[name]) for name in differ]
 
 
 def change(connection: Connection, message: AnyMessage) -> int | None:

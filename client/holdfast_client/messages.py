@@ -57,6 +57,9 @@ MAX_METADATA_INTEGER_BITS = 1_024
 OPERATOR = "operator"
 """The source of what an operator does. Over HTTP nobody else may name it; `by` in the metadata says who it was."""
 
+ERASED = {"erased": True}
+"""What replaces a reason in the terms of a message that was applied, once the organization's free text was erased."""
+
 OWN_REASONS = frozenset({"subscription_expired", "grant_expired", "purchase_expired", "refund_expired"})
 """Reasons for an adjustment that only the ledger gives."""
 

@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 from typing import Any, assert_never
 
 from holdfast_client.messages import (
+    ERASED,
     Adjust,
     AnyWalletMessage,
     Bill,
@@ -82,7 +83,7 @@ def decide_wallet(
 def repeat(wallet: Wallet, message: WalletMessage, posted: PostedMessage) -> Decision:
     """Answer a message that has come before as it was answered then."""
     terms = message.terms()
-    changed = [name for name, value in terms.items() if posted.terms.get(name) != value]
+    changed = [name for name, value in terms.items() if posted.terms.get(name) not in (value, ERASED)]
     if changed:
         said = ", ".join(f"{name} {json.dumps(posted.terms.get(name))}" for name in changed)
         return conflict(wallet, message, f"was applied with {said}")

@@ -12,12 +12,13 @@ from sqlalchemy import Engine, text
 
 from holdfast_client.messages import AnyMessage, InvalidMessage, parse
 from holdfast_client.results import Result
-from ledger import archive, archive_files, audit, history, receipts, views
-from ledger.archive_files import ArchiveError, Folder
+from ledger import archive, archive_files, audit, erasing, history, receipts, views
+from ledger.archive_files import Folder
 from ledger.archived import Archived, archived_events
 from ledger.database import snapshot
 from ledger.filters import EventFilter
 from ledger.store import apply_batch, apply_past
+from ledger.upkeep import UpkeepError
 from ledger.usage import usage
 from tests.messages import delivery
 from tests.support import reads_of, sql
@@ -345,6 +346,25 @@ def test_a_database_that_was_restored_from_a_backup_finds_its_events_in_the_file
     assert (found(engine), found_with(engine, tmp_path)) == ({}, {})
 
 
+def test_what_is_erased_after_it_was_archived_or_while_that_is_unfinished_stays_provable(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    past(engine, "acme", *YEAR)
+    list(archive.archive(engine, (NOW - timedelta(days=70)).date(), tmp_path))
+    with monkeypatch.context() as patched, suppress(KilledError):
+        patched.setattr(archive, "_delete_some", unable)
+        list(archive.archive(engine, BEFORE, tmp_path))
+    before = erasing.erase(engine, "acme", by="ann", why="asked for")
+    assert before.archived_events == numbers(engine)[0] - 1 > 0
+    assert found(engine) == {}
+    list(archive.archive(engine, BEFORE, tmp_path))
+    assert (found(engine), found_with(engine, tmp_path)) == ({}, {})
+
+
+def unable(*_: Any) -> int:
+    raise KilledError
+
+
 # What is refused
 
 
@@ -456,7 +476,7 @@ def no_folder(folder: Path) -> None:
 def test_what_cannot_be_continued_is_refused_in_a_sentence(engine: Engine, archived: Path, harm: Any, why: str) -> None:
     before = numbers(engine)
     harm(archived)
-    with pytest.raises(ArchiveError, match=why):
+    with pytest.raises(UpkeepError, match=why):
         list(archive.archive(engine, (NOW - timedelta(days=31)).date(), archived))
     assert numbers(engine) == before
     assert found(engine) == {}

@@ -19,6 +19,7 @@ with extras.of("server"):
     from ledger.database import UnsuitableDatabaseError
     from ledger.faults import describe, is_about_schema
     from ledger.settings import SettingsError
+    from ledger.upkeep import UpkeepError
     from worker.cli import archive, database, failed, holds, running, send, token, totals, usage, wallet
     from worker.cli.terminal import fail, open_ledger
     from worker.cli.wording import Commands
@@ -53,6 +54,7 @@ def main() -> None:
         migrations.NewerSchemaError,
         roles.NotGrantedError,
         ClientError,
+        UpkeepError,
     ) as error:
         fail(str(error))
     except DBAPIError as error:

@@ -1,4 +1,4 @@
-"""`holdfast archive`: moves the events of past days into files."""
+"""`holdfast archive` and `holdfast erase`: what leaves a ledger that has grown for years, or that has to forget."""
 
 from datetime import date
 from pathlib import Path
@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-from worker.cli.terminal import fail, open_ledger, say, when
+from ledger import erasing
+from ledger.erasing import Erased
+from worker.cli.terminal import By, Organization, Why, confirm, open_ledger, say, this_person, when
 
 app = typer.Typer()
 
@@ -24,22 +26,14 @@ def archive_events(
 
     Needs the owner of the tables, and the extra `archive`. Killed at any time, it goes on when it is run again.
     """
-    from ledger import archive
-    from ledger.archive_files import ArchiveError
+    from ledger import archive  # needs the extra `archive`
 
     events = 0
-    try:
-        with open_ledger() as engine:
-            for moved in archive.archive(engine, _day(before), folder):
-                events += moved.events
-                say(f"{moved.entry.file}: {moved.events:,} events left the database.")
-    except ArchiveError as error:
-        fail(str(error))
-    say(
-        f"{events:,} events of before {before} are in the archive now."
-        if events
-        else f"No day before {before} is closed."
-    )
+    with open_ledger() as engine:
+        for moved in archive.archive(engine, _day(before), folder):
+            events += moved.events
+            say(f"{moved.entry.file}: {moved.events:,} events left the database.")
+    say(f"{events:,} events of before {before} have left." if events else f"No day before {before} is closed.")
 
 
 def _day(text: str) -> date:
@@ -48,3 +42,43 @@ def _day(text: str) -> date:
     if given.begin == given.end:
         raise typer.BadParameter("must be a day such as 2026-01-31", param_hint="--before")
     return given.begin.date()
+
+
+@app.command(epilog='Example: holdfast erase acme --why "asked for by letter of 3 March"')
+def erase(
+    org_id: Organization,
+    why: Why,
+    by: By = this_person(),  # noqa: B008 # who started the program stays the same
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be erased. Erase nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Erase the free text of an organization: names of activities, metadata of senders, and reasons. Sums stay.
+
+    Needs the owner of the tables. It cannot be taken back. Archived events keep their text: the last line names them.
+    """
+    with open_ledger() as engine:
+        if dry_run or not yes:
+            found = erasing.erase(engine, org_id, by=by, why=why, dry_run=True)
+            say(f"To be erased: {_told(found)}.")
+        if dry_run:
+            return
+        if not yes:
+            confirm(f"Erase the free text of {org_id}? This cannot be taken back.", nothing="nothing was erased")
+        found = erasing.erase(engine, org_id, by=by, why=why)
+    say(f"Erased: {_told(found)}.")
+    if found.archived_days is not None:
+        first, last = found.archived_days
+        say(
+            f"Not erased: its first {found.archived_events:,} events, which are in the archive, in files of {first} to "
+            f"{last}. Nor are backups."
+        )
+
+
+def _told(found: Erased) -> str:
+    counted = {
+        "event": found.events,
+        "run": found.workflows,
+        "message": found.messages,
+        "closed dead letter": found.dead_letters,
+    }
+    return "the text of " + ", ".join(f"{number:,} {name}{'s' * (number != 1)}" for name, number in counted.items())

@@ -73,7 +73,7 @@ def verify(
     Keeps the result for monitoring. Warns if it cannot, and if the connection may do more to the tables than it needs.
     """
     with open_ledger() as engine:
-        verdict = audit.verify(engine) if folder is None else _verify_with_archive(engine, folder)
+        verdict = audit.verify(engine) if folder is None else _with_archive(engine, folder)
         try:
             audit.record(engine, verdict)
         except DBAPIError as error:  # such as on a replica
@@ -101,14 +101,10 @@ def verify(
     raise typer.Exit(0 if verdict.is_clean else 1)
 
 
-def _verify_with_archive(engine: Engine, folder: Path) -> audit.Verdict:
-    from ledger import archive
-    from ledger.archive_files import ArchiveError
+def _with_archive(engine: Engine, folder: Path) -> audit.Verdict:
+    from ledger import archive  # needs the extra `archive`
 
-    try:
-        return archive.verify(engine, folder)
-    except ArchiveError as error:
-        fail(str(error))
+    return archive.verify(engine, folder)
 
 
 def print_verdict(verdict: audit.Verdict) -> None:

@@ -1,7 +1,6 @@
 """`holdfast failed …`: operators list, replay and discard dead letters. None is deleted; each records who did what."""
 
 import base64
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from worker.cli.terminal import (
     By,
     WaitS,
     Why,
+    confirm,
     console,
     fail,
     moment,
@@ -263,7 +263,7 @@ def replay(
             tell(f"Would replay {_counted(_well(done))}. Nothing was sent.")
         else:
             if all_matching and not yes:
-                _ask(f"Replay {_counted(len(chosen))}?")
+                confirm(f"Replay {_counted(len(chosen))}?", nothing="nothing was sent")
             with open_client() as client:
                 replayer = Replayer(engine, client, by=by, wait_s=wait_s)
                 for letter_id in chosen:
@@ -378,13 +378,6 @@ def _all_matching(engine: Engine, matching: LetterFilter, tell: Callable[[str], 
     for (code, task), count in sorted(kinds.items()):
         tell(f"{count:>7,} × {code}, {task}")
     return ids[::-1]
-
-
-def _ask(question: str) -> None:
-    if not sys.stdin.isatty():
-        fail("cannot ask without a terminal: check with --dry-run, then give --yes")
-    if not typer.confirm(question):
-        fail("nothing was sent", code=1)
 
 
 def _them(count: int) -> str:

@@ -121,6 +121,14 @@ def open_client() -> Iterator[Client]:
         yield client
 
 
+def confirm(question: str, *, nothing: str) -> None:
+    """Ask for a yes. A no ends the command with exit code 1, and says that `nothing` was done."""
+    if not sys.stdin.isatty():
+        fail("cannot ask without a terminal: check with --dry-run, then give --yes")
+    if not typer.confirm(question):
+        fail(nothing, code=1)
+
+
 def _json_value(value: object) -> str:
     return value.isoformat() if isinstance(value, datetime) else str(value)
 
