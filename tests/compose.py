@@ -10,6 +10,9 @@ from ruamel.yaml import YAML
 COMPOSE_TEXT = (Path(__file__).parents[1] / "docker-compose.yml").read_text()
 COMPOSE: dict[str, Any] = YAML(typ="safe").load(COMPOSE_TEXT)
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+RABBITMQ_FILE = Path(__file__).parents[1] / "deploy/compose.rabbitmq.yml"
+RABBITMQ_SERVICES: dict[str, dict[str, Any]] = YAML(typ="safe").load(RABBITMQ_FILE)["services"]
+"""What is beside docker-compose.yml, or replaces parts of it, for a cluster of RabbitMQ."""
 
 SECRETS = {
     "POSTGRES_PASSWORD": "11" * 32,
@@ -35,17 +38,22 @@ DEFAULTS = {
     "HOLDFAST_SHARD_CONNECTIONS": "4",
     "API_PORT": "8000",
 }
+RABBITMQ_SECRETS = {"RABBITMQ_PASSWORD": "88" * 32, "RABBITMQ_COOKIE": "99" * 32}
 VARIABLE = re.compile(r"(?<!\$)\$\{(\w+)([^}]*)\}")
 
 
 def interpolated(value: str) -> str:
     """As Compose passes it on, with SECRETS as its environment, in which nothing else is set."""
-    values = {**dict.fromkeys(OPTIONAL, ""), **DEFAULTS, **SECRETS}
+    values = {**dict.fromkeys(OPTIONAL, ""), **DEFAULTS, **SECRETS, **RABBITMQ_SECRETS}
     return VARIABLE.sub(lambda found: values[found[1]], value).replace("$$", "$")
 
 
-def environment(service: str) -> dict[str, str]:
-    return {name: interpolated(value) for name, value in SERVICES[service].get("environment", {}).items()}
+def environment(service: str, *, with_rabbitmq: bool = False) -> dict[str, str]:
+    """What a service is given; `with_rabbitmq`: with deploy/compose.rabbitmq.yml, as Compose merges the two files."""
+    given = dict(SERVICES.get(service, {}).get("environment", {}))
+    if with_rabbitmq:
+        given |= RABBITMQ_SERVICES[service]["environment"]
+    return {name: interpolated(value) for name, value in given.items()}
 
 
 def with_program(name: str, script: str, folder: Path) -> str:

@@ -63,6 +63,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
         answer_questions_only()
         self.inbox = Inbox(self)
         self._is_refused = False
+        self._left: tuple[str | None, int | None] | None = None
         self._risk: str | None = None
 
     def connect(self) -> Connection:
@@ -86,6 +87,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """Handle a lost connection, or a broker that refuses what a consumer needs."""
+        self._left = _node(self.connection)
         if isinstance(exc, (ResponseError, IrrecoverableConnectionError)):  # such as a queue that has no leader
             with suppress(Exception):
                 self.connection.collect()
@@ -140,6 +142,8 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
                 logger.warning("Cannot connect to %s, trying again: %s", broker, reason(error))
                 is_told = True
 
+        if _node(conn) == self._left:  # the first of several nodes: if it hangs, another try would take seconds
+            conn.maybe_switch_next()
         conn.ensure_connection(tell, interval_start=0.1, interval_step=0.3, interval_max=2.0, callback=maybe_shutdown)
         if is_told:
             logger.warning("Connected to %s", broker)
@@ -205,6 +209,10 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
         about = answer_to(message), replay_of(message), traceparent_of(message)
         delivery = Delivery(named_task(message), problem, body[:MAX_BODY_BYTES], *about)
         self.inbox.add(Arrival(message, delivery, None))
+
+
+def _node(connection: Connection) -> tuple[str | None, int | None]:
+    return connection.hostname, connection.port
 
 
 def _known_problem(message: Message, raw: bytes) -> InvalidMessage | None:

@@ -35,6 +35,9 @@ from tests.compose import (
     COMPOSE_TEXT,
     DEFAULTS,
     OPTIONAL,
+    RABBITMQ_FILE,
+    RABBITMQ_SECRETS,
+    RABBITMQ_SERVICES,
     SECRETS,
     SERVICES,
     VARIABLE,
@@ -111,10 +114,11 @@ def service_settings(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Setting
 # The file as a whole
 
 
-def test_the_compose_file_is_valid_by_the_schema_of_the_specification() -> None:
+def test_the_compose_files_are_valid_by_the_schema_of_the_specification() -> None:
     # The schema is part of check-jsonschema: nothing is fetched.
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
-    checked = subprocess.run([*command, str(ROOT / "docker-compose.yml")], capture_output=True, text=True)
+    files = [str(ROOT / "docker-compose.yml"), str(RABBITMQ_FILE)]
+    checked = subprocess.run([*command, *files], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
@@ -133,6 +137,78 @@ def test_docker_compose_itself_accepts_the_file() -> None:
 
 def test_there_are_these_services() -> None:
     assert list(SERVICES) == ["postgres", "broker", "database", "migrate", "worker", "beat", "api"]
+
+
+# A cluster of RabbitMQ
+
+NODES = ["mq-1", "mq-2", "mq-3"]
+WITH_BROKER = ["worker", "beat", "api"]
+WITH_THREE_NODES = (ROOT / "docs/reliability.md").read_text().split("\n## RabbitMQ with three nodes\n")[1]
+
+
+@pytest.fixture
+def with_rabbitmq(
+    monkeypatch: pytest.MonkeyPatch, service_settings: Callable[[str], Settings]
+) -> Callable[[str], Settings]:
+    """The same as `service_settings`, with the second file."""
+
+    def apply(service: str) -> Settings:
+        service_settings(service)
+        for name, value in environment(service, with_rabbitmq=True).items():
+            monkeypatch.setenv(name, value)
+        return Settings.load()
+
+    return apply
+
+
+def test_beside_the_compose_file_there_are_three_nodes_and_who_uses_them() -> None:
+    assert list(RABBITMQ_SERVICES) == [*NODES, *WITH_BROKER]
+    for node in NODES:
+        assert RABBITMQ_SERVICES[node]["hostname"] == node
+        assert f"rabbit@{node}" in RABBITMQ_SERVICES[node]["command"][0]
+        assert f"{node}:/var/lib/rabbitmq" in RABBITMQ_SERVICES[node]["volumes"]
+        assert re.fullmatch(r"rabbitmq:\d+\.\d+\.\d+", RABBITMQ_SERVICES[node]["image"])
+    for name in ("init", "read_only", "cap_drop", "security_opt", "logging", "pids_limit"):
+        assert RABBITMQ_SERVICES["mq-1"][name] == SERVICES["broker"][name], "as every other service"
+    for service in WITH_BROKER:
+        assert set(RABBITMQ_SERVICES[service]) <= {"environment", "depends_on", "healthcheck"}
+        assert RABBITMQ_SERVICES[service]["depends_on"] == {node: {"condition": "service_healthy"} for node in NODES}
+
+
+@pytest.mark.parametrize("service", WITH_BROKER)
+def test_who_uses_the_broker_is_given_the_nodes_and_where_answers_are(
+    service: str, with_rabbitmq: Callable[[str], Settings]
+) -> None:
+    settings = with_rabbitmq(service)
+    assert settings.broker_url is not None
+    assert settings.result_url is not None
+    urls = [urlsplit(url) for url in settings.broker_url.split(";")]
+    password = environment("mq-1", with_rabbitmq=True)["RABBITMQ_PASSWORD"]
+    assert [(url.scheme, url.username, url.password, url.hostname, url.path) for url in urls] == [
+        ("amqp", "holdfast", password, node, "//") for node in NODES
+    ]
+    assert settings.result_url == environment("worker")["HOLDFAST_BROKER_URL"]
+
+
+def test_the_beat_with_rabbitmq_is_asked_for_its_connection_to_rabbitmq() -> None:
+    ours, theirs = [RABBITMQ_SERVICES["beat"]["healthcheck"]["test"], SERVICES["beat"]["healthcheck"]["test"]]
+    assert ours == [word.replace("6379", "5672") for word in theirs]
+
+
+def test_the_secrets_of_rabbitmq_are_required_and_the_documents_make_them() -> None:
+    text = RABBITMQ_FILE.read_text()
+    told = {(name, rest) for name, rest in VARIABLE.findall(text) if rest}
+    why = ':?see "RabbitMQ with three nodes" in docs/reliability.md'
+    assert told == {*((name, why) for name in RABBITMQ_SECRETS), ("PIDS_LIMIT", ":-512")}
+    [names] = re.findall(r"^for name in ([^;]*); do$", WITH_THREE_NODES, re.MULTILINE)
+    assert names.split() == list(RABBITMQ_SECRETS)
+    assert f"--file {RABBITMQ_FILE.relative_to(ROOT)}" in WITH_THREE_NODES
+
+
+def test_the_documents_tell_what_every_node_has() -> None:
+    configuration = (ROOT / "deploy/rabbitmq/cluster.conf").read_text()
+    for setting in re.findall(r"^\w+ = \w+$", configuration, re.MULTILINE):
+        assert f"`{setting}`" in WITH_THREE_NODES
 
 
 # Secrets
@@ -240,7 +316,8 @@ def test_a_service_is_given_the_settings_it_needs_and_no_secret_more(
 
 def test_every_setting_is_given_to_a_service_or_is_for_none() -> None:
     given = {name for service in SERVICES for name in environment(service) if name.startswith(PREFIX)}
-    for_none = {"HOLDFAST_ENGINE_BROKER_URL", "HOLDFAST_RESULT_URL", "HOLDFAST_DATA_DIR"}
+    given |= {name for name in environment("worker", with_rabbitmq=True) if name.startswith(PREFIX)}
+    for_none = {"HOLDFAST_ENGINE_BROKER_URL", "HOLDFAST_DATA_DIR"}
     assert given | for_none == {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
 
 
