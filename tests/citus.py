@@ -47,6 +47,8 @@ class Cluster:
         """A database on every server, in which the nodes are registered; or a copy of one."""
         for admin in self._administrators:
             sql(admin, f"CREATE DATABASE {name} OWNER holdfast TEMPLATE {template or 'template1'} STRATEGY FILE_COPY")
+        # Tests have triggers of their own.
+        sql(self._administrators[0], f"ALTER DATABASE {name} SET citus.enable_unsafe_triggers = on")
         if template is not None:
             return
         for place in range(len(self._servers)):

@@ -64,17 +64,26 @@ def sql(engine: Engine, statement: str, **parameters: Any) -> list[tuple[Any, ..
         return [tuple(row) for row in result] if result.returns_rows else []
 
 
+def moved(column: str, by: str) -> str:
+    """An expression of SQL: the time in `column`, moved by so much, such as `-1 day`.
+
+    PostgreSQL's own sum depends on the time zone. Citus takes no such function of a column in an UPDATE.
+    """
+    return f"timezone('UTC', timezone('UTC', {column}) + interval '{by}')"
+
+
 def begin_schedules(engine: Engine, since: str, **parameters: Any) -> None:
     """What is scheduled was to begin at `since`, an expression of SQL; nothing has noticed yet."""
-    statement = f"""
-        WITH begun AS (
-            UPDATE subscriptions SET anchor = {since} WHERE active AND period IS NULL
-            RETURNING org_id, subscription_id, anchor
-        )
-        UPDATE wallets SET scheduled_at = anchor FROM begun
-        WHERE wallets.org_id = begun.org_id AND wallets.scheduled_id = begun.subscription_id
-    """
-    sql(engine, statement, **parameters)
+    scheduled = (
+        f"SELECT org_id, subscription_id AS id, {since} AS at FROM subscriptions WHERE active AND period IS NULL"
+    )
+    with engine.begin() as connection:
+        if rows := [row._asdict() for row in connection.execute(text(scheduled), parameters)]:
+            for statement in (
+                "UPDATE subscriptions SET anchor = :at WHERE org_id = :org_id AND subscription_id = :id",
+                "UPDATE wallets SET scheduled_at = :at WHERE org_id = :org_id AND scheduled_id = :id",
+            ):
+                connection.execute(text(statement), rows)
 
 
 def on_insert_into(engine: Engine, table: str, act: str, *, when: str = "true") -> None:

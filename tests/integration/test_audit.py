@@ -13,7 +13,7 @@ from ledger.state import EventType
 from ledger.store import Delivery, apply_batch
 from ledger.tables import metadata
 from tests.messages import delivery
-from tests.support import begin_schedules, sql
+from tests.support import begin_schedules, moved, sql
 
 
 def acme(task: str, **fields: object) -> Delivery:
@@ -88,7 +88,7 @@ def ledger(engine: Engine) -> Engine:
     """A realistic ledger."""
     apply_batch(engine, LEDGER)
     begin_schedules(engine, "CASE org_id WHEN 'globex' THEN now() - interval '40 days' ELSE anchor END")
-    sql(engine, "UPDATE workflows SET expires_at = expires_at - interval '9 days' WHERE org_id = 'globex'")
+    sql(engine, f"UPDATE workflows SET expires_at = {moved('expires_at', '-9 days')} WHERE org_id = 'globex'")
     sql(engine, "UPDATE wallets SET next_hold_expiry = now() - interval '8 days' WHERE org_id = 'globex'")
     apply_batch(engine, [globex("workflow.finish", workflow_id="w1", credits=70)])
     return engine

@@ -204,7 +204,7 @@ def test_a_receipt_matches_if_one_of_its_events_does(
         ],
     )
     sql(engine, "ALTER TABLE credit_events DISABLE TRIGGER credit_events_append_only")
-    sql(engine, "UPDATE credit_events SET created_at = '2025-12-31T12:00:00Z'::timestamptz + seq * interval '1 day'")
+    sql(engine, "UPDATE credit_events SET created_at = to_timestamp(1767182400 + seq * 86400)")
     sql(engine, "ALTER TABLE credit_events ENABLE TRIGGER credit_events_append_only")
     assert names(every(engine, matching)) == expected
     assert names(every(engine, matching, limit=1)) == expected

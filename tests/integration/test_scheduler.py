@@ -10,7 +10,7 @@ from sqlalchemy import Engine
 from ledger import audit, scheduler
 from ledger.store import Delivery, apply_batch
 from tests.messages import delivery, purchase, start, subscribe
-from tests.support import begin_schedules, sql
+from tests.support import begin_schedules, moved, sql
 
 EVENTS = """
     SELECT event_type, credits, subscription_balance_after, idempotency_key
@@ -36,8 +36,8 @@ def days_ago(days: int) -> datetime:
 
 
 def shift_holds(engine: Engine, shift: str) -> None:
-    sql(engine, f"UPDATE workflows SET expires_at = expires_at + interval '{shift}'")
-    sql(engine, f"UPDATE wallets SET next_hold_expiry = next_hold_expiry + interval '{shift}'")
+    sql(engine, f"UPDATE workflows SET expires_at = {moved('expires_at', shift)}")
+    sql(engine, f"UPDATE wallets SET next_hold_expiry = {moved('next_hold_expiry', shift)}")
 
 
 def test_missed_periods_begin_one_by_one_as_if_on_time(engine: Engine) -> None:

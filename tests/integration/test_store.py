@@ -22,7 +22,7 @@ from ledger.state import Decision
 from ledger.store import Applied, DeadLettered, Delivery, apply_batch, apply_waiting
 from ledger.waiting import LOCKED, Waits
 from tests.messages import delivery, finish, purchase, start
-from tests.support import PATIENCE_S, begin_schedules, eventually, sql
+from tests.support import PATIENCE_S, begin_schedules, eventually, moved, sql
 from worker.local.embedded import Embedded
 
 EVENTS = """
@@ -540,7 +540,7 @@ def test_a_batch_reads_the_rows_that_it_names_however_large_the_tables_are(engin
     )
     apply_batch(engine, [start(f"org-{n}", "w2", 5) for n in range(1, 101)])
     due = "WHERE substr(org_id, 5)::int <= 100"
-    sql(engine, f"UPDATE workflows SET expires_at = expires_at - interval '2 days' {due} AND workflow_id = 'w1'")
+    sql(engine, f"UPDATE workflows SET expires_at = {moved('expires_at', '-2 days')} {due} AND workflow_id = 'w1'")
     sql(engine, f"UPDATE wallets SET next_hold_expiry = now() - interval '1 day' {due}")
     messages = [
         message
@@ -764,8 +764,8 @@ def test_messages_of_a_database_without_tables_are_kept_for_later(empty_database
 
 
 def expire_holds(engine: Engine) -> None:
-    sql(engine, "UPDATE workflows SET expires_at = expires_at - interval '10 days'")
-    sql(engine, "UPDATE wallets SET next_hold_expiry = next_hold_expiry - interval '10 days'")
+    sql(engine, f"UPDATE workflows SET expires_at = {moved('expires_at', '-10 days')}")
+    sql(engine, f"UPDATE wallets SET next_hold_expiry = {moved('next_hold_expiry', '-10 days')}")
 
 
 def test_a_hold_that_expired_does_not_count_at_decision_time(engine: Engine) -> None:

@@ -17,7 +17,7 @@ from ledger.store import Applied, Delivery, apply_batch, apply_waiting
 from ledger.waiting import BEHIND, BLOCKED, LOCKED, MUCH_DUE, RECORD_LOCKED, SLOW, Waits
 from ledger.working_set import LONG_PATIENCE_S, PATIENCE_S
 from tests.messages import delivery, purchase, start
-from tests.support import begin_schedules, no_more_acting, on_insert_into, sql
+from tests.support import begin_schedules, moved, no_more_acting, on_insert_into, sql
 
 pytestmark = pytest.mark.timeout(300)  # seconds, on a slow machine
 
@@ -506,8 +506,8 @@ def with_expired_holds(engine: Engine, org_id: str, count: int) -> None:
 
 
 def expire(engine: Engine) -> None:
-    sql(engine, "UPDATE workflows SET expires_at = expires_at - interval '1 day'")
-    sql(engine, "UPDATE wallets SET next_hold_expiry = next_hold_expiry - interval '1 day'")
+    sql(engine, f"UPDATE workflows SET expires_at = {moved('expires_at', '-1 day')}")
+    sql(engine, f"UPDATE wallets SET next_hold_expiry = {moved('next_hold_expiry', '-1 day')}")
 
 
 def test_what_is_due_comes_before_the_messages_that_wait_and_they_know_of_it(engine: Engine, other: Engine) -> None:
