@@ -17,7 +17,7 @@ from ledger.state import EventType
 from ledger.store import Delivery, apply_batch
 from ledger.views import MOST_ENDS, Held, NextCredits, WalletView
 from tests.messages import delivery, subscribe
-from tests.support import reads_of, sql
+from tests.support import another_past, reads_of, sql
 
 
 def acme(task: str, **fields: Any) -> Delivery:
@@ -220,9 +220,8 @@ def ledger(engine: Engine) -> Engine:
             delivery("wallet.purchase", org_id="globex", purchase_id="p1", credits=5),
         ],
     )
-    sql(engine, "ALTER TABLE credit_events DISABLE TRIGGER credit_events_append_only")
-    sql(engine, "UPDATE credit_events SET created_at = to_timestamp(1767182400 + seq * 86400)")
-    sql(engine, "ALTER TABLE credit_events ENABLE TRIGGER credit_events_append_only")
+    with another_past(engine) as connection:
+        connection.execute(text("UPDATE credit_events SET created_at = to_timestamp(1767182400 + seq * 86400)"))
     return engine
 
 

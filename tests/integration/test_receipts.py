@@ -6,14 +6,14 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 
 from ledger import history, receipts
 from ledger.filters import EVERY_EVENT, EventFilter
 from ledger.receipts import Page, Place, Receipt
 from ledger.store import Delivery, apply_batch
 from tests.messages import delivery
-from tests.support import sql
+from tests.support import another_past, sql
 
 
 def acme(task: str, **fields: Any) -> Delivery:
@@ -67,16 +67,10 @@ def names(found: list[Receipt]) -> list[str]:
 def refund_as_before_0017(engine: Engine, refund_id: str, workflow_id: str, credits: int) -> None:
     """A refund whose event names its workflow only in its message."""
     apply_batch(engine, [refund(refund_id, workflow_id, credits)])
-    sql(engine, "ALTER TABLE credit_events DISABLE TRIGGER credit_events_append_only")
-    sql(
-        engine,
-        """
-        UPDATE credit_events SET workflow_id = NULL, project_id = NULL, activity_name = NULL
-        WHERE idempotency_key = :key
-        """,
-        key=f"refund:{refund_id}",
-    )
-    sql(engine, "ALTER TABLE credit_events ENABLE TRIGGER credit_events_append_only")
+    named = "workflow_id = NULL, project_id = NULL, activity_name = NULL"
+    with another_past(engine) as connection:
+        older = text(f"UPDATE credit_events SET {named} WHERE idempotency_key = :key")
+        connection.execute(older, {"key": f"refund:{refund_id}"})
 
 
 def test_a_run_is_one_receipt_with_what_was_held_used_and_refunded(engine: Engine) -> None:
@@ -203,9 +197,8 @@ def test_a_receipt_matches_if_one_of_its_events_does(
             refund("r2", "w1"),  # 7
         ],
     )
-    sql(engine, "ALTER TABLE credit_events DISABLE TRIGGER credit_events_append_only")
-    sql(engine, "UPDATE credit_events SET created_at = to_timestamp(1767182400 + seq * 86400)")
-    sql(engine, "ALTER TABLE credit_events ENABLE TRIGGER credit_events_append_only")
+    with another_past(engine) as connection:
+        connection.execute(text("UPDATE credit_events SET created_at = to_timestamp(1767182400 + seq * 86400)"))
     assert names(every(engine, matching)) == expected
     assert names(every(engine, matching, limit=1)) == expected
 

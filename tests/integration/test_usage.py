@@ -2,9 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
 from itertools import combinations, pairwise, product
 from typing import Any, get_args
@@ -18,20 +16,11 @@ from ledger.filters import EventFilter
 from ledger.store import apply_batch
 from ledger.usage import Group, Rate, Share, Usage
 from tests.messages import delivery
-from tests.support import sql
+from tests.support import another_past, sql
 
 DAYS = 12
 BEGIN = datetime(2026, 2, 20, 12, 30, tzinfo=UTC)
 EVERY_GROUP: tuple[Group, ...] = get_args(Group)
-
-
-@contextmanager
-def another_past(engine: Engine) -> Iterator[Any]:
-    """Lets the times of events be changed, which the database refuses otherwise."""
-    with engine.begin() as connection:
-        connection.execute(text("ALTER TABLE credit_events DISABLE TRIGGER credit_events_append_only"))
-        yield connection
-        connection.execute(text("ALTER TABLE credit_events ENABLE TRIGGER credit_events_append_only"))
 
 
 def spread(engine: Engine, org_id: str) -> None:
@@ -39,8 +28,9 @@ def spread(engine: Engine, org_id: str) -> None:
     with another_past(engine) as connection:
         connection.execute(
             text("""
-                UPDATE credit_events SET created_at = :begin + :length * (seq - 1) / (SELECT last_seq FROM wallets
-                    WHERE org_id = :org_id) WHERE org_id = :org_id
+                UPDATE credit_events SET created_at = timezone('UTC', timezone('UTC', CAST(:begin AS timestamptz))
+                    + :length * (seq - 1) / (SELECT last_seq FROM wallets WHERE org_id = :org_id))
+                WHERE org_id = :org_id
             """),
             {"begin": BEGIN, "length": timedelta(days=DAYS), "org_id": org_id},
         )
