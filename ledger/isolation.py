@@ -64,6 +64,8 @@ def apply_all(engine: Engine, items: Sequence[Item], work: Work[Item, Became]) -
     became: dict[int, Became] = {}
     for places, run, fault in zip(groups, runs, faults, strict=True):
         if fault is not None:
+            if all(faults):
+                raise fault
             run.keep_all_waiting(fault)
         became |= zip(places, run.results(), strict=True)
     return [became[place] for place in range(len(items))]

@@ -31,7 +31,11 @@ class Statement(NamedTuple):
 
 def statement(sql: str, table: str) -> Statement:
     """`sql` for one PostgreSQL, and for Citus: there `{in_shard}` is a condition on `table`, which may be an alias."""
-    return Statement(sql.format(in_shard=""), sql.format(in_shard=f" AND {table}.org_id = ANY(%b::text[])"))
+    return Statement(sql.format(in_shard=""), sql.format(in_shard=f" AND {_in_shard(table)}"))
+
+
+def _in_shard(table: str) -> str:
+    return f"{table}.org_id = ANY(%b::text[])"
 
 
 def execute(connection: Connection, statement: Statement | str, parameters: Sequence[Any]) -> psycopg.Cursor[Any]:
@@ -99,27 +103,49 @@ def column_names(table: Table, record: type[Any], until: str | None = None) -> s
     return ", ".join(_columns(table, record, until))
 
 
-def write(table: Table, record: type[Any], sql: str, until: str | None = None, *, changes: str | None = None) -> Write:
-    """`sql` with `{rows}` replaced by rows of `record`, sent as arrays; only of the columns `until` a name.
+def write(
+    table: Table, record: type[Any], plain: str, until: str | None = None, *, distributed: str | None = None
+) -> Write:
+    """A statement with `{rows}` replaced by rows of `record`, sent as arrays; only of the columns `until` a name.
 
-    `changes`: the name that `sql` has for `table`, if it changes rows that are there. It ends with a condition on them.
+    `distributed`: the form for Citus, which has one more parameter; see `Statement`. None: there is one form.
     """
     types = [table.c[name].type for name in _columns(table, record, until)]
     columns = ", ".join(f"%b::{column_type.compile(_DIALECT)}[]" for column_type in types)
     rows = f"unnest({columns}) AS new ({column_names(table, record, until)})"
     encoders = tuple(_ENCODERS.get(type(column_type), list) for column_type in types)
-    complete = sql.format(rows=rows)
-    return Write(complete if changes is None else statement(f"{complete}{{in_shard}}", changes), encoders)
+    if distributed is None:
+        return Write(plain.format(rows=rows), encoders)
+    return Write(Statement(plain.format(rows=rows), distributed.format(rows=rows)), encoders)
 
 
-def insert(table: Table, record: type[Any], on_conflict: str = "", until: str | None = None) -> Write:
-    """Insert records into `table`; of the columns `until` a name, others have their defaults."""
+def insert(
+    table: Table, record: type[Any], on_conflict: str = "", until: str | None = None, *, have_wallets: bool = True
+) -> Write:
+    """Insert records into `table`; of the columns `until` a name, others have their defaults.
+
+    `have_wallets`: whether the organizations of the records have wallets.
+    """
     assert _columns(table, record) == list(table.c.keys()), (
         f"{record.__name__} in ledger.state and {table.name} in ledger.tables must have the same fields"
     )
     names = column_names(table, record, until)
-    sql = f"INSERT INTO {table.name} ({names}) SELECT {names} FROM {{rows}} {on_conflict}"
-    return write(table, record, sql, until)
+    into = f"INSERT INTO {table.name} ({names})"
+    # Without a table in its FROM, Citus copies the rows to the node, and the code of an error there is lost.
+    of_wallets = ", ".join(f"{'wallets' if name == 'org_id' else 'new'}.{name}" for name in names.split(", "))
+    joined = f"FROM wallets JOIN {{rows}} ON wallets.org_id = new.org_id WHERE {_in_shard('wallets')}"
+    return write(
+        table,
+        record,
+        f"{into} SELECT {names} FROM {{rows}} {on_conflict}",
+        until,
+        distributed=f"{into} SELECT {of_wallets} {joined} {on_conflict}" if have_wallets else None,
+    )
+
+
+def change(table: Table, record: type[Any], sql: str, alias: str, until: str | None = None) -> Write:
+    """A statement that changes rows of `table`, which it calls `alias`, and that ends with a condition on them."""
+    return write(table, record, sql, until, distributed=f"{sql} AND {_in_shard(alias)}")
 
 
 def update(table: Table, record: type[Any], until: str | None = None) -> Write:
@@ -128,8 +154,7 @@ def update(table: Table, record: type[Any], until: str | None = None) -> Write:
     changes = ", ".join(
         f"{name} = new.{name}" for name in _columns(table, record, until) if not table.c[name].primary_key
     )
-    sql = f"UPDATE {table.name} SET {changes} FROM {{rows}} WHERE {same}"
-    return write(table, record, sql, until, changes=table.name)
+    return change(table, record, f"UPDATE {table.name} SET {changes} FROM {{rows}} WHERE {same}", table.name, until)
 
 
 def by_key(table: Table, record: type[Any]) -> Statement:

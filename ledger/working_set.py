@@ -21,6 +21,7 @@ from ledger.state import Cover, EndingCredits, Event, PostedMessage, Refusal, Su
 from ledger.statements import (
     Connection,
     by_key,
+    change,
     column_names,
     execute,
     find,
@@ -29,7 +30,6 @@ from ledger.statements import (
     select,
     statement,
     update,
-    write,
 )
 from ledger.waiting import BEHIND, BEING_CREATED, LOCKED, MUCH_DUE, RECORD_LOCKED, Waits
 
@@ -212,7 +212,7 @@ class WorkingSet:
         if not org_ids:
             return
         with connection.pipeline():
-            connection.execute(BEGIN)
+            _begin(connection)
             execute(connection, *_CREATE_WALLETS.of([Wallet(org_id) for org_id in org_ids]))
             connection.execute("COMMIT")
 
@@ -547,7 +547,7 @@ _LOCK_WALLETS = f"{_WALLETS} ORDER BY org_id FOR UPDATE"
 _LOCK_WALLETS_THAT_CAN_BE = f"{_LOCK_WALLETS} SKIP LOCKED"
 _THERE = "SELECT org_id FROM wallets WHERE org_id = ANY(%b::text[])"
 _WAITING = "SELECT DISTINCT org_id FROM waiting_messages WHERE org_id = ANY(%b::text[])"
-_CREATE_WALLETS = insert(tables.wallets, Wallet, "ON CONFLICT DO NOTHING")
+_CREATE_WALLETS = insert(tables.wallets, Wallet, "ON CONFLICT DO NOTHING", have_wallets=False)
 _WORKFLOWS = by_key(tables.workflows, Workflow)
 _POSTED = by_key(tables.posted_messages, PostedMessage)
 _SUBSCRIPTIONS = by_key(tables.subscriptions, Subscription)
@@ -591,23 +591,23 @@ _UPDATE_WHOLE_WORKFLOWS = update(tables.workflows, Workflow)
 _INSERT_SUBSCRIPTIONS = insert(tables.subscriptions, Subscription)
 _UPDATE_SUBSCRIPTIONS = update(tables.subscriptions, Subscription)
 _INSERT_POSTED = insert(tables.posted_messages, PostedMessage)
-_UPDATE_POSTED = write(
+_UPDATE_POSTED = change(
     tables.posted_messages,
     PostedMessage,
     "UPDATE posted_messages AS old SET reversed = new.reversed FROM {rows}"
     " WHERE old.org_id = new.org_id AND old.kind = new.kind AND old.message_id = new.message_id",
-    changes="old",
+    "old",
 )
 _WRITE_ENDING = insert(
     tables.ending_credits,
     EndingCredits,
     "ON CONFLICT ON CONSTRAINT ending_credits_pkey DO UPDATE SET remaining = excluded.remaining, seq = excluded.seq",
 )
-_DELETE_ENDING = write(
+_DELETE_ENDING = change(
     tables.ending_credits,
     EndingCredits,
     "DELETE FROM ending_credits AS old USING {rows}"
     " WHERE old.org_id = new.org_id AND old.origin = new.origin AND old.expires_at = new.expires_at",
-    changes="old",
+    "old",
 )
 _INSERT_EVENTS = insert(tables.credit_events, Event)

@@ -101,13 +101,8 @@ def begin_schedules(engine: Engine, since: str, **parameters: Any) -> None:
 
 def on_insert_into(engine: Engine, table: str, act: str, *, when: str = "true") -> None:
     """Have PostgreSQL do something for every row."""
-    sql(
-        engine,
-        f"""
-        CREATE FUNCTION act() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {act}; RETURN NEW; END $$;
-        CREATE TRIGGER act BEFORE INSERT ON {table} FOR EACH ROW WHEN ({when}) EXECUTE FUNCTION act()
-        """,
-    )
+    sql(engine, f"CREATE FUNCTION act() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {act}; RETURN NEW; END $$")
+    sql(engine, f"CREATE TRIGGER act BEFORE INSERT ON {table} FOR EACH ROW WHEN ({when}) EXECUTE FUNCTION act()")
 
 
 def no_more_acting(engine: Engine, table: str) -> None:
