@@ -82,8 +82,7 @@ class SystemCollector(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Yield the metrics of this moment."""
-        # On new connections to the primary: on an open one, a scrape would hang with the database.
-        reader = Reader(self._using, engine=self._using.probe)
+        reader = Reader(self._using, keeps_connections=False)
         try:
             found, is_up = reader.read(figures.system_figures), True
         except DBAPIError as error:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from datetime import datetime
 from typing import TypeVar
 
-from sqlalchemy import Connection, Engine, func, select
+from sqlalchemy import Connection, func, select
 
 from api_stub.services import Services
 from ledger import history
@@ -26,14 +26,14 @@ Value = TypeVar("Value")
 class Reader:
     """The reads of one answer. Each sees at least what those before it have seen, whichever server answers.
 
-    So once the primary has answered, it answers the others, too. `from_primary`: it answers all of them. `engine`: the
-    primary's, if it is not the one of `Services`.
+    So once the primary has answered, it answers the others, too. `from_primary`: it answers all of them. Without
+    `keeps_connections`, each read opens a new connection, as probes do.
     """
 
-    def __init__(self, using: Services, *, from_primary: bool = False, engine: Engine | None = None) -> None:
+    def __init__(self, using: Services, *, from_primary: bool = False, keeps_connections: bool = True) -> None:
         self._using = using
         self._replica: Replica | None = None if from_primary else using.replica
-        self._primary = engine or using.engine
+        self._keeps_connections = keeps_connections
         self._position = 0
         self._as_of: datetime | None = None
 
@@ -80,14 +80,14 @@ class Reader:
     def _read(self, read: Callable[[Connection], Value]) -> Value:
         if self._replica is not None:
             try:
-                value, as_of = self._replica.read(read, since=self._position)
+                value, as_of = self._replica.read(read, since=self._position, keeps_connections=self._keeps_connections)
             except NotReadableError:
                 self._replica = None
             else:
                 self._position = max(self._position, as_of.position)
                 self._as_of = self._as_of or as_of.time
                 return value
-        with snapshot(self._primary) as ledger:
-            now: datetime = ledger.execute(select(func.now())).scalar_one()  # of the transaction's begin
-            self._as_of = self._as_of or now
+        with snapshot(self._using.engine if self._keeps_connections else self._using.probe) as ledger:
+            if self._as_of is None:
+                self._as_of = ledger.execute(select(func.now())).scalar_one()  # when the transaction began
             return read(ledger)

@@ -118,15 +118,18 @@ class Replica:
         """Whether it can be read, as far as is known."""
         return self._problem is None
 
-    def read(self, read: Callable[[Connection], Value], *, since: int = 0) -> tuple[Value, AsOf]:
+    def read(
+        self, read: Callable[[Connection], Value], *, since: int = 0, keeps_connections: bool = True
+    ) -> tuple[Value, AsOf]:
         """What `read` returns, given one snapshot, and how new that is. It has at least the position `since`.
 
+        Without `keeps_connections`, it is read on a new one, also when all others are in use, and may take longer.
         Raises NotReadableError. Then `read` may have been called.
         """
         if self._problem is not None:
             raise NotReadableError(self._problem)
         try:
-            with self._engine.connect() as connection:
+            with (self._engine if keeps_connections else self._probe).connect() as connection:
                 # Before the snapshot, which is then at least as new.
                 as_of = self._as_of(connection.execution_options(isolation_level="AUTOCOMMIT"))
                 if as_of.position < since:
@@ -180,6 +183,7 @@ class Replica:
             self._tell(describe(error))
             # Whoever waits for a frozen replica is told.
             break_connections(self._engine)
+            break_connections(self._probe)
         else:
             self._tell(None)
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -226,6 +226,18 @@ def test_metrics_are_the_replicas_and_say_until_when_they_have_everything(
         assert values["holdfast_figures_timestamp_seconds"] < missed.timestamp()
         assert (values["holdfast_database_up"], values["holdfast_replica_up"]) == (1, 1)
     assert metrics(api)["holdfast_dead_letters_open"] == 1
+
+
+def test_metrics_do_not_wait_for_those_who_read(system: System, app: FastAPI, api: Patient) -> None:
+    pool = app.state.services.replica._engine.pool
+    pool._timeout = 0.05
+    with ExitStack() as held:
+        for _ in range(pool.size() + pool._max_overflow):
+            held.enter_context(app.state.services.replica._engine.connect())
+        # The primary has enough to do: it is not asked in place of a replica that is only busy.
+        assert api.get(EVENTS).status_code == 503
+        assert metrics(api)["holdfast_figures_timestamp_seconds"] > 0
+        assert reads_from_replica(app)
 
 
 def metrics(api: Patient) -> dict[str, float]:
