@@ -21,9 +21,11 @@ from worker.local.machine import free_port
 from worker.local.process import Process
 
 # Debian's commands in the path insist on the account rabbitmq and on its folders; this is what they call.
-_SERVER = shutil.which("rabbitmq-server", path="/usr/lib/rabbitmq/bin:" + os.environ["PATH"])
-_CONTROL = shutil.which("rabbitmqctl", path="/usr/lib/rabbitmq/bin:" + os.environ["PATH"])
-_QUEUES = shutil.which("rabbitmq-queues", path="/usr/lib/rabbitmq/bin:" + os.environ["PATH"])
+_COMMANDS = os.environ.get("RABBITMQ_BIN", "/usr/lib/rabbitmq/bin")
+PATH = f"{_COMMANDS}:{os.environ['PATH']}"
+_SERVER = shutil.which("rabbitmq-server", path=PATH)
+_CONTROL = shutil.which("rabbitmqctl", path=PATH)
+_QUEUES = shutil.which("rabbitmq-queues", path=PATH)
 _PORT_MAPPER = shutil.which("epmd")
 
 START_TIMEOUT_S = 300.0
@@ -38,6 +40,15 @@ disk_free_limit.absolute = 1MB
 log.file = false
 log.console = true
 log.console.level = warning
+"""
+
+# What RabbitMQ 4.3 refuses by default. Versions before 3.13, as Debian's, do not know these settings.
+if "RABBITMQ_BIN" in os.environ:
+    CONFIGURATION += """\
+deprecated_features.permit.global_qos = false
+deprecated_features.permit.transient_nonexcl_queues = false
+deprecated_features.permit.classic_queue_mirroring = false
+deprecated_features.permit.queue_master_locator = false
 """
 
 

@@ -93,6 +93,8 @@ class Consumer(CeleryConsumer):  # type: ignore[misc] # Celery ships no types
                 self.connection.collect()
             self.on_connection_error_before_connected(exc)
             return
+        with suppress(Exception):  # an orderly close of a connection to a node that hangs takes ten seconds
+            self.event_dispatcher.connection.collect()
         # Celery warns each time that a later version may cancel tasks then; worker/app.py has switched that off.
         with warnings.catch_warnings(action="ignore", category=CPendingDeprecationWarning):
             super().on_connection_error_after_connected(exc)

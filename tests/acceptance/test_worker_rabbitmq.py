@@ -13,7 +13,7 @@ import psutil
 import pytest
 from kombu.connection import Connection
 
-from holdfast_client.broker import DEAD_QUEUE, QUEUE, declare_queues
+from holdfast_client.broker import DEAD_QUEUE, ENGINE_DEAD_QUEUE, ENGINE_QUEUE, QUEUE, declare_queues
 from holdfast_client.client import Client, NoAnswerError
 from holdfast_client.messages import DELIVERY_LIMIT, MAX_BODY_BYTES
 from ledger import audit
@@ -87,6 +87,24 @@ def test_messages_are_applied_in_batches_and_answered(ledger: Installation, rabb
     assert (answer.outcome, answer.available) == ("reserved", 245)
     eventually(lambda: is_drained(rabbitmq_url))
     assert ledger.is_sound(events=5_001)
+
+
+def test_nothing_is_used_that_rabbitmq_4_refuses(
+    ledger: Installation, rabbitmq_server: RabbitMQ, rabbitmq_url: str, client: Client
+) -> None:
+    ledger.start_worker_on(rabbitmq_url)
+    client.grant(org_id="acme", grant_id="gift", credits=1, wait_s=PATIENCE_S)
+    eventually(client.sees_worker)  # which makes the queues of remote control
+    table = ("--silent", "--formatter=json")
+    found = json.loads(rabbitmq_server.control(*table, "list_queues", "name", "durable", "exclusive", "type"))
+    transient = {queue["name"] for queue in found if not (queue["durable"] or queue["exclusive"])}
+    assert transient == set(), "neither kept nor of one connection"
+    kept = {queue["name"]: queue["type"] for queue in found if queue["durable"]}
+    assert kept == dict.fromkeys((QUEUE, DEAD_QUEUE, ENGINE_QUEUE, ENGINE_DEAD_QUEUE), "quorum")
+    assert "celery@" in str(found), "the queue of remote control"
+    channels = json.loads(rabbitmq_server.control(*table, "list_channels", "consumer_count", "global_prefetch_count"))
+    assert any(channel["consumer_count"] > 0 for channel in channels)
+    assert {channel["global_prefetch_count"] for channel in channels} == {0}, "a prefetch limit of a whole channel"
 
 
 def has_more_events(ledger: Installation, before: int) -> bool:

@@ -52,7 +52,7 @@ FAULTS = ("SIGKILL", "SIGSTOP")
 DOWN_S = {"SIGKILL": (8, 15), "SIGSTOP": (25, 40)}
 """For how long a node is gone; frozen, for longer than it takes the others to notice it."""
 CALM_S = 5.0
-WHOLE_WITHIN_S, DRAINED_WITHIN_S, READY_WITHIN_S, DUE_WITHIN_S = 120.0, 60.0, 120.0, 10.0
+WHOLE_WITHIN_S, DRAINED_WITHIN_S, READY_WITHIN_S, DUE_WITHIN_S = 300.0, 60.0, 120.0, 10.0
 PULSE_S, LOOK_S = 0.1, 0.05
 
 SENT_FILE = "beat.sent"

@@ -164,7 +164,7 @@ class ClusterProducer(Producer):
     exchange = ""
 
     def _connect(self, broker_url: str) -> Celery:
-        options = {"confirm_publish": True, "confirm_timeout": 5, "read_timeout": 5, "write_timeout": 5}
+        options = {"confirm_publish": True, "read_timeout": 5, "write_timeout": 5}
         return Celery(broker=broker_url, broker_transport_options=options, set_as_current=False)
 
     def _put(self, text: str) -> None:

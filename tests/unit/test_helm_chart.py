@@ -546,6 +546,13 @@ def test_the_commands_of_the_page_make_the_secrets_that_the_chart_needs_and_inst
             for name, value in settings.items():
                 environment.setenv(name, value)
             assert urlsplit(Settings.load().database_url).username == role
+    [instead] = re.findall(r"^  ```text\n(.*?)^  ```$", SECTION, re.M | re.S)
+    with_rabbitmq = dict(line.split("=", 1) for line in instead.split())
+    assert set(with_rabbitmq) <= set(given("worker")) & set(given("api"))
+    with monkeypatch.context() as environment:
+        for name, value in (made[VALUES["secrets"]["worker"]] | with_rabbitmq).items():
+            environment.setenv(name, value)
+        assert str(Settings.load().broker_url).count(";") == 2
     assert install[:5] == ["helm", "upgrade", "--install", "holdfast", str(CHART.relative_to(ROOT))]
     assert {option.partition("=")[0] for option in install[5:]} == {"--set", "--timeout"}
     [place] = [option.split("=")[1] for option in install if option.startswith("--set=")]
