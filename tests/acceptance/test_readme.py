@@ -1,11 +1,9 @@
 """The documents say what is so: every command and every program in the README runs, every table matches the code."""
 
 import json
-import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,14 +15,13 @@ import pytest
 from holdfast_client.client import Client
 from ledger.settings import PREFIX, Settings
 from tests.acceptance import commands
-from tests.installation import open_folder
+from tests.acceptance.terminal import beside
 from tests.support import PATIENCE_S, eventually
 from worker.local.process import Process
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 OVER_HTTP = (ROOT / "docs" / "http.md").read_text()
-BIN = Path(sys.executable).parent
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
 
@@ -38,35 +35,9 @@ COMMANDS = [line for block in blocks("sh") for line in block.splitlines()]
 
 @pytest.fixture(scope="module")
 def environment() -> Iterator[dict[str, str]]:
-    """The environment of a terminal into which the lines that `make up` prints were pasted, on an empty folder."""
-    with open_folder() as folder, (folder / "output").open("w") as output:
-        up = subprocess.Popen(
-            ["make", "up"],
-            cwd=ROOT,
-            env={**outside(), f"{PREFIX}DATA_DIR": str(folder / "data")},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            eventually(lambda: "Data and logs" in (folder / "output").read_text() or up.poll() is not None)
-            said = (folder / "output").read_text()
-            pasted = [line for line in said.splitlines() if line.strip().startswith("export ")]
-            script = "\n".join([*pasted, "env -0"])
-            shown = subprocess.run(["bash", "-euc", script], env=outside(), capture_output=True, text=True, check=True)
-            yield dict(line.split("=", 1) for line in shown.stdout.split("\0") if line) | {"SAID": said}
-        finally:
-            os.killpg(up.pid, signal.SIGINT)  # Ctrl-C
-            up.wait(PATIENCE_S)
-        assert (folder / "output").read_text().count("Everything is stopped.") == 1
-
-
-def outside() -> dict[str, str]:
-    """The environment of a terminal in which nothing was activated or exported."""
-    path = [folder for folder in os.environ["PATH"].split(os.pathsep) if Path(folder).resolve() != BIN.resolve()]
-    return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)} | {
-        "PATH": os.pathsep.join(path)
-    }
+    """The environment of a terminal beside `make up`."""
+    with beside("make", "up") as pasted:
+        yield pasted
 
 
 def run(command: str, environment: dict[str, str] | None = None) -> str:

@@ -8,6 +8,7 @@ import tempfile
 import threading
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import typer
 from celery.utils.nodenames import default_nodename
@@ -135,6 +136,7 @@ def _how_to_reach(system: System) -> str:
         "HOLDFAST_ENGINE_BROKER_URL": system.embedded.engine_broker_url,
         "HOLDFAST_JWT_SECRET": system.jwt_secret,
         "API_URL": system.url,
+        "WORKER_METRICS": urlsplit(system.metrics_urls[1]).netloc,
     }
     exports = [f'  export {name}="{value}"' for name, value in settings.items()]
     exports.append(f'  export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"')
