@@ -7,15 +7,17 @@ Every server of the cluster has the roles `holdfast`, `holdfast_worker` and `hol
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 
 from sqlalchemy import URL, Engine, create_engine, make_url
+from sqlalchemy.exc import OperationalError
 
 from ledger import migrations
 from ledger.database import connect
-from tests.support import sql
+from tests.support import eventually, sql
 
 VARIABLE = "HOLDFAST_TEST_CITUS_URL"
+_URL = os.environ.get(VARIABLE)
 ROLES = ("holdfast", "holdfast_worker", "holdfast_reader")
 
 
@@ -65,7 +67,7 @@ class Cluster:
     def drop(self, name: str) -> None:
         """Whoever still uses it."""
         for admin in self._administrators:
-            sql(admin, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+            eventually(partial(_is_dropped, admin, name))
 
     def template(self, *, migrated: bool) -> str:
         """The name of a database that nobody uses, for copies."""
@@ -92,11 +94,18 @@ class Cluster:
             admin.dispose()
 
 
+def _is_dropped(admin: Engine, name: str) -> bool:
+    try:
+        sql(admin, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+    except OperationalError:  # Citus's own process has just come back
+        return False
+    return True
+
+
 @cache
 def cluster() -> Cluster | None:
     """The cluster, if there is one."""
-    url = os.environ.get(VARIABLE)
-    return None if url is None else Cluster(url)
+    return None if _URL is None else Cluster(_URL)
 
 
 @contextmanager

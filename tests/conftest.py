@@ -72,6 +72,7 @@ class Services(Embedded):
 @pytest.fixture(scope="session")
 def services() -> Iterator[Embedded]:
     """PostgreSQL, its database `holdfast` migrated as a template, with what each role may do, and the broker."""
+    os.environ.pop(citus.VARIABLE, None)  # it is no setting of the programs that tests run
     folder = Path(tempfile.mkdtemp(prefix="holdfast-tests-", dir=_fast_folder()))
     folder.chmod(0o711)  # as root, PostgreSQL runs as an account that has to pass through
     with Services(folder, durable=False) as running:

@@ -1,0 +1,173 @@
+"""The ledger distributed over the nodes of a real Citus: HOLDFAST_TEST_CITUS_URL, see tests/citus.py.
+
+With that variable, the other tests of this folder run there, too.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+from sqlalchemy import Engine, create_engine, make_url
+from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
+
+from ledger import audit, distribution, migrations, scheduler
+from ledger.database import connect, raw_connection
+from ledger.distribution import is_distributed
+from ledger.roles import WORKER
+from ledger.state import Result
+from ledger.store import DeadLettered, Delivery, apply_batch, apply_waiting
+from ledger.tables import metadata
+from ledger.waiting import Waits
+from tests import citus
+from tests.messages import delivery, purchase
+from tests.support import sql
+
+ORGANIZATIONS = [f"org-{number}" for number in range(40)]
+DISTRIBUTED = "SELECT count(*) FROM pg_dist_partition WHERE partmethod = 'h'"
+EVENTS = "SELECT org_id, count(*), sum(credits) FROM credit_events GROUP BY org_id"
+
+
+@pytest.fixture(autouse=True)
+def cluster() -> citus.Cluster:
+    if (found := citus.cluster()) is None:
+        pytest.skip(f"{citus.VARIABLE} is not set")
+    return found
+
+
+@pytest.fixture
+def node_of(engine: Engine) -> Callable[[str], int]:
+    """The id of the node that has an organization."""
+
+    def find(org_id: str) -> int:
+        with raw_connection(engine) as connection:
+            shard = distribution.shards(connection, [org_id])[org_id]
+        placed = "SELECT nodeid FROM pg_dist_placement JOIN pg_dist_node USING (groupid) WHERE shardid = :shard"
+        [(node,)] = sql(engine, placed, shard=shard)
+        return int(node)
+
+    return find
+
+
+@contextmanager
+def away(cluster: citus.Cluster, engine: Engine, node: int) -> Iterator[None]:
+    """Nobody answers where this database looks for the node."""
+    admin = cluster.administrator_of(0, str(engine.url.database))
+    [(host, port)] = sql(admin, "SELECT nodename, nodeport FROM pg_dist_node WHERE nodeid = :node", node=node)
+    move = "SELECT citus_update_node(:node, :host, :port)"
+    sql(admin, "UPDATE pg_dist_node SET nodeport = 1 WHERE nodeid = :node", node=node)
+    engine.dispose()  # the coordinator keeps its connections to the node as long as ours
+    try:
+        yield
+    finally:
+        sql(admin, "UPDATE pg_dist_node SET nodeport = :port WHERE nodeid = :node", node=node, port=port)
+        sql(admin, move, node=node, host=host, port=port)
+        admin.dispose()
+        engine.dispose()
+
+
+def test_the_tables_of_organizations_are_distributed_together(engine: Engine) -> None:
+    placed = "SELECT count(*), count(DISTINCT colocationid) FROM pg_dist_partition WHERE partmethod = 'h'"
+    assert sql(engine, placed) == [(len([table for table in metadata.sorted_tables if is_distributed(table)]), 1)]
+    with engine.connect() as connection:
+        assert "of Citus" in str(distribution.described(connection))
+    assert audit.verify(engine).is_clean
+
+
+def test_an_interrupted_distribution_is_completed_by_the_next_migration_and_keeps_what_was_there(
+    engine: Engine,
+) -> None:
+    apply_batch(engine, [purchase(org_id, "p1", 5) for org_id in ORGANIZATIONS])
+    before, tables = sorted(sql(engine, EVENTS)), sql(engine, DISTRIBUTED)
+    for name in ("credit_events", "workflows"):
+        sql(engine, "SELECT undistribute_table(CAST(:name AS regclass))", name=name)
+    assert sql(engine, DISTRIBUTED) != tables
+    migrations.upgrade(engine)
+    assert sql(engine, DISTRIBUTED) == tables
+    assert sorted(sql(engine, EVENTS)) == before
+    assert audit.verify(engine).is_clean
+
+
+def test_a_batch_over_all_shards_is_applied_once_and_in_the_order_of_each_organization(engine: Engine) -> None:
+    batch = [purchase(org_id, "p1", 5) for org_id in ORGANIZATIONS]
+    batch += [delivery("workflow.start", org_id=org_id, workflow_id="w1", credits=5) for org_id in ORGANIZATIONS]
+    batch += [delivery("workflow.start", org_id=org_id, workflow_id="w2", credits=1) for org_id in ORGANIZATIONS]
+    for duplicate in (False, True):
+        results = apply_batch(engine, batch)
+        outcomes = [result.outcome for result in results if isinstance(result, Result)]
+        assert outcomes == ["posted"] * 40 + ["reserved"] * 40 + ["rejected"] * 40
+        assert {result.duplicate for result in results if isinstance(result, Result)} == {duplicate}
+    assert audit.verify(engine).is_clean
+
+
+def test_messages_without_an_organization_become_dead_letters_beside_others(engine: Engine) -> None:
+    bad, good = delivery("wallet.purchase"), purchase("acme", "p1", 5)
+    answers = apply_batch(engine, [bad, good, bad])
+    assert [type(answer) for answer in answers] == [DeadLettered, Result, DeadLettered]
+    assert [type(answer) for answer in apply_batch(engine, [bad])] == [DeadLettered]
+
+
+def test_while_a_node_is_away_its_organizations_wait_and_the_others_do_not(
+    cluster: citus.Cluster, engine: Engine, node_of: Callable[[str], int]
+) -> None:
+    apply_batch(engine, [purchase(org_id, "p1", 5) for org_id in ORGANIZATIONS])
+    gone = node_of(ORGANIZATIONS[0])
+    waiting = {org_id for org_id in ORGANIZATIONS if node_of(org_id) == gone}
+    assert 0 < len(waiting) < len(ORGANIZATIONS)
+    with away(cluster, engine, gone):
+        answers = apply_batch(engine, [purchase(org_id, "p2", 5) for org_id in ORGANIZATIONS])
+        assert {answer.org_id for answer in answers if isinstance(answer, Waits)} == waiting
+        assert sum(isinstance(answer, Result) for answer in answers) == len(ORGANIZATIONS) - len(waiting)
+        with pytest.raises(DBAPIError):
+            sql(engine, "SELECT count(*) FROM wallets")
+    for org_id in waiting:
+        assert [answer.outcome for _, answer in apply_waiting(engine, org_id, limit=9).answers] == ["posted"]  # type: ignore[union-attr]
+    assert sql(engine, "SELECT count(*), sum(prepaid_balance) FROM wallets") == [(40, 400)]
+    assert audit.verify(engine).is_clean
+
+
+def test_an_event_can_be_changed_neither_through_the_coordinator_nor_on_a_node(
+    cluster: citus.Cluster, engine: Engine
+) -> None:
+    apply_batch(engine, [purchase(org_id, "p1", 5) for org_id in ORGANIZATIONS])
+    [(shard,)] = sql(
+        engine,
+        "SELECT 'credit_events_' || shardid FROM pg_dist_shard JOIN pg_dist_placement USING (shardid)"
+        " JOIN pg_dist_node USING (groupid)"
+        " WHERE logicalrelid = 'credit_events'::regclass AND nodeport = :port ORDER BY 1 LIMIT 1",
+        port=cluster.nodes[0][1],
+    )
+    url = cluster.owner_url(str(engine.url.database)).set(port=cluster.nodes[0][1])
+    on_the_node = url.update_query_dict({"options": "-c citus.enable_manual_changes_to_shards=on"})
+    owner, worker = create_engine(on_the_node), create_engine(on_the_node.set(username=WORKER))
+    for change in ("UPDATE {} SET credits = 6", "DELETE FROM {}", "TRUNCATE {}"):
+        with pytest.raises(IntegrityError, match="credit_events is append-only"):
+            sql(engine, change.format("credit_events"))
+        with pytest.raises(IntegrityError, match="credit_events is append-only"):
+            sql(owner, change.format(shard))
+        with pytest.raises(ProgrammingError, match="permission denied"):
+            sql(worker, change.format(shard))
+    owner.dispose()
+    worker.dispose()
+
+
+def test_what_is_due_is_found_in_every_shard(engine: Engine) -> None:
+    apply_batch(engine, [purchase(org_id, "p1", 5) for org_id in ORGANIZATIONS])
+    apply_batch(
+        engine, [delivery("workflow.start", org_id=org_id, workflow_id="w1", credits=5) for org_id in ORGANIZATIONS]
+    )
+    sql(engine, "UPDATE workflows SET expires_at = now() - interval '1 minute'")
+    sql(engine, "UPDATE wallets SET next_hold_expiry = now() - interval '1 minute'")
+    assert scheduler.release_expired(engine) == len(ORGANIZATIONS)
+    assert audit.verify(engine).is_clean
+
+
+def test_a_worker_that_was_there_before_the_distribution_loses_nothing(engine: Engine, database_url: str) -> None:
+    older = connect(database_url)
+    with older.connect() as connection:
+        driver = connection.connection.driver_connection
+        driver.is_distributed = False  # type: ignore[union-attr]
+    batch: list[Delivery] = [purchase(org_id, "p1", 5) for org_id in ORGANIZATIONS]
+    answers = apply_batch(older, batch)
+    assert [answer.outcome for answer in answers if isinstance(answer, Result)] == ["posted"] * len(ORGANIZATIONS)
+    assert make_url(database_url).database == older.url.database
+    older.dispose()
