@@ -104,7 +104,9 @@ def system(whole: System, monkeypatch: pytest.MonkeyPatch) -> System:
     """Both are well, and the API looks at them more often."""
     monkeypatch.setattr(replicas, "LOOK_AT_PRIMARY_S", 0.1)
     monkeypatch.setattr(replicas, "LOOK_EVERY_S", 0.1)
-    monkeypatch.setattr(replicas, "CONNECT_TIMEOUT_S", int(PATIENCE_S))  # a slow machine is no replica that is away
+    # A slow machine is no replica that is away, or behind.
+    monkeypatch.setattr(replicas, "CONNECT_TIMEOUT_S", int(PATIENCE_S))
+    monkeypatch.setattr(replicas, "MOST_BEHIND_S", 10 * PATIENCE_S)
     whole.grant()
     whole.follow()
     return whole
