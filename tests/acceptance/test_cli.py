@@ -30,6 +30,7 @@ from tests.acceptance.commands import Ended, drawn
 from tests.installation import HOLDFAST, Installation, environment, installed, open_folder
 from tests.messages import delivery
 from tests.support import PATIENCE_S, eventually, sql
+from tests.wheels import Environment, Wheels, required
 from worker.local.embedded import Embedded
 
 COMMANDS = "migrate", "up", "demo", "verify", "wallet", "history", "usage", "totals", "send"
@@ -571,12 +572,13 @@ def processes_in(folder: Path) -> list[psutil.Process]:
 class Command:
     """A command that goes on by itself, with a folder of its own for temporary files."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, program: str = HOLDFAST) -> None:
         self.output = folder / f"output-{time.monotonic_ns()}"
         with self.output.open("w") as output:
             self.process = subprocess.Popen(
-                [HOLDFAST, *arguments],
+                [program, *arguments],
                 env=environment(TMPDIR=str(folder), HOLDFAST_PRODUCT_NAME="Acme"),
+                cwd=folder,
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -602,8 +604,8 @@ class Command:
 
 
 @contextmanager
-def started(folder: Path, *arguments: str) -> Iterator[Command]:
-    command = Command(folder, *arguments)
+def started(folder: Path, *arguments: str, program: str = HOLDFAST) -> Iterator[Command]:
+    command = Command(folder, *arguments, program=program)
     try:
         yield command
     finally:
@@ -657,15 +659,33 @@ def settings_of(part: str, data_dir: Path) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name.startswith("HOLDFAST_")}
 
 
-def test_up_serves_until_ctrl_c_and_keeps_its_data(folder: Path) -> None:
+@pytest.fixture
+def from_the_wheels(wheels: Wheels, empty: Environment) -> str:
+    """`holdfast`, installed from the wheels alone, outside the checkout."""
+    empty.install_alone(wheels.holdfast, wheels.client)
+    empty.link(required(wheels.holdfast, "server", "embedded"))
+    return str(empty.folder / "bin" / "holdfast")
+
+
+def assert_the_page_is_served(link: str) -> None:
+    with httpx.Client(follow_redirects=True) as browser:
+        page = browser.get(link)
+        [style] = re.findall(r'href="(/static/[^"]+\.css[^"]*)"', page.text)
+        assert (page.status_code, browser.get(page.url.join(style)).status_code) == (200, 200)
+    assert "Credit history of acme" in page.text
+
+
+def test_up_serves_until_ctrl_c_and_keeps_its_data(folder: Path, from_the_wheels: str) -> None:
     data_dir = folder / "data"
-    with started(folder, "up", "--data-dir", str(data_dir), "--empty") as first:
+    with started(folder, "up", "--data-dir", str(data_dir), "--empty", program=from_the_wheels) as first:
         first.wait_to_say("Data and logs are in")
         assert "The credit history of the demo organization, acme, in a browser" in first.said()
         with Client(exported(first)["HOLDFAST_BROKER_URL"]) as client:
             assert client.purchase(org_id="acme", purchase_id="p-1", credits=500, wait_s=PATIENCE_S).available == 500
         with Client(exported(first)["HOLDFAST_ENGINE_BROKER_URL"], queue=ENGINE_QUEUE) as engine:
             assert engine.start(org_id="acme", workflow_id="run-1", credits=0, wait_s=PATIENCE_S).holds
+        [link] = re.findall(r"http\S+/signin\S+", first.said())
+        assert_the_page_is_served(link)
         shown = run("wallet", "acme", "--json", HOLDFAST_DATABASE_URL=exported(first)["HOLDFAST_DATABASE_URL"])
         assert json.loads(shown.stdout)["available"] == 500
         settings = {part: settings_of(part, data_dir) for part in ("worker", "beat", "api")}

@@ -1,21 +1,22 @@
-"""The two wheels, installed outside any checkout: the client, all of Holdfast, and Holdfast without an extra."""
+"""The two wheels, installed outside any checkout: the client, and Holdfast without an extra.
+
+All of Holdfast: `test_up_serves_until_ctrl_c_and_keeps_its_data`.
+"""
 
 import importlib.metadata
 import json
 import re
 from pathlib import Path
 
-import httpx
 import pytest
 from packaging.utils import canonicalize_name
 
 from holdfast_client import Client
 from tests.acceptance.lone_engine import TOLD, told
-from tests.installation import Installation, environment
+from tests.installation import Installation
 from tests.packages import what_runs
-from tests.support import PATIENCE_S, eventually
+from tests.support import PATIENCE_S, eventually, sql
 from tests.wheels import ROOT, Environment, Wheels, link, required
-from worker.local.process import Process
 
 pytestmark = pytest.mark.timeout(300)  # seconds, for a slow machine and a slow package index
 
@@ -42,19 +43,26 @@ print([name for name in sys.argv[2:] if importlib.util.find_spec(name)])
 # The client alone
 
 
-def test_in_an_empty_environment_the_client_brings_what_it_needs_and_is_answered(
-    empty: Environment, running: Installation
+def test_in_an_empty_environment_the_client_brings_what_it_needs_and_its_readme_is_true(
+    wheels: Wheels, empty: Environment, running: Installation
 ) -> None:
-    """As both READMEs say."""
     [program] = re.findall(r"^```python\n(.*?)^```$", CLIENT_README, re.MULTILINE | re.DOTALL)
-    assert all(re.search(r"(^|`)pip install \./client(`|$)", page, re.MULTILINE) for page in (README, CLIENT_README))
-    empty.pip("install", "./client", "--no-compile", cwd=ROOT)
+    empty.pip("install", "--no-compile", wheels.client)
     assert empty.versions().keys() <= BROUGHT | OF_OLDER_ONES
-    assert told(empty, "alone", running.broker_url, running.broker_url) == TOLD
     with Client(running.broker_url) as billing:
         billing.grant(org_id="acme", grant_id="gift", credits=100, wait_s=PATIENCE_S)
     done = empty.run(empty.python, "-c", program, HOLDFAST_ENGINE_BROKER_URL=running.broker_url)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
+    used = "SELECT -credits FROM credit_events WHERE org_id = 'acme' AND event_type = 'usage'"
+    eventually(lambda: sql(running.engine, used) == [(60,)])
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("page", [README, CLIENT_README], ids=["project", "client"])
+def test_the_command_of_the_readmes_installs_it(empty: Environment, page: str) -> None:
+    [command] = set(re.findall(r"pip install \./client$|(?<=`)pip install \./client(?=`)", page, re.MULTILINE))
+    empty.pip(*command.split()[1:], cwd=ROOT)
+    assert "holdfast-client" in empty.versions()
 
 
 def test_an_engine_keeps_its_celery_and_its_worker_py(
@@ -69,31 +77,6 @@ def test_an_engine_keeps_its_celery_and_its_worker_py(
     own.write_text(WORKER)
     beside = told(empty, "beside", running.broker_url, running.broker_url)
     assert beside == {**TOLD, "beside": [str(own), "engine", "5.4.0"]}
-
-
-# All of Holdfast
-
-
-def test_up_runs_from_the_wheels_alone(wheels: Wheels, empty: Environment, tmp_path: Path) -> None:
-    empty.install_alone(wheels.holdfast, wheels.client)
-    empty.link(required(wheels.holdfast, "server", "embedded"))
-    argv = [str(empty.folder / "bin" / "holdfast"), "up", "--empty"]
-    up = Process("up", argv, tmp_path, env=environment(), cwd=tmp_path)
-    up.start()
-    try:
-        eventually(lambda: "Data and logs are in" in up.log_file.read_text() or not up.is_running)
-        said = up.log_file.read_text()
-        [broker_url] = re.findall(r"export HOLDFAST_BROKER_URL=['\"]?(redis://[^'\"\s]+)", said)
-        with Client(broker_url) as client:
-            client.purchase(org_id="acme", purchase_id="order-1", credits=500, wait_s=PATIENCE_S)
-        [link] = re.findall(r"http\S+/signin\S+", said)
-        with httpx.Client(follow_redirects=True) as browser:
-            page = browser.get(link)
-            [style] = re.findall(r'href="(/static/[^"]+\.css[^"]*)"', page.text)
-            assert (page.status_code, browser.get(page.url.join(style)).status_code) == (200, 200)
-        assert "Credit history of acme" in page.text
-    finally:
-        up.stop()
 
 
 # Holdfast without an extra: what it was before there was `holdfast-client`, and nothing of the server

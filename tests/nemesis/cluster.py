@@ -25,6 +25,8 @@ import httpx
 import jwt
 import redis
 
+from holdfast_client.async_client import AsyncClient
+from holdfast_client.client import Client, NotSentError
 from ledger import migrations
 from ledger.database import connect
 from tests import rabbitmq
@@ -37,8 +39,6 @@ from tests.nemesis.run import Goal, terminate, wait
 from tests.nemesis.workload import Message, Workload
 from tests.rabbitmq import RabbitMQ
 from tests.support import sql, suspended
-from worker.async_client import AsyncClient
-from worker.client import Client, NotSentError
 from worker.local.embedded import Embedded
 from worker.local.machine import free_port
 from worker.local.process import Process
