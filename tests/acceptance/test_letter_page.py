@@ -7,8 +7,10 @@ import httpx
 import pytest
 
 from api_stub import letters
+from ledger.store import apply_batch
 from tests.acceptance.website import LETTERS, Visitor, form_token, served, text_of, write
 from tests.installation import Installation
+from tests.messages import delivery
 from tests.support import PATIENCE_S, sql
 
 
@@ -121,3 +123,13 @@ def test_a_code_of_an_older_version_is_shown_without_a_cure(
     assert (page.status_code, "What to do:" in page.text) == (200, False)
     assert buttons(page) == [("Replay the message", False), ("Discard the message", False)]
     assert operator.get(LETTERS).status_code == 200
+
+
+def test_the_trace_of_the_message_is_named_if_it_had_one(running: Installation, operator: Visitor, org_id: str) -> None:
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    traced = delivery("wallet.purchase", org_id=org_id, purchase_id="traced", credits=0)
+    untraced = delivery("wallet.purchase", org_id=org_id, purchase_id="untraced", credits=0)
+    apply_batch(running.engine, [traced._replace(traceparent=f"00-{trace_id}-00f067aa0ba902b7-01"), untraced])
+    pages = [operator.get(address).text for address in letters_of(running, org_id)]
+    shown = [re.findall(r'<dd class="mono" id="trace">(\w+)</dd>', page) for page in pages]
+    assert sorted(shown) == [[], [trace_id]]
