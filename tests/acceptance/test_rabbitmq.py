@@ -296,7 +296,7 @@ def test_what_is_delivered_too_often_moves_to_the_queue_of_the_dead(client: Clie
     grant(client)
     for redelivery in range(DELIVERY_LIMIT + 1):
         message = take(channel, QUEUE)
-        assert message.headers["x-delivery-count"] == redelivery
+        assert message.headers.get("x-delivery-count", 0) == redelivery  # RabbitMQ 4 says nothing of the first one
         channel.basic_reject(message.delivery_tag, requeue=True)
     dead = take(channel, DEAD_QUEUE)
     assert dead.body == message.body
