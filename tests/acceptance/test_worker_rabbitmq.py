@@ -30,6 +30,7 @@ from tests.installation import (
 )
 from tests.rabbitmq import RabbitMQ
 from tests.support import PATIENCE_S, eventually, sql
+from worker.batching import MOST_MESSAGES
 from worker.local.embedded import Embedded
 
 pytestmark = pytest.mark.timeout(600)  # seconds, for whole systems that start on a slow machine
@@ -102,9 +103,9 @@ def test_nothing_is_used_that_rabbitmq_4_refuses(
     kept = {queue["name"]: queue["type"] for queue in found if queue["durable"]}
     assert kept == dict.fromkeys((QUEUE, DEAD_QUEUE, ENGINE_QUEUE, ENGINE_DEAD_QUEUE), "quorum")
     assert "celery@" in str(found), "the queue of remote control"
-    channels = json.loads(rabbitmq_server.control(*table, "list_channels", "consumer_count", "global_prefetch_count"))
-    assert any(channel["consumer_count"] > 0 for channel in channels)
-    assert {channel["global_prefetch_count"] for channel in channels} == {0}, "a prefetch limit of a whole channel"
+    consumers = json.loads(rabbitmq_server.control(*table, "list_consumers", "queue_name", "prefetch_count"))
+    limits = {consumer["queue_name"]: consumer["prefetch_count"] for consumer in consumers}
+    assert limits[QUEUE] == 2 * MOST_MESSAGES, "a limit of the whole channel, not of the consumer"
 
 
 def has_more_events(ledger: Installation, before: int) -> bool:
