@@ -10,11 +10,11 @@ import pytest
 from sqlalchemy import Engine, create_engine, make_url
 from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
 
+from holdfast_client.results import Result
 from ledger import audit, distribution, migrations, scheduler
 from ledger.database import connect, raw_connection
 from ledger.distribution import is_distributed
 from ledger.roles import WORKER
-from ledger.state import Result
 from ledger.store import DeadLettered, Delivery, apply_batch, apply_waiting
 from ledger.tables import metadata
 from ledger.waiting import Waits
