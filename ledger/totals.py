@@ -1,18 +1,22 @@
 """Sums over all organizations, in one snapshot: the balances now, and the events of a range of time. Only reads.
 
-Reads every wallet, and every event of the range, so that it needs no index and no table of its own.
+Reads every wallet, and every event of the range, so that it needs no index and no table of its own. Of events in the
+archive it reads the daily sums: of the UTC days that are completely in the range.
 """
 
 from collections import defaultdict
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, date, datetime, timedelta
 from typing import Any, get_args
 
-from sqlalchemy import Engine, and_, case, func, select, text
+from sqlalchemy import Date, Engine, and_, case, cast, func, literal, or_, select, text
 
 from holdfast_client.messages import OWN_REASONS
 from ledger.state import EventType
-from ledger.tables import credit_events, wallets
+from ledger.tables import archived, credit_events, daily_sums, wallets
+
+ARCHIVED = "archived"
+"""Instead of the reasons of adjustments in the archive, which no sum knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +25,7 @@ class EventTotal:
 
     event_type: EventType
     reason: str | None
-    """Of adjustments that the ledger made: what ended. These are not among the others."""
+    """Of adjustments that the ledger made: what ended, not among the others. `ARCHIVED`: of all in the archive."""
     events: int
     credits: int
 
@@ -53,8 +57,10 @@ def read(engine: Engine, *, created_from: datetime | None = None, created_before
         connection.execute(text("SET LOCAL statement_timeout = 0"))
         now = connection.execute(_BALANCES).one()
         found: defaultdict[tuple[Any, Any], tuple[int, int]] = defaultdict(lambda: (0, 0))
-        for row in connection.execute(_events(created_from, created_before)):
-            found[row.event_type, row.reason] = row.number, int(row.credits)
+        for query in (_events(created_from, created_before), _archived(created_from, created_before)):
+            for row in connection.execute(query):
+                number, credits_ = found[row.event_type, row.reason]
+                found[row.event_type, row.reason] = number + int(row.number), credits_ + int(row.credits)
     kinds = [(event_type, None) for event_type in get_args(EventType)]
     kinds += sorted(found.keys() - kinds)
     balance = int(now.prepaid + now.subscription)
@@ -89,11 +95,49 @@ def _events(created_from: datetime | None, created_before: datetime | None) -> A
     columns = credit_events.c
     given = columns.metadata["reason"].astext
     reason = case((and_(columns.event_type == "adjustment", given.in_(sorted(OWN_REASONS))), given))
-    query = select(
-        columns.event_type, reason.label("reason"), func.count().label("number"), _sum(columns.credits).label("credits")
-    ).group_by(columns.event_type, reason)
+    query = (
+        select(
+            columns.event_type,
+            reason.label("reason"),
+            func.count().label("number"),
+            _sum(columns.credits).label("credits"),
+        )
+        .outerjoin_from(credit_events, archived, archived.c.org_id == columns.org_id)
+        .where(or_(archived.c.org_id.is_(None), _day(columns.created_at) > _day(archived.c.created_at)))
+        .group_by(columns.event_type, reason)
+    )
     if created_from is not None:
         query = query.where(columns.created_at >= created_from)
     if created_before is not None:
         query = query.where(columns.created_at < created_before)
     return query
+
+
+def _archived(created_from: datetime | None, created_before: datetime | None) -> Any:
+    """The same of the archived days of each wallet."""
+    columns = daily_sums.c
+    reason = case((columns.event_type == "adjustment", literal(ARCHIVED)))
+    query = (
+        select(
+            columns.event_type,
+            reason.label("reason"),
+            _sum(columns.events).label("number"),
+            _sum(columns.credits).label("credits"),
+        )
+        .join_from(daily_sums, archived, archived.c.org_id == columns.org_id)
+        .where(columns.day <= _day(archived.c.created_at))
+        .group_by(columns.event_type, reason)
+    )
+    if created_from is not None:
+        query = query.where(columns.day >= _midnight_after(created_from))
+    if created_before is not None:
+        query = query.where(columns.day < created_before.astimezone(UTC).date())
+    return query
+
+
+def _midnight_after(moment: datetime) -> date:
+    return (moment.astimezone(UTC) + timedelta(days=1, microseconds=-1)).date()
+
+
+def _day(moment: Any) -> Any:
+    return cast(func.timezone("UTC", moment), Date)

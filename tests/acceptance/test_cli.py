@@ -202,6 +202,7 @@ def test_a_history_as_json_has_the_nine_columns_and_what_names_the_event(books: 
         "credits": 4_915,
         "limit": 2,
         "offset": 2,
+        "archived": None,
     }
 
 
@@ -444,7 +445,10 @@ def test_verify_on_broken_books_names_the_offenders_and_is_exit_code_1(installat
         "arithmetic": [["acme", "event 1, prepaid_purchase"]],
         "sum": [["acme", "events add up to 501, available is 500"]],
         "messages": [["acme", "purchase:p-1"]],
-        "append-only": [["credit_events", "the trigger credit_events_append_only is disabled"]],
+        "append-only": [
+            ["credit_events", "the trigger credit_events_append_only is disabled"],
+            ["credit_events", "the trigger credit_events_no_truncate is disabled"],
+        ],
     }
 
 

@@ -9,14 +9,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from ledger.messages import InvalidMessage, parse
 from sqlalchemy import Engine
 
 from ledger import migrations, roles
 from ledger.database import connect
-from ledger.store import apply_batch
+from ledger.store import apply_batch, apply_past
 from tests.compose import SERVICES
 from tests.installation import open_folder
 from tests.messages import delivery
@@ -155,6 +157,32 @@ def test_the_nightly_check_prints_only_what_is_wrong(machine: Machine) -> None:
     assert "acme: events add up to 500, available is 501" in machine.run(command).stdout
     machine.environment["URL_OF_API"] = "postgresql+psycopg://holdfast@127.0.0.1:1/holdfast"
     assert "Connection refused" in machine.run(command).stdout
+
+
+def test_what_is_old_leaves_and_what_people_wrote_is_erased(machine: Machine) -> None:
+    told = [("g1", datetime(2025, 11, 3, tzinfo=UTC)), ("g2", datetime(2025, 12, 31, tzinfo=UTC))]
+    terms = {"org_id": "globex", "credits": 5, "reason": "call Ann"}
+    parsed = [(at, parse("wallet.grant", {**terms, "grant_id": grant_id})) for grant_id, at in told]
+    apply_past(machine.engine, [(at, message) for at, message in parsed if not isinstance(message, InvalidMessage)])
+    archived = machine.run(block("Growing for years"))
+    assert archived.returncode == 0
+    assert re.fullmatch(r"holdfast: warning: this connection's role, holdfast, may do more .*\n", archived.stderr)
+    first, second, *verified = archived.stdout.splitlines()
+    assert first == "2025-11-03-0001.parquet: 1 event left the database."
+    assert second == "1 event of before 2026-01-01 left in all."
+    assert verified[-1] == "Verified: every invariant holds (wallets: 2, events: 3, open dead letters: 0)."
+    of_compose = machine.run(block("Growing for years", 1))
+    assert (of_compose.returncode, of_compose.stderr) == (0, "")
+    assert machine.notes() == [f"docker {block('Growing for years', 1).strip().removeprefix('docker ')}"]
+    erased = machine.run(block("Growing for years", 2).replace("acme", "globex"))
+    assert (erased.returncode, erased.stderr) == (0, "")
+    assert erased.stdout.splitlines() == [
+        "Erased: the text of 1 event, 0 runs, 2 messages, 0 closed dead letters.",
+        "Not erased: its first event, which is in the archive: in files of 2025-11-03 to 2025-11-03. Nor are backups.",
+    ]
+    verified_again = machine.run("HOLDFAST_DATABASE_URL=$URL_OF_API holdfast verify --archive archive")
+    assert (verified_again.returncode, verified_again.stderr) == (0, "")
+    sql(machine.engine, "DELETE FROM archived")  # a step back would lose it, and is refused
 
 
 def test_the_way_back_to_an_older_version(machine: Machine) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy import Engine, text
 
 from holdfast_client.messages import AnyMessage, InvalidMessage, parse
 from holdfast_client.results import Result
-from ledger import archive, archive_files, audit, erasing, history, receipts, views
+from ledger import archive, archive_files, audit, erasing, history, receipts, totals, views
 from ledger.archive_files import Folder
 from ledger.archived import Archived, archived_events
 from ledger.database import snapshot
@@ -193,6 +193,29 @@ def test_balances_and_their_course_continue_from_the_archive(engine: Engine, tmp
         assert [at for at, _ in course.points] == sorted(at for at, _ in course.points)
         assert at_the_end is not None
         assert at_the_end.available in [balance for _, balance in course.points]
+
+
+def test_the_totals_of_all_organizations_stay_exact(engine: Engine, tmp_path: Path) -> None:
+    past(engine, "acme", *YEAR)
+    past(engine, "globex", *run(50, "r1"), *run(0.5, "r2"))
+    ranges: list[dict[str, datetime]] = [
+        {},
+        {"created_from": NOW - timedelta(days=61)},
+        {"created_from": NOW - timedelta(days=61), "created_before": NOW - timedelta(days=51)},
+        {"created_before": NOW - timedelta(days=31)},
+    ]
+
+    def of_types(created: dict[str, datetime]) -> dict[str, tuple[int, int]]:
+        sums: dict[str, tuple[int, int]] = {}
+        for each in totals.read(engine, **created).events:
+            number, credits_ = sums.get(each.event_type, (0, 0))
+            sums[each.event_type] = number + each.events, credits_ + each.credits
+        return sums
+
+    before = [of_types(each) for each in ranges]
+    list(archive.archive(engine, BEFORE, tmp_path))
+    assert [of_types(each) for each in ranges] == before
+    assert {each.reason for each in totals.read(engine).events} == {None, totals.ARCHIVED}
 
 
 def test_what_is_repeated_or_refunded_finds_what_it_needs(engine: Engine, tmp_path: Path) -> None:

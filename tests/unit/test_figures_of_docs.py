@@ -13,7 +13,7 @@ from api_stub.turns import AT_ONCE
 from holdfast_client.messages import DELIVERY_LIMIT, MAX_BODY_BYTES, SUSPECT
 from holdfast_client.publishing import TIMEOUT_S
 from holdfast_client.redis_server import OLDEST_REDIS
-from ledger import migrations
+from ledger import archive, migrations
 from ledger.clocks import MOST_APART_S
 from ledger.daily_sums import NOT_SUMMED
 from ledger.database import TRANSACTION_TIMEOUT_S
@@ -86,6 +86,8 @@ FIGURES: list[tuple[str, str, set[str]]] = [
     ("docs/operating.md", "AT_ONCE", count(AT_ONCE, "reads")),
     ("docs/operating.md", "MANY_EVENTS", count(MANY_EVENTS, "events")),
     ("docs/performance.md", "NOT_SUMMED", count(NOT_SUMMED, "events")),
+    ("docs/operating.md", "archive.LEAST_AGE_DAYS", count(archive.LEAST_AGE_DAYS, "days")),
+    ("docs/operating.md", "archive.GROUPS_OF_A_FILE", count(archive.GROUPS_OF_A_FILE * archive.STEP, "events")),
     ("docs/operating.md", "READ_TIMEOUT_S", seconds(READ_TIMEOUT_S)),
     ("docs/operating.md", "REQUEST_TIMEOUT_S", seconds(REQUEST_TIMEOUT_S)),
     ("docs/operating.md", "MIN_RSA_BITS", count(MIN_RSA_BITS, "bits")),

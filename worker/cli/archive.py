@@ -32,8 +32,12 @@ def archive_events(
     with open_ledger() as engine:
         for moved in archive.archive(engine, _day(before), folder):
             events += moved.events
-            say(f"{moved.entry.file}: {moved.events:,} events left the database.")
-    say(f"{events:,} events of before {before} have left." if events else f"No day before {before} is closed.")
+            say(f"{moved.entry.file}: {_counted(moved.events)} left the database.")
+    say(f"{_counted(events)} of before {before} left in all." if events else f"No day before {before} is closed.")
+
+
+def _counted(events: int) -> str:
+    return "1 event" if events == 1 else f"{events:,} events"
 
 
 def _day(text: str) -> date:
@@ -68,10 +72,8 @@ def erase(
     say(f"Erased: {_told(found)}.")
     if found.archived_days is not None:
         first, last = found.archived_days
-        say(
-            f"Not erased: its first {found.archived_events:,} events, which are in the archive, in files of {first} to "
-            f"{last}. Nor are backups."
-        )
+        which = "event, which is" if found.archived_events == 1 else f"{found.archived_events:,} events, which are"
+        say(f"Not erased: its first {which} in the archive: in files of {first} to {last}. Nor are backups.")
 
 
 def _told(found: Erased) -> str:
