@@ -6,9 +6,9 @@ from typing import Any
 
 import httpx
 import pytest
+from ledger.messages import InvalidMessage, parse
 
 from ledger import archive
-from ledger.messages import InvalidMessage, parse
 from ledger.store import apply_past
 from ledger.wording import day
 from tests.acceptance.website import LEDGER, Visitor, history_of, text_of, token
@@ -50,7 +50,7 @@ def test_the_pages_say_where_older_events_are(customer: Visitor, org_id: str, ar
     before = (NOW - timedelta(days=40)).date().isoformat()
     for view in ({}, LEDGER):
         only_old = text_of(customer.get(history_of(org_id), params={"date_to": before, **view}).text)
-        assert "Nothing is left here." in only_old
+        assert "These events are in the archive." in only_old
         assert archived in only_old
         assert "Used 110" in only_old
         recent = text_of(customer.get(history_of(org_id), params={"date_from": before, **view}).text)

@@ -1,6 +1,10 @@
 """The archive: whatever leaves, what stays continues from it, and nothing is lost, whatever is killed."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from itertools import count, pairwise
@@ -9,20 +13,23 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, text
+from sqlalchemy.exc import DBAPIError
 
 from holdfast_client.messages import AnyMessage, InvalidMessage, parse
 from holdfast_client.results import Result
-from ledger import archive, archive_files, audit, erasing, history, receipts, totals, views
+from ledger import archive, archive_files, audit, erasing, history, receipts, roles, totals, views
 from ledger.archive_files import Folder
 from ledger.archived import Archived, archived_events
-from ledger.database import snapshot
+from ledger.database import connect, snapshot
 from ledger.filters import EventFilter
 from ledger.store import apply_batch, apply_past
 from ledger.upkeep import UpkeepError
 from ledger.usage import usage
 from tests.messages import delivery
-from tests.support import reads_of, sql
+from tests.support import as_role, eventually, reads_of, sql
 
+MAIN = "from worker.cli import main; main()"
+ROOT = Path(__file__).parents[2]
 NOW = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
 BEFORE = (NOW - timedelta(days=40)).date()
 
@@ -503,3 +510,94 @@ def test_what_cannot_be_continued_is_refused_in_a_sentence(engine: Engine, archi
         list(archive.archive(engine, (NOW - timedelta(days=31)).date(), archived))
     assert numbers(engine) == before
     assert found(engine) == {}
+
+
+def test_recent_events_stay_and_only_the_owner_may_archive(engine: Engine, database_url: str, tmp_path: Path) -> None:
+    past(engine, "acme", *YEAR)
+    before = numbers(engine)
+    latest = datetime.now(UTC).date() - timedelta(days=31)
+    for date in (latest + timedelta(days=1), datetime.now(UTC).date() + timedelta(days=400)):
+        with pytest.raises(UpkeepError, match=f"name {latest} or an earlier day"):
+            list(archive.archive(engine, date, tmp_path))
+    for role in (roles.WORKER, roles.READER):
+        other = connect(as_role(role, database_url))
+        with pytest.raises(UpkeepError, match="only the owner of the tables"):
+            list(archive.archive(other, BEFORE, tmp_path))
+        with pytest.raises(DBAPIError, match="permission denied"):
+            sql(other, "DELETE FROM credit_events")
+        with pytest.raises(DBAPIError, match="permission denied"):
+            sql(other, "UPDATE archived SET seq = seq + 1")
+        other.dispose()
+    assert numbers(engine) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_at_once_are_refused_and_workers_go_on(engine: Engine, tmp_path: Path) -> None:
+    past(engine, "acme", *YEAR)
+    moving = archive.archive(engine, BEFORE, tmp_path)
+    next(moving)
+    with pytest.raises(UpkeepError, match="is running: wait until it has ended"):
+        list(archive.archive(engine, BEFORE, tmp_path))
+    with pytest.raises(UpkeepError, match="is running: wait until it has ended"):
+        archive.verify(engine, tmp_path)
+    [answer] = apply_batch(engine, [delivery("workflow.finish", org_id="acme", workflow_id="new", credits=1)])
+    assert isinstance(answer, Result)
+    assert list(moving)
+    assert found(engine) == {}
+
+
+def test_only_what_is_archived_can_be_deleted(engine: Engine, tmp_path: Path) -> None:
+    past(engine, "acme", *YEAR)
+    list(archive.archive(engine, BEFORE, tmp_path))
+    for statement in ("DELETE FROM credit_events", "TRUNCATE credit_events", "UPDATE credit_events SET credits = 1"):
+        with pytest.raises(DBAPIError, match="credit_events is append-only"):
+            sql(engine, statement)
+
+
+def test_a_disk_that_is_full_is_one_sentence_and_the_next_run_goes_on(
+    engine: Engine, database_url: str, tmp_path: Path
+) -> None:
+    past(engine, "acme", *YEAR)
+    before = numbers(engine)
+    command = f"ulimit -f 1; exec {sys.executable} -c '{MAIN}' archive --before {BEFORE} --to {tmp_path}"
+    environment = {"HOLDFAST_DATABASE_URL": database_url, "PATH": os.defpath}
+    full = subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert (full.returncode, full.stdout) == (2, "")
+    assert re.fullmatch(r"holdfast: .*\.parquet\.part: File too large\n", full.stderr)
+    assert numbers(engine) == before
+    assert list(tmp_path.iterdir()) == []
+    assert list(archive.archive(engine, BEFORE, tmp_path))
+
+
+@pytest.mark.soak
+def test_killed_at_any_moment_it_goes_on(engine: Engine, database_url: str, tmp_path: Path) -> None:
+    """The process itself, with SIGKILL, a little later each time."""
+    runs = [step for age in range(90, 40, -1) for number in range(20) for step in run(age, f"r-{age}-{number}")]
+    past(engine, "acme", (91, "wallet.purchase", {"purchase_id": "p1", "credits": 100_000}))
+    past(engine, "acme", *sorted(runs, key=lambda sent: -sent[0]))
+    past(engine, "acme", *run(1, "last"))
+    every, kills = set(numbers(engine)), 0
+    arguments = [
+        sys.executable,
+        "-c",
+        "from worker.cli import main; main()",
+        "archive",
+        "--before",
+        str(BEFORE),
+        "--to",
+        str(tmp_path),
+    ]
+    while True:
+        process = subprocess.Popen(arguments, env={"HOLDFAST_DATABASE_URL": database_url}, cwd=ROOT)
+        with suppress(subprocess.TimeoutExpired):
+            assert process.wait(1.5 + kills * 0.05) == 0
+            break
+        process.kill()
+        process.wait()
+        kills += 1
+        eventually(lambda: not sql(engine, "SELECT FROM pg_locks WHERE locktype = 'advisory'"))
+        assert set(numbers(engine)) | in_files(tmp_path) == every
+        assert found(engine) == {}
+    assert kills > 3
+    assert (found(engine), found_with(engine, tmp_path)) == ({}, {})
+    assert in_files(tmp_path).isdisjoint(numbers(engine))
