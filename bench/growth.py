@@ -9,10 +9,10 @@ import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from ledger.messages import AnyMessage, InvalidMessage, parse
 from sqlalchemy import Engine, text
 
 from bench.stand import MIGRATED, Stand
+from holdfast_client.messages import AnyMessage, InvalidMessage, parse
 from ledger import archive, daily_sums
 from ledger.store import apply_past
 from worker.local.embedded import Embedded

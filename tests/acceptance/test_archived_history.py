@@ -6,8 +6,8 @@ from typing import Any
 
 import httpx
 import pytest
-from ledger.messages import InvalidMessage, parse
 
+from holdfast_client.messages import InvalidMessage, parse
 from ledger import archive
 from ledger.store import apply_past
 from ledger.wording import day

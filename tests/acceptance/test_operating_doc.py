@@ -13,9 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from ledger.messages import InvalidMessage, parse
 from sqlalchemy import Engine
 
+from holdfast_client.messages import InvalidMessage, parse
 from ledger import migrations, roles
 from ledger.database import connect
 from ledger.store import apply_batch, apply_past
