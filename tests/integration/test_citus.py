@@ -22,15 +22,17 @@ from tests import citus
 from tests.messages import delivery, purchase
 from tests.support import sql
 
+pytestmark = pytest.mark.skipif(citus.cluster() is None, reason=f"{citus.VARIABLE} is not set")
+
 ORGANIZATIONS = [f"org-{number}" for number in range(40)]
 DISTRIBUTED = "SELECT count(*) FROM pg_dist_partition WHERE partmethod = 'h'"
 EVENTS = "SELECT org_id, count(*), sum(credits) FROM credit_events GROUP BY org_id"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def cluster() -> citus.Cluster:
-    if (found := citus.cluster()) is None:
-        pytest.skip(f"{citus.VARIABLE} is not set")
+    found = citus.cluster()
+    assert found is not None
     return found
 
 
