@@ -53,7 +53,7 @@ def export(service: str, *, most_links: int) -> None:
         from opentelemetry.sdk.trace import SpanLimits, TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        cure = "install the extra `otel`, in a checkout with: pip install '.[otel]'"
+        cure = "install the extra `otel`, in a checkout with: pip install ./client '.[otel]'"
         raise SettingsError(f"{named[0]} is set, and the package {error.name} is missing: {cure}") from None
     if isinstance(trace.get_tracer_provider(), TracerProvider):
         return

@@ -56,5 +56,5 @@ def test_a_collector_without_the_packages_is_one_clear_line(monkeypatch: pytest.
         traces.export("worker", most_links=1)
     assert str(refused.value) == (
         f"{name} is set, and the package opentelemetry.sdk.resources is missing: "
-        "install the extra `otel`, in a checkout with: pip install '.[otel]'"
+        "install the extra `otel`, in a checkout with: pip install ./client '.[otel]'"
     )
