@@ -63,6 +63,8 @@ class RabbitMQ:
     port: int
     server: Process
     environment: dict[str, str]
+    user: str = "guest:guest"
+    """And the password."""
 
     @property
     def name(self) -> str:
@@ -70,7 +72,7 @@ class RabbitMQ:
 
     @property
     def url(self) -> str:
-        return f"amqp://guest:guest@127.0.0.1:{self.port}//"
+        return f"amqp://{self.user}@127.0.0.1:{self.port}//"
 
     def answers(self) -> bool:
         try:

@@ -4,10 +4,12 @@ The broker stays within its memory, and the database is made, whatever was there
 """
 
 import os
+import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from ledger import roles
-from tests.compose import SERVICES, environment, interpolated, with_program
+from tests import rabbitmq
+from tests.compose import RABBITMQ_FILE, RABBITMQ_SERVICES, SERVICES, environment, interpolated, with_program
 from tests.installation import open_folder
 from tests.support import PATIENCE_S
 from worker.local.broker import _valkey_binary
@@ -97,6 +100,47 @@ def answers(broker: redis.Redis) -> bool:
     with suppress(redis.ConnectionError):
         return bool(broker.ping())
     return False
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)  # seconds, as RabbitMQ starts twice on a slow machine
+@pytest.mark.skipif(not rabbitmq.is_installed(), reason="RabbitMQ (rabbitmq-server) is not installed")
+def test_a_node_of_rabbitmq_in_compose_has_our_account_alone_and_our_settings(tmp_path: Path) -> None:
+    [script] = RABBITMQ_SERVICES["mq-1"]["command"]
+    # What a container has of its own: its folders, and a host's name that others find.
+    own = interpolated(script).replace("/tmp/", f"{tmp_path}/").replace("/var/lib/rabbitmq", str(tmp_path))
+    given = {
+        **environment("mq-1", with_rabbitmq=True),
+        "RABBITMQ_CONFIG_FILE": f"{tmp_path}/rabbitmq.conf",
+        "RABBITMQ_CONFIG_FILES": str(tmp_path / "more"),
+        "RABBITMQ_MNESIA_BASE": str(tmp_path / "data"),
+        "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+        "HOME": str(tmp_path),
+        "PATH": rabbitmq.PATH,
+    }
+    shutil.copytree(RABBITMQ_FILE.parent / "rabbitmq", tmp_path / "more")
+    with rabbitmq.running() as broker:
+        broker.server.stop()
+        in_compose = replace(
+            broker,
+            server=Process(
+                "mq-1",
+                ["sh", "-euc", own.replace("rabbit@mq-1", broker.name)],
+                tmp_path,
+                env=broker.environment | given,
+            ),
+            environment=broker.environment | given,
+            user=f"holdfast:{given['RABBITMQ_PASSWORD']}",
+        )
+        in_compose.server.start()
+        try:
+            in_compose.wait()
+            assert in_compose.control("--silent", "list_users").split() == ["holdfast", "[administrator]"]
+            assert in_compose.control("eval", "net_kernel:get_net_ticktime().").strip() == "6"
+            handled = in_compose.control("eval", "application:get_env(rabbit, cluster_partition_handling).")
+            assert handled.strip() == "{ok,autoheal}"
+        finally:
+            in_compose.server.kill()
 
 
 @pytest.fixture(scope="module")
