@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
@@ -25,8 +27,10 @@ from ledger.filters import EventFilter
 from ledger.store import apply_batch, apply_past
 from ledger.upkeep import UpkeepError
 from ledger.usage import usage
+from tests.databases import new_database
 from tests.messages import delivery
 from tests.support import as_role, eventually, reads_of, sql
+from worker.local.embedded import Embedded
 
 MAIN = "from worker.cli import main; main()"
 ROOT = Path(__file__).parents[2]
@@ -570,6 +574,7 @@ def test_a_disk_that_is_full_is_one_sentence_and_the_next_run_goes_on(
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(900)
 def test_killed_at_any_moment_it_goes_on(engine: Engine, database_url: str, tmp_path: Path) -> None:
     """The process itself, with SIGKILL, a little later each time."""
     runs = [step for age in range(90, 40, -1) for number in range(20) for step in run(age, f"r-{age}-{number}")]
@@ -590,7 +595,7 @@ def test_killed_at_any_moment_it_goes_on(engine: Engine, database_url: str, tmp_
     while True:
         process = subprocess.Popen(arguments, env={"HOLDFAST_DATABASE_URL": database_url}, cwd=ROOT)
         with suppress(subprocess.TimeoutExpired):
-            assert process.wait(1.5 + kills * 0.05) == 0
+            assert process.wait(2 + kills * 0.5) == 0
             break
         process.kill()
         process.wait()
@@ -601,3 +606,72 @@ def test_killed_at_any_moment_it_goes_on(engine: Engine, database_url: str, tmp_
     assert kills > 3
     assert (found(engine), found_with(engine, tmp_path)) == ({}, {})
     assert in_files(tmp_path).isdisjoint(numbers(engine))
+
+
+# Whatever comes, and whenever it is archived
+
+_kinds = st.sampled_from(
+    ["purchase", "grant", "ending", "run", "hold", "cancel", "refund", "adjust", "plan", "archive"]
+)
+_steps = st.lists(st.tuples(_kinds, st.integers(0, 96), st.integers(1, 9)), min_size=5, max_size=25)
+
+
+def sent(kind: str, number: int, credits: int, at: datetime) -> list[tuple[str, dict[str, Any]]]:
+    """The messages of a step."""
+    match kind:
+        case "purchase":
+            return [("wallet.purchase", {"purchase_id": f"p{number}", "credits": 50 * credits})]
+        case "grant":
+            return [("wallet.grant", {"grant_id": f"g{number}", "credits": credits, "reason": "why not"})]
+        case "ending":
+            ends = (at + timedelta(days=credits)).isoformat()
+            return [("wallet.grant", {"grant_id": f"g{number}", "credits": credits, "expires_at": ends})]
+        case "adjust":
+            return [("wallet.adjust", {"adjustment_id": f"a{number}", "credits": credits})]
+        case "plan":
+            plan = {"subscription_id": "s1", "version": number + 1, "plan": "team", "monthly_credits": 9}
+            return [("wallet.subscribe", {**plan, "anchor": (NOW - timedelta(days=120)).isoformat()})]
+        case "refund":
+            return [("wallet.refund", {"refund_id": f"f{number}", "credits": 1, "workflow_id": "r"})]
+    run = {"workflow_id": f"r{number}"}
+    named = {**run, "credits": credits, "project_id": "red", "activity_name": ["Crawl", "Train"][credits % 2]}
+    endings: dict[str, list[tuple[str, dict[str, Any]]]] = {
+        "run": [("workflow.finish", named)],
+        "hold": [],
+        "cancel": [("workflow.cancel", run)],
+    }
+    return [("workflow.start", named), *endings[kind]]
+
+
+def test_a_ledger_that_archives_is_its_twin_that_never_does(services: Embedded, tmp_path: Path) -> None:
+    numbers_ = count(1)
+
+    @settings(max_examples=max(3, settings().max_examples // 16))
+    @given(_steps)
+    def check(steps: list[tuple[str, int, int]]) -> None:
+        folder = tmp_path / str(next(numbers_))
+        folder.mkdir()
+        with new_database(services) as url, new_database(services) as twin_url:
+            both = engine, twin = connect(url), connect(twin_url)
+            at = NOW - timedelta(days=110)
+            begin: list[tuple[str, dict[str, Any]]] = [
+                ("wallet.purchase", {"purchase_id": "p", "credits": 900}),
+                ("workflow.finish", {"workflow_id": "r", "credits": 100}),
+            ]
+            for number, (kind, hours, credits_) in enumerate([("begin", 0, 1), *steps, ("archive", 0, 1)]):
+                at = min(at + timedelta(hours=hours), NOW - timedelta(days=32))
+                if kind == "archive":
+                    list(archive.archive(engine, at.date(), folder))
+                    continue
+                messages = begin if kind == "begin" else sent(kind, number, credits_, at)
+                for each in both:
+                    apply_past(each, [(at, message(task, org_id="acme", **fields)) for task, fields in messages])
+            assert seen(engine) == seen(twin)
+            assert (found(engine), found(twin)) == ({}, {})
+            if list(folder.iterdir()):
+                assert found_with(engine, folder) == {}
+                assert in_files(folder) | set(numbers(engine)) == set(numbers(twin))
+            for each in both:
+                each.dispose()
+
+    check()
