@@ -57,7 +57,8 @@ def export(service: str, *, most_links: int) -> None:
         raise SettingsError(f"{named[0]} is set, and the package {error.name} is missing: {cure}") from None
     if isinstance(trace.get_tracer_provider(), TracerProvider):
         return
-    os.environ.setdefault("OTEL_SERVICE_NAME", service)
+    if "service.name=" not in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", ""):
+        os.environ.setdefault("OTEL_SERVICE_NAME", service)
     os.environ.setdefault("OTEL_SPAN_LINK_COUNT_LIMIT", str(most_links))
     exporter = OTLPSpanExporter()
     provider = TracerProvider(resource=Resource.create(), span_limits=SpanLimits(), shutdown_on_exit=False)
