@@ -17,11 +17,13 @@ import typer
 from redis import RedisError
 from sqlalchemy.exc import DBAPIError
 
+from bench.installation import messages_per_s
 from bench.measures import FULL, QUICK, repetitions
 from bench.report import Report, describe_machine
 from bench.stand import Stand
 from bench.workload import NotAccountedError
 from holdfast_client.client import NotSentError
+from ledger.database import DatabaseURLError
 from ledger.faults import describe
 from worker.batching import collect_garbage_seldom
 from worker.cli.terminal import fail
@@ -37,8 +39,19 @@ def main(
         typer.FileTextWrite | None,
         typer.Option("--json", metavar="FILE", lazy=False, help="Also write everything to a JSON file."),
     ] = None,
+    database: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Instead, measure the installation with this database, end to end."),
+    ] = None,
+    broker: Annotated[str | None, typer.Option(metavar="URL", help="Its broker, whose workers have to run.")] = None,
+    messages: Annotated[int, typer.Option(min=100, help="How many messages it gets.")] = 20_000,
 ) -> None:
     """Measure Holdfast on this machine, with services and data in a temporary folder on disk."""
+    if (database is None) != (broker is None):
+        fail("--database and --broker name one installation: give both or neither")
+    if database is not None and broker is not None:
+        _measure_installation(database, broker, messages)
+        return
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)  # everything is stopped in order
     collect_garbage_seldom()  # as a worker does: one measurement runs the ledger in this process
@@ -66,6 +79,17 @@ def main(
     print(report.as_markdown())
     if json_file is not None:
         json.dump(report.as_json(), json_file, indent=2)
+
+
+def _measure_installation(database: str, broker: str, messages: int) -> None:
+    sizes = {"messages": messages, "organizations": min(FULL.organizations, messages // 10)}
+    try:
+        rate = messages_per_s(database, broker, **sizes, progress=_progress)
+    except (NotAccountedError, NotSentError, DatabaseURLError) as error:
+        fail(str(error))
+    except DBAPIError as error:
+        fail(f"the database does not answer as it should: {describe(error)}")
+    print(f"{rate:,.0f} messages/s, end to end ({messages:,} messages of {sizes['organizations']:,} organizations)")
 
 
 def _progress(line: str) -> None:

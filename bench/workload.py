@@ -25,9 +25,9 @@ class NotAccountedError(Exception):
     """The measured system did not do its work; the text says what is wrong. Its figures mean nothing."""
 
 
-def organization(number: int) -> str:
+def organization(number: int, name: str = "org") -> str:
     """The id of an organization."""
-    return f"org-{number}"
+    return f"{name}-{number}"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Workload:
     messages: Sequence[Message]
 
     @classmethod
-    def lifecycle(cls, count: int, *, organizations: int) -> "Workload":
+    def lifecycle(cls, count: int, *, organizations: int, name: str = "org") -> "Workload":
         """`count` messages of workflows that start, run while a quarter of all others start, and end.
 
         Of ten workflows eight finish, one is cancelled and one fails. One in a hundred is finished twice, as by an
@@ -47,13 +47,13 @@ class Workload:
         started = ended = 0
         while len(messages) < count:
             if started < count // 2 and started - ended < count // 8:
-                messages.append(_start(started, organizations))
+                messages.append(_start(started, organizations, name))
                 started += 1
             else:
-                messages += [_end(ended, organizations)] * (2 if ended % 100 == 51 else 1)
+                messages += [_end(ended, organizations, name)] * (2 if ended % 100 == 51 else 1)
                 ended += 1
                 if started < count // 2:
-                    messages.append(_start(started, organizations))
+                    messages.append(_start(started, organizations, name))
                     started += 1
         return cls(messages[:count])
 
@@ -101,8 +101,9 @@ class Workload:
                 used[org_id] += charged
         with engine.connect() as connection:
             connection.execute(text("ANALYZE"))  # the planner does not know yet how much was written
-            found = {(row[0], row[1]): tuple(row[2:]) for row in connection.execute(_WORKFLOWS)}
-            balances = {row[0]: tuple(row[1:]) for row in connection.execute(_BALANCES, {"orgs": list(held)})}
+            orgs = {"orgs": list(held)}
+            found = {(row[0], row[1]): tuple(row[2:]) for row in connection.execute(_WORKFLOWS, orgs)}
+            balances = {row[0]: tuple(row[1:]) for row in connection.execute(_BALANCES, orgs)}
         wrong = [key for key in workflows.keys() | found.keys() if workflows.get(key) != found.get(key)]
         if wrong:
             key = min(wrong)
@@ -121,23 +122,24 @@ class Workload:
 
 _WORKFLOWS = text(
     "SELECT workflows.org_id, workflow_id, start_credits, state, COALESCE(sum(credits), 0)::bigint"
-    " FROM workflows LEFT JOIN credit_events USING (org_id, workflow_id) WHERE workflow_id LIKE 'run-%'"
+    " FROM workflows LEFT JOIN credit_events USING (org_id, workflow_id)"
+    " WHERE org_id = ANY(:orgs) AND workflow_id LIKE 'run-%'"
     " GROUP BY 1, 2, 3, 4"
 )
 _BALANCES = text("SELECT org_id, prepaid_balance, reserved FROM wallets WHERE org_id = ANY(:orgs)")
 
 
-def _start(number: int, organizations: int) -> Message:
+def _start(number: int, organizations: int, name: str = "org") -> Message:
     return "workflow.start", {
-        **_names(number, organizations),
+        **_names(number, organizations, name),
         "credits": _estimate(number),
         "project_id": f"project-{number % 7}",
         "activity_name": "Weekly report",
     }
 
 
-def _end(number: int, organizations: int) -> Message:
-    names = _names(number, organizations)
+def _end(number: int, organizations: int, name: str) -> Message:
+    names = _names(number, organizations, name)
     match number % 10:
         case 0:
             return "workflow.cancel", {**names, "reason": "the user changed their mind"}
@@ -147,9 +149,9 @@ def _end(number: int, organizations: int) -> Message:
             return "workflow.finish", {**names, "credits": _estimate(number) - 5 + number % 9}
 
 
-def _names(number: int, organizations: int) -> dict[str, str]:
+def _names(number: int, organizations: int, name: str) -> dict[str, str]:
     # 7,919 is prime, so neighbours in the queue are not neighbours in an index.
-    return {"org_id": organization(number * 7_919 % organizations), "workflow_id": f"run-{number}"}
+    return {"org_id": organization(number * 7_919 % organizations, name), "workflow_id": f"run-{number}"}
 
 
 def _estimate(number: int) -> int:

@@ -24,11 +24,13 @@ from sqlalchemy.exc import DBAPIError
 from holdfast_client.broker import QUEUE
 from ledger import migrations
 from ledger.database import connect
+from ledger.roles import WORKER as WORKER_ROLE
+from tests import citus
 from tests.installation import Fork, environment
 from tests.nemesis import neighbour
 from tests.nemesis.producer import Producer
 from tests.nemesis.workload import FLOOD_ORG_ID, Message
-from tests.support import raw, sql
+from tests.support import as_role, raw, sql
 from worker.local.embedded import Embedded
 from worker.local.process import Process
 from worker.transport import UNACKED, UNACKED_INDEX
@@ -116,13 +118,20 @@ class Machine:
         self._found_dead: list[str] = []
         self._never = Event()
         self.services = Embedded(folder, durable=False)
+        self._cluster = citus.cluster()
+        """Somebody else's, where it is the database."""
         self.workers: list[Process] = []
         self.beats: list[Process] = []
 
     def __enter__(self) -> Self:
         with ExitStack() as cleanup:
             cleanup.enter_context(self.services)
-            self.engine = connect(self.services.database_url)
+            self.database_url = self.services.database_url
+            if self._cluster is not None:
+                cleanup.callback(self._cluster.dispose)
+                own = citus.new_database(self._cluster, "nemesis", migrated=False)
+                self.database_url = cleanup.enter_context(own)
+            self.engine = connect(self.database_url)
             cleanup.callback(self.engine.dispose)
             migrations.upgrade(self.engine)
             migrations.grant(self.engine)
@@ -141,7 +150,8 @@ class Machine:
         self._cleanup.close()
 
     def _child(self, cleanup: ExitStack, name: str, script: str) -> Process:
-        env = environment(HOLDFAST_DATABASE_URL=self.services.worker_url, HOLDFAST_BROKER_URL=self.services.broker.url)
+        url = as_role(WORKER_ROLE, self.database_url)
+        env = environment(HOLDFAST_DATABASE_URL=url, HOLDFAST_BROKER_URL=self.services.broker.url)
         # SIGKILL, also when we are killed ourselves: it may be stopped just then, and would not hear a SIGTERM.
         process = Fork(
             name,
@@ -285,6 +295,9 @@ class Machine:
         self._note(f"SIGSTOP {worker.name} for {stop_s:.1f} s, which held {held} messages")
 
     def _crash_postgres(self) -> None:
+        if self._cluster is not None:
+            self._end_sessions(self._cluster)
+            return
         down_s = self._random.uniform(0, 2)
         self.services.postgres.stop("immediate")
         self.engine.dispose()
@@ -294,6 +307,16 @@ class Machine:
             self._kill_workers([self._random.choice(self._awake)])
         self._never.wait(down_s)
         self.services.postgres.start()
+
+    def _end_sessions(self, cluster: citus.Cluster) -> None:
+        """As when one server of the cluster crashes, which is not ours and has other databases."""
+        place = self._random.randrange(len(cluster.nodes) + 1)
+        admin = cluster.administrator_of(place, "postgres")
+        [(ended,)] = sql(admin, _END_SESSIONS, name=self.engine.url.database)
+        admin.dispose()
+        self.engine.dispose()
+        self.kills += 1
+        self._note(f"{ended} sessions of {'node ' + str(place) if place else 'the coordinator'} ended")
 
     def _kill_broker(self, producer: Producer) -> None:
         down_s = self._random.uniform(0, 1)
@@ -317,8 +340,8 @@ class Machine:
         if self._lock is not None:
             return
         connection, until = self.engine.connect(), monotonic() + LOCK_TIMEOUT_S
-        some = {"salt": str(self._random.random()), "most": LOCKED_WALLETS}
-        while not (locked := frozenset(connection.execute(_LOCK, some).scalars())) and monotonic() < until:
+        some: dict[str, str | int] = {"salt": str(self._random.random()), "most": LOCKED_WALLETS}
+        while not (locked := _lock_some(connection, some)) and monotonic() < until:
             self.heal(wait=True)  # a worker that is stopped may have locked them all
             self._never.wait(LOOK_S)
         before = len(producer.sent)
@@ -403,10 +426,17 @@ class Machine:
         self._never.wait(self._random.choice(MOMENTS_S))
 
 
-_LOCK = text(
-    "SELECT org_id FROM wallets WHERE org_id ~ '^(ample|scarce)-' "
-    "ORDER BY md5(org_id || :salt) LIMIT :most FOR UPDATE SKIP LOCKED"
-)
+_SOME = text("SELECT org_id FROM wallets WHERE org_id ~ '^(ample|scarce)-' ORDER BY md5(org_id || :salt) LIMIT :most")
+_LOCK = text("SELECT org_id FROM wallets WHERE org_id = :org_id FOR UPDATE SKIP LOCKED")
+_END_SESSIONS = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = :name"
+
+
+def _lock_some(connection: Connection, some: dict[str, str | int]) -> frozenset[str]:
+    """Lock some wallets that nobody has locked, one by one: they may be in several shards."""
+    found = connection.scalars(_SOME, some).all()
+    return frozenset(org_id for each in found for org_id in connection.scalars(_LOCK, {"org_id": each}))
+
+
 _WAITING_FOR = text(f"SELECT count(*) FROM {WAITING} WHERE org_id = ANY(:org_ids)")
 _APPLIED = (
     "SELECT count(*) FROM workflows JOIN unnest(CAST(:org_ids AS text[]), CAST(:workflow_ids AS text[])) "

@@ -31,7 +31,7 @@ def downgrade() -> None:
     op.execute("""
         DO $$ BEGIN
             LOCK TABLE waiting_messages;
-            IF EXISTS (SELECT FROM waiting_messages) THEN
+            IF EXISTS (SELECT 1 FROM waiting_messages) THEN
                 RAISE EXCEPTION 'messages still wait in waiting_messages: let the workers apply them first';
             END IF;
             DROP TABLE waiting_messages;

@@ -47,7 +47,8 @@ def downgrade() -> None:
     op.execute("""
         DO $$ BEGIN
             LOCK TABLE wallets, ending_credits;
-            IF EXISTS (SELECT FROM ending_credits) OR EXISTS (SELECT FROM wallets WHERE scheduled_id IS NOT NULL) THEN
+            IF EXISTS (SELECT 1 FROM ending_credits)
+                OR EXISTS (SELECT 1 FROM wallets WHERE scheduled_id IS NOT NULL) THEN
                 RAISE EXCEPTION 'there are credits with an end or scheduled subscriptions, which 0009 does not know';
             END IF;
         END $$

@@ -80,8 +80,8 @@ def downgrade() -> None:
     # Before anything is taken back. What is not refused here is in columns and rules that the revisions below take.
     op.execute("""
         DO $$ BEGIN
-            IF EXISTS (SELECT FROM ending_credits) OR EXISTS (SELECT FROM wallets WHERE scheduled_id IS NOT NULL)
-                OR EXISTS (SELECT FROM posted_messages WHERE reversed > 0)
+            IF EXISTS (SELECT 1 FROM ending_credits) OR EXISTS (SELECT 1 FROM wallets WHERE scheduled_id IS NOT NULL)
+                OR EXISTS (SELECT 1 FROM posted_messages WHERE reversed > 0)
             THEN
                 RAISE EXCEPTION 'there are credits with an end, scheduled subscriptions or reversals, which 0009 does not'
                     ' know: stay at this version';

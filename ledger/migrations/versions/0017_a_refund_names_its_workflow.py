@@ -22,7 +22,7 @@ def downgrade() -> None:
     # No worker runs during a downgrade, so this may take long.
     op.execute("""
         DO $$ BEGIN
-            IF EXISTS (SELECT FROM credit_events WHERE event_type = 'refund' AND workflow_id IS NOT NULL) THEN
+            IF EXISTS (SELECT 1 FROM credit_events WHERE event_type = 'refund' AND workflow_id IS NOT NULL) THEN
                 RAISE EXCEPTION 'there are refunds that name a workflow, which 0016 does not know: stay at this version';
             END IF;
         END $$
