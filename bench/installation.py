@@ -11,8 +11,8 @@ from functools import partial
 from sqlalchemy import Engine, text
 
 from bench.workload import FUNDS, NotAccountedError, Workload
+from holdfast_client.client import Client
 from ledger.database import connect
-from worker.client import Client
 
 POLL_S = 0.2
 STALLED_S = 60.0
