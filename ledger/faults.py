@@ -12,6 +12,11 @@ _TRANSIENT_STATES = frozenset({"XX001", "XX002"})
 # little memory for a statement, a damaged page. They do if others can be applied.
 _LOCAL_CLASSES = frozenset({"25", "40", "53", "55", "58"})
 _LOCAL_STATES = frozenset({"57014", "XX001", "XX002"})
+# The functions of Citus that report, as an internal error, that a node has gone away before or at the commit. Unlike
+# the text of an error, their names are never translated.
+_LOSES_A_NODE = frozenset(
+    {"ErrorIfPostCommitFailedShardPlacements", "CheckRemoteTransactionsHealth", "MarkRemoteTransactionFailed"}
+)
 
 
 class WrongClockError(Exception):
@@ -26,6 +31,8 @@ def is_transient(error: BaseException) -> bool:
         return error.orig is not None and is_transient(error.orig)
     if not isinstance(error, psycopg.Error):
         return False
+    if is_about_a_node(error):
+        return True
     if error.sqlstate is not None:
         return error.sqlstate[:2] in _TRANSIENT_CLASSES or error.sqlstate in _TRANSIENT_STATES
     return isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
@@ -33,7 +40,7 @@ def is_transient(error: BaseException) -> bool:
 
 def may_be_local(error: BaseException) -> bool:
     """Whether `error`, which is transient, may concern a single organization or message, so that others can go on."""
-    if is_lost_connection(error):
+    if is_lost_connection(error) or is_about_a_node(error):
         return True
     state = error.sqlstate if isinstance(error, psycopg.Error) else None
     return state is not None and (state[:2] in _LOCAL_CLASSES or state in _LOCAL_STATES)
@@ -59,7 +66,9 @@ def is_lost_connection(error: BaseException) -> bool:
 
 def is_about_a_node(error: BaseException) -> bool:
     """Whether the database, which can be reached itself, does not reach the node of an organization."""
-    return isinstance(error, psycopg.OperationalError) and error.sqlstate is not None and error.sqlstate[:2] == "08"
+    if not isinstance(error, psycopg.Error) or error.sqlstate is None:
+        return False
+    return error.sqlstate[:2] == "08" or error.diag.source_function in _LOSES_A_NODE
 
 
 def describe(error: BaseException) -> str:

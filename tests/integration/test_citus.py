@@ -127,6 +127,28 @@ def test_while_a_node_is_away_its_organizations_wait_and_the_others_do_not(
     assert audit.verify(engine).is_clean
 
 
+def test_a_node_that_goes_away_at_the_commit_makes_no_dead_letter(
+    engine: Engine, node_of: Callable[[str], int]
+) -> None:
+    apply_batch(engine, [purchase(org_id, "p1", 5) for org_id in ORGANIZATIONS])
+    one, other = ORGANIZATIONS[0], next(each for each in ORGANIZATIONS if node_of(each) != node_of(ORGANIZATIONS[0]))
+    end = "BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END"
+    sql(engine, f"CREATE FUNCTION leave() RETURNS trigger LANGUAGE plpgsql AS $$ {end} $$")
+    sql(
+        engine,
+        "CREATE CONSTRAINT TRIGGER leave AFTER INSERT ON credit_events DEFERRABLE INITIALLY DEFERRED"
+        f" FOR EACH ROW WHEN (NEW.org_id = '{one}') EXECUTE FUNCTION leave()",
+    )
+    waits, applied = apply_batch(engine, [purchase(one, "p2", 5), purchase(other, "p2", 5)])
+    assert isinstance(waits, Waits)
+    assert isinstance(applied, Result)
+    sql(engine, "DROP TRIGGER leave ON credit_events")
+    [(_, answer)] = apply_waiting(engine, one, limit=9).answers
+    assert isinstance(answer, Result)
+    assert answer.available == 10
+    assert audit.verify(engine).is_clean
+
+
 def test_an_event_can_be_changed_neither_through_the_coordinator_nor_on_a_node(
     cluster: citus.Cluster, engine: Engine
 ) -> None:
