@@ -1,6 +1,9 @@
 """The measuring instrument leaves out no figure, and notices what did not do its work. No test looks at a clock."""
 
 import json
+import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -58,6 +61,17 @@ def test_every_measurement_runs_and_every_message_is_accounted_for(
     assert "fsync off" in as_json["circumstances"]["database"]  # as tests have it; a report says so
     for row in report.rows.values():
         assert row.what in report.as_markdown()
+
+
+def test_any_installation_is_measured_by_its_urls(services: Embedded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stand, "Process", Fork)
+    monkeypatch.setattr(stand, "_WARM_UP", Workload.without_effect(50, organizations=10))
+    with Stand(services) as own, own.database(stand.MIGRATED) as engine, own.holdfast(engine, workers=1):
+        urls = ("--database", engine.url.render_as_string(hide_password=False), "--broker", services.broker_url)
+        ended = subprocess.run(
+            [sys.executable, "-m", "bench", *urls, "--messages", "100"], capture_output=True, text=True, check=True
+        )
+    assert re.fullmatch(r"[0-9,]+ messages/s, end to end \(100 messages of 10 organizations\)\n", ended.stdout)
 
 
 def test_a_past_satisfies_every_invariant(funded: Engine) -> None:
