@@ -4,6 +4,7 @@ The broker stays within its memory, and the database is made, whatever was there
 """
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -109,6 +110,7 @@ def test_a_node_of_rabbitmq_in_compose_has_our_account_alone_and_our_settings(tm
     [script] = RABBITMQ_SERVICES["mq-1"]["command"]
     # What a container has of its own: its folders, and a host's name that others find.
     own = interpolated(script).replace("/tmp/", f"{tmp_path}/").replace("/var/lib/rabbitmq", str(tmp_path))
+    own = re.sub("rabbit@mq-([23])", r"absent-\1@localhost", own)
     given = {
         **environment("mq-1", with_rabbitmq=True),
         "RABBITMQ_CONFIG_FILE": f"{tmp_path}/rabbitmq.conf",
@@ -121,11 +123,12 @@ def test_a_node_of_rabbitmq_in_compose_has_our_account_alone_and_our_settings(tm
     shutil.copytree(RABBITMQ_FILE.parent / "rabbitmq", tmp_path / "more")
     with rabbitmq.running() as broker:
         broker.server.stop()
+        own = own.replace("rabbit@mq-1", broker.name)
         in_compose = replace(
             broker,
             server=Process(
                 "mq-1",
-                ["sh", "-euc", own.replace("rabbit@mq-1", broker.name)],
+                ["sh", "-euc", own],
                 tmp_path,
                 env=broker.environment | given,
             ),

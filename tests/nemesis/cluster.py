@@ -52,6 +52,8 @@ FAULTS = ("SIGKILL", "SIGSTOP")
 DOWN_S = {"SIGKILL": (8, 15), "SIGSTOP": (25, 40)}
 """For how long a node is gone; frozen, for longer than it takes the others to notice it."""
 CALM_S = 5.0
+HEALED_WITHIN_S = 30.0
+"""After this, what was frozen is restarted, as docs/reliability.md says."""
 WHOLE_WITHIN_S, DRAINED_WITHIN_S, READY_WITHIN_S, DUE_WITHIN_S = 300.0, 60.0, 120.0, 10.0
 PULSE_S, LOOK_S = 0.1, 0.05
 
@@ -399,6 +401,10 @@ def _strike(cluster: Cluster, producer: ClusterProducer, report: Report, note: C
                 with fault(how, node):
                     note(f"{how} node {number}, for {down_s:.1f} s")
                     pause.wait(down_s)
+                if not wait(cluster.is_whole, HEALED_WITHIN_S * goal.patience):
+                    note(f"node {number} stays apart from the others, and is restarted")
+                    node.server.kill()
+                    node.start()
                 if not wait(cluster.is_whole, WHOLE_WITHIN_S * goal.patience):
                     raise TimeoutError(f"the cluster was not whole again after {how} of node {number}")
                 pauses = {who: longest_pause(at, since, monotonic()) for who, at in cluster.successes().items()}
