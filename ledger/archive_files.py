@@ -140,7 +140,7 @@ class Folder:
             if not events:
                 part.unlink()
                 return None
-            entry = Entry(name, day.isoformat(), events, credits_, _digest(part), self.heads[-1])
+            entry = Entry(name, day.isoformat(), events, credits_, _digest(part), self.head_after(len(self.entries)))
             self._write_manifest([*self.entries, entry])
         self.entries.append(entry)
         self.finish_renaming()

@@ -19,6 +19,9 @@ from ledger.tables import erasures
 from ledger.upkeep import UpkeepError, alone, refuse_others
 from ledger.wording import NAMES
 
+LOCK_WAIT_S = 10
+"""How long to wait for a worker that is at the organization's wallet."""
+
 
 @dataclass(frozen=True, slots=True)
 class Erased:
@@ -38,6 +41,7 @@ def erase(engine: Engine, org_id: str, *, by: str, why: str, dry_run: bool = Fal
     """Erase the free text of `org_id`. With `dry_run`, only count. Raises UpkeepError."""
     with alone(engine) as connection, connection.begin() as transaction:
         _refuse(connection, org_id)
+        connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_WAIT_S}s'"))
         about = {"org_id": org_id, "reasons": sorted(_OWN_REASONS), "erased": json.dumps({"reason": ERASED})}
         last_seq = connection.scalar(_LOCK, about)
         record = {"org_id": org_id, "seq": last_seq, "erased_by": by, "why": why}
