@@ -22,7 +22,7 @@ from sqlalchemy.exc import DBAPIError
 
 from holdfast_client.messages import AnyMessage, InvalidMessage, parse
 from holdfast_client.results import Result
-from ledger import archive, archive_files, audit, erasing, history, receipts, roles, totals, views
+from ledger import archive, archive_files, audit, erasing, history, migrations, receipts, roles, totals, views
 from ledger.archive_files import Folder
 from ledger.archived import Archived, archived_events
 from ledger.database import connect, snapshot
@@ -564,6 +564,13 @@ def test_two_at_once_are_refused_and_workers_go_on(engine: Engine, tmp_path: Pat
     assert isinstance(answer, Result)
     assert list(moving)
     assert found(engine) == {}
+
+
+def test_there_is_no_way_back_to_an_older_version(kept: Kept) -> None:
+    with pytest.raises(DBAPIError, match="an older version knows neither archived events nor erased text"):
+        migrations.downgrade(kept.engine, "0030")
+    migrations.upgrade(kept.engine)
+    assert found(kept.engine) == {}
 
 
 def test_only_what_is_archived_can_be_deleted(engine: Engine, tmp_path: Path) -> None:

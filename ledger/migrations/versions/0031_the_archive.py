@@ -41,9 +41,8 @@ $$
 _REFUSE_LOSS = """
 DO $$
 BEGIN
-    IF EXISTS (SELECT FROM archived) THEN
-        RAISE EXCEPTION 'the events in the archive would be missing in the schema of an older version: bring them back '
-            'from a backup that was made before `holdfast archive`, or keep this version';
+    IF EXISTS (SELECT FROM archived) OR EXISTS (SELECT FROM erasures) THEN
+        RAISE EXCEPTION 'an older version knows neither archived events nor erased text: keep this one, or restore a backup that was made before';
     END IF;
 END
 $$
