@@ -187,6 +187,8 @@ def _node(port: int, ports: list[int], folder: Path, environment: dict[str, str]
     configuration.write_text(
         CONFIGURATION.format(port=port)
         + settings
+        # Version 4 would look for the others for minutes, of which none is there yet.
+        + ("cluster_formation.discovery_retry_limit = 1\n" if port == ports[0] else "")
         + "cluster_formation.peer_discovery_backend = classic_config\n"
         + "".join(f"cluster_formation.classic_config.nodes.{number} = {_name(one)}\n" for number, one in members)
     )
