@@ -41,7 +41,7 @@ from tests.rabbitmq import RabbitMQ
 from tests.support import sql, suspended
 from worker.local.embedded import Embedded
 from worker.local.machine import free_port
-from worker.local.process import Process
+from worker.local.process import Process, ServiceError
 from worker.local.system import API_OPTIONS
 
 CONFIGURATION = Path(__file__).parents[2] / "deploy/rabbitmq/cluster.conf"
@@ -345,7 +345,12 @@ def fault(how: str, node: RabbitMQ) -> Iterator[None]:
     if how == "SIGKILL":
         node.server.kill()
         yield
-        node.start()
+        try:
+            node.start()
+        except (
+            ServiceError
+        ):  # a start that fails is tried again, as by Compose: RabbitMQ may not get its tables at once
+            node.start()
     else:
         assert node.server.pid is not None
         with suspended(node.server.pid):
