@@ -214,7 +214,8 @@ class Message(BaseModel):
     org_id: Id = Field(description="The organization that owns the wallet.")
     source: Source
     occurred_at: Instant | None = Field(
-        None, description="When it happened. Kept in the event's metadata; the ledger's own clock dates the event."
+        default=None,
+        description="When it happened. Kept in the event's metadata; the ledger's own clock dates the event.",
     )
     metadata: Metadata = Field(default_factory=dict, description="Kept in the metadata of the message's events.")
 
@@ -246,10 +247,10 @@ class Start(WorkflowMessage):
 
     task = "workflow.start"
     credits: Credits = Field(description="The credits to reserve: the most that the workflow is expected to use.")
-    project_id: Id | None = Field(None, description=_PROJECT)
-    activity_name: Name | None = Field(None, description=_ACTIVITY)
+    project_id: Id | None = Field(default=None, description=_PROJECT)
+    activity_name: Name | None = Field(default=None, description=_ACTIVITY)
     expires_in_s: Annotated[int, Field(ge=60, le=2_592_000)] = Field(
-        86_400, description="Seconds after which a reservation that is still open is released."
+        default=86_400, description="Seconds after which a reservation that is still open is released."
     )
 
 
@@ -258,22 +259,22 @@ class Finish(WorkflowMessage):
 
     task = "workflow.finish"
     credits: Credits = Field(description="The credits used: charged in full, whatever was reserved.")
-    project_id: Id | None = Field(None, description=f"{_PROJECT} Default: as in the start.")
-    activity_name: Name | None = Field(None, description=f"{_ACTIVITY} Default: as in the start.")
+    project_id: Id | None = Field(default=None, description=f"{_PROJECT} Default: as in the start.")
+    activity_name: Name | None = Field(default=None, description=f"{_ACTIVITY} Default: as in the start.")
 
 
 class Cancel(WorkflowMessage):
     """The workflow was cancelled: release its reservation."""
 
     task = "workflow.cancel"
-    reason: Reason | None = Field(None, description=_GIVEN_REASON)
+    reason: Reason | None = Field(default=None, description=_GIVEN_REASON)
 
 
 class Fail(WorkflowMessage):
     """The workflow failed: release its reservation."""
 
     task = "workflow.fail"
-    reason: Reason | None = Field(None, description=_GIVEN_REASON)
+    reason: Reason | None = Field(default=None, description=_GIVEN_REASON)
 
 
 class WalletMessage(Message):
@@ -305,7 +306,7 @@ class Purchase(WalletMessage):
     task, kind, id_field = "wallet.purchase", "purchase", "purchase_id"
     purchase_id: Id = Field(description="The purchase.")
     credits: PositiveCredits = Field(description="The credits bought.")
-    expires_at: Instant | None = Field(None, description=_EXPIRES_AT)
+    expires_at: Instant | None = Field(default=None, description=_EXPIRES_AT)
     source: Source = "billing"
 
 
@@ -315,8 +316,8 @@ class Grant(WalletMessage):
     task, kind, id_field = "wallet.grant", "grant", "grant_id"
     grant_id: Id = Field(description="The grant.")
     credits: PositiveCredits = Field(description="The credits given.")
-    reason: Reason | None = Field(None, description="The reason; kept in the event's metadata.")
-    expires_at: Instant | None = Field(None, description=_EXPIRES_AT)
+    reason: Reason | None = Field(default=None, description="The reason; kept in the event's metadata.")
+    expires_at: Instant | None = Field(default=None, description=_EXPIRES_AT)
     source: Source = "admin"
 
 
@@ -336,7 +337,7 @@ class Adjust(WalletMessage):
         "`subscription_expired`.",
         json_schema_extra={"not": {"enum": [*sorted(OWN_REASONS)]}},
     )
-    allow_negative: bool = Field(False, description="Whether the balance may end below zero.")
+    allow_negative: bool = Field(default=False, description="Whether the balance may end below zero.")
     source: Source = "admin"
 
 
@@ -349,7 +350,7 @@ class Refund(WalletMessage):
     task, kind, id_field = "wallet.refund", "refund", "refund_id"
     refund_id: Id = Field(description="The refund.")
     credits: PositiveCredits = Field(description="The credits given back.")
-    workflow_id: Id | None = Field(None, description="The workflow whose usage is refunded.")
+    workflow_id: Id | None = Field(default=None, description="The workflow whose usage is refunded.")
     source: Source = "billing"
 
     @property
@@ -366,7 +367,7 @@ class Bill(WalletMessage):
     credits: SignedCredits = Field(
         description="The effect on the prepaid balance. It takes neither that nor the available balance below zero."
     )
-    invoice_id: Id | None = Field(None, description="The invoice that the entry belongs to.")
+    invoice_id: Id | None = Field(default=None, description="The invoice that the entry belongs to.")
     source: Source = "billing"
 
 
@@ -377,7 +378,7 @@ class Reverse(WalletMessage):
     reversal_id: Id = Field(description="The reversal.")
     purchase_id: Id = Field(description="The purchase.")
     credits: PositiveCredits | None = Field(
-        None, description="How much of it. Default: all of it that was not reversed before."
+        default=None, description="How much of it. Default: all of it that was not reversed before."
     )
     reason: Literal["refunded", "disputed"] = Field(description="Why; kept in the event's metadata.")
     source: Source = "billing"
@@ -422,12 +423,13 @@ class Subscribe(SubscriptionMessage):
     task, kind = "wallet.subscribe", "subscribe"
     plan: Name = Field(description="The plan's name, as customers read it.")
     monthly_credits: Credits = Field(description="The credits granted in each period.")
-    rollover_limit: MostCredits = Field(0, description="The most credits kept at the end of a period.")
+    rollover_limit: MostCredits = Field(default=0, description="The most credits kept at the end of a period.")
     anchor: Instant | None = Field(
-        None, description="When the first period starts; it sets the day of the month for all others. It never changes."
+        default=None,
+        description="When the first period starts; it sets the day of the month for all others. It never changes.",
     )
     first_credits: Annotated[Credits | None, AfterValidator(_at_most_monthly)] = Field(
-        None,
+        default=None,
         description="What its first period is given, for a trial or a part of a month; at most `monthly_credits`. "
         "Default: as any other; in a later version, with as much less as before.",
     )
@@ -443,14 +445,16 @@ class Configure(VersionedMessage):
     """Set both limits of the wallet: a field left out goes back to its default."""
 
     task, kind, id_field = "wallet.configure", "configure", "version"
-    credit_limit: MostCredits = Field(0, description="How far below zero reservations may take the available balance.")
+    credit_limit: MostCredits = Field(
+        default=0, description="How far below zero reservations may take the available balance."
+    )
     period_cap: MostCredits | None = Field(
-        None,
+        default=None,
         description="The most credits used and reserved within one subscription period, or at all while there is no "
         "subscription. Null: no cap.",
     )
     reason: Reason | None = Field(
-        None,
+        default=None,
         description="The reason. With it, the history shows the change: an event of 0 credits with the new limits.",
     )
     source: Source = "admin"

@@ -5,6 +5,9 @@
 
 import inspect
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import assert_type
 
 from holdfast_client.async_client import AsyncClient
@@ -103,3 +106,12 @@ def test_the_types_of_every_message_are_checked() -> None:
     for each in (_each_message, _each_awaited):
         named = re.findall(r"client\.(\w+)\(", inspect.getsource(each))
         assert sorted(named) == sorted(2 * [task.split(".")[1] for task in MESSAGES])
+
+
+def test_a_producer_needs_no_plugin_for_pydantic_to_have_its_calls_checked() -> None:
+    """Whoever installs the client checks against it with the settings of their own project, or with pyright."""
+    root = Path(__file__).parents[2]
+    options = ["--config-file=", "--strict", f"--cache-dir={root / '.mypy_cache' / 'without_plugin'}"]
+    command = [sys.executable, "-m", "mypy", *options, __file__]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
