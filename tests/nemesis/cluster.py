@@ -339,18 +339,21 @@ class Cluster:
         return [f"{child.name}: {child.last_words()[:500]}" for child in children if not child.is_running]
 
 
+def start(node: RabbitMQ) -> None:
+    """Start it; once more, as Compose does, if it ends: it may fail to get the tables of the others."""
+    try:
+        node.start()
+    except ServiceError:
+        node.start()
+
+
 @contextmanager
 def fault(how: str, node: RabbitMQ) -> Iterator[None]:
     """A node that is gone, and back at the end."""
     if how == "SIGKILL":
         node.server.kill()
         yield
-        try:
-            node.start()
-        except (
-            ServiceError
-        ):  # a start that fails is tried again, as by Compose: RabbitMQ may not get its tables at once
-            node.start()
+        start(node)
     else:
         assert node.server.pid is not None
         with suspended(node.server.pid):
@@ -409,7 +412,7 @@ def _strike(cluster: Cluster, producer: ClusterProducer, report: Report, note: C
                 if not wait(cluster.is_whole, HEALED_WITHIN_S * goal.patience):
                     note(f"node {number} stays apart from the others, and is restarted")
                     node.server.kill()
-                    node.start()
+                    start(node)
                 if not wait(cluster.is_whole, WHOLE_WITHIN_S * goal.patience):
                     raise TimeoutError(f"the cluster was not whole again after {how} of node {number}")
                 pauses = {who: longest_pause(at, since, monotonic()) for who, at in cluster.successes().items()}
