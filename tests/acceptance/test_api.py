@@ -297,6 +297,7 @@ def test_the_history_by_run_has_a_line_for_each_run_and_for_what_belongs_to_none
         "limit": 100,
         "offset": 0,
         "next_cursor": None,
+        "archived": None,
     }
     run, other, purchase, allocation = page["items"]
     assert list(run) == [
@@ -311,6 +312,7 @@ def test_the_history_by_run_has_a_line_for_each_run_and_for_what_belongs_to_none
         "began_at",
         "changed_at",
         "expires_at",
+        "archived_in_part",
         "last_id",
         "event",
         "events_url",
@@ -324,6 +326,7 @@ def test_the_history_by_run_has_a_line_for_each_run_and_for_what_belongs_to_none
         "used_credits": 80,
         "refunded_credits": 30,
         "credits": -50,
+        "archived_in_part": False,
         "last_id": 7,
         "event": None,
         "events_url": f"{EVENTS}?workflow_id=w1",
@@ -441,6 +444,7 @@ def test_a_workflow_and_its_events(api: Api) -> None:
         "reserved_credits": 75,
         "used_credits": 80,
         "refunded_credits": 0,
+        "archived_in_part": False,
     }
     for unknown in ("w9", "w%00", "%3Cb%3E"):
         assert api.problem(f"/api/organizations/acme/workflows/{unknown}") == (
