@@ -23,8 +23,12 @@ DAYS, YOUNGEST = 200, timedelta(days=archive.LEAST_AGE_DAYS + 1)
 
 def main() -> None:
     """Measure and print."""
-    folder = Path(tempfile.mkdtemp(prefix="holdfast-growth-"))
-    folder.chmod(0o711)  # as root, PostgreSQL runs as an account that has to pass through
+    with tempfile.TemporaryDirectory(prefix="holdfast-growth-") as folder:
+        Path(folder).chmod(0o711)  # as root, PostgreSQL runs as an account that has to pass through
+        _measure(Path(folder))
+
+
+def _measure(folder: Path) -> None:
     with Embedded(folder) as embedded, Stand(embedded) as stand, stand.database(MIGRATED) as engine:
         empty = _sizes(engine)
         began_at = time.perf_counter()
@@ -38,7 +42,8 @@ def main() -> None:
         print(f"{runs:,} runs, {events:,} events, written in {time.perf_counter() - began_at:.0f} s")
         print(f"{grown['credit_events'] / events:.0f} bytes an event, {grown['workflows'] / runs:.0f} bytes a workflow")
         print(f"{sum(grown.values()) / runs:.0f} bytes a run in all")
-        _archive(engine, Path(tempfile.mkdtemp(prefix="holdfast-archive-")))
+        (folder / "archive").mkdir()
+        _archive(engine, folder / "archive")
 
 
 def _archive(engine: Engine, folder: Path) -> None:
