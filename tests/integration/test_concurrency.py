@@ -92,7 +92,12 @@ def test_two_writers_create_the_same_new_wallets_at_once(engine: Engine, databas
         engine,
         """
         CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS
-        $$ BEGIN PERFORM pg_sleep(0.002); RETURN NEW; END $$;
+        $$ BEGIN PERFORM pg_sleep(0.002); RETURN NEW; END $$
+        """,
+    )
+    sql(
+        engine,
+        """
         CREATE TRIGGER dawdle BEFORE INSERT ON wallets FOR EACH ROW EXECUTE FUNCTION dawdle()
         """,
     )

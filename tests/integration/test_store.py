@@ -591,7 +591,12 @@ def test_a_message_that_the_database_refuses_stands_alone(engine: Engine) -> Non
         engine,
         """
         CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
-        $$ BEGIN RAISE EXCEPTION 'the database had enough of %', NEW.workflow_id; END $$;
+        $$ BEGIN RAISE EXCEPTION 'the database had enough of %', NEW.workflow_id; END $$
+        """,
+    )
+    sql(
+        engine,
+        """
         CREATE TRIGGER refuse BEFORE INSERT ON credit_events FOR EACH ROW
         WHEN (NEW.workflow_id = 'w42') EXECUTE FUNCTION refuse()
         """,
@@ -742,7 +747,12 @@ def test_a_commit_that_fails_leaves_nothing_of_its_transaction(engine: Engine) -
         engine,
         """
         CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS
-        $$ BEGIN RAISE EXCEPTION 'too late' USING ERRCODE = 'serialization_failure'; END $$;
+        $$ BEGIN RAISE EXCEPTION 'too late' USING ERRCODE = 'serialization_failure'; END $$
+        """,
+    )
+    sql(
+        engine,
+        """
         CREATE CONSTRAINT TRIGGER fail AFTER INSERT ON credit_events DEFERRABLE INITIALLY DEFERRED
         FOR EACH ROW WHEN (NEW.org_id = 'globex') EXECUTE FUNCTION fail()
         """,
@@ -896,7 +906,12 @@ def test_the_error_that_counts_is_the_first_one_however_much_is_on_its_way_behin
         engine,
         f"""
         CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
-        $$ BEGIN PERFORM pg_sleep({fails_after_s}); RAISE EXCEPTION 'never'; END $$;
+        $$ BEGIN PERFORM pg_sleep({fails_after_s}); RAISE EXCEPTION 'never'; END $$
+        """,
+    )
+    sql(
+        engine,
+        """
         CREATE TRIGGER refuse BEFORE INSERT ON credit_events FOR EACH STATEMENT EXECUTE FUNCTION refuse()
         """,
     )
