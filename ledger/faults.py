@@ -68,7 +68,7 @@ def is_about_a_node(error: BaseException) -> bool:
     """Whether the database, which can be reached itself, does not reach the node of an organization."""
     if not isinstance(error, psycopg.Error) or error.sqlstate is None:
         return False
-    return error.sqlstate[:2] == "08" or error.diag.source_function in _LOSES_A_NODE
+    return error.sqlstate in ("08001", "08006") or error.diag.source_function in _LOSES_A_NODE
 
 
 def describe(error: BaseException) -> str:

@@ -39,11 +39,12 @@ from holdfast_client.results import ErrorCode, Result
 from ledger import bodies, dead_letters, traces, waiting
 from ledger.database import raw_connection
 from ledger.dead_letters import MAX_ERROR_LENGTH, DeadLetter
-from ledger.faults import describe, is_transient
+from ledger.faults import describe, is_about_a_node, is_transient
 from ledger.isolation import Work, apply_all
 from ledger.readable import beginning
 from ledger.statements import Connection
 from ledger.waiting import (
+    AWAY,
     BEHIND,
     BLOCKED,
     LOCKED,
@@ -286,6 +287,8 @@ def reason_to_wait(error: Exception) -> str:
         return SLOW
     if isinstance(original, LockNotAvailable):
         return BLOCKED
+    if is_about_a_node(error):
+        return AWAY
     return f"the database does not apply its messages: {describe(error)}"
 
 

@@ -33,6 +33,7 @@ BEHIND = "its earlier messages wait"
 MUCH_DUE = "more is due in its wallet than one transaction does"
 SLOW = "the database takes too long over its messages"
 BLOCKED = "a row that its messages need is locked"
+AWAY = "the node of the database that has it is away"
 
 MAX_NAMED = 10_000
 """The most organizations that `organizations` returns."""

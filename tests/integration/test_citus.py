@@ -17,7 +17,7 @@ from ledger.distribution import is_distributed
 from ledger.roles import WORKER
 from ledger.store import DeadLettered, Delivery, apply_batch, apply_waiting
 from ledger.tables import metadata
-from ledger.waiting import Waits
+from ledger.waiting import AWAY, Waits
 from tests import citus
 from tests.messages import delivery, purchase
 from tests.support import sql
@@ -117,7 +117,7 @@ def test_while_a_node_is_away_its_organizations_wait_and_the_others_do_not(
     assert 0 < len(waiting) < len(ORGANIZATIONS)
     with away(cluster, engine, gone):
         answers = apply_batch(engine, [purchase(org_id, "p2", 5) for org_id in ORGANIZATIONS])
-        assert {answer.org_id for answer in answers if isinstance(answer, Waits)} == waiting
+        assert {answer for answer in answers if isinstance(answer, Waits)} == {Waits(one, AWAY) for one in waiting}
         assert sum(isinstance(answer, Result) for answer in answers) == len(ORGANIZATIONS) - len(waiting)
         with pytest.raises(DBAPIError):
             sql(engine, "SELECT count(*) FROM wallets")
