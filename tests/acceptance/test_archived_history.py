@@ -11,7 +11,7 @@ from holdfast_client.messages import InvalidMessage, parse
 from ledger import archive
 from ledger.store import apply_past
 from ledger.wording import day
-from tests.acceptance.website import LEDGER, Visitor, history_of, text_of, token
+from tests.acceptance.website import LEDGER, Visitor, history_of, link, text_of, token
 from tests.installation import Installation
 
 NOW = datetime.now(UTC).replace(hour=12, minute=0, second=0, microsecond=0)
@@ -43,7 +43,8 @@ def test_the_pages_say_where_older_events_are(customer: Visitor, org_id: str, ar
     events = customer.get(history_of(org_id), params=LEDGER)
     assert archived in text_of(events.text)
     assert "1–4 of 11" in text_of(events.text)
-    assert "Used 130" in text_of(events.text)
+    since_the_beginning = customer.get(str(link(events, "Since [^<]*")))
+    assert "Used 130" in text_of(since_the_beginning.text)
     runs = text_of(customer.get(history_of(org_id)).text)
     assert archived in runs
     assert "Its older steps are in the archive." in runs
