@@ -63,6 +63,7 @@ def test_every_measurement_runs_and_every_message_is_accounted_for(
         assert row.what in report.as_markdown()
 
 
+@pytest.mark.soak
 def test_any_installation_is_measured_by_its_urls(services: Embedded, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stand, "Process", Fork)
     monkeypatch.setattr(stand, "_WARM_UP", Workload.without_effect(50, organizations=10))
