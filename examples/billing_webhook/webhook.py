@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -41,18 +42,20 @@ async def webhook(request: Request) -> dict[str, str]:
     """Hand over the purchase. The provider sends the event again after any status but 2xx."""
     body = await request.body()
     timestamp = request.headers.get("Webhook-Timestamp", "")
-    is_recent = timestamp.isdecimal() and abs(time.time() - int(timestamp)) <= TOLERANCE_S
+    is_recent = re.fullmatch("[0-9]{1,12}", timestamp) and abs(time.time() - int(timestamp)) <= TOLERANCE_S
     given = request.headers.get("Webhook-Signature", "").encode()
     if not is_recent or not hmac.compare_digest(signature(timestamp, body).encode(), given):
         raise HTTPException(401, "The signature is wrong or too old.")
-    event = json.loads(body)
-    if event["type"] != "payment.succeeded":
-        return {"status": "ignored"}
-    payment = event["data"]
     try:
-        await request.app.state.ledger.purchase(
-            org_id=payment["org_id"], purchase_id=event["id"], credits=payment["credits"]
-        )
+        event = json.loads(body)
+        if event["type"] != "payment.succeeded":
+            return {"status": "ignored"}
+        payment = event["data"]
+        purchase = {"org_id": payment["org_id"], "purchase_id": event["id"], "credits": payment["credits"]}
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise HTTPException(422, "This is not an event of a payment.") from None
+    try:
+        await request.app.state.ledger.purchase(**purchase)
     except InvalidMessageError as error:
         raise HTTPException(422, str(error)) from None
     except NotSentError:

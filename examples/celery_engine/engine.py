@@ -3,15 +3,22 @@
 The id of the task is the id of the run. So a task that is delivered again is the same run, and is charged once.
 """
 
+import logging
 import os
 import sys
+import time
+from collections.abc import Callable
+from typing import TypeVar
 
 from celery import Celery, Task
 
 from holdfast_client.broker import ENGINE_QUEUE
-from holdfast_client.client import Client
+from holdfast_client.client import Client, NoAnswerError, NotSentError
 
 CREDITS_PER_PAGE = 2
+
+logger = logging.getLogger(__name__)
+Told = TypeVar("Told")
 
 app = Celery("reports", broker=os.environ["REPORTS_BROKER_URL"])
 app.conf.update(task_default_queue="reports", task_acks_late=True, task_ignore_result=True)
@@ -22,16 +29,31 @@ ledger = Client(os.environ["HOLDFAST_ENGINE_BROKER_URL"], queue=ENGINE_QUEUE)
 def render(self: Task, org_id: str, pages: int) -> str:
     """Render a report of so many pages, if the organization has the credits."""
     run = {"org_id": org_id, "workflow_id": self.request.id}
-    decision = ledger.start(**run, credits=CREDITS_PER_PAGE * pages, activity_name="report", wait_s=10)
+    estimate = CREDITS_PER_PAGE * pages
+    decision = _told(lambda: ledger.start(**run, credits=estimate, activity_name="report", wait_s=10))
     if not decision.holds:  # rejected, or the run has ended before
         return f"not rendered: {decision.reason or decision.state}"
     try:
         rendered = _render(pages)
     except Exception as error:
-        ledger.fail(**run, reason=str(error)[:200])  # nothing is charged
+        reason = str(error)[:200] or type(error).__name__
+        _told(lambda: ledger.fail(**run, reason=reason))  # nothing is charged
         raise
-    ledger.finish(**run, credits=CREDITS_PER_PAGE * rendered)
+    _told(lambda: ledger.finish(**run, credits=CREDITS_PER_PAGE * rendered))
     return f"rendered {rendered} pages"
+
+
+def _told(send: Callable[[], Told]) -> Told:
+    """Send the same message until the ledger's broker has it, and the answer is there if one is asked for.
+
+    A task that failed instead would be acknowledged all the same, and nobody would charge what its run used.
+    """
+    while True:
+        try:
+            return send()
+        except (NotSentError, NoAnswerError) as error:
+            logger.warning("%s", error)
+            time.sleep(1)
 
 
 def _render(pages: int) -> int:

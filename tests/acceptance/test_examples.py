@@ -5,6 +5,7 @@ import hmac
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from urllib.parse import urlsplit
 
 import httpx
@@ -21,7 +23,7 @@ import redis
 from ruamel.yaml import YAML
 from sqlalchemy import text
 
-from holdfast_client.client import Client
+from holdfast_client.client import Client, NoAnswerError, NotSentError
 from ledger import views
 from ledger.database import connect
 from tests.acceptance import commands
@@ -88,6 +90,13 @@ def test_the_list_names_every_example() -> None:
     }
 
 
+def test_the_client_is_installed_from_the_checkout_as_no_package_index_has_it() -> None:
+    for readme in EXAMPLES.glob("*/README.md"):
+        for line in re.findall("^pip install .*client.*", readme.read_text(), re.MULTILINE):
+            assert line.split()[-1] == "../../client"
+            assert (readme.parent / "../../client/pyproject.toml").exists()
+
+
 def test_an_engine_in_node_waits_for_its_decision(terminal: dict[str, str]) -> None:
     if shutil.which("node", path=terminal["PATH"]) is None:
         pytest.skip("there is no node here")
@@ -124,11 +133,35 @@ def test_a_webhook_adds_the_credits_of_a_payment_once(terminal: dict[str, str]) 
         assert tell(client, body.replace(b"500", b"501"), key="guessed") == 401
         assert tell(client, body.replace(b"500", b"501"), age_s=301) == 401
         assert tell(client, body.replace(b"500", b"0")) == 422
+        for wrong in (b"{", b"[]", b"", b"\xff", b"{}", b"[" * 100_000, body.replace(b"credits", b"amount")):
+            assert tell(client, wrong) == 422, wrong
+        for timestamp in ("9" * 400, "9" * 5000, "-1", "", "1e9"):
+            headers = {"Webhook-Timestamp": timestamp, "Webhook-Signature": "guessed"}
+            assert client.post("/webhook", content=body, headers=headers).status_code == 401, timestamp
         assert tell(client, body.replace(b"evt_1", b"evt_2").replace(b"succeeded", b"failed")) == 202
     with Client(terminal["HOLDFAST_BROKER_URL"]) as billing:
         # The worker takes messages in their order, so those before this one are applied, too.
         answer = billing.grant(org_id="paying", grant_id="gift", credits=1, wait_s=PATIENCE_S)
     assert answer.available == 501
+
+
+def test_an_engine_tells_the_ledger_what_was_used_as_soon_as_the_broker_is_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A task that fails is acknowledged all the same: nobody would ever send its finish."""
+    monkeypatch.setenv("REPORTS_BROKER_URL", "memory://")
+    monkeypatch.setenv("HOLDFAST_ENGINE_BROKER_URL", "redis://127.0.0.1:1/0")
+    engine = runpy.run_path(str(EXAMPLES / "celery_engine" / "engine.py"))
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    away = [NotSentError("away"), NotSentError("away")]
+    decision = Mock(holds=True)
+    ledger = Mock()
+    ledger.start.side_effect = [NoAnswerError("no worker"), *away, decision]
+    ledger.finish.side_effect = [*away, None]
+    engine["render"].run.__globals__["ledger"] = ledger
+    assert engine["render"].apply(args=("acme", 40)).get() == "rendered 36 pages"
+    assert {call.kwargs["credits"] for call in ledger.finish.call_args_list} == {72}
+    ledger.fail.assert_not_called()
 
 
 def is_up(client: httpx.Client) -> bool:
