@@ -2,7 +2,7 @@
 //
 //     node engine.mjs ORGANIZATION RUN CREDITS
 
-const { API_URL, HOLDFAST_TOKEN } = process.env;
+const { API_URL, LEDGER_TOKEN } = process.env;
 const TRIES = 5;
 
 // Sends a message of the ledger, and returns what the ledger did. Sending it again is always safe, so it does that as
@@ -14,7 +14,7 @@ async function send(orgId, runId, message, fields) {
     try {
       const response = await fetch(`${API_URL}/api/organizations/${path}`, {
         method: "POST",
-        headers: { Authorization: `Bearer ${HOLDFAST_TOKEN}`, "Content-Type": "application/json", Prefer: "wait=10" },
+        headers: { Authorization: `Bearer ${LEDGER_TOKEN}`, "Content-Type": "application/json", Prefer: "wait=10" },
         body: JSON.stringify(fields),
       });
       const answer = await response.json();
