@@ -211,7 +211,8 @@ def _delete_some(connection: Connection, entry: Entry, rows: Sequence[Row]) -> i
     if _by_number(gone, erased) != _by_number(there, erased):
         raise UpkeepError(
             f"the events in {entry.file} differ from those of the database, so they stay there: run `holdfast verify`; "
-            "if the database was restored from a backup, it lacks events that were archived later"
+            "if the database was restored from a backup, it lacks events that were archived later, or has "
+            "text that was erased before they were: erase it again"
         )
     return len(gone)
 

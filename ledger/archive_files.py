@@ -27,6 +27,8 @@ with extras.of("archive"):
     from pyarrow import parquet
 
 MANIFEST = "manifest.json"
+_OF_A_DISK = "lost+found"
+"""What an empty file system has."""
 _FILE_PATTERN = re.compile(r"\d{4}-\d\d-\d\d-\d{4,}\.parquet")
 _OPTIONAL = ("workflow_id", "project_id", "activity_name")
 _TEXTS = (*_OPTIONAL, "org_id", "event_type", "source", "idempotency_key", "metadata")
@@ -80,7 +82,11 @@ class Folder:
             raise UpkeepError(f"{path} is not a folder: make it first, and see that the right disk is mounted there")
         with _told(path):
             folder = cls._read(path) if (path / MANIFEST).exists() else cls(path, installation, ())
-            others = sorted(each.name for each in path.iterdir() if each.suffix == ".parquet")
+            others = sorted(
+                each.name
+                for each in path.iterdir()
+                if each.suffix != ".part" and each.name not in (MANIFEST, _OF_A_DISK)
+            )
         if folder.installation != installation:
             raise UpkeepError(f"{path} is the archive of another installation: name this one's own, or an empty folder")
         if others and not folder.entries:

@@ -385,6 +385,49 @@ def test_a_database_that_was_restored_from_a_backup_finds_its_events_in_the_file
     assert (found(engine), found_with(engine, tmp_path)) == ({}, {})
 
 
+def test_text_that_a_backup_brought_back_is_erased_again_before_it_leaves(engine: Engine, tmp_path: Path) -> None:
+    past(engine, "acme", *YEAR)
+    sql(engine, "CREATE TABLE backup_credit_events AS SELECT * FROM credit_events")
+    erasing.erase(engine, "acme", by="ann", why="asked for")
+    copy = tmp_path / "of_the_erased"
+    copy.mkdir()
+    list(archive.archive(engine, BEFORE, copy))
+    for name in ("credit_events", "erasures", "archived", "archive_head"):
+        sql(engine, f"ALTER TABLE {name} DISABLE TRIGGER USER")
+        if name != "archive_head":
+            sql(engine, f"DELETE FROM {name}")
+    sql(engine, "UPDATE archive_head SET head = :head", head=archive_head_before_all(copy))
+    sql(engine, "INSERT INTO credit_events SELECT * FROM backup_credit_events")
+    for name in ("credit_events", "erasures", "archived", "archive_head"):
+        sql(engine, f"ALTER TABLE {name} ENABLE TRIGGER USER")
+    with pytest.raises(UpkeepError, match="erase it again"):
+        list(archive.archive(engine, BEFORE, copy))
+    # After an error, a closed connection keeps the lock for a moment.
+    eventually(lambda: sql(engine, "SELECT 1 FROM pg_locks WHERE locktype = 'advisory'") == [])
+    erasing.erase(engine, "acme", by="ann", why="asked for, before the restore")
+    assert list(archive.archive(engine, BEFORE, copy))
+    assert (found(engine), found_with(engine, copy)) == ({}, {})
+
+
+def archive_head_before_all(folder: Path) -> str:
+    return str(json.loads((folder / "manifest.json").read_text())["files"][0]["previous"])
+
+
+@pytest.mark.parametrize("name", ["photo.jpeg", "manifest.json.bak"])
+def test_a_new_archive_is_not_begun_in_a_folder_with_other_files(engine: Engine, tmp_path: Path, name: str) -> None:
+    past(engine, "acme", *YEAR)
+    (tmp_path / name).write_text("of somebody else")
+    with pytest.raises(UpkeepError, match=f"has no manifest, but {name}: name an empty folder"):
+        list(archive.archive(engine, BEFORE, tmp_path))
+    assert [each.name for each in tmp_path.iterdir()] == [name]
+
+
+def test_a_new_archive_may_be_begun_on_a_new_disk(engine: Engine, tmp_path: Path) -> None:
+    past(engine, "acme", *YEAR)
+    (tmp_path / "lost+found").mkdir()
+    assert list(archive.archive(engine, BEFORE, tmp_path))
+
+
 def test_what_is_erased_after_it_was_archived_or_while_that_is_unfinished_stays_provable(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
