@@ -179,7 +179,11 @@ FUNCTION_MD5 = "798d2bd8197fe0c9c61dc6846a35d25d"
 """Of the text of `credit_events_refuse_change`, as revision 0031 makes it."""
 
 # Not a temporary view of the same name, as `ledger.archive.verify` has.
-_TABLE = "to_regclass(format('%I.%I', current_schema(), {}))"
+_TABLE = """(
+    SELECT pg_class.oid FROM unnest(current_schemas(false)) WITH ORDINALITY AS path (schema, place)
+    JOIN pg_namespace ON nspname = schema JOIN pg_class ON relnamespace = pg_namespace.oid AND relname = {}
+    ORDER BY place LIMIT 1
+)"""
 
 _CONSTRAINTS = ", ".join(
     f"('{table.name}', '{constraint.name}')" for table in metadata.sorted_tables for constraint in table.constraints
