@@ -139,7 +139,7 @@ def test_a_task_that_nobody_knows_is_named_and_one_that_a_dead_letter_has_is_fou
 def test_a_list_as_json_is_small_however_large_the_messages_are(desk: Desk) -> None:
     listed = json.loads(desk.holdfast("failed", "list", "--json").stdout)["items"][0]
     shown = json.loads(desk.holdfast("failed", "show", str(listed["id"]), "--json").stdout)
-    assert shown.keys() - listed.keys() == {"args", "kwargs", "body_base64", "traceback"}
+    assert shown.keys() - listed.keys() == {"args", "kwargs", "body_base64", "trace_id", "traceback"}
     assert listed == {name: shown[name] for name in listed}
 
 
