@@ -152,6 +152,7 @@ GOOD: dict[str, Row] = {
         "resolved_at": None,
         "resolved_by": None,
         "resolution": None,
+        "traceparent": None,
     },
     "waiting_messages": {
         "org_id": "acme",
@@ -165,6 +166,7 @@ GOOD: dict[str, Row] = {
         "waiting_since": NOW,
         "attempts": 0,
         "replay_of": None,
+        "traceparent": None,
     },
 }
 
@@ -447,8 +449,8 @@ OPTIONAL_COLUMNS = {
     "last_verification": set(),
     "posted_messages": {"reason"},
     "credit_events": {"workflow_id", "project_id", "activity_name"},
-    "dead_letters": {"org_id", "traceback", "resolved_at", "resolved_by", "resolution"},
-    "waiting_messages": {"answer_to", "error_code", "error", "replay_of"},
+    "dead_letters": {"org_id", "traceback", "resolved_at", "resolved_by", "resolution", "traceparent"},
+    "waiting_messages": {"answer_to", "error_code", "error", "replay_of", "traceparent"},
 }
 
 
