@@ -241,6 +241,11 @@ class Machine:
         """Whether every kind of fault has happened."""
         return self._decks > 1 or (self._decks == 1 and not self._deck)
 
+    def renew_neighbour(self) -> None:
+        """Have a new worker of the neighbour's: Celery's own may hang for good once it has lost its connection."""
+        self._neighbour.kill()
+        self._neighbour.start()
+
     def heal(self, *, wait: bool = False) -> None:
         """End what was to last for a while, if it has lasted long enough, or when it has."""
         if not self._neighbour.is_running:  # Celery's own worker does not always survive the loss of its connection

@@ -206,6 +206,7 @@ def _recover(
         report.findings.append(Finding("drain", what))
         wait(machine.is_drained, LATE_S * patience)  # what is only late need not look lost
     _ask_again(machine, producer, report, note)
+    machine.renew_neighbour()
     report.neighbour_tasks = neighbour.finish(within_s=NEIGHBOUR_WITHIN_S * patience)
     rest_s = max(0.0, (workload.last_anchor - datetime.now(UTC)).total_seconds())
     wait(lambda: datetime.now(UTC) > workload.last_anchor, rest_s + 1)
