@@ -92,10 +92,18 @@ _WHOLE_DAYS = text("""
     ), around AS (
         SELECT max(day) FILTER (WHERE seq < :end) AS before_first, max(day) FILTER (WHERE seq = :end) AS after_last
         FROM (SELECT * FROM event UNION ALL SELECT * FROM in_archive) AS ends
-    ), days AS (
-        SELECT min(day) AS first_day, max(day) AS last_day FROM around JOIN daily_sums
-            ON day > COALESCE(before_first, '-infinity') AND day < COALESCE(after_last, 'infinity')
-        WHERE org_id = :org_id
+    ), limits AS (
+        SELECT COALESCE(before_first, '-infinity') AS day_before, COALESCE(after_last, 'infinity') AS day_after
+        FROM around
+    ), days AS ( -- each by a look-up, not by reading all of them
+        SELECT (
+            SELECT day FROM daily_sums WHERE org_id = :org_id AND day > day_before AND day < day_after
+            ORDER BY day LIMIT 1
+        ) AS first_day, (
+            SELECT day FROM daily_sums WHERE org_id = :org_id AND day > day_before AND day < day_after
+            ORDER BY day DESC LIMIT 1
+        ) AS last_day
+        FROM limits
     )
     SELECT first_day, last_day,
         (SELECT min(first_seq) FROM daily_sums WHERE org_id = :org_id AND day = first_day),
