@@ -10,7 +10,6 @@ from typing import Any
 
 from celery import Celery
 from celery.app.amqp import AMQP
-from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
 from kombu.message import Message
 
@@ -24,6 +23,7 @@ from holdfast_client.broker import (
     verified,
 )
 from holdfast_client.broker_urls import AMQP_SCHEMES, REDIS_SCHEMES
+from holdfast_client.publishing import FailoverConnection
 
 VISIBILITY_TIMEOUT_S = 60
 """On Redis, messages that a dead worker has not acknowledged are delivered again after this."""
@@ -37,16 +37,11 @@ _TAKEN_FROM = "taken_from"
 _TRANSPORT = "worker.transport:Transport"
 
 
-class _Connection(Connection):
+class _Connection(FailoverConnection):
     def as_uri(self, *args: Any, **kwargs: Any) -> str:
         """Name the scheme of the URL, as monitors expect, and not the class of the transport."""
         scheme = "rediss" if self.ssl else "redis"
         return str(super().as_uri(*args, **kwargs)).replace(f"{_TRANSPORT}:", f"{scheme}:", 1)
-
-    def switch(self, conn_str: str) -> None:
-        """Leave a node of the broker at once: an orderly close would wait ten seconds for one that hangs."""
-        self.collect()  # type: ignore[no-untyped-call]
-        super().switch(conn_str)  # type: ignore[no-untyped-call]
 
 
 class _AMQP(AMQP):  # type: ignore[misc] # Celery ships no types

@@ -66,10 +66,11 @@ class Encoded:
     properties: dict[str, Any]
 
 
-class _Connection(Connection):
+class FailoverConnection(Connection):
     """Switches to another node of the broker at once, whatever the old one is doing."""
 
     def switch(self, conn_str: str) -> None:
+        """Leave the old node without a word to it."""
         self.collect()  # type: ignore[no-untyped-call] # an orderly close would wait for a node that is silent
         super().switch(conn_str)  # type: ignore[no-untyped-call]
 
@@ -79,9 +80,9 @@ class _Connections(ConnectionPool):
 
     close_after_fork = False
 
-    def new(self) -> _Connection:
+    def new(self) -> FailoverConnection:
         like = self.connection._info(resolve=False)  # noqa: SLF001 # as its base class does
-        return _Connection(**dict(like))  # type: ignore[no-untyped-call]
+        return FailoverConnection(**dict(like))  # type: ignore[no-untyped-call]
 
 
 class Publisher:
