@@ -19,7 +19,7 @@ from random import Random
 from subprocess import CalledProcessError
 from threading import Event, Thread
 from time import monotonic
-from typing import Literal, Self
+from typing import Self
 
 import httpx
 import jwt
@@ -35,7 +35,7 @@ from tests.nemesis import checker
 from tests.nemesis.checker import Finding
 from tests.nemesis.machine import WAITING
 from tests.nemesis.producer import ClusterProducer, Sent
-from tests.nemesis.run import Goal, terminate, wait
+from tests.nemesis.run import AnyReport, Goal, terminate, wait
 from tests.nemesis.workload import Message, Workload
 from tests.rabbitmq import RabbitMQ
 from tests.support import sql, suspended
@@ -176,25 +176,16 @@ class Watch(Thread):
 
 
 @dataclass(slots=True)
-class Report:
-    """What happened, and what was found."""
+class Report(AnyReport):
+    """The same of nodes of the broker that are killed and frozen."""
 
-    seed: int
-    goal: Goal
-    folder: Path
-    messages: int = 0
-    sends: int = 0
     faults: list[str] = field(default_factory=list)
     """Each as `SIGKILL node 1`."""
     pauses: dict[str, float] = field(default_factory=dict)
     """The longest of each part, in seconds."""
-    drained_after_s: float | None = None
-    history: list[str] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
 
     @property
     def doubts(self) -> list[str]:
-        """Why the run proves nothing, should it have found nothing."""
         everything = {f"{how} node {number}" for how in FAULTS for number in (1, 2, 3)}
         missing = sorted(everything - set(self.faults))
         too_few = f"{self.messages} messages of {self.goal.messages} were sent"
@@ -203,25 +194,11 @@ class Report:
         )
 
     @property
-    def verdict(self) -> Literal["PASS", "FAIL", "UNKNOWN"]:
-        if self.findings:
-            return "FAIL"
-        return "UNKNOWN" if self.doubts else "PASS"
+    def faults_in_words(self) -> str:
+        return f"{len(self.faults)} faults of nodes"
 
-    def __str__(self) -> str:
-        drained = "never" if self.drained_after_s is None else f"{self.drained_after_s:.1f} s after the last fault"
-        summary = (
-            f"{self.verdict}: seed {self.seed}, {self.messages} messages sent {self.sends} times, "
-            f"{len(self.faults)} faults of nodes, drained {drained}"
-        )
-        lines = [
-            summary,
-            "longest pauses: " + ", ".join(f"{who} {pause:.1f} s" for who, pause in self.pauses.items()),
-        ]
-        if self.verdict != "PASS":
-            lines += ["", *map(str, self.findings[:50]), *(f"UNKNOWN, as {doubt}" for doubt in self.doubts)]
-            lines += ["", "What happened:", *self.history, "", f"Logs and data: {self.folder}"]
-        return "\n".join(lines)
+    def measured(self) -> list[str]:
+        return ["longest pauses: " + ", ".join(f"{who} {pause:.1f} s" for who, pause in self.pauses.items())]
 
 
 class Cluster:

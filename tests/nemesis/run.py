@@ -2,6 +2,7 @@
 
 import os
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -45,8 +46,8 @@ class Goal:
 
 
 @dataclass(slots=True)
-class Report:
-    """What happened, and what was found."""
+class AnyReport(ABC):
+    """What happened, and what was found, whatever the faults are."""
 
     seed: int
     goal: Goal
@@ -54,6 +55,44 @@ class Report:
     messages: int = 0
     """Without those of the opening."""
     sends: int = 0
+    drained_after_s: float | None = None
+    history: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    @abstractmethod
+    def doubts(self) -> list[str]:
+        """Why the run proves nothing, should it have found nothing."""
+
+    @property
+    @abstractmethod
+    def faults_in_words(self) -> str:
+        """How many faults there were, and what they met."""
+
+    @property
+    def verdict(self) -> Literal["PASS", "FAIL", "UNKNOWN"]:
+        if self.findings:
+            return "FAIL"
+        return "UNKNOWN" if self.doubts else "PASS"
+
+    def __str__(self) -> str:
+        drained = "never" if self.drained_after_s is None else f"{self.drained_after_s:.1f} s after the last fault"
+        summary = f"{self.verdict}: seed {self.seed}, {self.messages} messages sent {self.sends} times, "
+        lines = [f"{summary}{self.faults_in_words}, drained {drained}", *self.measured()]
+        if self.verdict != "PASS":
+            lines += ["", *map(str, self.findings[:50]), *(f"UNKNOWN, as {doubt}" for doubt in self.doubts)]
+            lines += ["", "What happened:", *self.history, "", f"Logs and data: {self.folder}"]
+        return "\n".join(lines)
+
+    def measured(self) -> list[str]:
+        """More lines, of what was measured."""
+        return []
+
+
+@dataclass(slots=True)
+class Report(AnyReport):
+    """The same of processes that are killed and stopped, of locks, and of much that is due at once."""
+
     kills: int = 0
     has_done_all: bool = False
     """Whether every kind of fault happened."""
@@ -67,13 +106,9 @@ class Report:
     """Deliveries of what was committed already."""
     neighbour_tasks: int = 0
     """How many tasks of the other application ran; none, if it did not work until the end."""
-    drained_after_s: float | None = None
-    history: list[str] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
 
     @property
     def doubts(self) -> list[str]:
-        """Why the run proves nothing, should it have found nothing."""
         return [
             doubt
             for is_so, doubt in (
@@ -90,25 +125,13 @@ class Report:
         ]
 
     @property
-    def verdict(self) -> Literal["PASS", "FAIL", "UNKNOWN"]:
-        if self.findings:
-            return "FAIL"
-        return "UNKNOWN" if self.doubts else "PASS"
-
-    def __str__(self) -> str:
-        drained = "never" if self.drained_after_s is None else f"{self.drained_after_s:.1f} s after the last fault"
-        summary = (
-            f"{self.verdict}: seed {self.seed}, {self.messages} messages sent {self.sends} times, {self.kills} kills, "
-            f"{self.kills_at_work} of workers at work, {self.stops_at_work} workers stopped at work, "
-            f"{self.locks_at_work} locked wallets waited for, {self.largest_flood} reservations expired at once, "
+    def faults_in_words(self) -> str:
+        return (
+            f"{self.kills} kills, {self.kills_at_work} of workers at work, {self.stops_at_work} workers stopped at "
+            f"work, {self.locks_at_work} locked wallets waited for, {self.largest_flood} reservations expired at once, "
             f"{self.absorbed} deliveries of what was committed already, {self.neighbour_tasks} tasks of another "
-            f"application, drained {drained}"
+            "application"
         )
-        lines = [summary]
-        if self.verdict != "PASS":
-            lines += ["", *map(str, self.findings[:50]), *(f"UNKNOWN, as {doubt}" for doubt in self.doubts)]
-            lines += ["", "What happened:", *self.history, "", f"Logs and data: {self.folder}"]
-        return "\n".join(lines)
 
 
 def run(seed: int, goal: Goal, folder: Path, *, say: Callable[[str], None] = lambda _line: None) -> Report:
