@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -10,7 +11,8 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import psycopg
 from psycopg import conninfo, pq
-from psycopg.errors import Diagnostic, OperatorIntervention
+from psycopg.abc import RV, PQGen
+from psycopg.errors import ConnectionFailure, Diagnostic, OperatorIntervention
 from psycopg.pq import TransactionStatus
 from psycopg.types.numeric import Int8BinaryDumper
 from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, make_url
@@ -29,6 +31,16 @@ TRANSACTION_TIMEOUT_S = 60
 
 POOL_SIZE = 3
 """How many connections are kept open besides those of a batch."""
+
+LONG_PATIENCE_S = 10.0
+"""How long one statement may take when nothing else waits for it."""
+
+ANSWER_MARGIN_S = 2.0
+"""How much later than PostgreSQL itself we give up a statement of a distributed ledger."""
+
+FIRST_SILENCE_S, LONGEST_SILENCE_S = 10.0, 160.0
+"""For how long a node that hangs is left alone. It doubles each time: each attempt leaves a session on the coordinator
+that ends with the node's silence."""
 
 POOL_TIMEOUT_S = 5
 """How long to wait for a connection while all are in use."""
@@ -77,6 +89,10 @@ class UnsuitableDatabaseError(psycopg.OperationalError):
     """The database can never be used; the message says why."""
 
 
+class SilenceError(ConnectionFailure):
+    """There was no answer in time, although PostgreSQL should have given up earlier: a node of the ledger hangs."""
+
+
 class LedgerConnection(psycopg.Connection[Any]):
     """A connection on which a commit that no synchronous replica has confirmed raises an error.
 
@@ -86,6 +102,11 @@ class LedgerConnection(psycopg.Connection[Any]):
 
     is_distributed = False
     """Whether the ledger is distributed over nodes, see `ledger.distribution`."""
+    answers_within_s: float | None = None
+    """How long to wait for one answer. After it, the connection is closed.
+
+    PostgreSQL's own limits do not end the wait of a coordinator for a node that hangs.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -96,6 +117,16 @@ class LedgerConnection(psycopg.Connection[Any]):
                 unconfirmed.append(notice)
 
         self.add_notice_handler(listen)
+
+    def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
+        """As psycopg does. Raises SilenceError if there is no answer within `answers_within_s`."""
+        if timeout is not None or self.answers_within_s is None:
+            return super().wait(gen, interval, timeout)
+        try:
+            return super().wait(gen, interval, self.answers_within_s)
+        except psycopg.errors._WaitTimeout:  # noqa: SLF001 - there is no public name for it
+            self.close()
+            raise SilenceError(f"no answer within {self.answers_within_s:g} s") from None
 
     def commit(self) -> None:
         """Commit. Raises OperatorIntervention if no replica has confirmed it."""
@@ -112,6 +143,15 @@ class LedgerConnection(psycopg.Connection[Any]):
 
 
 @dataclass(slots=True)
+class _Silence:
+    """Of a node that hangs."""
+
+    until: float
+    """When to try it again, by the monotonic clock."""
+    length_s: float
+
+
+@dataclass(slots=True)
 class _Known:
     """What is known of an engine."""
 
@@ -119,6 +159,24 @@ class _Known:
     connections: WeakSet[LedgerConnection] = field(default_factory=WeakSet)
     is_distributed: bool | None = None
     """What the newest connection has found."""
+    silences: dict[int, _Silence] = field(default_factory=dict)
+    """By the node."""
+
+    def refuse_silent(self, node: int) -> None:
+        """Raise SilenceError if the node did not answer a moment ago."""
+        silence = self.silences.get(node)
+        if silence is not None and time.monotonic() < silence.until:
+            raise SilenceError(f"node {node} does not answer")
+
+    def heard(self, node: int) -> None:
+        """Record that the node answers."""
+        self.silences.pop(node, None)
+
+    def heard_nothing(self, node: int) -> None:
+        """Record that the node does not answer."""
+        before = self.silences.get(node)
+        length_s = FIRST_SILENCE_S if before is None else min(2 * before.length_s, LONGEST_SILENCE_S)
+        self.silences[node] = _Silence(time.monotonic() + length_s, length_s)
 
 
 def parse_url(url: str) -> URL:
@@ -197,6 +255,9 @@ def connect(
     def open_session(*args: Any, **options: Any) -> LedgerConnection:
         connection = LedgerConnection.connect(*args, **options)
         _begin_session(connection, transaction_timeout_s)
+        limit_s = answer_timeout_s or (transaction_timeout_s and STATEMENT_TIMEOUT_S)
+        if connection.is_distributed and limit_s:
+            connection.answers_within_s = limit_s + ANSWER_MARGIN_S
         # One parameter type for integers of any size, so one prepared statement instead of many.
         connection.adapters.register_dumper(int, Int8BinaryDumper)
         connection.adapters.register_dumper(Array, ArrayDumper)
@@ -304,17 +365,34 @@ def break_connections(engine: Engine) -> None:
 
 
 @contextmanager
-def raw_connection(engine: Engine) -> Iterator[LedgerConnection]:
-    """A psycopg connection that begins no transaction by itself. After an error it is closed, not used again."""
+def raw_connection(
+    engine: Engine, *, node: int | None = None, patience_s: float = LONG_PATIENCE_S
+) -> Iterator[LedgerConnection]:
+    """A psycopg connection that begins no transaction by itself. After an error it is closed, not used again.
+
+    If the ledger is distributed, `node` has what this is about, and PostgreSQL itself gives up a statement after
+    `patience_s`. Raises SilenceError if the node hangs; at once, if that is known.
+    """
+    known = _known[engine]
+    if node is not None:
+        known.refuse_silent(node)
     with engine.connect() as pooled:
         connection = pooled.connection.driver_connection
         assert isinstance(connection, LedgerConnection)
         try:
             connection.autocommit = True  # psycopg's own BEGIN would cost a round trip
+            usually_s = connection.answers_within_s
+            if connection.is_distributed:
+                connection.answers_within_s = patience_s + ANSWER_MARGIN_S
             yield connection
             connection.refuse_unconfirmed()
             connection.autocommit = False
-        except BaseException:
+            connection.answers_within_s = usually_s
+            if node is not None:
+                known.heard(node)
+        except BaseException as error:
+            if node is not None and isinstance(error, SilenceError):
+                known.heard_nothing(node)
             # The server notices a closed connection a moment later, and would hold the locks until then.
             if connection.info.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
                 with suppress(psycopg.Error):

@@ -8,7 +8,7 @@ On a database without the extension, nothing of this applies.
 """
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg
 from sqlalchemy import Connection, Table, text
@@ -52,17 +52,27 @@ def described(connection: Connection) -> str | None:
     return f"{_counted(shards, 'shard')} on {_counted(nodes, 'node')} of Citus" if shards else None
 
 
-def shards(connection: psycopg.Connection[Any], org_ids: Collection[str]) -> dict[str, int]:
-    """The shard of each organization, whether it has a wallet or not."""
-    return dict(connection.execute(_SHARDS, [list(org_ids)]).fetchall())
+class Place(NamedTuple):
+    """Where an organization is."""
+
+    shard: int
+    node: int
+
+
+def places(connection: psycopg.Connection[Any], org_ids: Collection[str]) -> dict[str, Place]:
+    """The place of each organization, whether it has a wallet or not."""
+    return {org_id: Place(shard, node) for org_id, shard, node in connection.execute(_PLACED, [list(org_ids)])}
 
 
 def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-_SHARDS = """
-    SELECT org_id, get_shard_id_for_distribution_column('wallets', org_id) FROM unnest(%b::text[]) AS named (org_id)
+_PLACED = """
+    SELECT org_id, shard, groupid FROM (
+        SELECT org_id, get_shard_id_for_distribution_column('wallets', org_id) AS shard
+        FROM unnest(%b::text[]) AS named (org_id)
+    ) AS named JOIN pg_dist_placement ON shardid = shard
 """
 _HAS_CITUS = text("SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus')")
 _EXISTING = text("SELECT name FROM unnest(CAST(:names AS text[])) AS name WHERE to_regclass(name) IS NOT NULL")

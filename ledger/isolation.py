@@ -18,7 +18,7 @@ from ledger import distribution
 from ledger.database import is_abandoned, raw_connection, shard_connections
 from ledger.faults import is_about_a_node, is_lost_connection, is_transient, may_be_local
 from ledger.statements import Connection
-from ledger.working_set import SHORT_PATIENCE_S, SHORTEST_PATIENCE_S
+from ledger.working_set import PATIENCE_S, SHORT_PATIENCE_S, SHORTEST_PATIENCE_S
 
 MAX_BATCH = 1_000
 """The most messages that one transaction applies; more are applied as several batches."""
@@ -47,6 +47,8 @@ class Work(Generic[Item, Became]):
     """Gives up an item that cannot be applied even alone."""
     keep_waiting: Callable[[Engine, Sequence[Item], Exception], Sequence[Became]]
     """Keeps the items of one organization that cannot be applied now."""
+    patience_s: float = PATIENCE_S
+    """The longest that PostgreSQL may take for a statement of `apply`."""
 
 
 def apply_all(engine: Engine, items: Sequence[Item], work: Work[Item, Became]) -> list[Became]:
@@ -55,14 +57,14 @@ def apply_all(engine: Engine, items: Sequence[Item], work: Work[Item, Became]) -
     If the ledger is distributed, the items of each shard are applied by themselves, those of several shards at once.
     """
     at_once = shard_connections(engine)
-    if at_once is None or len(items) == 1:
+    if at_once is None:
         return _Run(engine, items, work).done()
     groups = _by_shard(engine, [work.org_id_of(item) for item in items])
-    runs = [_Run(engine, [items[place] for place in places], work) for places in groups]
+    runs = [_Run(engine, [items[place] for place in places], work, node) for node, places in groups]
     with ThreadPoolExecutor(at_once) as threads:
         faults = list(threads.map(_Run.fault, runs))
     became: dict[int, Became] = {}
-    for places, run, fault in zip(groups, runs, faults, strict=True):
+    for (_, places), run, fault in zip(groups, runs, faults, strict=True):
         if fault is not None:
             if all(faults):
                 raise fault
@@ -71,14 +73,22 @@ def apply_all(engine: Engine, items: Sequence[Item], work: Work[Item, Became]) -
     return [became[place] for place in range(len(items))]
 
 
-def _by_shard(engine: Engine, org_ids: Sequence[str]) -> list[list[int]]:
-    """The places of the organizations of each shard, in order; the largest group first."""
+def node_of(engine: Engine, org_id: str) -> int | None:
+    """The node that has an organization; None: the ledger is not distributed. Raises database errors."""
+    if shard_connections(engine) is None:
+        return None
     with raw_connection(engine) as connection:
-        shards = distribution.shards(connection, set(org_ids))
-    places: dict[int, list[int]] = {}
+        return distribution.places(connection, [org_id])[org_id].node
+
+
+def _by_shard(engine: Engine, org_ids: Sequence[str]) -> list[tuple[int, list[int]]]:
+    """The node of each shard, and the places of its organizations in order; the largest group first."""
+    with raw_connection(engine) as connection:
+        found = distribution.places(connection, set(org_ids))
+    places: dict[distribution.Place, list[int]] = {}
     for place, org_id in enumerate(org_ids):
-        places.setdefault(shards[org_id], []).append(place)
-    return sorted(places.values(), key=len, reverse=True)
+        places.setdefault(found[org_id], []).append(place)
+    return sorted(((node, group) for (_, node), group in places.items()), key=lambda each: len(each[1]), reverse=True)
 
 
 @dataclass(slots=True)
@@ -86,6 +96,8 @@ class _Run(Generic[Item, Became]):
     engine: Engine
     items: Sequence[Item]
     work: Work[Item, Became]
+    node: int | None = None
+    """The node that has the organizations, if the ledger is distributed."""
     became: dict[int, Became] = field(default_factory=dict)
     """By the item's place in `items`."""
     culprits: dict[str, Exception] = field(default_factory=dict)
@@ -139,7 +151,7 @@ class _Run(Generic[Item, Became]):
         began_at = time.monotonic()
         fault: Exception
         try:
-            with raw_connection(self.engine) as connection:
+            with raw_connection(self.engine, node=self.node, patience_s=self.work.patience_s) as connection:
                 became = self.work.apply(connection, [self.items[place] for place in places], patience_s)
         except Exception as error:  # noqa: BLE001 - what cannot be isolated is raised
             fault = error

@@ -37,10 +37,10 @@ from holdfast_client.messages import (
 )
 from holdfast_client.results import ErrorCode, Result
 from ledger import bodies, dead_letters, traces, waiting
-from ledger.database import raw_connection
+from ledger.database import LONG_PATIENCE_S, raw_connection
 from ledger.dead_letters import MAX_ERROR_LENGTH, DeadLetter
 from ledger.faults import describe, is_about_a_node, is_transient
-from ledger.isolation import Work, apply_all
+from ledger.isolation import Work, apply_all, node_of
 from ledger.readable import beginning
 from ledger.statements import Connection
 from ledger.waiting import (
@@ -56,7 +56,7 @@ from ledger.waiting import (
     WaitingMessage,
     Waits,
 )
-from ledger.working_set import BEGIN, LONG_PATIENCE_S, PATIENCE_S, Decided, WorkingSet, exists
+from ledger.working_set import BEGIN, PATIENCE_S, Decided, WorkingSet, exists
 
 logger = logging.getLogger(__name__)
 
@@ -144,12 +144,13 @@ def apply_waiting(engine: Engine, org_id: str, *, limit: int, patience_s: float 
     """
     taken: Taken | None = None
     try:
-        with raw_connection(engine) as connection:
+        node = node_of(engine, org_id)
+        with raw_connection(engine, node=node, patience_s=patience_s) as connection:
             found = _take_waiting(connection, org_id, limit, patience_s)
         if isinstance(found, Applied):
             return found
         taken = found
-        with raw_connection(engine) as connection:
+        with raw_connection(engine, node=node, patience_s=patience_s) as connection:
             if taken.attempts > DELIVERY_LIMIT:
                 return _bury_waiting(connection, org_id, taken, None)
             applied = _apply_waiting(connection, org_id, taken, patience_s)
@@ -190,7 +191,7 @@ def catch_up(engine: Engine, org_ids: Sequence[str], *, task: str) -> Iterator[i
         logger.warning("%s skips the organization %s until its next run: %s", task, org_ids[0], describe(error))
         return [_CaughtUp(0, ())] * len(org_ids)
 
-    work: Work[str, _CaughtUp] = Work(str, _catch_up, bury, leave_out)
+    work: Work[str, _CaughtUp] = Work(str, _catch_up, bury, leave_out, LONG_PATIENCE_S)
     first = apply_all(engine, org_ids, work)
     yield _written(first)
     for done in first:

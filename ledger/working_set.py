@@ -45,9 +45,6 @@ SHORT_PATIENCE_S = 0.25
 SHORTEST_PATIENCE_S = 0.05
 """The same while it looks for one of many culprits, as the other organizations wait meanwhile."""
 
-LONG_PATIENCE_S = 10.0
-"""How long one statement may take when nothing else waits for it."""
-
 SECOND_LOOK_S = 0.1
 """How long to wait before a locked wallet is tried again: another worker holds it for less than that."""
 

@@ -1,4 +1,4 @@
-"""A way to a broker on which connections break: when the broker has it and the sender is not told, or when a test says.
+"""A way to a server on which connections break: when the server has it and the sender is not told, or when a test says.
 
 A connection is broken by a reset, as by a firewall or a host that is gone.
 """
@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from threading import Thread, Timer
+from threading import Event, Thread, Timer
 from urllib.parse import urlsplit
 
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, and no time to send what is left
@@ -23,6 +23,19 @@ class Way:
     is_closed: bool = False
     """New connections are broken at once."""
     _brokers: list[socket.socket] = field(default_factory=list)
+    _goes_on: Event = field(default_factory=Event)
+
+    def __post_init__(self) -> None:
+        self._goes_on.set()
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Nothing gets through, on open connections and new ones, as if the server hung. Later, everything does."""
+        self._goes_on.clear()
+        try:
+            yield
+        finally:
+            self._goes_on.set()
 
     def reset(self) -> None:
         """Break every connection; new ones can be made."""
@@ -90,6 +103,7 @@ def _relay(sender: socket.socket, port: int, after_bytes: float, way: Way) -> No
             for key, _ in ready.select():
                 assert isinstance(key.fileobj, socket.socket)
                 data = key.fileobj.recv(65536)
+                way._goes_on.wait()
                 if not data or (key.fileobj is broker and sent > after_bytes):
                     return
                 if key.fileobj is sender:

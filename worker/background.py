@@ -19,10 +19,11 @@ from psycopg.errors import QueryCanceled
 from sqlalchemy import Engine
 
 from ledger import clocks, scheduler, waiting
+from ledger.database import LONG_PATIENCE_S
 from ledger.faults import is_transient, may_be_local
 from ledger.store import Applied, DeadLettered, apply_waiting, reason_to_wait
 from ledger.waiting import MUCH_DUE, WaitingOrganization
-from ledger.working_set import LONG_PATIENCE_S, SHORT_PATIENCE_S, SHORTEST_PATIENCE_S
+from ledger.working_set import SHORT_PATIENCE_S, SHORTEST_PATIENCE_S
 from worker import metrics, spans
 from worker.answers import Answers, tell_dead_letter
 from worker.outage import Outage

@@ -12,13 +12,14 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
 
 from holdfast_client.results import Result
 from ledger import audit, distribution, migrations, scheduler
-from ledger.database import connect, raw_connection
+from ledger.database import SilenceError, connect, raw_connection
 from ledger.distribution import is_distributed
 from ledger.roles import WORKER
 from ledger.store import DeadLettered, Delivery, apply_batch, apply_waiting
 from ledger.tables import metadata
 from ledger.waiting import AWAY, Waits
 from tests import citus
+from tests.cut import cut_way_to
 from tests.messages import delivery, purchase
 from tests.support import sql
 
@@ -42,9 +43,8 @@ def node_of(engine: Engine) -> Callable[[str], int]:
 
     def find(org_id: str) -> int:
         with raw_connection(engine) as connection:
-            shard = distribution.shards(connection, [org_id])[org_id]
-        placed = "SELECT nodeid FROM pg_dist_placement JOIN pg_dist_node USING (groupid) WHERE shardid = :shard"
-        [(node,)] = sql(engine, placed, shard=shard)
+            group = distribution.places(connection, [org_id])[org_id].node
+        [(node,)] = sql(engine, "SELECT nodeid FROM pg_dist_node WHERE groupid = :group", group=group)
         return int(node)
 
     return find
@@ -65,6 +65,20 @@ def away(cluster: citus.Cluster, engine: Engine, node: int) -> Iterator[None]:
         sql(admin, move, node=node, host=host, port=port)
         admin.dispose()
         engine.dispose()
+
+
+@contextmanager
+def hanging(cluster: citus.Cluster, engine: Engine, node: int) -> Iterator[None]:
+    """The node takes connections, and does nothing."""
+    admin = cluster.administrator_of(0, str(engine.url.database))
+    [(host, port)] = sql(admin, "SELECT nodename, nodeport FROM pg_dist_node WHERE nodeid = :node", node=node)
+    move = "SELECT citus_update_node(:node, :host, :port)"
+    with cut_way_to(port) as way:
+        sql(admin, move, node=node, host=host, port=way.port)
+        with way.silent():
+            yield
+        sql(admin, move, node=node, host=host, port=port)
+    admin.dispose()
 
 
 def test_the_tables_of_organizations_are_distributed_together(engine: Engine) -> None:
@@ -124,6 +138,32 @@ def test_while_a_node_is_away_its_organizations_wait_and_the_others_do_not(
     for org_id in waiting:
         assert [answer.outcome for _, answer in apply_waiting(engine, org_id, limit=9).answers] == ["posted"]  # type: ignore[union-attr]
     assert sql(engine, "SELECT count(*), sum(prepaid_balance) FROM wallets") == [(40, 400)]
+    assert audit.verify(engine).is_clean
+
+
+def test_a_node_that_hangs_makes_only_its_organizations_wait_and_is_left_alone_for_a_while(
+    cluster: citus.Cluster, engine: Engine, database_url: str, node_of: Callable[[str], int]
+) -> None:
+    apply_batch(engine, [purchase(org_id, "p1", 5) for org_id in ORGANIZATIONS])
+    stuck = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'active'"
+    gone = node_of(ORGANIZATIONS[0])
+    waiting = {org_id for org_id in ORGANIZATIONS if node_of(org_id) == gone}
+    with hanging(cluster, engine, gone):
+        attempts = []
+        for purchase_id in ("p2", "p3"):
+            answers = apply_batch(engine, [purchase(org_id, purchase_id, 5) for org_id in ORGANIZATIONS])
+            assert {answer for answer in answers if isinstance(answer, Waits)} == {Waits(one, AWAY) for one in waiting}
+            assert sum(isinstance(answer, Result) for answer in answers) == len(ORGANIZATIONS) - len(waiting)
+            attempts += sql(engine, stuck)
+        assert attempts[0] == attempts[1]  # of sessions of the coordinator, which wait for the node
+        with pytest.raises(SilenceError, match="does not answer"):
+            apply_waiting(engine, ORGANIZATIONS[0], limit=9)
+    another = connect(database_url)  # a worker that never noticed it
+    for org_id in waiting:
+        answers_later = [answer for _, answer in apply_waiting(another, org_id, limit=9).answers]
+        assert [answer.outcome for answer in answers_later if isinstance(answer, Result)] == ["posted", "posted"]
+    another.dispose()
+    assert sql(engine, "SELECT count(*), sum(prepaid_balance) FROM wallets") == [(40, 600)]
     assert audit.verify(engine).is_clean
 
 

@@ -11,11 +11,11 @@ from sqlalchemy import Engine, text
 from holdfast_client.messages import DELIVERY_LIMIT, InvalidMessage
 from holdfast_client.results import Result
 from ledger import audit, due, rules, scheduler, waiting, working_set
-from ledger.database import connect
+from ledger.database import LONG_PATIENCE_S, connect
 from ledger.faults import is_transient
 from ledger.store import Applied, Delivery, apply_batch, apply_waiting
 from ledger.waiting import BEHIND, BLOCKED, LOCKED, MUCH_DUE, RECORD_LOCKED, SLOW, Waits
-from ledger.working_set import LONG_PATIENCE_S, PATIENCE_S
+from ledger.working_set import PATIENCE_S
 from tests.messages import delivery, purchase, start
 from tests.support import begin_schedules, moved, no_more_acting, on_insert_into, sql
 

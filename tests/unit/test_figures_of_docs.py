@@ -16,10 +16,10 @@ from holdfast_client.redis_server import OLDEST_REDIS
 from ledger import archive, migrations
 from ledger.clocks import MOST_APART_S
 from ledger.daily_sums import NOT_SUMMED
-from ledger.database import TRANSACTION_TIMEOUT_S
+from ledger.database import LONG_PATIENCE_S, TRANSACTION_TIMEOUT_S
 from ledger.history import MAX_PAGE
 from ledger.isolation import MOST_CULPRITS
-from ledger.working_set import LONG_PATIENCE_S, MOST_DUE
+from ledger.working_set import MOST_DUE
 from worker import background, batching
 from worker.app import BEAT_INTERVAL_S
 from worker.broker import VISIBILITY_TIMEOUT_S
