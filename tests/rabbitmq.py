@@ -30,6 +30,9 @@ _PORT_MAPPER = shutil.which("epmd")
 
 START_TIMEOUT_S = 300.0
 
+RECOMMENDED = Path(__file__).parents[1] / "deploy/rabbitmq"
+"""The files of settings that docs/reliability.md recommends for every node of a cluster."""
+
 # One scheduler, which sleeps when it has nothing to do: a node and a command are cheap then.
 SCHEDULERS = "+S 1:1 +sbwt none +sbwtdcpu none +sbwtdio none"
 ERLANG_ARGUMENTS = f"-kernel inet_dist_use_interface {{127,0,0,1}} {SCHEDULERS}"
@@ -135,12 +138,12 @@ def cluster(
     size: int = 3,
     *,
     while_first_is_alone: Callable[[RabbitMQ], None] = lambda _: None,
-    settings: str = "",
+    as_recommended: bool = False,
     folder: Path | None = None,
 ) -> Iterator[list[RabbitMQ]]:
     """Start so many nodes of one cluster, with nothing in it but what is done while there is only the first.
 
-    `settings`: more of rabbitmq.conf. `folder`: where their data and logs are kept; default: nowhere.
+    `as_recommended`: with the settings of RECOMMENDED. `folder`: where data and logs are kept; default: nowhere.
     """
     assert _PORT_MAPPER is not None
     with ExitStack() as cleanup:
@@ -167,6 +170,10 @@ def cluster(
         mapper = Process("epmd", [_PORT_MAPPER], folder, env=environment)
         cleanup.callback(mapper.kill)
         mapper.start()
+        settings = ""
+        if as_recommended:
+            settings = (RECOMMENDED / "cluster.conf").read_text()
+            environment["RABBITMQ_ADVANCED_CONFIG_FILE"] = str(RECOMMENDED / "advanced.config")
         nodes = [_node(port, ports, folder, environment, settings) for port in ports]
         first, *others = nodes
         for node in nodes:

@@ -32,6 +32,9 @@ from holdfast_client.tracing import TRACEPARENT, publishing
 TIMEOUT_S = 5.0
 """How long the broker, or one of its nodes, may be silent."""
 
+NODE_TIMEOUT_S = 2.0
+"""How long one of several nodes may take to let us in. Then the next one is tried."""
+
 POOL_LIMIT = 10
 """The most connections of one client; further threads wait for one."""
 
@@ -275,7 +278,7 @@ def leave(connection: Connection) -> None:
 
 
 def connect(connection: Connection) -> None:
-    """Try each of the broker's nodes once, for TIMEOUT_S at most. Raises one of BROKER_ERRORS."""
+    """Try each of the broker's nodes once. Raises one of BROKER_ERRORS."""
     nodes = len(connection.alt) or 1
     connection.ensure_connection(max_retries=nodes - 1, timeout=nodes * TIMEOUT_S)
 
@@ -286,7 +289,7 @@ def _connection(broker_url: str) -> Connection:
     return Connection(
         verified(broker_url),
         heartbeat=0,  # an idle client sends none; a dead connection is found when used
-        connect_timeout=TIMEOUT_S,
+        connect_timeout=TIMEOUT_S if nodes == 1 else NODE_TIMEOUT_S,
         transport_options={
             **connection_options(broker_url),
             # Kombu's limits for connecting, for all nodes together: the number of tries, and the time. Without the

@@ -44,9 +44,6 @@ from worker.local.machine import free_port
 from worker.local.process import Process, ServiceError
 from worker.local.system import API_OPTIONS
 
-CONFIGURATION = Path(__file__).parents[2] / "deploy/rabbitmq/cluster.conf"
-"""What docs/reliability.md recommends for every node."""
-
 LONGEST_PAUSE_S = 15.0
 FAULTS = ("SIGKILL", "SIGSTOP")
 DOWN_S = {"SIGKILL": (8, 15), "SIGSTOP": (25, 40)}
@@ -221,7 +218,7 @@ class Cluster:
             self.store = cleanup.enter_context(closing(redis.Redis.from_url(self.services.broker.url)))
             nodes = self._folder / "rabbitmq"
             nodes.mkdir()
-            self.nodes = cleanup.enter_context(rabbitmq.cluster(settings=CONFIGURATION.read_text(), folder=nodes))
+            self.nodes = cleanup.enter_context(rabbitmq.cluster(as_recommended=True, folder=nodes))
             self.url = ";".join(node.url for node in self.nodes)
             self._start(cleanup)
             self._cleanup = cleanup.pop_all()

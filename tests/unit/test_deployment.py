@@ -209,6 +209,8 @@ def test_the_documents_tell_what_every_node_has() -> None:
     configuration = (ROOT / "deploy/rabbitmq/cluster.conf").read_text()
     for setting in re.findall(r"^\w+ = \w+$", configuration, re.MULTILINE):
         assert f"`{setting}`" in WITH_THREE_NODES
+    [term] = re.findall(r"^\[.*\]\.$", (ROOT / "deploy/rabbitmq/advanced.config").read_text(), re.MULTILINE)
+    assert f"`{term}`" in WITH_THREE_NODES
 
 
 # Secrets
