@@ -19,6 +19,7 @@ from holdfast_client.broker import (
     NO_LIMIT,
     QUEUE,
     RABBITMQ_ARGUMENTS,
+    connect_timeout_s,
     connection_options,
     verified,
 )
@@ -66,6 +67,7 @@ def create_celery(name: str, broker_url: str, result_url: str | None) -> Celery:
         control_exchange=CONTROL_EXCHANGE,
         # Celery's own transport loses a message when the worker is killed between taking and recording it. And any
         # program that waits with it, even for the answer to a ping, restores what other applications' workers hold.
+        broker_connection_timeout=connect_timeout_s(broker_url),
         broker_transport=_TRANSPORT if is_redis else None,
         broker_transport_options=connection_options(broker_url) | (_REDIS_OPTIONS if is_redis else {}),
     )

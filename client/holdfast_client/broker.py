@@ -59,14 +59,20 @@ RABBITMQ_ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 """Do not change these: RabbitMQ does not change a queue that exists."""
 
-_SILENT_S = 5  # nothing waits forever for a broker that is stuck
+SILENT_S = 5.0  # nothing waits forever for a broker that is stuck
+_NODE_SILENT_S = 2.0  # nor for one of its nodes that lets nobody in, as there are others
 
 
 def connection_options(broker_url: str) -> dict[str, Any]:
     """Kombu's options for the transport to this broker."""
     if not broker_url.startswith(REDIS_SCHEMES):
-        return {"read_timeout": _SILENT_S, "write_timeout": _SILENT_S}
-    return {"socket_connect_timeout": _SILENT_S, "socket_timeout": _SILENT_S, "socket_keepalive": True}
+        return {"read_timeout": SILENT_S, "write_timeout": SILENT_S}
+    return {"socket_connect_timeout": SILENT_S, "socket_timeout": SILENT_S, "socket_keepalive": True}
+
+
+def connect_timeout_s(broker_url: str) -> float:
+    """How long a node of this broker may take to let us in."""
+    return _NODE_SILENT_S if ";" in broker_url else SILENT_S
 
 
 def masked(url: str) -> str:

@@ -24,16 +24,23 @@ from kombu.serialization import dumps
 from kombu.utils.json import dumps as to_json
 from redis.exceptions import RedisError
 
-from holdfast_client.broker import ENGINE_QUEUE, QUEUE, REPLAY_OF, connection_options, declare_queues, masked, verified
+from holdfast_client.broker import (
+    ENGINE_QUEUE,
+    QUEUE,
+    REPLAY_OF,
+    SILENT_S,
+    connect_timeout_s,
+    connection_options,
+    declare_queues,
+    masked,
+    verified,
+)
 from holdfast_client.broker_urls import REDIS_SCHEMES
 from holdfast_client.redis_server import UnsupportedServerError, check_server
 from holdfast_client.tracing import TRACEPARENT, publishing
 
-TIMEOUT_S = 5.0
+TIMEOUT_S = SILENT_S
 """How long the broker, or one of its nodes, may be silent."""
-
-NODE_TIMEOUT_S = 2.0
-"""How long one of several nodes may take to let us in. Then the next one is tried."""
 
 POOL_LIMIT = 10
 """The most connections of one client; further threads wait for one."""
@@ -289,7 +296,7 @@ def _connection(broker_url: str) -> Connection:
     return Connection(
         verified(broker_url),
         heartbeat=0,  # an idle client sends none; a dead connection is found when used
-        connect_timeout=TIMEOUT_S if nodes == 1 else NODE_TIMEOUT_S,
+        connect_timeout=connect_timeout_s(broker_url),
         transport_options={
             **connection_options(broker_url),
             # Kombu's limits for connecting, for all nodes together: the number of tries, and the time. Without the
