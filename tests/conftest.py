@@ -1,6 +1,6 @@
 """Real services for the tests that need them: one PostgreSQL and one broker a session, one database a test.
 
-And how hard Hypothesis tries: `default` on every push, `soak` (HYPOTHESIS_PROFILE=soak) twenty times as long.
+And how hard Hypothesis tries: `default` on every push, `soak` (HYPOTHESIS_PROFILE=soak) forty times as long.
 """
 
 import os
@@ -26,7 +26,7 @@ from tests.rabbitmq import RabbitMQ
 from worker.local.embedded import Embedded
 
 EVERY_PUSH = settings(
-    max_examples=50,
+    max_examples=25,
     stateful_step_count=30,
     deadline=None,  # a busy machine is not a bug
     suppress_health_check=[HealthCheck.too_slow],  # nor is a slow one

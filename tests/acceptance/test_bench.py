@@ -44,6 +44,7 @@ def funded(engine: Engine) -> Engine:
     return engine
 
 
+@pytest.mark.soak
 def test_every_measurement_runs_and_every_message_is_accounted_for(
     services: Embedded, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ import base64
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -50,6 +50,12 @@ FLAGS = (
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None or DRIVER is None, reason="chromium and chromedriver are not installed"
 )
+
+
+def widths(*pixels: int, more: Sequence[int]) -> list[Any]:
+    """Widths of a screen: at every push, the narrowest and another one; `make soak` has `more`."""
+    return [*pixels, *(pytest.param(width, marks=pytest.mark.soak) for width in more)]
+
 
 # Of every text that is shown: the smallest ratio of contrast to the ground that it stands on, and the text.
 CONTRAST = """
@@ -632,7 +638,7 @@ def test_no_column_is_cut_where_there_is_a_table(customer: Person, width: int) -
     assert customer.driver.execute_script(HIDDEN) == []
 
 
-@pytest.mark.parametrize("width", [320, 360, 1280])
+@pytest.mark.parametrize("width", widths(320, 1280, more=[360]))
 def test_the_longest_names_stick_out_of_nothing(running: Installation, person: Person, width: int) -> None:
     org_id = "W" * 128
     fields = {"workflow_id": "M" * 128, "project_id": "W" * 128, "activity_name": "M" * 128, "source": "W" * 64}
@@ -908,7 +914,7 @@ def test_a_reason_that_is_missing_is_said_at_its_field(operator: Person, letter:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [320, 360, 768, 1024])
+@pytest.mark.parametrize("width", widths(320, 1024, more=[360, 768]))
 def test_the_operators_pages_are_readable_everywhere(
     running: Installation, operator: Person, incident: str, letter: str, scheme: str, width: int
 ) -> None:
@@ -1013,7 +1019,7 @@ def test_support_gives_back_the_credits_of_a_failed_run(person: Person) -> None:
     assert "SUP-8821: it failed" in str(person.find("main").get_attribute("textContent"))  # also what opens at a click
 
 
-@pytest.mark.parametrize("width", [320, 390, 768, 1024, 1440])
+@pytest.mark.parametrize("width", widths(320, 1024, more=[390, 768, 1440]))
 def test_the_console_fits_every_screen_and_can_be_read_by_night(person: Person, width: int) -> None:
     person.sign_in(token(sub="olga", orgs="*", scope="credits:read operator"), "/operators/organizations")
     organization = "/operators/organizations/acme"

@@ -79,6 +79,7 @@ def test_flower_shows_every_message_and_how_it_ended(watched: Installation) -> N
     assert {queue["name"]: queue["messages"] for queue in shown} == dict.fromkeys(QUEUES, 0)
 
 
+@pytest.mark.soak
 def test_flower_shows_them_on_rabbitmq(
     installation: Installation, rabbitmq_url: str, rights: Callable[[str], str]
 ) -> None:

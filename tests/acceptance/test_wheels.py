@@ -65,6 +65,7 @@ def test_the_command_of_the_readmes_installs_it(empty: Environment, page: str) -
     assert "holdfast-client" in empty.versions()
 
 
+@pytest.mark.soak
 def test_an_engine_keeps_its_celery_and_its_worker_py(
     wheels: Wheels, empty: Environment, running: Installation
 ) -> None:

@@ -29,6 +29,8 @@ from tests.nemesis.run import Goal, Report
 from tests.nemesis.workload import FLOOD_ORG_ID, Message, Workload
 from tests.support import sql
 
+pytestmark = pytest.mark.soak  # they are about the nemesis itself, which runs at every push
+
 HOUR = timedelta(hours=1)
 SEED = 20
 """With this one, the messages are of all kinds."""

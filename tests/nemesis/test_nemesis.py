@@ -31,6 +31,7 @@ def test_whatever_is_killed_nothing_is_lost_and_nothing_applied_twice() -> None:
     shutil.rmtree(folder)
 
 
+@pytest.mark.soak
 def test_interrupted_it_ends_everything_it_has_started() -> None:
     with open_folder() as folder, (folder / "output").open("w+b") as output:
         nemesis = subprocess.Popen(
