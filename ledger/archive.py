@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Engine, select, text
 
-from ledger import audit, daily_sums
+from ledger import audit, daily_sums, distribution
 from ledger.archive_files import Entry, Folder, Row
 from ledger.audit import Check, Finding, Verdict
+from ledger.database import LedgerConnection
 from ledger.state import Event
-from ledger.tables import archive_head
+from ledger.tables import archive_head, archived, credit_events, metadata
 from ledger.upkeep import UpkeepError, alone, refuse_others
 
 LEAST_AGE_DAYS = 31
@@ -157,10 +158,17 @@ def _groups(connection: Connection, day: date) -> Iterator[list[Row]]:
         wallets = connection.execute(_CLOSED_ON, {"day": day}).all()
     for ranges in _steps(Range(*wallet) for wallet in wallets):
         with connection.begin():
+            _find_by_key(connection)
             rows = [tuple(row) for row in connection.execute(_EVENTS, _arrays(ranges))]
         if len(rows) != sum(last - first + 1 for _, first, last in ranges):
             raise UpkeepError(f"the events of {day} are not as many as their numbers say: run `holdfast verify`")
         yield rows
+
+
+def _find_by_key(connection: Connection) -> None:
+    """Have this transaction look its events up one range after the other, whatever the planner estimates."""
+    for way in ("hashjoin", "mergejoin", "seqscan"):
+        connection.execute(text(f"SET LOCAL enable_{way} = off"))
 
 
 def _steps(ranges: Iterable[Range]) -> Iterator[list[Range]]:
@@ -187,6 +195,7 @@ def _delete(connection: Connection, folder: Folder, number: int) -> int:
     entry, head = folder.entries[number - 1], folder.head_after(number)
     for rows in folder.groups(entry):
         with connection.begin():
+            _find_by_key(connection)
             deleted += _delete_some(connection, entry, rows)
             connection.execute(_SET_HEAD, {"head": head})
     return deleted
@@ -236,7 +245,7 @@ def _comparable(row: Row, erased: dict[str, int]) -> Row:
 def _load(connection: Connection, folder: Folder) -> None:
     """Have `credit_events` name all events on this connection, and `archived` none."""
     driver = connection.connection.driver_connection
-    assert driver is not None
+    assert isinstance(driver, LedgerConnection)
     with connection.begin():
         schema = connection.scalar(text("SELECT quote_ident(current_schema())"))
         connection.execute(text("CREATE TEMPORARY TABLE read_back (LIKE credit_events)"))
@@ -251,12 +260,34 @@ def _load(connection: Connection, folder: Folder) -> None:
                         if row[_SEQ] <= through.get(row[_ORG_ID], 0):
                             is_erased = row[_SEQ] <= erased.get(row[_ORG_ID], 0)
                             copy.write_row((*row[:_ACTIVITY], None, *row[_ACTIVITY + 1 :]) if is_erased else row)
+    every_event = "SELECT * FROM read_back"
+    if driver.is_distributed:
+        _copy_from_nodes(connection, schema)
+    else:
+        every_event += f" UNION ALL SELECT * FROM {schema}.credit_events"
+    with connection.begin():
         connection.execute(text("CREATE INDEX ON read_back (org_id, seq)"))
         connection.execute(text("CREATE INDEX ON read_back (org_id, idempotency_key)"))
         connection.execute(text("ANALYZE read_back"))
-        every_event = f"SELECT * FROM {schema}.credit_events UNION ALL SELECT * FROM read_back"
         connection.execute(text(f"CREATE TEMPORARY VIEW credit_events AS {every_event}"))
         connection.execute(text(f"CREATE TEMPORARY TABLE archived (LIKE {schema}.archived INCLUDING INDEXES)"))
+
+
+def _copy_from_nodes(connection: Connection, schema: str) -> None:
+    """Have the distributed tables on this connection alone: `read_back` has all events, `archived` is left out.
+
+    A node does not see what only this connection has, and Citus joins it with other tables badly.
+    """
+    with connection.begin():
+        connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
+        # With one connection to each node, everything of an organization is as it was at one moment.
+        connection.execute(text("SET LOCAL citus.max_adaptive_executor_pool_size = 1"))
+        connection.execute(text(f"INSERT INTO read_back SELECT * FROM {schema}.credit_events"))
+        for table in (each.name for each in metadata.sorted_tables if distribution.is_distributed(each)):
+            if table not in (credit_events.name, archived.name):
+                connection.execute(text(f"CREATE TEMPORARY TABLE {table} (LIKE {schema}.{table} INCLUDING INDEXES)"))
+                connection.execute(text(f"INSERT INTO {table} SELECT * FROM {schema}.{table}"))
+                connection.execute(text(f"ANALYZE {table}"))
 
 
 def _midnight(day: date) -> datetime:
@@ -277,6 +308,7 @@ _ORG_ID, _SEQ, _ACTIVITY, _METADATA = map(Event._fields.index, ("org_id", "seq",
 _RANGES = """unnest(
     CAST(:org_ids AS text[]), CAST(CAST(:firsts AS text[]) AS bigint[]), CAST(CAST(:lasts AS text[]) AS bigint[])
 ) WITH ORDINALITY AS range (org_id, first, last, place)"""
+_IN_RANGE = "event.org_id = range.org_id AND event.seq BETWEEN first AND last"
 _COLUMNS = ", ".join(
     "CAST(event.metadata AS text)" if name == "metadata" else f"event.{name}" for name in Event._fields
 )
@@ -316,26 +348,23 @@ _CLOSED = text("""
 """)
 _CLOSED_ON = text("SELECT org_id, first, last FROM closed WHERE day = :day ORDER BY org_id")
 _EVENTS = text(f"""
-    SELECT {_COLUMNS} FROM {_RANGES} CROSS JOIN LATERAL (
-        SELECT * FROM credit_events WHERE credit_events.org_id = range.org_id AND seq BETWEEN first AND last OFFSET 0
-    ) AS event ORDER BY place, seq
+    SELECT {_COLUMNS} FROM {_RANGES} JOIN credit_events AS event ON {_IN_RANGE} ORDER BY place, seq
 """)
 _THROUGH = text("SELECT org_id, seq FROM archived WHERE org_id = ANY(:org_ids)")
 _ERASED = text("SELECT org_id, max(seq) FROM erasures WHERE org_id = ANY(:org_ids) GROUP BY org_id")
 _KEPT = ("created_at", *(f"{name}_after" for name in audit.BALANCES))
 _CHECKPOINT = text(f"""
     INSERT INTO archived AS old (org_id, seq, created_at, {", ".join((*audit.BALANCES, *audit.ARCHIVED))})
-    SELECT range.org_id, last, {", ".join(f"final.{name}" for name in _KEPT)}, moved.*
-    FROM {_RANGES} CROSS JOIN LATERAL (
-        SELECT {", ".join(f"{sums} AS {name}" for name, sums in audit.ARCHIVED.items())} FROM credit_events AS event
-        WHERE event.org_id = range.org_id AND seq BETWEEN first AND last
+    SELECT moved.org_id, moved.seq, {", ".join((*(f"final.{name}" for name in _KEPT), *audit.ARCHIVED))}
+    FROM (
+        SELECT event.org_id, max(seq) AS seq, {", ".join(f"{sums} AS {name}" for name, sums in audit.ARCHIVED.items())}
+        FROM {_RANGES} JOIN credit_events AS event ON {_IN_RANGE} GROUP BY event.org_id
     ) AS moved
-    JOIN credit_events AS final ON final.org_id = range.org_id AND final.seq = last
-    ON CONFLICT ON CONSTRAINT archived_pkey DO UPDATE SET
+    JOIN credit_events AS final ON final.org_id = moved.org_id AND final.seq = moved.seq
+    ON CONFLICT (org_id) DO UPDATE SET
         {", ".join(f"{name} = excluded.{name}" for name in ("seq", "created_at", *audit.BALANCES))},
         {", ".join(f"{name} = old.{name} + excluded.{name}" for name in audit.ARCHIVED)}
 """)
 _DELETE = text(f"""
-    DELETE FROM credit_events AS event USING {_RANGES}
-    WHERE event.org_id = range.org_id AND event.seq BETWEEN first AND last RETURNING {_COLUMNS}
+    DELETE FROM credit_events AS event USING {_RANGES} WHERE {_IN_RANGE} RETURNING {_COLUMNS}
 """)

@@ -8,6 +8,7 @@ or message without its event is accepted there if all of these together are exac
 `ledger.archive.verify` reads the archived events back, and runs the same checks over all events.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from sqlalchemy import Connection, Engine, func, text
 from sqlalchemy.dialects.postgresql import insert
 
 from holdfast_client.messages import MAX_CREDITS
+from ledger import distribution
 from ledger.tables import last_verification, metadata
 
 MAX_OFFENDERS = 20
@@ -31,6 +33,8 @@ class Check:
     name: str
     rule: str
     offenders: str
+    of_shards: str = ""
+    """A query for what breaks it in the shards of a distributed ledger, if `offenders` cannot see it there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +77,15 @@ def check_all(connection: Connection) -> Verdict:
     """The same in a new transaction of `connection`."""
     connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
     connection.execute(text("SET LOCAL statement_timeout = 0"))
+    is_distributed = distribution.described(connection) is not None
 
     def count(rows: str) -> Any:
         return connection.scalar(text(f"SELECT count(*) FROM {rows}"))
 
     def offenders(check: Check) -> list[tuple[str, str]]:
-        query = text(f"SELECT org_id, offender FROM ({check.offenders}) AS broken ORDER BY 1, 2 LIMIT :most")
+        is_anywhere = is_distributed and check.of_shards
+        broken = f"{check.offenders} UNION ALL {check.of_shards}" if is_anywhere else check.offenders
+        query = text(f"SELECT org_id, offender FROM ({broken}) AS broken ORDER BY 1, 2 LIMIT :most")
         return [(row.org_id, row.offender) for row in connection.execute(query, {"most": MAX_OFFENDERS})]
 
     return Verdict(
@@ -185,9 +192,52 @@ _TABLE = """(
     ORDER BY place LIMIT 1
 )"""
 
-_CONSTRAINTS = ", ".join(
+_TRIGGERS = f"""
+    SELECT 'credit_events' AS org_id, 'the trigger ' || name || ' is ' || state AS offender
+    FROM (
+        SELECT name,
+               CASE
+                 WHEN tgname IS NULL THEN 'missing'
+                 WHEN tgenabled NOT IN ('O', 'A') THEN 'disabled'
+                 WHEN tgtype <> type OR tgattr <> '' OR tgqual IS NOT NULL
+                   OR md5(prosrc) <> '{FUNCTION_MD5}'
+                   THEN 'not the one that holdfast migrate creates'
+               END AS state
+        FROM (VALUES
+            ('credit_events_append_only', 1 + 2 + 8 + 16), -- for each row, before UPDATE and DELETE
+            ('credit_events_no_truncate', 2 + 32) -- for each statement, before TRUNCATE
+        ) AS expected (name, type)
+        LEFT JOIN pg_trigger ON tgrelid = {{table}} AND tgname IN (name, {{name}})
+        LEFT JOIN pg_proc ON pg_proc.oid = tgfoid
+    ) AS trigger
+    WHERE state IS NOT NULL
+"""
+_EXPECTED = ", ".join(
     f"('{table.name}', '{constraint.name}')" for table in metadata.sorted_tables for constraint in table.constraints
 )
+_CONSTRAINTS = f"""
+    SELECT relation AS org_id,
+           name || CASE WHEN conname IS NULL THEN ' is missing' ELSE ' is not validated' END AS offender
+    FROM (VALUES {_EXPECTED}) AS expected (relation, name)
+    LEFT JOIN pg_constraint ON conrelid = {{table}} AND conname IN (name, {{name}})
+    WHERE convalidated IS NOT TRUE
+"""
+
+
+def _of_shards(tables: Sequence[str], offenders: str) -> str:
+    """The `offenders` in each shard of these tables. Some names have the number of the shard at the end there."""
+    found = offenders.format(table="'%1$s'::regclass", name=r"name || substring('%1$s' FROM '_\d+$')")
+    names = ", ".join(f"('{table}')" for table in tables)
+    return rf"""
+        SELECT relation, offender || ' in shard ' || string_agg(shardid::text, ', ' ORDER BY shardid)
+        FROM (VALUES {names}) AS distributed (relation)
+        CROSS JOIN LATERAL run_command_on_shards({_TABLE.format("relation")}, replace($query$
+            SELECT string_agg(offender, E'\n') FROM ({found}) AS broken WHERE org_id = 'RELATION'
+        $query$, 'RELATION', relation)) AS found
+        CROSS JOIN LATERAL unnest(string_to_array(result, E'\n')) AS offender
+        GROUP BY relation, offender
+    """
+
 
 CHECKS = (
     Check(
@@ -294,12 +344,14 @@ CHECKS = (
         "workflows",
         "A workflow is reserved, released and charged at most once, as its state and its messages' amounts require.",
         f"""
-        WITH joined AS (
-            SELECT *, CASE WHEN start_answer = 'reserved' THEN start_credits END AS holds,
+        WITH joined AS NOT MATERIALIZED (
+            SELECT *, workflow.org_id AS archived_of,
+                   CASE WHEN start_answer = 'reserved' THEN start_credits END AS holds,
                    CASE WHEN start_answer = 'reserved' AND state <> 'reserved' THEN start_credits END AS releases
             FROM (
-                SELECT org_id, workflow_id, state, start_credits, start_answer, reserved_seq, finish_credits
-                FROM workflows
+                SELECT org_id, workflow_id, state, start_credits, start_answer, reserved_seq, finish_credits,
+                       archived.seq AS left_until
+                FROM workflows LEFT JOIN archived USING (org_id)
             ) AS workflow
             FULL JOIN (
                 SELECT org_id, workflow_id, {_RESERVED} AS reserved, {_RELEASED} AS released, {_USED} AS used,
@@ -307,8 +359,6 @@ CHECKS = (
                        count(*) = count(DISTINCT event_type) AS once
                 FROM credit_events WHERE workflow_id IS NOT NULL AND event_type <> 'refund' GROUP BY org_id, workflow_id
             ) AS history USING (org_id, workflow_id)
-            LEFT JOIN (SELECT org_id, seq AS left_until, held AS has_held, archived.released AS has_released,
-                              archived.used AS has_used FROM archived) AS archive USING (org_id)
         )
         SELECT org_id, 'workflow ' || workflow_id AS offender FROM joined
         WHERE state IS NULL
@@ -319,11 +369,13 @@ CHECKS = (
            OR (released IS DISTINCT FROM releases AND (left_until IS NULL OR released IS NOT NULL))
            OR (state IN ('cancelled', 'failed', 'expired') AND release_reason <> state)
         UNION ALL
-        SELECT org_id, 'the workflows whose events are in the archive' FROM joined WHERE left_until IS NOT NULL
-        GROUP BY org_id, has_held, has_released, has_used
-        HAVING (COALESCE(sum(holds) FILTER (WHERE reserved IS NULL), 0),
-                COALESCE(sum(releases) FILTER (WHERE released IS NULL), 0),
-                COALESCE(sum(finish_credits) FILTER (WHERE used IS NULL), 0)) <> (has_held, has_released, has_used)
+        SELECT old.org_id, 'the workflows whose events are in the archive'
+        FROM archived AS old LEFT JOIN joined ON archived_of = old.org_id
+        GROUP BY old.org_id, old.held, old.released, old.used
+        HAVING (COALESCE(sum(holds) FILTER (WHERE joined.reserved IS NULL), 0),
+                COALESCE(sum(releases) FILTER (WHERE joined.released IS NULL), 0),
+                COALESCE(sum(finish_credits) FILTER (WHERE joined.used IS NULL), 0))
+            <> (old.held, old.released, old.used)
         """,
     ),
     Check(
@@ -354,37 +406,38 @@ CHECKS = (
         "messages",
         "Every message about the wallet that has credits, such as a purchase, is one event with these credits.",
         f"""
-        WITH joined AS (
-            SELECT COALESCE(message.org_id, event.org_id) AS org_id, key, kind, idempotency_key,
-                   message.credits AS sent, event.credits
+        WITH joined AS NOT MATERIALIZED (
+            SELECT *, message.org_id AS archived_of
             FROM (
-                SELECT org_id, kind || ':' || message_id AS key, kind,
-                       (terms ->> 'credits')::bigint * CASE kind WHEN 'reversal' THEN -1 ELSE 1 END AS credits
-                FROM posted_messages WHERE terms ? 'credits'
+                SELECT org_id, kind || ':' || message_id AS key, kind, archived.seq AS left_until,
+                       (terms ->> 'credits')::bigint * CASE kind WHEN 'reversal' THEN -1 ELSE 1 END AS sent
+                FROM posted_messages LEFT JOIN archived USING (org_id) WHERE terms ? 'credits'
             ) AS message
-            FULL JOIN (SELECT org_id, idempotency_key, credits FROM credit_events WHERE {_OF_MESSAGE}) AS event
-              ON event.org_id = message.org_id AND idempotency_key = key
+            FULL JOIN (
+                SELECT org_id, idempotency_key AS key, credits FROM credit_events WHERE {_OF_MESSAGE}
+            ) AS event USING (org_id, key)
         )
-        SELECT org_id, COALESCE(key, idempotency_key) AS offender FROM joined
-        WHERE (idempotency_key IS NOT NULL OR NOT EXISTS (SELECT FROM archived WHERE archived.org_id = joined.org_id))
+        SELECT org_id, key AS offender FROM joined
+        WHERE (credits IS NOT NULL OR left_until IS NULL)
           AND CASE WHEN kind = 'reversal' AND sent IS NULL THEN COALESCE(credits, 0) >= 0
                    ELSE sent IS DISTINCT FROM credits END
         UNION ALL
-        SELECT org_id, 'the messages whose events are in the archive'
-        FROM archived LEFT JOIN joined USING (org_id) GROUP BY org_id, posted
-        HAVING COALESCE(sum(sent) FILTER (WHERE idempotency_key IS NULL AND kind <> 'reversal'), 0) <> posted
+        SELECT old.org_id, 'the messages whose events are in the archive'
+        FROM archived AS old LEFT JOIN joined ON archived_of = old.org_id GROUP BY old.org_id, posted
+        HAVING COALESCE(sum(sent) FILTER (WHERE credits IS NULL AND kind <> 'reversal'), 0) <> posted
         """,
     ),
     Check(
         "reversals",
         "What was reversed of a purchase is remembered, and is not more than it brought.",
         """
-        WITH joined AS (
-            SELECT org_id, purchase_id, COALESCE(brought, 0) AS brought, COALESCE(reversed, 0) AS reversed,
-                   COALESCE(taken, 0) AS taken
+        WITH joined AS NOT MATERIALIZED (
+            SELECT org_id, purchase.org_id AS archived_of, purchase_id, left_until, COALESCE(brought, 0) AS brought,
+                   COALESCE(reversed, 0) AS reversed, COALESCE(taken, 0) AS taken
             FROM (
-                SELECT org_id, message_id AS purchase_id, (terms ->> 'credits')::bigint AS brought, reversed
-                FROM posted_messages WHERE kind = 'purchase'
+                SELECT org_id, message_id AS purchase_id, (terms ->> 'credits')::bigint AS brought,
+                       posted_messages.reversed, archived.seq AS left_until
+                FROM posted_messages LEFT JOIN archived USING (org_id) WHERE kind = 'purchase'
             ) AS purchase
             FULL JOIN (
                 SELECT org_id, terms ->> 'purchase_id' AS purchase_id, sum(-credits) AS taken
@@ -393,12 +446,11 @@ CHECKS = (
             ) AS reversals USING (org_id, purchase_id)
         )
         SELECT org_id, 'purchase ' || purchase_id AS offender FROM joined
-        WHERE taken > brought OR taken > reversed
-           OR (taken < reversed AND NOT EXISTS (SELECT FROM archived WHERE archived.org_id = joined.org_id))
+        WHERE taken > brought OR taken > reversed OR (taken < reversed AND left_until IS NULL)
         UNION ALL
-        SELECT org_id, 'the reversals in the archive'
-        FROM archived LEFT JOIN joined USING (org_id) GROUP BY org_id, archived.reversed
-        HAVING COALESCE(sum(joined.reversed - taken), 0) <> archived.reversed
+        SELECT old.org_id, 'the reversals in the archive'
+        FROM archived AS old LEFT JOIN joined ON archived_of = old.org_id GROUP BY old.org_id, old.reversed
+        HAVING COALESCE(sum(joined.reversed - taken), 0) <> old.reversed
         """,
     ),
     Check(
@@ -525,36 +577,13 @@ CHECKS = (
     Check(
         "append-only",
         "The database refuses to change or delete an event that is neither archived nor to be erased.",
-        f"""
-        SELECT 'credit_events' AS org_id, 'the trigger ' || name || ' is ' || state AS offender
-        FROM (
-            SELECT name,
-                   CASE
-                     WHEN tgname IS NULL THEN 'missing'
-                     WHEN tgenabled NOT IN ('O', 'A') THEN 'disabled'
-                     WHEN tgtype <> type OR tgattr <> '' OR tgqual IS NOT NULL
-                       OR md5(prosrc) <> '{FUNCTION_MD5}'
-                       THEN 'not the one that holdfast migrate creates'
-                   END AS state
-            FROM (VALUES
-                ('credit_events_append_only', 1 + 2 + 8 + 16), -- for each row, before UPDATE and DELETE
-                ('credit_events_no_truncate', 2 + 32) -- for each statement, before TRUNCATE
-            ) AS expected (name, type)
-            LEFT JOIN pg_trigger ON tgname = name AND tgrelid = {_TABLE.format("'credit_events'")}
-            LEFT JOIN pg_proc ON pg_proc.oid = tgfoid
-        ) AS trigger
-        WHERE state IS NOT NULL
-        """,
+        _TRIGGERS.format(table=_TABLE.format("'credit_events'"), name="name"),
+        _of_shards(["credit_events"], _TRIGGERS),
     ),
     Check(
         "constraints",
         "The database refuses a row that the rules cannot make: every constraint is there, and holds for every row.",
-        f"""
-        SELECT relation AS org_id,
-               name || CASE WHEN conname IS NULL THEN ' is missing' ELSE ' is not validated' END AS offender
-        FROM (VALUES {_CONSTRAINTS}) AS expected (relation, name)
-        LEFT JOIN pg_constraint ON conname = name AND conrelid = {_TABLE.format("relation")}
-        WHERE convalidated IS NOT TRUE
-        """,
+        _CONSTRAINTS.format(table=_TABLE.format("relation"), name="name"),
+        _of_shards([table.name for table in filter(distribution.is_distributed, metadata.sorted_tables)], _CONSTRAINTS),
     ),
 )

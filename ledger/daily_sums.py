@@ -149,14 +149,17 @@ def _sum_some(engine: Engine, org_id: str) -> int:
         if range_ is None:
             return 0
         after, through = range_
-        connection.execute(_SUM, {**about, "after": after, "through": through})
+        found = {**about, "after": after, "through": through}
+        connection.execute(_SUM, found)
+        connection.execute(_SUMMED, found)
     return int(through - after)
 
 
 # Archived events can be summed no more.
 _BEGIN = text("""
     INSERT INTO daily_sums_through (org_id, seq)
-    VALUES (:org_id, COALESCE((SELECT seq FROM archived WHERE org_id = :org_id), 0)) ON CONFLICT DO NOTHING
+    SELECT org_id, COALESCE(archived.seq, 0) FROM wallets LEFT JOIN archived USING (org_id) WHERE org_id = :org_id
+    ON CONFLICT DO NOTHING
 """)
 # An event is there, for every later statement, once its wallet says so.
 _NEXT = text("""
@@ -164,18 +167,16 @@ _NEXT = text("""
     WHERE org_id = :org_id AND seq < last_seq FOR NO KEY UPDATE OF daily_sums_through SKIP LOCKED
 """)
 _SUM = text("""
-    WITH summed AS (
-        INSERT INTO daily_sums AS sums (
-            org_id, day, event_type, project_id, activity_name, source, events, credits, first_seq, last_seq
-        )
-        SELECT org_id, CAST(timezone('UTC', created_at) AS date), event_type, COALESCE(project_id, ''),
-               COALESCE(activity_name, ''), source, count(*), sum(credits), min(seq), max(seq)
-        FROM credit_events
-        WHERE org_id = :org_id AND seq > :after AND seq <= :through
-        GROUP BY 1, 2, 3, 4, 5, 6
-        ON CONFLICT ON CONSTRAINT daily_sums_pkey
-        DO UPDATE SET events = sums.events + excluded.events, credits = sums.credits + excluded.credits,
-                      last_seq = excluded.last_seq
+    INSERT INTO daily_sums AS sums (
+        org_id, day, event_type, project_id, activity_name, source, events, credits, first_seq, last_seq
     )
-    UPDATE daily_sums_through SET seq = :through WHERE org_id = :org_id
+    SELECT org_id, CAST(timezone('UTC', created_at) AS date), event_type, COALESCE(project_id, ''),
+           COALESCE(activity_name, ''), source, count(*), sum(credits), min(seq), max(seq)
+    FROM credit_events
+    WHERE org_id = :org_id AND seq > :after AND seq <= :through
+    GROUP BY 1, 2, 3, 4, 5, 6
+    ON CONFLICT (org_id, day, event_type, project_id, activity_name, source)
+    DO UPDATE SET events = sums.events + excluded.events, credits = sums.credits + excluded.credits,
+                  last_seq = excluded.last_seq
 """)
+_SUMMED = text("UPDATE daily_sums_through SET seq = :through WHERE org_id = :org_id")

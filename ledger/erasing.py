@@ -49,6 +49,7 @@ def erase(engine: Engine, org_id: str, *, by: str, why: str, dry_run: bool = Fal
         events, runs, messages, letters = (connection.execute(statement, about).rowcount for statement in _STATEMENTS)
         connection.execute(_LOCK_SUMS, about)
         connection.execute(_SUMS, about)
+        connection.execute(_NAMED_SUMS, about)
         older = connection.execute(_IN_ARCHIVE, about).one()
         days = None if older.first_day is None else (older.first_day, older.last_day)
         found = Erased(events, runs, messages, letters, older.events, days)
@@ -73,7 +74,7 @@ def _refuse(connection: Connection, org_id: str) -> None:
 
 _OWN_REASONS = OWN_REASONS | {"refunded", "disputed", "plan_change"}
 _UNDER_WAY = text("""
-    SELECT EXISTS (SELECT FROM wallets WHERE org_id = :org_id) AS is_known,
+    SELECT EXISTS (SELECT org_id FROM wallets WHERE org_id = :org_id) AS is_known,
            (SELECT count(*) FROM dead_letters WHERE org_id = :org_id AND status = 'open') AS open_letters,
            (SELECT count(*) FROM waiting_messages WHERE org_id = :org_id) AS waiting
 """)
@@ -119,18 +120,16 @@ _STATEMENTS = (
 )
 _LOCK_SUMS = text("SELECT seq FROM daily_sums_through WHERE org_id = :org_id FOR UPDATE")
 _SUMS = text("""
-    WITH named AS (
-        DELETE FROM daily_sums WHERE org_id = :org_id AND activity_name <> '' RETURNING *
-    )
     INSERT INTO daily_sums AS sums
     SELECT org_id, day, event_type, project_id, '', source, sum(events), sum(credits), min(first_seq), max(last_seq)
-    FROM named GROUP BY org_id, day, event_type, project_id, source
-    ON CONFLICT ON CONSTRAINT daily_sums_pkey DO UPDATE SET
+    FROM daily_sums WHERE org_id = :org_id AND activity_name <> '' GROUP BY org_id, day, event_type, project_id, source
+    ON CONFLICT (org_id, day, event_type, project_id, activity_name, source) DO UPDATE SET
         events = sums.events + excluded.events, credits = sums.credits + excluded.credits,
         first_seq = LEAST(sums.first_seq, excluded.first_seq), last_seq = GREATEST(sums.last_seq, excluded.last_seq)
 """)
+_NAMED_SUMS = text("DELETE FROM daily_sums WHERE org_id = :org_id AND activity_name <> ''")
 _IN_ARCHIVE = text("""
     SELECT COALESCE(seq, 0) AS events, CAST(timezone('UTC', created_at) AS date) AS last_day,
            (SELECT min(day) FROM daily_sums WHERE org_id = :org_id AND first_seq <= seq) AS first_day
-    FROM (SELECT :org_id AS org_id) AS asked LEFT JOIN archived USING (org_id)
+    FROM wallets LEFT JOIN archived USING (org_id) WHERE org_id = :org_id
 """)
