@@ -16,7 +16,7 @@ from ledger.store import DeadLettered, Delivery, apply_batch
 from ledger.upkeep import UpkeepError
 from ledger.usage import usage
 from tests.messages import delivery
-from tests.support import sql
+from tests.support import moved, sql
 
 SECRET = "call Ann Smith"
 END = (datetime.now(UTC) + timedelta(days=9)).isoformat()
@@ -153,7 +153,7 @@ def test_an_unknown_organization_is_told(engine: Engine) -> None:
         "activity_name = 'another'",
         """metadata = metadata || '{"more": 1}'""",
         "metadata = '{}', source = 'me'",
-        "created_at = created_at + interval '1 second'",
+        f"created_at = {moved('created_at', '1 second')}",
     ],
 )
 def test_the_database_refuses_any_other_change_also_of_what_is_to_be_erased(ledger: Engine, change: str) -> None:
