@@ -75,20 +75,27 @@ def apply_all(engine: Engine, items: Sequence[Item], work: Work[Item, Became]) -
 
 def node_of(engine: Engine, org_id: str) -> int | None:
     """The node that has an organization; None: the ledger is not distributed. Raises database errors."""
-    if shard_connections(engine) is None:
-        return None
-    with raw_connection(engine) as connection:
-        return distribution.places(connection, [org_id])[org_id].node
+    return None if shard_connections(engine) is None else _places(engine, {org_id})[org_id].node
 
 
 def _by_shard(engine: Engine, org_ids: Sequence[str]) -> list[tuple[int, list[int]]]:
     """The node of each shard, and the places of its organizations in order; the largest group first."""
-    with raw_connection(engine) as connection:
-        found = distribution.places(connection, set(org_ids))
+    named = set(org_ids)
+    try:
+        found = _places(engine, named)
+    except psycopg.Error as fault:
+        if not _others_can_go_on(engine, fault):
+            raise
+        found = _places(engine, named)
     places: dict[distribution.Place, list[int]] = {}
     for place, org_id in enumerate(org_ids):
         places.setdefault(found[org_id], []).append(place)
     return sorted(((node, group) for (_, node), group in places.items()), key=lambda each: len(each[1]), reverse=True)
+
+
+def _places(engine: Engine, org_ids: set[str]) -> dict[str, distribution.Place]:
+    with raw_connection(engine) as connection:
+        return distribution.places(connection, org_ids)
 
 
 @dataclass(slots=True)
@@ -224,6 +231,7 @@ def _others_can_go_on(engine: Engine, error: Exception) -> bool:
     if not may_be_local(error) or is_abandoned(engine):
         return False
     if is_lost_connection(error):
+        engine.dispose()  # idle connections may be as dead
         try:
             with raw_connection(engine) as connection:
                 connection.execute("SELECT 1")

@@ -178,8 +178,9 @@ def _give_back(engine: Engine, org_id: str, taken: Taken) -> None:
 def catch_up(engine: Engine, org_ids: Sequence[str], *, task: str) -> Iterator[int]:
     """Begin the periods and release the reservations that are due in the wallets `org_ids`.
 
-    Yields the number of events written, after about every `working_set.MOST_DUE`. Skips a locked wallet: the worker
-    that holds the lock does the same. `task` is the task that a dead letter names. Raises transient database errors.
+    Yields the number of events written, after about every `working_set.MOST_DUE`: of each shard, if the ledger is
+    distributed. Skips a locked wallet: the worker that holds the lock does the same. `task` is the task that a dead
+    letter names. Raises transient database errors.
     """
 
     def bury(engine: Engine, org_id: str, error: Exception) -> _CaughtUp:

@@ -113,7 +113,10 @@ def new_database(of: Cluster, name: str, *, migrated: bool) -> Iterator[str]:
     """The URL of a database on all servers of the cluster, as its owner. It is dropped at the end."""
     name = f"{name}_{os.getpid()}"
     of.create(name, of.template(migrated=migrated))
+    url = of.owner_url(name)
     try:
-        yield of.owner_url(name).render_as_string(hide_password=False)
+        # In the form that the session's own server has: tests add to it.
+        server = {"host": str(url.host), "port": str(url.port)}
+        yield url.set(host=None, port=None).update_query_dict(server).render_as_string(hide_password=False)
     finally:
         of.drop(name)

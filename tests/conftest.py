@@ -54,6 +54,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     long = {item.path for item in items if item.get_closest_marker("timeout") is not None}
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (not _needs_rabbitmq(item.path), item.path not in long, -tests[item.path]))
+    if citus.cluster() is not None:
+        for item in items:
+            if (marker := item.get_closest_marker("one_server")) is not None:
+                (why,) = marker.args
+                item.add_marker(pytest.mark.skip(reason=f"one server: {why}"))
 
 
 @cache

@@ -10,6 +10,8 @@ import psutil
 import pytest
 from sqlalchemy import Connection, Engine, make_url, text
 
+from ledger import distribution
+from ledger.database import raw_connection, shard_connections
 from worker.local.process import Process
 
 Value = TypeVar("Value")
@@ -62,6 +64,31 @@ def sql(engine: Engine, statement: str, **parameters: Any) -> list[tuple[Any, ..
     with engine.begin() as connection:
         result = connection.execute(text(statement), parameters)
         return [tuple(row) for row in result] if result.returns_rows else []
+
+
+def is_distributed(engine: Engine) -> bool:
+    """Whether the ledger is distributed over nodes."""
+    return shard_connections(engine) is not None
+
+
+def of_one_shard(engine: Engine, count: int) -> list[str]:
+    """So many organizations, in the order of their ids, that one transaction can be about, distributed or not."""
+    if not is_distributed(engine):
+        return [f"org-{number:05}" for number in range(count)]
+    candidates = [f"org-{number:05}" for number in range(count * 100)]
+    with raw_connection(engine) as connection:
+        shards = distribution.shards(connection, candidates)
+    return [org_id for org_id in candidates if shards[org_id] == shards[candidates[0]]][:count]
+
+
+def on_every_server(engine: Engine, statement: str) -> list[str]:
+    """Run `statement`, which has one value, on the database's server: on each one, if the ledger is distributed."""
+    if is_distributed(engine):
+        of_each = "SELECT success, result FROM run_command_on_all_nodes(:command)"
+        answers = sql(engine, of_each, command=statement)
+        assert all(success for success, _ in answers), answers
+        return [str(answer) for _, answer in answers]
+    return [str(answer) for row in sql(engine, statement) for answer in row]
 
 
 @contextmanager

@@ -20,9 +20,9 @@ from ledger.faults import is_transient
 from ledger.periods import period_start
 from ledger.state import Decision
 from ledger.store import Applied, DeadLettered, Delivery, apply_batch, apply_waiting
-from ledger.waiting import LOCKED, Waits
+from ledger.waiting import AWAY, LOCKED, Waits
 from tests.messages import delivery, finish, purchase, start
-from tests.support import PATIENCE_S, begin_schedules, eventually, moved, sql
+from tests.support import PATIENCE_S, begin_schedules, eventually, is_distributed, moved, of_one_shard, sql
 from worker.local.embedded import Embedded
 
 EVENTS = """
@@ -481,6 +481,7 @@ def mixed(count: int) -> list[Delivery]:
     return [kinds[n % 5](f"org-{n % 10}", n) for n in range(count)]
 
 
+@pytest.mark.one_server("counts the statements of one transaction on one connection")
 @pytest.mark.parametrize(
     ("count", "messages", "statements"),
     [
@@ -666,6 +667,15 @@ WAITING = """
     SELECT pid FROM pg_stat_activity
     WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE '%FOR UPDATE%'
 """
+WAITING_FOR_A_NODE = """
+    SELECT pid FROM pg_stat_activity
+    WHERE datname = current_database() AND pid IN (SELECT citus_pid_for_gpid(waiting_gpid) FROM citus_lock_waits)
+"""
+
+
+def waiting_sessions(engine: Engine) -> str:
+    """A query for the sessions that wait for a locked wallet."""
+    return WAITING_FOR_A_NODE if is_distributed(engine) else WAITING
 
 
 @contextmanager
@@ -677,7 +687,7 @@ def applying_while_locked(engine: Engine, database_url: str) -> Iterator[tuple[F
         with ThreadPoolExecutor(1) as threads, other.connect() as holder:
             holder.execute(text("SELECT * FROM wallets WHERE org_id = 'globex' FOR UPDATE"))
             applying = threads.submit(apply_batch, engine, TWO_WALLETS)
-            eventually(lambda: applying.done() or sql(other, WAITING))
+            eventually(lambda: applying.done() or sql(other, waiting_sessions(engine)))
             yield applying, other, holder
             holder.rollback()
     finally:
@@ -703,7 +713,8 @@ def assert_only_globex_waits(engine: Engine, answers: Sequence[Any], reason: str
 
 def test_a_terminated_backend_costs_nobody_else_anything(engine: Engine, database_url: str) -> None:
     with applying_while_locked(engine, database_url) as (applying, other, _):
-        assert sql(other, f"SELECT pg_terminate_backend(pid) FROM ({WAITING}) AS waiting") == [(True,)]
+        end = f"SELECT pg_terminate_backend(pid) FROM ({waiting_sessions(other)}) AS waiting"
+        assert sql(other, end) == [(True,)]
         answers = applying.result(PATIENCE_S)
     assert_only_globex_waits(engine, answers, LOCKED)
 
@@ -714,6 +725,7 @@ def test_a_locked_wallet_is_waited_for_by_its_own_messages_alone(engine: Engine,
     assert_only_globex_waits(engine, answers, LOCKED)
 
 
+@pytest.mark.one_server("the session on a node gives up waiting before it looks for a deadlock")
 def test_a_deadlock_is_isolated(engine: Engine, database_url: str, services: Embedded) -> None:
     admin = connect(services.admin_url)
     sql(admin, "GRANT SET ON PARAMETER deadlock_timeout TO holdfast")
@@ -759,7 +771,9 @@ def test_a_commit_that_fails_leaves_nothing_of_its_transaction(engine: Engine) -
     )
     answers = apply_batch(engine, TWO_WALLETS)
     sql(engine, "DROP TRIGGER fail ON credit_events")
-    assert_only_globex_waits(engine, answers, "the database does not apply its messages: too late")
+    # A commit that a node refuses is to the ledger as if the node had gone away.
+    reason = AWAY if is_distributed(engine) else "the database does not apply its messages: too late"
+    assert_only_globex_waits(engine, answers, reason)
 
 
 def test_messages_of_a_database_without_tables_are_kept_for_later(empty_database_url: str) -> None:
@@ -929,14 +943,16 @@ def test_a_transaction_that_failed_has_given_up_its_locks_before_the_next_one_be
     engine: Engine, database_url: str
 ) -> None:
     """Otherwise the next one, which skips what is locked, would leave out the wallets of this one."""
-    apply_batch(engine, [purchase(f"org-{n}", credits=1) for n in range(50)])
+    organizations = of_one_shard(engine, 50)
+    apply_batch(engine, [purchase(org_id, credits=1) for org_id in organizations])
+    lock = "SELECT 1 FROM wallets WHERE org_id = ANY({}) FOR UPDATE"
     other = connect(database_url)
     with other.connect() as watching:
         for _ in range(100):
             with suppress(KeyError), raw_connection(engine) as connection:
                 connection.execute("BEGIN")
-                connection.execute("SELECT 1 FROM wallets FOR UPDATE")
+                connection.execute(lock.format("%s"), [organizations])
                 raise KeyError
-            watching.execute(text("SELECT 1 FROM wallets FOR UPDATE NOWAIT"))
+            watching.execute(text(f"{lock.format(':organizations')} NOWAIT"), {"organizations": organizations})
             watching.rollback()
     other.dispose()

@@ -17,7 +17,7 @@ from ledger.store import Applied, Delivery, apply_batch, apply_waiting
 from ledger.waiting import BEHIND, BLOCKED, LOCKED, MUCH_DUE, RECORD_LOCKED, SLOW, Waits
 from ledger.working_set import PATIENCE_S
 from tests.messages import delivery, purchase, start
-from tests.support import begin_schedules, moved, no_more_acting, on_insert_into, sql
+from tests.support import begin_schedules, moved, no_more_acting, of_one_shard, on_insert_into, sql
 
 pytestmark = pytest.mark.timeout(300)  # seconds, on a slow machine
 
@@ -31,10 +31,11 @@ def other(database_url: str) -> Iterator[Engine]:
 
 
 @contextmanager
-def holding(other: Engine, statement: str) -> Iterator[None]:
-    """Somebody has executed `statement` in a transaction that is still open."""
+def holding(other: Engine, *statements: str) -> Iterator[None]:
+    """Somebody has executed `statements` in a transaction that is still open."""
     with other.connect() as connection:
-        connection.execute(text(statement))
+        for statement in statements:
+            connection.execute(text(statement))
         yield
         connection.rollback()
 
@@ -146,13 +147,14 @@ def test_wallets_that_somebody_is_creating_are_not_taken_for_an_outage(engine: E
 def test_a_wallet_that_another_worker_has_for_a_moment_does_not_wait_with_a_locked_one(
     engine: Engine, other: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    apply_batch(engine, [purchase("acme", "first"), purchase("globex", "first")])
-    with locked(other, "globex"), other.connect() as worker:
-        worker.execute(text("SELECT 1 FROM wallets WHERE org_id = 'acme' FOR UPDATE"))
+    organizations = busy, stuck = of_one_shard(engine, 2)
+    apply_batch(engine, [purchase(org_id, "first") for org_id in organizations])
+    with locked(other, stuck), other.connect() as worker:
+        worker.execute(text(f"SELECT 1 FROM wallets WHERE org_id = '{busy}' FOR UPDATE"))
         monkeypatch.setattr("ledger.working_set.time.sleep", lambda _: worker.rollback())
-        answers = apply_batch(engine, [purchase("acme", "second"), purchase("globex", "second")])
+        answers = apply_batch(engine, [purchase(org_id, "second") for org_id in organizations])
     assert outcomes(answers) == ["posted", "Waits"]
-    assert outcomes(apply_all_waiting(engine, "globex")) == ["posted"]
+    assert outcomes(apply_all_waiting(engine, stuck)) == ["posted"]
 
 
 def test_a_message_that_will_be_a_dead_letter_waits_behind_what_waits_for_the_dead_letters(
@@ -187,7 +189,8 @@ def test_records_that_somebody_has_locked_in_many_organizations_delay_nobody_els
     else:
         end = {"subscription_id": "s1", "version": 2}
         messages = [delivery("wallet.unsubscribe", org_id=org_id, **end) for org_id in organizations]
-    with holding(other, f"SELECT 1 FROM {table} WHERE org_id < 'org-40' FOR UPDATE"):
+    lock = f"SELECT 1 FROM {table} WHERE org_id = '{{}}' FOR UPDATE"
+    with holding(other, *map(lock.format, organizations[:40])):
         answers = apply_batch(engine, messages)
         assert answers[:40] == [Waits(org_id, RECORD_LOCKED) for org_id in organizations[:40]]
         assert {type(answer) for answer in answers[40:]} == {Result}
@@ -543,8 +546,9 @@ def test_an_organization_with_more_expired_holds_than_a_transaction_releases_wai
 
 
 def test_a_run_releases_any_number_of_holds_in_bounded_steps(engine: Engine, most_due: int) -> None:
-    with_expired_holds(engine, "acme", 95)
-    with_expired_holds(engine, "globex", 5)
+    of_many, of_few = of_one_shard(engine, 2)
+    with_expired_holds(engine, of_many, 95)
+    with_expired_holds(engine, of_few, 5)
     written = list(scheduler.steps(engine, due.RELEASE_EXPIRED))
     assert sum(written) == 100
     assert max(written) == most_due
@@ -555,7 +559,7 @@ def test_a_run_releases_any_number_of_holds_in_bounded_steps(engine: Engine, mos
 
 def test_a_run_begins_any_number_of_periods_in_bounded_steps(engine: Engine, most_due: int) -> None:
     subscribe = {"subscription_id": "s1", "version": 1, "plan": "team", "monthly_credits": 100}
-    organizations = [f"org-{n}" for n in range(4)]
+    organizations = of_one_shard(engine, 4)
     apply_batch(
         engine,
         [
@@ -563,7 +567,7 @@ def test_a_run_begins_any_number_of_periods_in_bounded_steps(engine: Engine, mos
             for org_id in organizations
         ],
     )
-    with_expired_holds(engine, "org-0", 3)
+    with_expired_holds(engine, organizations[0], 3)
     begin_schedules(engine, "now() - interval '500 days'")
     written = list(scheduler.steps(engine, due.POST_DUE))
     periods = sql(engine, "SELECT DISTINCT period + 1 FROM subscriptions")[0][0]
