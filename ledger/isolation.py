@@ -15,7 +15,7 @@ from psycopg.errors import QueryCanceled
 from sqlalchemy import Engine
 
 from ledger import distribution
-from ledger.database import is_abandoned, raw_connection, shard_connections
+from ledger.database import SilenceError, is_abandoned, raw_connection, shard_connections
 from ledger.faults import is_about_a_node, is_lost_connection, is_transient, may_be_local
 from ledger.statements import Connection
 from ledger.working_set import PATIENCE_S, SHORT_PATIENCE_S, SHORTEST_PATIENCE_S
@@ -28,6 +28,9 @@ PIECES = 32
 
 MOST_CULPRITS = 10
 """How many organizations may fail alone while none succeeds, before the fault counts as the whole database's."""
+
+MOST_LOST = 10
+"""How many idle connections may turn out to be lost before the database counts as away."""
 
 Item = TypeVar("Item")
 Became = TypeVar("Became")
@@ -230,13 +233,20 @@ def _dealt(places: Sequence[int], org_id_at: Callable[[int], str]) -> list[Seque
 def _others_can_go_on(engine: Engine, error: Exception) -> bool:
     if not may_be_local(error) or is_abandoned(engine):
         return False
-    if is_lost_connection(error):
-        engine.dispose()  # idle connections may be as dead
+    return not is_lost_connection(error) or _answers(engine)
+
+
+def _answers(engine: Engine) -> bool:
+    """Whether the database can be reached. Of the idle connections, those that are lost are dropped meanwhile."""
+    for _ in range(MOST_LOST):
         try:
             with raw_connection(engine) as connection:
                 connection.execute("SELECT 1")
-        except Exception as second:
-            if not is_transient(second):
+        except Exception as error:
+            if not is_transient(error):
                 raise
-            return False
-    return True
+            if isinstance(error, SilenceError) or not is_lost_connection(error):
+                return False
+        else:
+            return True
+    return False

@@ -77,8 +77,8 @@ def of_one_shard(engine: Engine, count: int) -> list[str]:
         return [f"org-{number:05}" for number in range(count)]
     candidates = [f"org-{number:05}" for number in range(count * 100)]
     with raw_connection(engine) as connection:
-        shards = distribution.shards(connection, candidates)
-    return [org_id for org_id in candidates if shards[org_id] == shards[candidates[0]]][:count]
+        places = distribution.places(connection, candidates)
+    return [org_id for org_id in candidates if places[org_id] == places[candidates[0]]][:count]
 
 
 def on_every_server(engine: Engine, statement: str) -> list[str]:
