@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from sqlalchemy import Engine, create_engine, make_url
+from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
 
 from holdfast_client.results import Result
@@ -235,3 +235,49 @@ def test_a_worker_that_was_there_before_the_distribution_loses_nothing(engine: E
     assert [answer.outcome for answer in answers if isinstance(answer, Result)] == ["posted"] * len(ORGANIZATIONS)
     assert make_url(database_url).database == older.url.database
     older.dispose()
+
+
+def found(engine: Engine) -> dict[str, list[tuple[str, str]]]:
+    return {each.check.name: each.offenders for each in audit.verify(engine).findings if each.offenders}
+
+
+def shards_of(engine: Engine, table: str) -> list[int]:
+    ids = "SELECT shardid FROM pg_dist_shard WHERE logicalrelid = to_regclass(:of) ORDER BY 1"
+    return [int(shard) for (shard,) in sql(engine, ids, of=table)]
+
+
+def test_verify_finds_a_shard_without_its_trigger_or_a_constraint(engine: Engine) -> None:
+    (event_shard, *_), (wallet_shard, *_) = shards_of(engine, "credit_events"), shards_of(engine, "wallets")
+    for change in (
+        f"ALTER TABLE IF EXISTS credit_events_{event_shard} DISABLE TRIGGER USER",
+        f"ALTER TABLE IF EXISTS wallets_{wallet_shard} DROP CONSTRAINT wallets_last_seq",
+    ):
+        sql(engine, "SELECT run_command_on_workers(:change)", change=change)
+    disabled = [f"the trigger credit_events_{name} is disabled" for name in ("append_only", "no_truncate")]
+    assert found(engine) == {
+        "append-only": [("credit_events", f"{each} in shard {event_shard}") for each in disabled],
+        "constraints": [("wallets", f"wallets_last_seq is missing in shard {wallet_shard}")],
+    }
+
+
+def test_verify_finds_a_node_whose_trigger_does_something_else(cluster: citus.Cluster, engine: Engine) -> None:
+    nothing = "CREATE OR REPLACE FUNCTION credit_events_refuse_change() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN END'"
+    node = cluster.administrator_of(1, str(engine.url.database))
+    with node.connect() as connection:
+        connection.execute(text("SET citus.enable_ddl_propagation = off"))
+        connection.execute(text(nothing))
+    node.dispose()
+    placed = "SELECT shardid FROM pg_dist_shard_placement WHERE nodeport = :port"
+    on_the_node = {shard for (shard,) in sql(engine, placed, port=cluster.nodes[0][1])}
+    there = [str(shard) for shard in shards_of(engine, "credit_events") if shard in on_the_node]
+    other = f"is not the one that holdfast migrate creates in shard {', '.join(there)}"
+    names = ("append_only", "no_truncate")
+    assert found(engine) == {
+        "append-only": [("credit_events", f"the trigger credit_events_{name} {other}") for name in names]
+    }
+
+
+def test_each_check_is_made_where_the_rows_are(engine: Engine) -> None:
+    for check in audit.CHECKS:
+        explain = f"EXPLAIN SELECT org_id, offender FROM ({check.offenders}) AS broken ORDER BY 1, 2 LIMIT 20"
+        assert "Distributed Subplan" not in "".join(line for (line,) in sql(engine, explain)), check.name
