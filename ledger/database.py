@@ -48,6 +48,9 @@ POOL_TIMEOUT_S = 5
 _WAITS_FOR_REPLICA = "SyncRepWaitForLSN"
 """The function of PostgreSQL in which a commit waits. Unlike the text of a notice, it is never translated."""
 
+_WARNING_AT_COMMIT = ("DefaultCitusNoticeReceiver", "DEBUG", "01000")
+"""How Citus passes on that a commit waited in vain on a node: no other warning comes with a commit."""
+
 _CONNECTION = {
     "application_name": "holdfast",
     # A peer that vanished silently is noticed within half a minute.
@@ -108,12 +111,16 @@ class LedgerConnection(psycopg.Connection[Any]):
     PostgreSQL's own limits do not end the wait of a coordinator for a node that hangs.
     """
 
+    synchronous_commit = "on"
+    """The session's setting, of which nodes know nothing."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._unconfirmed = unconfirmed = list[Diagnostic]()
 
         def listen(notice: Diagnostic) -> None:
-            if notice.source_function == _WAITS_FOR_REPLICA:
+            passed_on = (notice.source_function, notice.severity_nonlocalized, notice.sqlstate)
+            if notice.source_function == _WAITS_FOR_REPLICA or passed_on == _WARNING_AT_COMMIT:
                 unconfirmed.append(notice)
 
         self.add_notice_handler(listen)
@@ -130,6 +137,7 @@ class LedgerConnection(psycopg.Connection[Any]):
 
     def commit(self) -> None:
         """Commit. Raises OperatorIntervention if no replica has confirmed it."""
+        self._unconfirmed.clear()
         super().commit()
         self.refuse_unconfirmed()
 
@@ -303,10 +311,12 @@ _SESSION = """
 """
 
 
-# What a transaction sets for itself, such as the time that it waits for locks, counts on the nodes, too.
+# What a transaction sets for itself, such as the time that it waits for locks, counts on the nodes, too. Of a node's
+# warning at a commit, Citus makes a message for debugging.
 _SESSION_OF_CITUS = """
     SELECT EXISTS (SELECT FROM pg_dist_partition WHERE logicalrelid = to_regclass('wallets')),
-           set_config('citus.propagate_set_commands', 'local', false)
+           set_config('citus.propagate_set_commands', 'local', false),
+           set_config('client_min_messages', 'debug1', false)
 """
 
 
@@ -317,9 +327,9 @@ def _begin_session(connection: LedgerConnection, transaction_timeout_s: int | No
     statements and settings belong to a session: in a shared one, a name may be another client's statement.
     """
     encoding = connection.info.parameter_status("server_encoding")
-    [(server, has_citus, _)] = connection.execute(_SESSION).fetchall()
+    [(server, has_citus, connection.synchronous_commit)] = connection.execute(_SESSION).fetchall()
     if has_citus:
-        [(connection.is_distributed, _)] = connection.execute(_SESSION_OF_CITUS).fetchall()
+        [(connection.is_distributed, *_)] = connection.execute(_SESSION_OF_CITUS).fetchall()
     if transaction_timeout_s is not None and connection.info.server_version >= _KNOWS_TRANSACTION_TIMEOUT:
         connection.execute("SELECT set_config('transaction_timeout', %s, false)", [f"{transaction_timeout_s}s"])
     connection.commit()

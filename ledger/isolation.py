@@ -15,7 +15,7 @@ from psycopg.errors import QueryCanceled
 from sqlalchemy import Engine
 
 from ledger import distribution
-from ledger.database import SilenceError, is_abandoned, raw_connection, shard_connections
+from ledger.database import is_abandoned, raw_connection, shard_connections
 from ledger.faults import is_about_a_node, is_lost_connection, is_transient, may_be_local
 from ledger.statements import Connection
 from ledger.working_set import PATIENCE_S, SHORT_PATIENCE_S, SHORTEST_PATIENCE_S
@@ -28,9 +28,6 @@ PIECES = 32
 
 MOST_CULPRITS = 10
 """How many organizations may fail alone while none succeeds, before the fault counts as the whole database's."""
-
-MOST_LOST = 10
-"""How many idle connections may turn out to be lost before the database counts as away."""
 
 Item = TypeVar("Item")
 Became = TypeVar("Became")
@@ -78,27 +75,28 @@ def apply_all(engine: Engine, items: Sequence[Item], work: Work[Item, Became]) -
 
 def node_of(engine: Engine, org_id: str) -> int | None:
     """The node that has an organization; None: the ledger is not distributed. Raises database errors."""
-    return None if shard_connections(engine) is None else _places(engine, {org_id})[org_id].node
+    if shard_connections(engine) is None:
+        return None
+    return _places(engine, {org_id})[org_id].node
 
 
 def _by_shard(engine: Engine, org_ids: Sequence[str]) -> list[tuple[int, list[int]]]:
     """The node of each shard, and the places of its organizations in order; the largest group first."""
-    named = set(org_ids)
-    try:
-        found = _places(engine, named)
-    except psycopg.Error as fault:
-        if not _others_can_go_on(engine, fault):
-            raise
-        found = _places(engine, named)
+    found = _places(engine, set(org_ids))
     places: dict[distribution.Place, list[int]] = {}
     for place, org_id in enumerate(org_ids):
         places.setdefault(found[org_id], []).append(place)
     return sorted(((node, group) for (_, node), group in places.items()), key=lambda each: len(each[1]), reverse=True)
 
 
-def _places(engine: Engine, org_ids: set[str]) -> dict[str, distribution.Place]:
-    with raw_connection(engine) as connection:
-        return distribution.places(connection, org_ids)
+def _places(engine: Engine, org_ids: set[str], *, again: bool = True) -> dict[str, distribution.Place]:
+    try:
+        with raw_connection(engine) as connection:
+            return distribution.places(connection, org_ids)
+    except psycopg.Error as fault:
+        if not again or not _others_can_go_on(engine, fault):
+            raise
+        return _places(engine, org_ids, again=False)
 
 
 @dataclass(slots=True)
@@ -233,20 +231,12 @@ def _dealt(places: Sequence[int], org_id_at: Callable[[int], str]) -> list[Seque
 def _others_can_go_on(engine: Engine, error: Exception) -> bool:
     if not may_be_local(error) or is_abandoned(engine):
         return False
-    return not is_lost_connection(error) or _answers(engine)
-
-
-def _answers(engine: Engine) -> bool:
-    """Whether the database can be reached. Of the idle connections, those that are lost are dropped meanwhile."""
-    for _ in range(MOST_LOST):
+    if is_lost_connection(error):
         try:
             with raw_connection(engine) as connection:
                 connection.execute("SELECT 1")
-        except Exception as error:
-            if not is_transient(error):
+        except Exception as second:
+            if not is_transient(second):
                 raise
-            if isinstance(error, SilenceError) or not is_lost_connection(error):
-                return False
-        else:
-            return True
-    return False
+            return False
+    return True

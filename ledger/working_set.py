@@ -434,8 +434,8 @@ class WorkingSet:
 def _begin(connection: Connection) -> None:
     connection.execute(BEGIN)
     if connection.is_distributed:
-        for setting in _SETTINGS_OF_NODES:
-            connection.execute(setting)
+        for setting in (*_SETTINGS_OF_NODES, f"synchronous_commit = {connection.synchronous_commit}"):
+            connection.execute(f"SET LOCAL {setting}")
 
 
 def _lock(connection: Connection, lock: str, org_ids: Sequence[str]) -> Callable[[], Sequence[Wallet]]:
@@ -533,9 +533,9 @@ def _clock(statement_timeout_s: float) -> str:
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 # Of what `_clock` sets and of the session's own settings, those that a node has to know. `SET LOCAL` tells it.
 _SETTINGS_OF_NODES = (
-    f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S * 1_000:.0f}ms'",
-    "SET LOCAL enable_hashjoin = off",
-    "SET LOCAL enable_mergejoin = off",
+    f"lock_timeout = '{LOCK_TIMEOUT_S * 1_000:.0f}ms'",
+    "enable_hashjoin = off",
+    "enable_mergejoin = off",
 )
 # Sent once the locks are held: the time, whether any message waits, and settings for the statements that follow.
 _CLOCK = _clock(PATIENCE_S)

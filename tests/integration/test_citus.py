@@ -5,8 +5,10 @@ With that variable, the other tests of this folder run there, too.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
+from psycopg.errors import OperatorIntervention
 from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
 
@@ -14,6 +16,7 @@ from holdfast_client.results import Result
 from ledger import audit, distribution, migrations, scheduler
 from ledger.database import SilenceError, connect, raw_connection
 from ledger.distribution import is_distributed
+from ledger.faults import describe, is_transient
 from ledger.roles import WORKER
 from ledger.store import DeadLettered, Delivery, apply_batch, apply_waiting
 from ledger.tables import metadata
@@ -187,6 +190,29 @@ def test_a_node_that_goes_away_at_the_commit_makes_no_dead_letter(
     assert isinstance(answer, Result)
     assert answer.available == 10
     assert audit.verify(engine).is_clean
+
+
+def test_a_commit_that_no_replica_of_its_node_has_confirmed_is_no_commit(engine: Engine) -> None:
+    """Such a node warns at the commit. Here, a trigger does."""
+    apply_batch(engine, [purchase("acme", "p1", 5)])
+    warn = "BEGIN RAISE WARNING 'canceling wait for synchronous replication'; RETURN NULL; END"
+    sql(engine, f"CREATE FUNCTION warn() RETURNS trigger LANGUAGE plpgsql AS $$ {warn} $$")
+    sql(
+        engine,
+        "CREATE CONSTRAINT TRIGGER warn AFTER INSERT ON posted_messages DEFERRABLE INITIALLY DEFERRED"
+        " FOR EACH ROW EXECUTE FUNCTION warn()",
+    )
+    for write in (
+        partial(apply_batch, engine, [purchase("acme", "p2", 5)]),
+        partial(sql, engine, "INSERT INTO posted_messages VALUES ('acme', 'purchase', 'p3', '{}', 'posted', NULL)"),
+    ):
+        with pytest.raises((DBAPIError, OperatorIntervention)) as unconfirmed:
+            write()
+        assert is_transient(unconfirmed.value)
+        assert describe(unconfirmed.value).startswith("somebody canceled a commit that waited for the synchronous")
+    [again] = apply_batch(engine, [purchase("acme", "p2", 5)])
+    assert isinstance(again, Result)
+    assert again.duplicate
 
 
 def test_an_event_can_be_changed_neither_through_the_coordinator_nor_on_a_node(

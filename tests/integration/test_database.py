@@ -23,7 +23,7 @@ from ledger.faults import describe, is_transient, may_be_local
 from ledger.store import apply_batch
 from tests.databases import new_database
 from tests.messages import delivery
-from tests.support import PATIENCE_S, eventually, sql
+from tests.support import PATIENCE_S, eventually, on_every_server, on_insert_into, sql
 from worker.local.embedded import Embedded
 
 PURCHASE = "INSERT INTO posted_messages VALUES ('acme', 'purchase', 'p1', '{}', 'posted', NULL)"
@@ -117,13 +117,17 @@ def test_a_connection_pooler_is_refused(engine: Engine, database_url: str) -> No
 def test_what_is_committed_is_on_disk_whatever_the_default_is(
     engine: Engine, database_url: str, inherited: str, used: str
 ) -> None:
-    sql(engine, f"ALTER DATABASE {make_url(database_url).database} SET synchronous_commit = {inherited}")
+    on_every_server(engine, f"ALTER DATABASE {make_url(database_url).database} SET synchronous_commit = {inherited}")
+    there = "current_setting('synchronous_commit')"
+    on_insert_into(engine, "credit_events", f"IF {there} <> '{used}' THEN RAISE EXCEPTION '%', {there}; END IF")
     own = connect(database_url)
     assert sql(own, "SHOW synchronous_commit") == [(used,)]
     with own.connect() as connection:
         connection.execute(text("SELECT 1"))
         connection.rollback()
         assert connection.execute(text("SHOW synchronous_commit")).scalar() == used
+    [answer] = apply_batch(own, [delivery("wallet.grant", org_id="acme", grant_id="g", credits=5)])
+    assert isinstance(answer, Result)
     own.dispose()
 
 
@@ -141,6 +145,7 @@ def test_a_database_that_cannot_hold_every_text_is_refused(services: Embedded, e
     )
 
 
+@pytest.mark.one_server("sets what counts for all databases of its server; test_citus.py has the warning of a node")
 def test_a_commit_that_was_canceled_while_it_waited_for_a_replica_is_no_commit(
     services: Embedded, engine: Engine, database_url: str
 ) -> None:
@@ -196,6 +201,7 @@ def test_a_worker_that_is_frozen_in_its_transaction_loses_its_locks(engine: Engi
     if sql(engine, "SELECT current_setting('server_version_num')::int < 170000") == [(True,)]:
         pytest.skip("PostgreSQL before 17 has no transaction_timeout")
     apply_batch(engine, [delivery("wallet.grant", org_id="acme", grant_id="first", credits=1)])
+    lock, ended = "SELECT 1 FROM wallets WHERE org_id = 'acme' FOR UPDATE", False
     frozen = connect(database_url, transaction_timeout_s=1)
     with frozen.connect() as pooled:
         connection = pooled.connection.driver_connection
@@ -203,17 +209,18 @@ def test_a_worker_that_is_frozen_in_its_transaction_loses_its_locks(engine: Engi
         connection.autocommit = True
         with suppress(psycopg.Error), connection.pipeline() as pipeline:
             connection.execute("BEGIN")
-            locked = connection.execute("SELECT 1 FROM wallets FOR UPDATE")
+            locked = connection.execute(lock)
             pipeline.sync()
             locked.fetchall()
             connection.execute("SELECT 2")  # a message without a Sync behind it: no idle timeout begins
             connection.pgconn.send_flush_request()
             connection.pgconn.flush()
-            free = "SELECT count(*) FROM (SELECT 1 FROM wallets FOR UPDATE SKIP LOCKED) AS free"
-            assert sql(engine, free) == [(0,)]
-            eventually(lambda: sql(engine, free) == [(1,)])
+            assert sql(engine, f"{lock} SKIP LOCKED") == []
+            eventually(lambda: sql(engine, f"{lock} SKIP LOCKED") == [(1,)])
+            ended = True
         pooled.invalidate()
     frozen.dispose()
+    assert ended
 
 
 def test_a_peer_that_vanished_is_given_up_by_the_server_too(engine: Engine) -> None:
