@@ -531,11 +531,13 @@ def _clock(statement_timeout_s: float) -> str:
 
 # Whatever the server's default: a row that is read under a lock must be current.
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
-# Of what `_clock` sets and of the session's own settings, those that a node has to know. `SET LOCAL` tells it.
+# Of what `_clock` sets and of the session's own settings, those that a node has to know. `SET LOCAL` tells it. The last
+# one: rather than look up rows by their keys, a node would read its table for all rows of these organizations.
 _SETTINGS_OF_NODES = (
     f"lock_timeout = '{LOCK_TIMEOUT_S * 1_000:.0f}ms'",
     "enable_hashjoin = off",
     "enable_mergejoin = off",
+    "enable_material = off",
 )
 # Sent once the locks are held: the time, whether any message waits, and settings for the statements that follow.
 _CLOCK = _clock(PATIENCE_S)

@@ -22,7 +22,7 @@ from ledger.state import Decision
 from ledger.store import Applied, DeadLettered, Delivery, apply_batch, apply_waiting
 from ledger.waiting import AWAY, LOCKED, Waits
 from tests.messages import delivery, finish, purchase, start
-from tests.support import PATIENCE_S, begin_schedules, eventually, is_distributed, moved, of_one_shard, sql
+from tests.support import PATIENCE_S, begin_schedules, eventually, is_distributed, moved, of_one_shard, on_every_server, sql
 from worker.local.embedded import Embedded
 
 EVENTS = """
@@ -510,15 +510,22 @@ def test_a_batch_of_any_size_is_the_same_statements_in_two_round_trips(
 
 
 READ = """
-    SELECT COALESCE(sum(seq_tup_read + idx_tup_fetch), 0)::bigint, COALESCE(sum(seq_tup_read), 0)::bigint
-    FROM pg_stat_user_tables WHERE relname <> 'alembic_version'
+    SELECT COALESCE(sum({}), 0)::bigint FROM pg_stat_user_tables WHERE relname <> 'alembic_version'
+"""
+IDLE = """
+    SELECT count(*) FROM pg_stat_activity
+    WHERE datname = current_database() AND backend_type = 'client backend' AND state <> 'active'
 """
 
 
 def rows_read(engine: Engine) -> tuple[int, int]:
-    """How many rows the database has read for the pooled connection: all of them, and those of whole tables."""
-    sql(engine, "SELECT pg_stat_force_next_flush()")
-    [(every, of_whole_tables)] = sql(engine, READ)
+    """How many rows the database has read: all of them, and those of whole tables. Ends the pooled connections."""
+    engine.dispose()
+    eventually(lambda: set(on_every_server(engine, IDLE)) == {"0"})  # a session that ends tells what it has read
+    every, of_whole_tables = (
+        sum(map(int, on_every_server(engine, READ.format(columns))))
+        for columns in ("seq_tup_read + idx_tup_fetch", "seq_tup_read")
+    )
     return every, of_whole_tables
 
 
