@@ -22,7 +22,16 @@ from ledger.state import Decision
 from ledger.store import Applied, DeadLettered, Delivery, apply_batch, apply_waiting
 from ledger.waiting import AWAY, LOCKED, Waits
 from tests.messages import delivery, finish, purchase, start
-from tests.support import PATIENCE_S, begin_schedules, eventually, is_distributed, moved, of_one_shard, on_every_server, sql
+from tests.support import (
+    PATIENCE_S,
+    begin_schedules,
+    eventually,
+    is_distributed,
+    moved,
+    of_one_shard,
+    on_every_server,
+    sql,
+)
 from worker.local.embedded import Embedded
 
 EVENTS = """
