@@ -407,5 +407,8 @@ def raw_connection(
             if connection.info.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
                 with suppress(psycopg.Error):
                     connection.execute("ROLLBACK")
+            if connection.broken:  # as others may be: SQLAlchemy notices here, and uses none again that is as old
+                with suppress(DBAPIError):
+                    pooled.exec_driver_sql("SELECT 1")
             pooled.invalidate()
             raise
