@@ -11,7 +11,7 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import psycopg
-from sqlalchemy import Connection, Table, text
+from sqlalchemy import Connection, Table, event, text
 
 from ledger.tables import metadata, waiting_messages, wallets
 
@@ -28,20 +28,59 @@ def left_to_distribute(existing: Collection[str], distributed: Collection[str]) 
     return sorted(left, key=lambda name: name != wallets.name)
 
 
+def allow_triggers(connection: Connection) -> None:
+    """Let this session give distributed tables triggers.
+
+    The one that refuses changes of events acts in every shard, and looks at no other.
+    """
+    connection.execute(_ALLOW_TRIGGERS)
+
+
 def distribute(connection: Connection) -> list[str]:
-    """Distribute the tables that are not yet. Returns their names. Commits after each, so it can be interrupted."""
+    """Distribute the tables that are not yet. Returns their names. Needs `allow_triggers`.
+
+    Commits after each, so it can be interrupted.
+    """
     if not connection.scalar(_HAS_CITUS):
         return []
     existing = set(connection.scalars(_EXISTING, {"names": [table.name for table in metadata.sorted_tables]}))
-    left = left_to_distribute(existing, set(connection.scalars(_DISTRIBUTED)))
+    left = left_to_distribute(existing, _distributed(connection))
     connection.commit()
     for name in left:
-        # The trigger that refuses changes of events acts in every shard, and looks at no other.
-        connection.execute(text("SET LOCAL citus.enable_unsafe_triggers = on"))
         together_with = "none" if name == wallets.name else wallets.name
         connection.execute(_DISTRIBUTE, {"name": name, "together_with": together_with})
         connection.commit()
     return left
+
+
+def gather(connection: Connection) -> None:
+    """Put the distributed tables back on the coordinator. Needs `allow_triggers`. Commits after each."""
+    distributed = _distributed(connection)
+    connection.commit()
+    for name in distributed:
+        connection.execute(_GATHER, {"name": name})
+        connection.commit()
+
+
+def limit_lock_waits(connection: Connection, wait_s: float) -> None:
+    """Let no later transaction of `connection` wait longer for a lock on a node. It tells them by `SET LOCAL` alone."""
+
+    def tell_nodes(connection: Connection) -> None:
+        if not connection.connection.driver_connection.autocommit:  # type: ignore[union-attr]
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{wait_s * 1e3:.0f}ms'")
+
+    if connection.scalar(_HAS_CITUS):
+        event.listen(connection, "begin", tell_nodes)
+
+
+def lock_shards(connection: Connection, table: str, mode: str, wait_s: float) -> None:
+    """Lock each shard of `table`, if it has any, and release it at once.
+
+    Ignores those that take longer than `wait_s`.
+    """
+    if table in _distributed(connection):
+        lock = _LOCK_SHARD.format(mode=mode, wait_ms=f"{wait_s * 1e3:.0f}")
+        connection.execute(_ON_SHARDS, {"table": table, "statement": lock})
 
 
 def described(connection: Connection) -> str | None:
@@ -64,6 +103,10 @@ def places(connection: psycopg.Connection[Any], org_ids: Collection[str]) -> dic
     return {org_id: Place(shard, node) for org_id, shard, node in connection.execute(_PLACED, [list(org_ids)])}
 
 
+def _distributed(connection: Connection) -> set[str]:
+    return set(connection.scalars(_DISTRIBUTED)) if connection.scalar(_HAS_CITUS) else set()
+
+
 def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
@@ -75,11 +118,24 @@ _PLACED = """
     ) AS named JOIN pg_dist_placement ON shardid = shard
 """
 _HAS_CITUS = text("SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus')")
+_ALLOW_TRIGGERS = text(
+    "SELECT set_config('citus.enable_unsafe_triggers', 'on', false) FROM pg_extension WHERE extname = 'citus'"
+)
 _EXISTING = text("SELECT name FROM unnest(CAST(:names AS text[])) AS name WHERE to_regclass(name) IS NOT NULL")
 _DISTRIBUTED = text("SELECT relname FROM pg_dist_partition JOIN pg_class ON oid = logicalrelid WHERE partmethod = 'h'")
 _DISTRIBUTE = text(
     "SELECT create_distributed_table(CAST(:name AS regclass), 'org_id', colocate_with => :together_with)"
 )
+_GATHER = text("SELECT undistribute_table(CAST(:name AS regclass))")
+_ON_SHARDS = text("SELECT run_command_on_shards(CAST(:table AS regclass), :statement)")
+# Citus refuses to lock a shard, which is no table of its own, unless it is told that this is on purpose.
+_LOCK_SHARD = """
+    DO $$ BEGIN
+        SET LOCAL citus.enable_manual_changes_to_shards = on;
+        SET LOCAL lock_timeout = {wait_ms};
+        LOCK TABLE %s IN {mode} MODE;
+    END $$
+"""
 _PLACES = text("""
     SELECT count(*), count(DISTINCT groupid) FROM pg_dist_shard JOIN pg_dist_placement USING (shardid)
     WHERE logicalrelid = to_regclass('wallets')

@@ -45,6 +45,9 @@ PATIENCE_S = 300.0
 
 Say = Callable[[str], object]
 
+_DISTRIBUTED_SINCE = "0034"
+"""Older versions know nothing of distributed tables."""
+
 _LOCK_ID = 4_877_001
 _logger = logging.getLogger(__name__)
 
@@ -123,11 +126,14 @@ def upgrade(engine: Engine, revision: str = "head", *, say: Say = _logger.warnin
     Then distributes its tables, if it has the extension Citus: see `ledger.distribution`. `say` gets a line when it has
     to wait. Raises NewerSchemaError, and LockedError after PATIENCE_S.
     """
-    _run(engine, command.upgrade, "+1", revision, say, then=distribution.distribute)
+    _run(engine, command.upgrade, "+1", revision, say)
 
 
 def downgrade(engine: Engine, revision: str, *, say: Say = _logger.warning) -> None:
-    """Take the database down to `revision` (`base`: drop everything, data included). Waits and raises as `upgrade`."""
+    """Take the database down to `revision` (`base`: drop everything, data included). Waits and raises as `upgrade`.
+
+    Before it goes to one that knows nothing of distributed tables, they are put back on the coordinator.
+    """
     _run(engine, command.downgrade, "-1", revision, say)
 
 
@@ -150,25 +156,21 @@ def _revision(connection: Connection) -> str | None:
     return revision
 
 
-def _run(
-    engine: Engine,
-    migrate: Callable[[Config, str], None],
-    step: str,
-    target: str,
-    say: Say,
-    *,
-    then: Callable[[Connection], object] = lambda _: None,
-) -> None:
+def _run(engine: Engine, migrate: Callable[[Config, str], None], step: str, target: str, say: Say) -> None:
     config = _config()
     last = ScriptDirectory.from_config(config).as_revision_number(target)
+    knows_of_nodes = last in revisions()[revisions().index(_DISTRIBUTED_SINCE) :]
     with _alone(engine, say) as connection:
         current = _revision(connection)
         if current is not None and current not in revisions():
             raise NewerSchemaError(current)
         config.attributes["connection"] = connection
+        if not knows_of_nodes:
+            _patiently(connection, lambda: distribution.gather(connection), say)
         while _revision(connection) != last:
             _patiently(connection, lambda: migrate(config, step), say)
-        _patiently(connection, lambda: then(connection), say)
+        if knows_of_nodes:
+            _patiently(connection, lambda: distribution.distribute(connection), say)
 
 
 @contextmanager
@@ -178,6 +180,8 @@ def _alone(engine: Engine, say: Say) -> Iterator[Connection]:
         try:
             _take_turn(connection, say)
             connection.execute(_WITHOUT_TIMEOUTS)
+            distribution.allow_triggers(connection)
+            distribution.limit_lock_waits(connection, LOCK_WAIT_S)
             connection.commit()
             yield connection
         finally:
@@ -233,8 +237,9 @@ def _end_vacuum(connection: Connection, statement: str) -> None:
     PostgreSQL does so for a statement that waits for the lock, but only after longer than a change may wait. The lock
     requested here blocks neither readers nor writers.
     """
-    changed = re.match(r"\s*(?:ALTER|DROP) TABLE (\w+)", statement)
+    changed, mode = re.match(r"\s*(?:ALTER|DROP) TABLE (\w+)", statement), "SHARE UPDATE EXCLUSIVE"
     if changed is not None:
         with suppress(OperationalError), connection.begin():
             connection.execute(text(f"SET LOCAL lock_timeout = {VACUUM_WAIT_S * 1_000:.0f}"))
-            connection.execute(text(f"LOCK TABLE {changed[1]} IN SHARE UPDATE EXCLUSIVE MODE"))
+            connection.execute(text(f"LOCK TABLE {changed[1]} IN {mode} MODE"))
+            distribution.lock_shards(connection, changed[1], mode, VACUUM_WAIT_S)

@@ -4,12 +4,13 @@ With that variable, the other tests of this folder run there, too.
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 
 import pytest
 from psycopg.errors import OperatorIntervention
-from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy import URL, Engine, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
 
 from holdfast_client.results import Result
@@ -24,7 +25,7 @@ from ledger.waiting import AWAY, Waits
 from tests import citus
 from tests.cut import cut_way_to
 from tests.messages import delivery, purchase
-from tests.support import sql
+from tests.support import PATIENCE_S, eventually, sql
 
 pytestmark = pytest.mark.skipif(citus.cluster() is None, reason=f"{citus.VARIABLE} is not set")
 
@@ -84,6 +85,25 @@ def hanging(cluster: citus.Cluster, engine: Engine, node: int) -> Iterator[None]
     admin.dispose()
 
 
+def url_of_a_node(cluster: citus.Cluster, engine: Engine) -> URL:
+    """The URL of the first node for the owner of the tables, who may change the shards there."""
+    url = cluster.owner_url(str(engine.url.database)).set(port=cluster.nodes[0][1])
+    return url.update_query_dict({"options": "-c citus.enable_manual_changes_to_shards=on"})
+
+
+def shard_on_a_node(cluster: citus.Cluster, engine: Engine, table: str) -> str:
+    """The name of a shard of `table` on the first node."""
+    [(name,)] = sql(
+        engine,
+        "SELECT :table || '_' || shardid FROM pg_dist_shard JOIN pg_dist_placement USING (shardid)"
+        " JOIN pg_dist_node USING (groupid)"
+        " WHERE logicalrelid = to_regclass(:table) AND nodeport = :port ORDER BY 1 LIMIT 1",
+        table=table,
+        port=cluster.nodes[0][1],
+    )
+    return str(name)
+
+
 def test_the_tables_of_organizations_are_distributed_together(engine: Engine) -> None:
     placed = "SELECT count(*), count(DISTINCT colocationid) FROM pg_dist_partition WHERE partmethod = 'h'"
     assert sql(engine, placed) == [(len([table for table in metadata.sorted_tables if is_distributed(table)]), 1)]
@@ -104,6 +124,47 @@ def test_an_interrupted_distribution_is_completed_by_the_next_migration_and_keep
     assert sql(engine, DISTRIBUTED) == tables
     assert sorted(sql(engine, EVENTS)) == before
     assert audit.verify(engine).is_clean
+
+
+def test_a_database_for_an_older_version_has_its_tables_on_the_coordinator_and_the_newer_distributes_them_again(
+    engine: Engine,
+) -> None:
+    # As on a server whose administrator has changed nothing.
+    sql(engine, f"ALTER DATABASE {engine.url.database} RESET citus.enable_unsafe_triggers")
+    engine.dispose()
+    apply_batch(engine, [purchase(org_id, "p1", 5) for org_id in ORGANIZATIONS])
+    before, tables = sorted(sql(engine, EVENTS)), sql(engine, DISTRIBUTED)
+    migrations.downgrade(engine, "0030")
+    assert sql(engine, DISTRIBUTED) == [(0,)]
+    assert sorted(sql(engine, EVENTS)) == before
+    with pytest.raises(IntegrityError, match="credit_events is append-only"):
+        sql(engine, "UPDATE credit_events SET credits = 6")
+    migrations.upgrade(engine)
+    assert sql(engine, DISTRIBUTED) == tables
+    assert sorted(sql(engine, EVENTS)) == before
+    assert audit.verify(engine).is_clean
+
+
+def test_a_migration_lets_others_through_while_somebody_has_locked_a_shard(
+    cluster: citus.Cluster, engine: Engine, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(migrations, "PAUSE_S", 0.1)
+    on_the_node, own = create_engine(url_of_a_node(cluster, engine)), connect(database_url)
+    said: list[str] = []
+    with ThreadPoolExecutor(1) as threads, on_the_node.connect() as reader:
+        reader.execute(text(f"SELECT count(*) FROM {shard_on_a_node(cluster, engine, 'wallets')}"))
+        migrating = threads.submit(migrations.downgrade, own, "0033", say=said.append)
+        eventually(lambda: said or migrating.done())
+        answers = apply_batch(engine, [purchase(org_id, "p1", 5) for org_id in ORGANIZATIONS])
+        assert {answer.outcome for answer in answers if isinstance(answer, Result)} == {"posted"}
+        assert not migrating.done()
+        reader.rollback()
+        migrating.result(PATIENCE_S)
+    on_the_node.dispose()
+    own.dispose()
+    assert sql(engine, DISTRIBUTED) == [(0,)]
+    [line] = said
+    assert line.startswith("Somebody's open transaction has locked a table that the migration changes: ")
 
 
 def test_a_batch_over_all_shards_is_applied_once_and_in_the_order_of_each_organization(engine: Engine) -> None:
@@ -219,16 +280,9 @@ def test_an_event_can_be_changed_neither_through_the_coordinator_nor_on_a_node(
     cluster: citus.Cluster, engine: Engine
 ) -> None:
     apply_batch(engine, [purchase(org_id, "p1", 5) for org_id in ORGANIZATIONS])
-    [(shard,)] = sql(
-        engine,
-        "SELECT 'credit_events_' || shardid FROM pg_dist_shard JOIN pg_dist_placement USING (shardid)"
-        " JOIN pg_dist_node USING (groupid)"
-        " WHERE logicalrelid = 'credit_events'::regclass AND nodeport = :port ORDER BY 1 LIMIT 1",
-        port=cluster.nodes[0][1],
-    )
-    url = cluster.owner_url(str(engine.url.database)).set(port=cluster.nodes[0][1])
-    on_the_node = url.update_query_dict({"options": "-c citus.enable_manual_changes_to_shards=on"})
-    owner, worker = create_engine(on_the_node), create_engine(on_the_node.set(username=WORKER))
+    shard = shard_on_a_node(cluster, engine, "credit_events")
+    url = url_of_a_node(cluster, engine)
+    owner, worker = create_engine(url), create_engine(url.set(username=WORKER))
     for change in ("UPDATE {} SET credits = 6", "DELETE FROM {}", "TRUNCATE {}"):
         with pytest.raises(IntegrityError, match="credit_events is append-only"):
             sql(engine, change.format("credit_events"))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from sqlalchemy import Engine, event, text
+from sqlalchemy import Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 
 from holdfast_client.results import Result
@@ -23,8 +23,9 @@ from ledger.database import connect
 from ledger.filters import EventFilter
 from ledger.store import Delivery, apply_batch
 from ledger.tables import metadata
+from tests import citus
 from tests.messages import delivery, subscribe
-from tests.support import PATIENCE_S, begin_schedules, eventually, sql
+from tests.support import PATIENCE_S, begin_schedules, eventually, moved, sql
 from worker import cli
 from worker.local.embedded import Embedded
 
@@ -59,15 +60,29 @@ CATALOG = {
         FROM pg_constraint WHERE connamespace = 'public'::regnamespace AND conrelid <> 0
     """,
     "indexes": "SELECT tablename, indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'",
-    "sequences": "SELECT sequencename, data_type::text, start_value, increment_by FROM pg_sequences",
-    "views": "SELECT viewname FROM pg_views WHERE schemaname = 'public'",
+    "sequences": """
+        SELECT sequencename, data_type::text, start_value, increment_by FROM pg_sequences WHERE schemaname = 'public'
+    """,
+    "views": """
+        SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('v', 'm')
+        AND NOT EXISTS (SELECT FROM pg_depend WHERE objid = pg_class.oid AND deptype = 'e')  -- an extension's
+    """,
     "types": "SELECT typname FROM pg_type WHERE typnamespace = 'public'::regnamespace AND typtype IN ('e', 'd')",
     "functions": "SELECT proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace",
     "triggers": """
-        SELECT tgrelid::regclass::text, tgname, tgenabled, pg_get_triggerdef(oid) FROM pg_trigger
-        WHERE NOT tgisinternal
+        SELECT tgrelid::regclass::text, tgname, tgenabled, pg_get_triggerdef(pg_trigger.oid)
+        FROM pg_trigger JOIN pg_class ON pg_class.oid = tgrelid
+        WHERE NOT tgisinternal AND relnamespace = 'public'::regnamespace
     """,
 }
+
+if citus.cluster() is not None:
+    # The copies that it makes of a table have a NOT NULL of another name, and conditions in fewer parentheses.
+    CATALOG["constraints"] = """
+        SELECT conrelid::regclass::text, CASE contype WHEN 'n' THEN '' ELSE conname END, contype,
+               translate(pg_get_constraintdef(oid), '()', ''), convalidated, condeferrable
+        FROM pg_constraint WHERE connamespace = 'public'::regnamespace AND conrelid <> 0
+    """
 
 
 def catalog(engine: Engine) -> dict[str, list[tuple[Any, ...]]]:
@@ -324,11 +339,8 @@ def test_what_0009_knew_of_plans_is_what_they_are_now(of_0009: Engine) -> None:
 
 def pass_time(engine: Engine, column: str, of: str, where: str = "true") -> None:
     """As if it were a day after the latest of these times."""
-    sql(
-        engine,
-        f"UPDATE {of} SET {column} = {column} - interval '1 day'"
-        f" - ((SELECT max({column}) FROM {of} WHERE {where}) - now()) WHERE {where}",
-    )
+    [(by,)] = sql(engine, f"SELECT CAST(now() - max({column}) - interval '1 day' AS text) FROM {of} WHERE {where}")
+    sql(engine, f"UPDATE {of} SET {column} = {moved(column, by)} WHERE {where}")
 
 
 def test_time_and_messages_go_on_after_0009(of_0009: Engine) -> None:
@@ -465,7 +477,8 @@ CREATE_INDEX = """
 
 WAITS_FOR_WALLETS = "SELECT pid FROM pg_locks WHERE relation = 'wallets'::regclass AND NOT granted"
 IS_VACUUMED = """
-    SELECT pid FROM pg_locks WHERE relation = 'wallets'::regclass AND mode = 'ShareUpdateExclusiveLock' AND granted
+    SELECT pid FROM pg_locks JOIN pg_database ON pg_database.oid = database WHERE datname = current_database()
+    AND relation::regclass::text ~ '^wallets(_[0-9]+)?$' AND mode = 'ShareUpdateExclusiveLock' AND granted
 """
 WAITS_FOR_TRANSACTIONS = """
     SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'virtualxid'
@@ -553,10 +566,18 @@ def test_a_migration_that_never_gets_its_lock_ends_with_one_sentence_and_changes
     assert migrations.current_revision(engine) == "later"
 
 
+def administrator_of_rows(engine: Engine, services: Embedded) -> Engine:
+    """A superuser on the server that has the rows of a database; or on a node that has some of them."""
+    database = str(engine.url.database)
+    if (distributed := citus.cluster()) is not None:
+        return distributed.administrator_of(1, database)
+    url = make_url(services.admin_url).set(database=database)
+    return create_engine(url, isolation_level="AUTOCOMMIT")
+
+
 @contextmanager
 def vacuumed_slowly(engine: Engine, services: Embedded) -> Iterator[None]:
     """PostgreSQL vacuums `wallets` by itself, for longer than a test lasts."""
-    admin = connect(services.admin_url, keeps_connections=False).execution_options(isolation_level="AUTOCOMMIT")
     columns = "org_id, last_seq, prepaid_balance, subscription_balance, reserved, period_usage, credit_limit"
     sql(
         engine,
@@ -569,15 +590,16 @@ def vacuumed_slowly(engine: Engine, services: Embedded) -> Iterator[None]:
         " autovacuum_vacuum_cost_delay = 100, autovacuum_vacuum_cost_limit = 1)",
     )
     sql(engine, "UPDATE wallets SET config_version = 1")
-    with admin.connect() as connection:
-        connection.execute(text("ALTER SYSTEM SET autovacuum_naptime = '1s'"))
-        connection.execute(text("SELECT pg_reload_conf()"))
-        try:
-            eventually(lambda: sql(engine, IS_VACUUMED))
-            yield
-        finally:
-            connection.execute(text("ALTER SYSTEM RESET autovacuum_naptime"))
-            connection.execute(text("SELECT pg_reload_conf()"))
+    admin = administrator_of_rows(engine, services)
+    sql(admin, "ALTER SYSTEM SET autovacuum_naptime = '1s'")
+    sql(admin, "SELECT pg_reload_conf()")
+    try:
+        eventually(lambda: sql(admin, IS_VACUUMED))
+        yield
+    finally:
+        sql(admin, "ALTER SYSTEM RESET autovacuum_naptime")
+        sql(admin, "SELECT pg_reload_conf()")
+        admin.dispose()
 
 
 def test_a_vacuum_of_postgresqls_own_gives_way_to_a_migration(
@@ -663,6 +685,7 @@ def may_stop_somebody(statements: list[str]) -> list[str]:
 
 def test_no_migration_after_0002_stops_anybody(empty_engine: Engine) -> None:
     sent: list[str] = []
+    limit = f"SET LOCAL lock_timeout = '{migrations.LOCK_WAIT_S * 1e3:.0f}ms'"  # tells the nodes of Citus
     migrations.upgrade(empty_engine, "0002")
     event.listen(empty_engine, "before_cursor_execute", lambda *given: sent.append(given[2].strip()))
     later = [*ScriptDirectory.from_config(migrations._config()).iterate_revisions("head", "0002")]
@@ -670,7 +693,7 @@ def test_no_migration_after_0002_stops_anybody(empty_engine: Engine) -> None:
     for script in reversed(later):
         sent.clear()
         migrations.upgrade(empty_engine, script.revision)
-        own = [one for one in sent if not one.startswith("SELECT") and "alembic_version" not in one]
+        own = [one for one in sent if not one.startswith(("SELECT", limit)) and "alembic_version" not in one]
         assert own
         assert (script.revision, may_stop_somebody(own)) == (script.revision, [])
 

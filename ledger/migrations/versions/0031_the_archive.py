@@ -41,7 +41,7 @@ $$
 _REFUSE_LOSS = """
 DO $$
 BEGIN
-    IF EXISTS (SELECT FROM archived) OR EXISTS (SELECT FROM erasures) THEN
+    IF EXISTS (SELECT 1 FROM archived) OR EXISTS (SELECT 1 FROM erasures) THEN
         RAISE EXCEPTION 'an older version knows neither archived events nor erased text: keep this one, or restore a backup that was made before';
     END IF;
 END
