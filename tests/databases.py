@@ -6,7 +6,7 @@ from functools import cache
 from itertools import count
 
 import redis
-from sqlalchemy import Engine, create_engine
+from sqlalchemy import Engine, create_engine, make_url
 
 from tests import citus
 from tests.support import sql
@@ -23,6 +23,16 @@ def administrator(services: Embedded) -> Engine:
     """Who makes and drops databases, on one connection for all of them. At the end of the session: `dispose`."""
     # The ping: a test may have ended the server, and started it again.
     return create_engine(services.admin_url, isolation_level="AUTOCOMMIT", pool_size=1, pool_pre_ping=True)
+
+
+def administrator_of(services: Embedded, database: str, *, of_rows: bool = False) -> Engine:
+    """A superuser's engine for `database` on its server.
+
+    On Citus, that is the coordinator, or, `of_rows`, a node that has some of the rows.
+    """
+    if (distributed := citus.cluster()) is not None:
+        return distributed.administrator_of(int(of_rows), database)
+    return create_engine(make_url(services.admin_url).set(database=database), isolation_level="AUTOCOMMIT")
 
 
 @contextmanager

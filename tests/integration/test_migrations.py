@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from sqlalchemy import Engine, create_engine, event, make_url, text
+from sqlalchemy import Engine, event, text
 from sqlalchemy.exc import DBAPIError
 
 from holdfast_client.results import Result
@@ -24,6 +24,7 @@ from ledger.filters import EventFilter
 from ledger.store import Delivery, apply_batch
 from ledger.tables import metadata
 from tests import citus
+from tests.databases import administrator_of
 from tests.messages import delivery, subscribe
 from tests.support import PATIENCE_S, begin_schedules, eventually, moved, sql
 from worker import cli
@@ -566,15 +567,6 @@ def test_a_migration_that_never_gets_its_lock_ends_with_one_sentence_and_changes
     assert migrations.current_revision(engine) == "later"
 
 
-def administrator_of_rows(engine: Engine, services: Embedded) -> Engine:
-    """A superuser on the server that has the rows of a database; or on a node that has some of them."""
-    database = str(engine.url.database)
-    if (distributed := citus.cluster()) is not None:
-        return distributed.administrator_of(1, database)
-    url = make_url(services.admin_url).set(database=database)
-    return create_engine(url, isolation_level="AUTOCOMMIT")
-
-
 @contextmanager
 def vacuumed_slowly(engine: Engine, services: Embedded) -> Iterator[None]:
     """PostgreSQL vacuums `wallets` by itself, for longer than a test lasts."""
@@ -590,7 +582,7 @@ def vacuumed_slowly(engine: Engine, services: Embedded) -> Iterator[None]:
         " autovacuum_vacuum_cost_delay = 100, autovacuum_vacuum_cost_limit = 1)",
     )
     sql(engine, "UPDATE wallets SET config_version = 1")
-    admin = administrator_of_rows(engine, services)
+    admin = administrator_of(services, str(engine.url.database), of_rows=True)
     sql(admin, "ALTER SYSTEM SET autovacuum_naptime = '1s'")
     sql(admin, "SELECT pg_reload_conf()")
     try:
