@@ -4,13 +4,13 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 
 from ledger import actions, dead_letters, directory
 from ledger.actions import ActionFilter, Place
 from ledger.store import apply_batch
 from tests.messages import delivery, finish, purchase
-from tests.support import sql
+from tests.support import another_past, sql
 
 
 def found(engine: Engine, find: Any, *arguments: Any) -> Any:
@@ -130,11 +130,10 @@ def acted(engine: Engine) -> Engine:
     forged = delivery("wallet.grant", org_id="acme", grant_id="x", credits=5, metadata={"by": "olga"})
     apply_batch(engine, [forged, purchase("acme", "bad", 0), purchase("acme", "worse", 0)])
     dead_letters.discard(engine, 1, by="otto", why="sent by mistake")
-    sql(
-        engine,
-        "UPDATE dead_letters SET resolved_at = (SELECT created_at FROM credit_events WHERE org_id = 'globex' LIMIT 1)"
-        " WHERE id = 1",
-    )
+    [(moment,)] = sql(engine, "SELECT max(created_at) FROM credit_events")
+    with another_past(engine) as connection:
+        connection.execute(text("UPDATE credit_events SET created_at = :moment"), {"moment": moment})
+    sql(engine, "UPDATE dead_letters SET resolved_at = :moment WHERE id = 1", moment=moment)
     return engine
 
 

@@ -101,7 +101,7 @@ def test_an_organization_that_nobody_has_named_has_nothing(database_url: str) ->
 def test_while_a_wallet_is_locked_there_is_a_quote(engine: Engine, database_url: str) -> None:
     apply_batch(engine, [purchase("acme", credits=100)])
     with engine.begin() as other:
-        other.exec_driver_sql("SELECT 1 FROM wallets FOR UPDATE")
+        other.exec_driver_sql("SELECT 1 FROM wallets WHERE org_id = 'acme' FOR UPDATE")
         assert quote(database_url, "acme", 100).outcome == "reserved"
 
 

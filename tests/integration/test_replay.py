@@ -118,7 +118,8 @@ def test_what_came_of_a_message_is_marked_also_if_the_database_restarts_meanwhil
     engine: Engine, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def send(*message: Any) -> Result:
-        others = "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        ours = "datname = current_database() AND application_name = 'holdfast'"
+        others = f"FROM pg_stat_activity WHERE {ours} AND pid <> pg_backend_pid()"
         assert sql(engine, f"SELECT pg_terminate_backend(pid, 60000) {others}") == [(True,)]
         return worker(engine)(*message)
 
