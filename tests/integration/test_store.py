@@ -746,10 +746,13 @@ def test_a_deadlock_is_isolated(engine: Engine, database_url: str, services: Emb
     admin = connect(services.admin_url)
     sql(admin, "GRANT SET ON PARAMETER deadlock_timeout TO holdfast")
     admin.dispose()
-    sql(engine, "SET deadlock_timeout = '250ms'")  # of the pooled connection: it looks before its patience ends
+    # Of the pooled connection: it looks before its patience ends, and after the other one has come.
+    sql(engine, "SELECT set_config('deadlock_timeout', '3s', false), set_config('lock_timeout', '1min', false)")
     with applying_while_locked(engine, database_url) as (applying, _, holder):
         # The batch holds acme. It is the only one that looks for a deadlock, so it is the one that gives way.
-        holder.execute(text("SET LOCAL deadlock_timeout = '1min'"))
+        holder.execute(
+            text("SELECT set_config('deadlock_timeout', '1min', true), set_config('lock_timeout', '1min', true)")
+        )
         holder.execute(text("SELECT * FROM wallets WHERE org_id = 'acme' FOR UPDATE"))
         assert applying.result(PATIENCE_S) == [Waits("acme", LOCKED), Waits("globex", LOCKED)]
     assert apply_waiting(engine, "acme", limit=10).answers == [(TWO_WALLETS[0], POSTED_TO_ACME)]
