@@ -266,9 +266,6 @@ def connect(
         limit_s = answer_timeout_s or (transaction_timeout_s and STATEMENT_TIMEOUT_S)
         if connection.is_distributed and limit_s:
             connection.answers_within_s = limit_s + ANSWER_MARGIN_S
-        # One parameter type for integers of any size, so one prepared statement instead of many.
-        connection.adapters.register_dumper(int, Int8BinaryDumper)
-        connection.adapters.register_dumper(Array, ArrayDumper)
         known.connections.add(connection)
         known.is_distributed = connection.is_distributed
         return connection
@@ -326,6 +323,9 @@ def _begin_session(connection: LedgerConnection, transaction_timeout_s: int | No
     Raises UnsuitableDatabaseError, or OperationalError if a pooler shares PostgreSQL's sessions among clients. Prepared
     statements and settings belong to a session: in a shared one, a name may be another client's statement.
     """
+    # One parameter type for integers of any size, so one prepared statement instead of many.
+    connection.adapters.register_dumper(int, Int8BinaryDumper)
+    connection.adapters.register_dumper(Array, ArrayDumper)
     encoding = connection.info.parameter_status("server_encoding")
     [(server, has_citus, connection.synchronous_commit)] = connection.execute(_SESSION).fetchall()
     if has_citus:
