@@ -26,11 +26,10 @@ from holdfast_client.messages import InvalidMessage
 from holdfast_client.results import Result
 from ledger import audit, clocks, quotes, receipts, scheduler, store, tables
 from ledger.state import EndingCredits, Event, Refusal
-from tests import citus
 from tests.memory import MemoryLedger
 from tests.messages import delivery
 from tests.property.model import Answer, Model, check_history
-from tests.support import sql
+from tests.support import is_distributed, on_every_server, sql
 
 NOW = datetime(2026, 1, 30, 9, tzinfo=UTC)
 
@@ -102,12 +101,7 @@ class PostgresDriver:
             connection.execute(text("ALTER TABLE credit_events ENABLE TRIGGER USER"))
 
     def at(self, now: datetime) -> None:
-        set_clock = f"UPDATE our.clock SET now = '{now.isoformat()}'"
-        if citus.cluster() is None:
-            sql(self.engine, set_clock)
-        else:
-            set_all = "SELECT bool_and(success) FROM run_command_on_all_nodes(:act)"
-            assert sql(self.engine, set_all, act=set_clock) == [(True,)]
+        on_every_server(self.engine, f"UPDATE our.clock SET now = '{now.isoformat()}' RETURNING now")
 
     def send(self, messages: Sequence[Sent]) -> list[Told]:
         deliveries = [delivery(task, org_id=self.org_id, **fields) for task, fields in messages]
@@ -404,7 +398,7 @@ def clocked_engine(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
             f"ALTER DATABASE {engine.url.database} SET search_path = our, pg_catalog, public",
         ):
             connection.execute(text(statement))
-    if citus.cluster() is not None:  # the nodes have the schema and the function already
+    if is_distributed(engine):  # the nodes have the schema and the function already
         made = "SELECT bool_and(success) FROM run_command_on_workers('CREATE TABLE our.clock AS SELECT now()')"
         assert sql(engine, made) == [(True,)]
     engine.dispose()
