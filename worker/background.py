@@ -20,7 +20,7 @@ from sqlalchemy import Engine
 
 from ledger import clocks, scheduler, waiting
 from ledger.database import LONG_PATIENCE_S
-from ledger.faults import is_transient, may_be_local
+from ledger.faults import is_about_a_node, is_transient, may_be_local
 from ledger.store import Applied, DeadLettered, apply_waiting, reason_to_wait
 from ledger.waiting import MUCH_DUE, WaitingOrganization
 from ledger.working_set import SHORT_PATIENCE_S, SHORTEST_PATIENCE_S
@@ -76,8 +76,12 @@ class _Pace:
         if self.limit > 1:
             self.limit = max(1, self.limit // 8)
         else:
-            self.next_at = time.monotonic() + self._delay_s
-            self._delay_s = min(2 * self._delay_s, self._longest_delay_s)
+            self.pause()
+
+    def pause(self) -> None:
+        """Try later: the messages had no part in it."""
+        self.next_at = time.monotonic() + self._delay_s
+        self._delay_s = min(2 * self._delay_s, self._longest_delay_s)
 
 
 class _Attempts:
@@ -225,7 +229,10 @@ class Background:
                 if pace is attempts.pace:
                     attempts.is_slow = isinstance(error, QueryCanceled)
                 attempts.reason, attempts.is_locked = reason_to_wait(error), False
-                pace.failed()
+                if is_about_a_node(error):
+                    pace.pause()
+                else:
+                    pace.failed()
                 return True
             self._applied(applied)
             spans.waited([delivery.traceparent for delivery, _ in applied.answers], began_at=began_at)

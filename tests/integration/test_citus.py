@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import pytest
+from celery import Celery
 from psycopg.errors import OperatorIntervention
 from sqlalchemy import URL, Engine, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
@@ -26,6 +27,9 @@ from tests import citus
 from tests.cut import cut_way_to
 from tests.messages import delivery, purchase
 from tests.support import PATIENCE_S, eventually, sql
+from worker.answers import Answers
+from worker.background import Background
+from worker.outage import Outage
 
 pytestmark = pytest.mark.skipif(citus.cluster() is None, reason=f"{citus.VARIABLE} is not set")
 
@@ -203,6 +207,20 @@ def test_while_a_node_is_away_its_organizations_wait_and_the_others_do_not(
         assert [answer.outcome for _, answer in apply_waiting(engine, org_id, limit=9).answers] == ["posted"]  # type: ignore[union-attr]
     assert sql(engine, "SELECT count(*), sum(prepaid_balance) FROM wallets") == [(40, 400)]
     assert audit.verify(engine).is_clean
+
+
+def test_what_waited_for_a_node_is_applied_in_one_transaction_however_often_the_node_was_tried(
+    cluster: citus.Cluster, engine: Engine, node_of: Callable[[str], int]
+) -> None:
+    apply_batch(engine, [purchase("acme", "p0", 5)])
+    background = Background(engine, Answers(Celery(set_as_current=False)), Outage(engine))
+    with away(cluster, engine, node_of("acme")):
+        apply_batch(engine, [purchase("acme", f"p{number}", 5) for number in range(1, 21)])
+        for _ in range(5):
+            background._look()
+    eventually(lambda: background._look() or sql(engine, "SELECT count(*) FROM waiting_messages") == [(0,)])
+    moments = "SELECT count(*), count(DISTINCT created_at) FROM credit_events"
+    assert sql(engine, moments) == [(21, 2)]
 
 
 def test_a_node_that_hangs_makes_only_its_organizations_wait_and_is_left_alone_for_a_while(
