@@ -45,9 +45,9 @@ log.console = true
 log.console.level = warning
 """
 
-# What RabbitMQ 4.3 refuses by default. Versions before 3.13, as Debian's, do not know these settings.
-if "RABBITMQ_BIN" in os.environ:
-    CONFIGURATION += """\
+# What RabbitMQ 4.3 refuses by default. Versions before 3.13, as Debian's, do not know these settings. A node of a
+# cluster may fail to start with them: it looks for such queues before it has the tables of the others.
+REFUSING = """\
 deprecated_features.permit.global_qos = false
 deprecated_features.permit.transient_nonexcl_queues = false
 deprecated_features.permit.classic_queue_mirroring = false
@@ -193,6 +193,7 @@ def _node(port: int, ports: list[int], folder: Path, environment: dict[str, str]
     members = enumerate(ports, start=1)
     configuration.write_text(
         CONFIGURATION.format(port=port)
+        + (REFUSING if "RABBITMQ_BIN" in os.environ and len(ports) == 1 else "")
         + settings
         # Version 4 would look for the others for minutes, of which none is there yet.
         + ("cluster_formation.discovery_retry_limit = 1\n" if port == ports[0] else "")
