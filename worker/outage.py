@@ -14,7 +14,7 @@ from psycopg.errors import InsufficientPrivilege
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from ledger.faults import WrongClockError, describe, is_about_schema, is_transient
+from ledger.faults import WrongClockError, describe, is_about_a_node, is_about_schema, is_transient
 from worker import metrics
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,8 @@ class Outage(Thread):
     def _told(self, error: Exception) -> str:
         original = error.orig if isinstance(error, DBAPIError) else error
         why = describe(error)
+        if isinstance(original, Exception) and is_about_a_node(original):
+            return f"A node of the database does not answer; its organizations wait, and whatever is due: {why}"
         if is_about_schema(error):
             from ledger import migrations  # only here: no other part of a worker needs Alembic
 

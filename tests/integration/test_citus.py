@@ -15,10 +15,11 @@ from sqlalchemy import URL, Engine, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
 
 from holdfast_client.results import Result
-from ledger import audit, distribution, migrations, scheduler
+from ledger import audit, distribution, migrations, receipts, scheduler
 from ledger.database import SilenceError, connect, raw_connection
 from ledger.distribution import is_distributed
 from ledger.faults import describe, is_transient
+from ledger.filters import EVERY_EVENT, EventFilter
 from ledger.roles import WORKER
 from ledger.store import DeadLettered, Delivery, apply_batch, apply_waiting
 from ledger.tables import metadata
@@ -221,6 +222,27 @@ def test_what_waited_for_a_node_is_applied_in_one_transaction_however_often_the_
     eventually(lambda: background._look() or sql(engine, "SELECT count(*) FROM waiting_messages") == [(0,)])
     moments = "SELECT count(*), count(DISTINCT created_at) FROM credit_events"
     assert sql(engine, moments) == [(21, 2)]
+
+
+def test_while_a_node_is_away_the_runs_of_other_organizations_can_be_read(
+    cluster: citus.Cluster, engine: Engine, node_of: Callable[[str], int]
+) -> None:
+    apply_batch(engine, [purchase(org_id, "p1", 5) for org_id in ORGANIZATIONS])
+    nodes = {org_id: node_of(org_id) for org_id in ORGANIZATIONS}
+    others = [org_id for org_id, node in nodes.items() if node != nodes[ORGANIZATIONS[0]]]
+    filters = [EVERY_EVENT, EventFilter(event_types=("prepaid_purchase",))]
+    with away(cluster, engine, nodes[ORGANIZATIONS[0]]), engine.connect() as connection:
+        pages = [receipts.page(connection, org_id, matching) for org_id in others for matching in filters]
+        assert [page.credits for page in pages] == [5] * len(pages)
+
+
+def test_a_run_of_the_scheduler_says_that_a_node_is_away_and_not_the_database(
+    cluster: citus.Cluster, engine: Engine, node_of: Callable[[str], int], caplog: pytest.LogCaptureFixture
+) -> None:
+    with away(cluster, engine, node_of(ORGANIZATIONS[0])), pytest.raises(DBAPIError) as raised:
+        scheduler.post_due(engine)
+    Outage(engine).failed("patient", raised.value)
+    assert "A node of the database does not answer; its organizations wait" in caplog.text
 
 
 def test_a_node_that_hangs_makes_only_its_organizations_wait_and_is_left_alone_for_a_while(
