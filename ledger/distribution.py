@@ -7,13 +7,15 @@ waits, dead letters and the schema's revision stay on the coordinator, so they c
 On a database without the extension, nothing of this applies.
 """
 
+import json
+import re
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import psycopg
 from sqlalchemy import Connection, Table, event, text
 
-from ledger.tables import metadata, waiting_messages, wallets
+from ledger.tables import metadata, waiting_messages, wallets, workflows
 
 
 def is_distributed(table: Table) -> bool:
@@ -83,6 +85,15 @@ def lock_shards(connection: Connection, table: str, mode: str, wait_s: float) ->
         connection.execute(_ON_SHARDS, {"table": table, "statement": lock})
 
 
+def found_in_shards(connection: Connection, query: str) -> list[dict[str, Any]]:
+    """The rows that `query` finds in each shard whose node is there. It names one table or two, each after a FROM."""
+    first, second = [*dict.fromkeys(_AFTER_FROM.findall(query)), workflows.name][:2]  # Citus wants two
+    for place, table in enumerate((first, second), start=1):
+        query = re.sub(rf"\bFROM {table}\b", f"FROM %{place}$s AS {table}", query)
+    about = {"first": first, "second": second, "statement": _AS_JSON.format(query)}
+    return [row for result in connection.scalars(_ON_SHARDS_TOGETHER, about) for row in json.loads(result)]
+
+
 def described(connection: Connection) -> str | None:
     """Over what the ledger is distributed, in words. None: it is not."""
     if not connection.scalar(_HAS_CITUS):
@@ -128,6 +139,13 @@ _DISTRIBUTE = text(
 )
 _GATHER = text("SELECT undistribute_table(CAST(:name AS regclass))")
 _ON_SHARDS = text("SELECT run_command_on_shards(CAST(:table AS regclass), :statement)")
+_AFTER_FROM = re.compile(r"\bFROM (\w+)")
+_AS_JSON = "SELECT json_agg(found) FROM ({}) AS found"
+_ON_SHARDS_TOGETHER = text("""
+    SELECT result FROM run_command_on_colocated_placements(
+        CAST(:first AS regclass), CAST(:second AS regclass), :statement
+    ) WHERE success AND result <> ''
+""")
 # Citus refuses to lock a shard, which is no table of its own, unless it is told that this is on purpose.
 _LOCK_SHARD = """
     DO $$ BEGIN

@@ -7,10 +7,12 @@ ledger ends up the same. A run is a series of steps of a few transactions each, 
 from collections.abc import Iterator
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, Engine, select, tuple_
+from sqlalchemy import ColumnElement, Engine, Select, select, tuple_
+from sqlalchemy.exc import DBAPIError
 
-from ledger import daily_sums
+from ledger import daily_sums, distribution
 from ledger.due import DUE, POST_DUE, RELEASE_EXPIRED
+from ledger.faults import is_about_a_node
 from ledger.store import catch_up
 from ledger.tables import wallets
 
@@ -51,9 +53,23 @@ def _steps(engine: Engine, task: str, due_at: ColumnElement[datetime], is_due: C
     after: tuple[datetime, str] | None = None
     while True:
         page = due if after is None else due.where(tuple_(due_at, wallets.c.org_id) > tuple_(*after))
-        with engine.connect() as connection:
-            rows = connection.execute(page.limit(CHUNK)).all()
+        rows = _found(engine, page.limit(CHUNK))
         if not rows:
             return
         yield from catch_up(engine, [org_id for _, org_id in rows], task=task)
-        after = tuple(rows[-1])
+        after = rows[-1]
+
+
+def _found(engine: Engine, page: Select[datetime, str]) -> list[tuple[datetime, str]]:
+    """A page of what is due. While a node of a distributed ledger is away, of what is due elsewhere."""
+    with engine.connect() as connection:
+        try:
+            return [(due_at, org_id) for due_at, org_id in connection.execute(page)]
+        except DBAPIError as error:
+            if error.orig is None or not is_about_a_node(error.orig):
+                raise
+    query = page.compile(engine, compile_kwargs={"literal_binds": True})
+    with engine.connect() as connection:
+        rows = distribution.found_in_shards(connection, str(query))
+    at, whose = page.selected_columns.keys()
+    return sorted((datetime.fromisoformat(row[at]), row[whose]) for row in rows)[:CHUNK]

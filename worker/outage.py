@@ -58,7 +58,7 @@ class Outage(Thread):
         original = error.orig if isinstance(error, DBAPIError) else error
         why = describe(error)
         if isinstance(original, Exception) and is_about_a_node(original):
-            return f"A node of the database does not answer; its organizations wait, and whatever is due: {why}"
+            return f"A node of the database does not answer; its organizations wait: {why}"
         if is_about_schema(error):
             from ledger import migrations  # only here: no other part of a worker needs Alembic
 

@@ -27,7 +27,7 @@ from ledger.waiting import AWAY, Waits
 from tests import citus
 from tests.cut import cut_way_to
 from tests.messages import delivery, purchase
-from tests.support import PATIENCE_S, eventually, sql
+from tests.support import PATIENCE_S, begin_schedules, eventually, sql
 from worker.answers import Answers
 from worker.background import Background
 from worker.outage import Outage
@@ -236,13 +236,38 @@ def test_while_a_node_is_away_the_runs_of_other_organizations_can_be_read(
         assert [page.credits for page in pages] == [5] * len(pages)
 
 
-def test_a_run_of_the_scheduler_says_that_a_node_is_away_and_not_the_database(
+def test_a_worker_says_that_a_node_is_away_and_not_the_database(
     cluster: citus.Cluster, engine: Engine, node_of: Callable[[str], int], caplog: pytest.LogCaptureFixture
 ) -> None:
     with away(cluster, engine, node_of(ORGANIZATIONS[0])), pytest.raises(DBAPIError) as raised:
-        scheduler.post_due(engine)
+        sql(engine, "SELECT count(*) FROM wallets")
     Outage(engine).failed("patient", raised.value)
     assert "A node of the database does not answer; its organizations wait" in caplog.text
+
+
+def test_while_a_node_is_away_what_is_due_elsewhere_is_done(
+    cluster: citus.Cluster, engine: Engine, node_of: Callable[[str], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = {"subscription_id": "s", "version": 1, "plan": "p", "monthly_credits": 7, "anchor": "2200-01-01T00:00:00Z"}
+    for batch in (
+        [purchase(org_id, "p1", 5) for org_id in ORGANIZATIONS],
+        [delivery("workflow.start", org_id=org_id, workflow_id="w1", credits=5) for org_id in ORGANIZATIONS],
+        [delivery("wallet.subscribe", org_id=org_id, **plan) for org_id in ORGANIZATIONS],
+    ):
+        apply_batch(engine, batch)
+    sql(engine, "UPDATE workflows SET expires_at = now() - interval '1 minute'")
+    sql(engine, "UPDATE wallets SET next_hold_expiry = now() - interval '1 minute'")
+    begin_schedules(engine, "now() - interval '1 minute'")
+    monkeypatch.setattr(scheduler, "CHUNK", 3)
+    nodes = {org_id: node_of(org_id) for org_id in ORGANIZATIONS}
+    elsewhere = sum(node != nodes[ORGANIZATIONS[0]] for node in nodes.values())
+    assert 3 < elsewhere < len(ORGANIZATIONS)
+    with away(cluster, engine, nodes[ORGANIZATIONS[0]]):
+        written = [scheduler.post_due(engine) + scheduler.release_expired(engine) for _ in range(2)]
+    assert written == [2 * elsewhere, 0]
+    written = [scheduler.post_due(engine) + scheduler.release_expired(engine) for _ in range(2)]
+    assert written == [2 * (len(ORGANIZATIONS) - elsewhere), 0]
+    assert audit.verify(engine).is_clean
 
 
 def test_a_node_that_hangs_makes_only_its_organizations_wait_and_is_left_alone_for_a_while(
