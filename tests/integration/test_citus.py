@@ -32,7 +32,8 @@ from worker.answers import Answers
 from worker.background import Background
 from worker.outage import Outage
 
-pytestmark = pytest.mark.skipif(citus.cluster() is None, reason=f"{citus.VARIABLE} is not set")
+if citus.cluster() is None:
+    pytest.skip(f"{citus.VARIABLE} is not set", allow_module_level=True)
 
 ORGANIZATIONS = [f"org-{number}" for number in range(40)]
 DISTRIBUTED = "SELECT count(*) FROM pg_dist_partition WHERE partmethod = 'h'"
