@@ -41,7 +41,7 @@ class Services:
         self.engine = connect(settings.database_url, checks_connections=True, answer_timeout_s=READ_TIMEOUT_S)
         self._turn, self._rests_until = threading.Semaphore(), 0.0
         # For probes: on an open connection, they would hang with the database.
-        self.probe = connect(settings.database_url, keeps_connections=False)
+        self.probe = connect(settings.database_url, keeps_connections=False, answer_timeout_s=READ_TIMEOUT_S)
         self.replica: Replica | None = None
         if settings.read_database_url is not None:
             self.replica = Replica(settings.read_database_url, self.probe, answer_timeout_s=READ_TIMEOUT_S, log=log)

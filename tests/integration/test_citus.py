@@ -14,6 +14,8 @@ from psycopg.errors import OperatorIntervention
 from sqlalchemy import URL, Engine, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
 
+from api_stub.probes import SystemCollector
+from api_stub.services import READ_TIMEOUT_S, Services
 from holdfast_client.results import Result
 from ledger import audit, distribution, migrations, receipts, scheduler
 from ledger.database import SilenceError, connect, raw_connection
@@ -21,6 +23,7 @@ from ledger.distribution import is_distributed
 from ledger.faults import describe, is_transient
 from ledger.filters import EVERY_EVENT, EventFilter
 from ledger.roles import WORKER
+from ledger.settings import Settings
 from ledger.store import DeadLettered, Delivery, apply_batch, apply_waiting
 from ledger.tables import metadata
 from ledger.waiting import AWAY, Waits
@@ -295,6 +298,17 @@ def test_a_node_that_hangs_makes_only_its_organizations_wait_and_is_left_alone_f
     another.dispose()
     assert sql(engine, "SELECT count(*), sum(prepaid_balance) FROM wallets") == [(40, 600)]
     assert audit.verify(engine).is_clean
+
+
+def test_the_metrics_do_not_wait_for_a_node_that_hangs(
+    cluster: citus.Cluster, engine: Engine, node_of: Callable[[str], int], database_url: str, broker_url: str
+) -> None:
+    settings = Settings(database_url=database_url, broker_url=broker_url, jwt_secret="0123456789abcdef" * 2)
+    collector = SystemCollector(Services(settings))
+    with ThreadPoolExecutor() as pool, hanging(cluster, engine, node_of(ORGANIZATIONS[0])):
+        found = pool.submit(lambda: list(collector.collect())).result(3 * READ_TIMEOUT_S)  # Citus gives up after 30 s
+    values = {metric.name: [sample.value for sample in metric.samples] for metric in found}
+    assert (values["holdfast_database_up"], values["holdfast_broker_up"]) == ([0.0], [1.0])
 
 
 def test_a_node_that_goes_away_at_the_commit_makes_no_dead_letter(
