@@ -134,8 +134,10 @@ _ALLOW_TRIGGERS = text(
 )
 _EXISTING = text("SELECT name FROM unnest(CAST(:names AS text[])) AS name WHERE to_regclass(name) IS NOT NULL")
 _DISTRIBUTED = text("SELECT relname FROM pg_dist_partition JOIN pg_class ON oid = logicalrelid WHERE partmethod = 'h'")
+# Citus locks no rows of a shard that it keeps twice: a standby of each node is what keeps a copy.
 _DISTRIBUTE = text(
     "SELECT create_distributed_table(CAST(:name AS regclass), 'org_id', colocate_with => :together_with)"
+    " FROM set_config('citus.shard_replication_factor', '1', true)"
 )
 _GATHER = text("SELECT undistribute_table(CAST(:name AS regclass))")
 _ON_SHARDS = text("SELECT run_command_on_shards(CAST(:table AS regclass), :statement)")

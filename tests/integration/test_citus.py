@@ -135,6 +135,14 @@ def test_an_interrupted_distribution_is_completed_by_the_next_migration_and_keep
     assert audit.verify(engine).is_clean
 
 
+def test_each_shard_is_on_one_node_whatever_the_cluster_keeps_by_default(engine: Engine) -> None:
+    migrations.downgrade(engine, "0033")
+    sql(engine, f"ALTER DATABASE {engine.url.database} SET citus.shard_replication_factor = 2")
+    engine.dispose()
+    migrations.upgrade(engine)
+    assert [type(answer) for answer in apply_batch(engine, [purchase("acme", "p1", 5)])] == [Result]
+
+
 def test_a_database_for_an_older_version_has_its_tables_on_the_coordinator_and_the_newer_distributes_them_again(
     engine: Engine,
 ) -> None:
