@@ -5,7 +5,7 @@ With that variable, the other tests of this folder run there, too.
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import pytest
@@ -308,15 +308,23 @@ def test_a_node_that_hangs_makes_only_its_organizations_wait_and_is_left_alone_f
     assert audit.verify(engine).is_clean
 
 
-def test_the_metrics_do_not_wait_for_a_node_that_hangs(
-    cluster: citus.Cluster, engine: Engine, node_of: Callable[[str], int], database_url: str, broker_url: str
+@pytest.mark.parametrize("gone", [hanging, away])
+def test_the_metrics_without_a_node_are_those_that_the_coordinator_has(
+    cluster: citus.Cluster,
+    engine: Engine,
+    node_of: Callable[[str], int],
+    database_url: str,
+    broker_url: str,
+    gone: Callable[[citus.Cluster, Engine, int], AbstractContextManager[None]],
 ) -> None:
     settings = Settings(database_url=database_url, broker_url=broker_url, jwt_secret="0123456789abcdef" * 2)
     collector = SystemCollector(Services(settings))
-    with ThreadPoolExecutor() as pool, hanging(cluster, engine, node_of(ORGANIZATIONS[0])):
+    with ThreadPoolExecutor() as pool, gone(cluster, engine, node_of(ORGANIZATIONS[0])):
         found = pool.submit(lambda: list(collector.collect())).result(3 * READ_TIMEOUT_S)  # Citus gives up after 30 s
     values = {metric.name: [sample.value for sample in metric.samples] for metric in found}
-    assert (values["holdfast_database_up"], values["holdfast_broker_up"]) == ([0.0], [1.0])
+    for name, value in {"database_up": 1, "broker_up": 1, "dead_letters_open": 0, "waiting_messages": 0}.items():
+        assert values[f"holdfast_{name}"] == [value]
+    assert "holdfast_oldest_hold_age_seconds" not in values
 
 
 def test_a_node_that_goes_away_at_the_commit_makes_no_dead_letter(
