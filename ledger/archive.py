@@ -23,7 +23,7 @@ from sqlalchemy import Connection, Engine, select, text
 from ledger import audit, daily_sums, distribution
 from ledger.archive_files import Entry, Folder, Row
 from ledger.audit import Check, Finding, Verdict
-from ledger.database import LedgerConnection
+from ledger.database import has_nodes
 from ledger.state import Event
 from ledger.tables import archive_head, archived, credit_events, metadata
 from ledger.upkeep import UpkeepError, alone, refuse_others
@@ -245,7 +245,7 @@ def _comparable(row: Row, erased: dict[str, int]) -> Row:
 def _load(connection: Connection, folder: Folder) -> None:
     """Have `credit_events` name all events on this connection, and `archived` none."""
     driver = connection.connection.driver_connection
-    assert isinstance(driver, LedgerConnection)
+    assert driver is not None
     with connection.begin():
         schema = connection.scalar(text("SELECT quote_ident(current_schema())"))
         connection.execute(text("CREATE TEMPORARY TABLE read_back (LIKE credit_events)"))
@@ -261,7 +261,7 @@ def _load(connection: Connection, folder: Folder) -> None:
                             is_erased = row[_SEQ] <= erased.get(row[_ORG_ID], 0)
                             copy.write_row((*row[:_ACTIVITY], None, *row[_ACTIVITY + 1 :]) if is_erased else row)
     every_event = "SELECT * FROM read_back"
-    if driver.is_distributed:
+    if has_nodes(connection):
         _copy_from_nodes(connection, schema)
     else:
         every_event += f" UNION ALL SELECT * FROM {schema}.credit_events"

@@ -275,6 +275,13 @@ def connect(
     return engine
 
 
+def has_nodes(connection: Connection) -> bool:
+    """Whether the ledger is distributed over nodes, as `connection` found when it was opened."""
+    driver = connection.connection.driver_connection
+    assert isinstance(driver, LedgerConnection)
+    return driver.is_distributed
+
+
 def shard_connections(engine: Engine) -> int | None:
     """How many connections a batch uses at once, at most. None: the ledger is not distributed, and it uses one.
 

@@ -66,6 +66,8 @@ def is_lost_connection(error: BaseException) -> bool:
 
 def is_about_a_node(error: BaseException) -> bool:
     """Whether the database, which can be reached itself, does not reach the node of an organization."""
+    if isinstance(error, DBAPIError):
+        return error.orig is not None and is_about_a_node(error.orig)
     if not isinstance(error, psycopg.Error) or error.sqlstate is None:
         return False
     return error.sqlstate in ("08001", "08006") or error.diag.source_function in _LOSES_A_NODE

@@ -3,7 +3,7 @@
 from sqlalchemy import Connection, func, select
 from sqlalchemy.exc import DBAPIError
 
-from ledger.database import LedgerConnection
+from ledger.database import has_nodes
 from ledger.due import DUE, overdue
 from ledger.faults import is_about_a_node, took_too_long
 from ledger.tables import credit_events, dead_letters, last_verification, waiting_messages, workflows
@@ -15,13 +15,12 @@ def system_figures(connection: Connection) -> dict[str, tuple[str, float]]:
 
     While a node of a distributed ledger is away or hangs, there are no figures of all wallets.
     """
-    driver = connection.connection.driver_connection
-    assert isinstance(driver, LedgerConnection)
+    is_distributed = has_nodes(connection)
     found = _of_messages(connection)
     try:
         found |= _of_wallets(connection)
     except DBAPIError as error:
-        if not driver.is_distributed or not (took_too_long(error) or is_about_a_node(error.orig or error)):
+        if not is_distributed or not (took_too_long(error) or is_about_a_node(error)):
             raise
     return found
 

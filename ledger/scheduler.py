@@ -66,7 +66,7 @@ def _found(engine: Engine, page: Select[datetime, str]) -> list[tuple[datetime, 
         try:
             return [(due_at, org_id) for due_at, org_id in connection.execute(page)]
         except DBAPIError as error:
-            if error.orig is None or not is_about_a_node(error.orig):
+            if not is_about_a_node(error):
                 raise
     query = page.compile(engine, compile_kwargs={"literal_binds": True})
     with engine.connect() as connection:

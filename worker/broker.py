@@ -65,9 +65,9 @@ def create_celery(name: str, broker_url: str, result_url: str | None) -> Celery:
         accept_content=["json"],  # nothing that could run code, such as pickle
         task_default_queue=QUEUE,
         control_exchange=CONTROL_EXCHANGE,
+        broker_connection_timeout=connect_timeout_s(broker_url),
         # Celery's own transport loses a message when the worker is killed between taking and recording it. And any
         # program that waits with it, even for the answer to a ping, restores what other applications' workers hold.
-        broker_connection_timeout=connect_timeout_s(broker_url),
         broker_transport=_TRANSPORT if is_redis else None,
         broker_transport_options=connection_options(broker_url) | (_REDIS_OPTIONS if is_redis else {}),
     )

@@ -57,7 +57,7 @@ class Outage(Thread):
     def _told(self, error: Exception) -> str:
         original = error.orig if isinstance(error, DBAPIError) else error
         why = describe(error)
-        if isinstance(original, Exception) and is_about_a_node(original):
+        if is_about_a_node(error):
             return f"A node of the database does not answer; its organizations wait: {why}"
         if is_about_schema(error):
             from ledger import migrations  # only here: no other part of a worker needs Alembic
