@@ -1,9 +1,10 @@
 """What only the owner of the tables does, and only one process at a time: archiving and erasing."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import SQLAlchemyError
 
 _LOCK_ID = 4_877_002
 
@@ -27,10 +28,11 @@ def alone(engine: Engine) -> Iterator[Connection]:
             )
             connection.commit()
             yield connection
-            connection.rollback()
-            connection.execute(text("SELECT pg_advisory_unlock_all()"))  # at once: a closed connection ends a bit later
         finally:
-            connection.invalidate()  # ends its settings and its temporary tables, and its lock after an error
+            with suppress(SQLAlchemyError):  # the lock ends at once; with a closed connection, a bit later
+                connection.rollback()
+                connection.execute(text("SELECT pg_advisory_unlock_all()"))
+            connection.invalidate()  # ends its settings and its temporary tables
 
 
 def refuse_others(connection: Connection) -> None:

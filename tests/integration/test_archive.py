@@ -577,6 +577,13 @@ def test_what_cannot_be_continued_is_refused_in_a_sentence(kept: Kept, harm: Any
     assert numbers(kept.engine) == before
 
 
+def test_whoever_failed_is_not_in_the_way_of_the_next_attempt(kept: Kept) -> None:
+    not_json(kept.folder)
+    for _ in range(30):
+        with pytest.raises(UpkeepError, match="is damaged"):
+            list(archive.archive(kept.engine, (NOW - timedelta(days=31)).date(), kept.folder))
+
+
 def test_recent_events_stay_and_only_the_owner_may_archive(engine: Engine, database_url: str, tmp_path: Path) -> None:
     past(engine, "acme", *YEAR)
     before = numbers(engine)
